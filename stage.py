@@ -1,0 +1,371 @@
+"""What is run and where it is kept: settings, their command line, and stage folders.
+
+Nothing of the method is here. A *stage* (original, attribution, mask, an unlearned model, an
+evaluation) is one folder. It is made under a temporary name and renamed when it is whole, beside a
+`stage.json` that says what made it: settings, inputs, code, time, memory. A stage whose fingerprint
+(all of those but the last two) is unchanged is skipped; any other is made again.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import io
+import json
+import os
+import resource
+import shutil
+import sys
+import time
+import tokenize
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import torch
+
+HERE = Path(__file__).resolve().parent
+
+
+class UserError(Exception):
+    """Something the person at the keyboard can put right: what is wrong, where, what to do."""
+
+
+# ---------------------------------------------------------------------------------------- settings
+
+
+def option(default, effect: str, *, ok=None, must: str = "", choices: tuple = ()):
+    """A settings field: its default, its effect or unit, and what a value must satisfy."""
+    return field(default=default, metadata=dict(effect=effect, ok=ok, must=must, choices=choices))
+
+
+def at_least(low):
+    return dict(ok=lambda x: x >= low, must=f"at least {low}")
+
+
+POSITIVE = dict(ok=lambda x: 0 < x < float("inf"), must="a positive number")
+FRACTION = dict(ok=lambda x: 0 < x <= 1, must="in (0, 1]")
+DECAY = dict(ok=lambda x: 0 <= x < 1, must="in [0, 1)")
+
+BENCHMARKS = ("demo", "tofu", "lume")
+MODELS = ("llama2-7b", "olmo-1b", "tiny-llama", "tiny-olmo")
+METHODS = ("fo", "so", "simu")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Every setting of every stage. Recipes (simu.RECIPES) override these defaults, and the
+    command line overrides both."""
+
+    benchmark: str = option("demo", "what is forgotten", choices=BENCHMARKS)
+    model: str = option("tiny-llama", "what forgets it", choices=MODELS)
+    seed: int = option(0, "seeds every draw: slice, initial weights, order, pairing", **at_least(0))
+    data: str = option("", "folder holding tofu/ and lume/; default $SIMU_DATA, demo/ for the demo")
+    weights: str = option("", "HF folder of the original model; default: made here if tiny")
+    out: str = option("", "run folder; default runs/<benchmark>-<model>")
+    device: str = option("auto", "where to compute", choices=("auto", "cpu", "cuda"))
+    dtype: str = option("auto", "of the weights; auto: bfloat16 for real models on a GPU",
+                        choices=("auto", "float32", "bfloat16"))
+
+    # What is forgotten and kept.
+    forget_split: str = option("forget10", "TOFU: file of the forget set")
+    retain_split: str = option("retain90", "TOFU: file of the retain set")
+    forget_groups: int = option(0, "forget only this many authors (TOFU) or documents per task "
+                                "(LUME); 0: all", **at_least(0))
+    retain_groups: int = option(0, "retain only this many; 0: all", **at_least(0))
+    rows_per_author: int = option(20, "TOFU: consecutive rows that make one author", **at_least(1))
+    lume_fraction: float = option(0.4, "LUME: share of documents sampled [D15]", **FRACTION)
+    template: str = option("qa", "prompt template [D14]", choices=("llama2", "qa", "raw"))
+
+    # Step 1: attribution and mask (Section 2.1).
+    steps: int = option(5, "m: nodes on the path from 0 to beta (Eq. 1)", **at_least(1))
+    threshold: float = option(0.3, "t: critical if Att > t * max of the layer", **FRACTION)
+    path: str = option("layer", "scale a layer's outputs together, or one neuron at a time [D4]",
+                       choices=("layer", "neuron"))
+    mask: str = option("dual", "dual keeps neurons critical for both sets [D6]",
+                       choices=("dual", "forget-only"))
+    attribution_tokens: int = option(4096, "tokens in one attribution pass, path nodes counted in",
+                                     **at_least(1))
+
+    # Step 2: unlearning (Section 2.2).
+    method: str = option("simu", "FO-, SO- or SIMU-GradDiff", choices=METHODS)
+    lr: float = option(5e-6, "eta: peak learning rate", **POSITIVE)
+    epochs: int = option(5, "passes over the forget set", **at_least(1))
+    batch: int = option(16, "forget rows per update, each with one retain row", **at_least(1))
+    micro_tokens: int = option(8192, "tokens in one forward-backward pass; a batch is cut to fit",
+                               **at_least(1))
+    lam: float = option(2.0, "lambda: weight of the retain loss", **at_least(0))
+    beta1: float = option(0.9, "of the first moment (Eq. 4)", **DECAY)
+    beta2: float = option(0.95, "of the curvature (Eq. 4)", **DECAY)
+    gamma: float = option(204.8, "damping (Eq. 3): SOUL's rho * bs = 0.04 * 5120 [D7]", **POSITIVE)
+    eps: float = option(1e-15, "floor of gamma * H (Eq. 3)", **POSITIVE)
+    adam_beta2: float = option(0.999, "AdamW's second moment (FO-GradDiff)", **DECAY)
+    adam_eps: float = option(1e-8, "AdamW's epsilon (FO-GradDiff)", **POSITIVE)
+    weight_decay: float = option(0.1, "decoupled, none on norms [D7]", **at_least(0))
+    clip: float = option(1.0, "largest gradient norm over the weights that move", **POSITIVE)
+    warmup: float = option(0.1, "share of updates with rising learning rate", **DECAY)
+    state: str = option("float32", "optimiser state and master weights; bfloat16 rounds "
+                        "stochastically [D10]", choices=("float32", "bfloat16"))
+    checkpointing: bool = option(False, "recompute activations in the backward pass")
+
+    # The original model, where it is made here (tiny ones from random weights; DESIGN section 7).
+    vocab: int = option(2048, "pieces of a tiny model's tokenizer", **at_least(300))
+    width: int = option(128, "D of a tiny model", **at_least(8))
+    depth: int = option(4, "L of a tiny model", **at_least(1))
+    context: int = option(512, "positions of a tiny model", **at_least(8))
+    learn_lr: float = option(2e-3, "peak rate while learning all but the forget set", **POSITIVE)
+    learn_epochs: int = option(40, "epochs of that", **at_least(1))
+    light_lr: float = option(5e-4, "peak rate while learning the forget set", **POSITIVE)
+    light_epochs: int = option(10, "epochs of that", **at_least(1))
+    light_retain: int = option(2, "retain rows beside each forget row in it", **at_least(0))
+
+    # Evaluation.
+    max_new_tokens: int = option(0, "LUME: tokens generated at most; 0: no limit", **at_least(0))
+    max_total_tokens: int = option(200, "TOFU: prompt and answer at most; 0: no limit [D16]",
+                                   **at_least(0))
+    eval_tokens: int = option(16384, "tokens in one evaluation pass", **at_least(1))
+
+    def __post_init__(self):
+        for f in fields(self):
+            value, meta = getattr(self, f.name), f.metadata
+            name = "--" + f.name.replace("_", "-")
+            if meta["choices"] and value not in meta["choices"]:
+                raise UserError(f"{name} is {value!r}; choose {' or '.join(meta['choices'])}")
+            if meta["ok"] and not meta["ok"](value):
+                raise UserError(f"{name} is {value}; it must be {meta['must']}")
+
+    @property
+    def run(self) -> Path:
+        """The run folder."""
+        return Path(self.out or HERE / "runs" / f"{self.benchmark}-{self.model}")
+
+    @property
+    def tiny(self) -> bool:
+        """A model small enough to be made here, on a CPU, from random weights."""
+        return self.model.startswith("tiny-")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(f"{message}; see: python {self.prog} --help")
+
+
+def parser(prog: str, description: str) -> argparse.ArgumentParser:
+    """An argument parser whose errors are UserErrors."""
+    return _Parser(prog=prog, description=description, allow_abbrev=False)
+
+
+def add_options(to: argparse.ArgumentParser, *, skip: tuple = ()):
+    """One option per settings field; an absent one stays absent, so that recipes can fill it."""
+    for f in fields(Settings):
+        if f.name in skip:
+            continue
+        flag, effect = "--" + f.name.replace("_", "-"), f.metadata["effect"].replace("%", "%%")
+        if f.type is bool:
+            to.add_argument(flag, action=argparse.BooleanOptionalAction, help=effect,
+                            default=argparse.SUPPRESS)
+        else:
+            shown = f"{effect} (default {f.default!r})"
+            to.add_argument(flag, type=f.type, help=shown, default=argparse.SUPPRESS,
+                            choices=f.metadata["choices"] or None,
+                            metavar=None if f.metadata["choices"] else f.type.__name__.upper())
+
+
+def read_settings(run: Path) -> Settings:
+    """The settings of a run, as its last `simu.py original` resolved them."""
+    path = Path(run) / "settings.json"
+    if not path.is_file():
+        raise UserError(f"{path} is missing: is {run} a run folder? `bash run.sh demo` makes one")
+    known = {f.name for f in fields(Settings)}
+    values = read_json(path)
+    if not isinstance(values, dict) or set(values) - known:
+        raise UserError(f"{path} is not the settings of this version; make the run again")
+    return Settings(**{**values, "out": str(run)})
+
+
+def choose_device(s: Settings) -> torch.device:
+    if s.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch sees no GPU; check the driver, or use --device cpu")
+    auto = "cuda" if torch.cuda.is_available() and not s.tiny else "cpu"
+    return torch.device(auto if s.device == "auto" else s.device)
+
+
+def choose_dtype(s: Settings) -> torch.dtype:
+    if s.dtype != "auto":
+        return getattr(torch, s.dtype)
+    real = not s.tiny and choose_device(s).type == "cuda"
+    return torch.bfloat16 if real else torch.float32
+
+
+# ------------------------------------------------------------------------------------------- files
+
+
+def write_text(path: Path, text: str):
+    """Whole or not at all: written beside, flushed to disk, renamed."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.partial")
+    with open(beside, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, path)
+
+
+def write_json(path: Path, value):
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path):
+    """The JSON value in a file; UserError says which file is missing or broken."""
+    path = Path(path)
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing") from None
+    except IsADirectoryError:
+        raise UserError(f"{path} is a folder, not a file") from None
+    except (ValueError, RecursionError) as e:
+        what = str(e).splitlines()[0]
+        raise UserError(f"{path} is not valid JSON ({what}); fetch or make it again") from None
+
+
+def sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def code_digest(modules: tuple[str, ...]) -> str:
+    """Digest of our own modules without their comments and blank lines: rewording a comment
+    must not cost anyone a training run."""
+    digest = hashlib.sha256()
+    idle = (tokenize.COMMENT, tokenize.NL)
+    for module in modules:
+        source = (HERE / f"{module}.py").read_text(encoding="utf-8")
+        tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+        digest.update("\0".join(t.string for t in tokens if t.type not in idle).encode())
+    return digest.hexdigest()
+
+
+# ------------------------------------------------------------------------------------------ stages
+
+
+def fingerprint(folder: Path) -> str:
+    """Fingerprint of a finished stage; UserError if it was never finished."""
+    path = Path(folder) / "stage.json"
+    if not path.is_file():
+        raise UserError(f"{folder} is not a finished stage; run the stage that makes it first")
+    return read_json(path)["fingerprint"]
+
+
+class Stage:
+    """One stage folder. `done` says whether it is already there; as a context manager it gives the
+    folder to write into, and makes it final when the block ends well.
+
+    fields: names of the settings the result depends on. inputs: name -> fingerprint or sha256 of
+    what is read. modules: our own code that computes it.
+    """
+
+    def __init__(self, folder: Path, *, settings: Settings, fields: tuple[str, ...],
+                 inputs: dict[str, str], modules: tuple[str, ...]):
+        self.folder, self.settings = Path(folder), settings
+        self.partial = self.folder.with_name(self.folder.name + ".partial")
+        self.name = str(self.folder.relative_to(settings.run))
+        self.why = dict(settings={k: getattr(settings, k) for k in fields}, inputs=inputs,
+                        code=code_digest(modules))
+        self.fingerprint = hashlib.sha256(json.dumps(self.why, sort_keys=True).encode()).hexdigest()
+        self.notes = {}  # anything else the stage wants to leave in stage.json
+
+    @property
+    def done(self) -> bool:
+        path = self.folder / "stage.json"
+        if not path.is_file():
+            return False
+        old = read_json(path)
+        if old.get("fingerprint") == self.fingerprint:
+            print(f"[{self.name}] already made; skipped", flush=True)
+            return True
+        changed = [k for k in self.why if old.get("why", {}).get(k) != self.why[k]]
+        print(f"[{self.name}] made again: {' and '.join(changed)} changed", flush=True)
+        return False
+
+    def __enter__(self) -> Path:
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        self._lock = _lock(self.settings.run)
+        mark = self.partial / "fingerprint"
+        if not (mark.is_file() and mark.read_text() == self.fingerprint):
+            shutil.rmtree(self.partial, ignore_errors=True)
+            self.partial.mkdir()
+            write_text(mark, self.fingerprint)
+        self._start = time.monotonic()
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        return self.partial
+
+    def __exit__(self, kind, error, trace):
+        with self._lock:  # closing the file frees the lock
+            if kind is not None:
+                return
+            seconds, memory = time.monotonic() - self._start, peak_memory()
+            (self.partial / "fingerprint").unlink()
+            write_json(self.partial / "stage.json", dict(
+                fingerprint=self.fingerprint, why=self.why,
+                settings=dataclasses.asdict(self.settings), seconds=round(seconds, 3), **memory,
+                torch=torch.__version__, threads=torch.get_num_threads(), **self.notes))
+            old = self.folder.with_name(self.folder.name + ".old")
+            shutil.rmtree(old, ignore_errors=True)
+            if self.folder.exists():
+                os.replace(self.folder, old)
+            os.replace(self.partial, self.folder)
+            shutil.rmtree(old, ignore_errors=True)
+        peak = ", ".join(f"peak {k.split('_')[1]} {v / 2**30:.2f} GiB" for k, v in memory.items())
+        print(f"[{self.name}] {seconds:.1f} s, {peak}", flush=True)
+
+
+def peak_memory() -> dict[str, int]:
+    """Bytes at the highest point so far: of this process, and of the GPU if one was used."""
+    kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    memory = dict(peak_host_bytes=kib * (1 if sys.platform == "darwin" else 1024))
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        memory["peak_gpu_bytes"] = torch.cuda.max_memory_allocated()
+    return memory
+
+
+def _lock(run: Path):
+    """An open file that holds the run's lock; the system frees it even if the process is killed."""
+    file = open(run / ".lock", "w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        raise UserError(f"{run} is in use by another process; wait for it, or use --out") from None
+    return file
+
+
+# -------------------------------------------------------------------------------------------- main
+
+
+def run_cli(main):
+    """Run a command line: what the user can put right ends in one line and exit status 2."""
+    with contextlib.suppress(AttributeError):  # a replaced stdout (tests, notebooks) has none
+        sys.stdout.reconfigure(line_buffering=True)
+    try:
+        main()
+    except UserError as e:
+        _stop(str(e), 2)
+    except KeyboardInterrupt:
+        _stop("stopped; the same command goes on from the last finished stage", 130)
+    except torch.cuda.OutOfMemoryError:
+        _stop("out of GPU memory; lower --micro-tokens, add --checkpointing, or see "
+              "`python simu.py plan`", 2)
+    except OSError as e:  # disk full, no permission, read-only
+        where = f"{e.filename}: " if e.filename else ""
+        _stop(f"{where}{e.strerror or e}; free space, or choose another --out", 2)
+
+
+def _stop(message: str, status: int):
+    print("error: " + " ".join(message.split()), file=sys.stderr)
+    sys.exit(status)
