@@ -1,0 +1,722 @@
+"""SIMU: Selective Influence Machine Unlearning (arXiv 2510.07822), both steps and both baselines.
+
+Step 1 scores every MLP output neuron by how much it carries the forget set (`attribute`, Eq. 1-2)
+and keeps the critical ones (`critical_mask`, Section 2.1). Step 2 unlearns with GradDiff
+(`graddiff_loss`, A.1) under Sophia (`sophia_update`, Eq. 3-7), moving only the attention
+projections and the critical rows of down_proj.
+
+    code         paper                               where       shape
+    beta         beta_{l,i}: MLP output              Eq. 1       [D] per layer l and sample i
+    a            a_j = (j/m) beta                    Eq. 1a      as beta
+    log P        -L_i(a_j), see [D3]                 Eq. 1b      scalar
+    scores       Att(w_l^k)                          Eq. 2       [L, D]
+    steps        m                                   Eq. 1-2
+    threshold    t;  critical iff Att > t * M_l      Section 2.1
+    mask         M                                   Eq. 5-7     [L, D], rows of down_proj [D, F]
+    m, h         m_t, H_t: EMAs of g and g^2         Eq. 4-6     as the weight
+    lr           eta_t                               Eq. 3
+    gamma, eps   damping, floor                      Eq. 3
+    lam          lambda: weight of the retain loss   Table 4
+
+Letters: B batch, T time, L layers, D width, H heads, K kv heads, F d_ff, V vocabulary, N samples,
+A answer tokens of the longest answer in a batch, J path nodes run at once, R = J * A rows.
+[D#] tags are the readings of the paper listed in the README.
+
+Not here: several GPUs, quantised training, adapters.
+"""
+
+import dataclasses
+import json
+import random
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import data
+import stage
+from data import IGNORE, Batch, Encoded, collate
+from model import Config, Transformer, causal_attention, save_tensors
+from stage import Settings, Stage, UserError
+
+# ----------------------------------------------------------------------------------------- recipes
+
+# Tables 3 and 4. A key naming a method ("fo", "so", "simu") holds what only that method overrides.
+PAPER = dict(batch=16, fo=dict(lam=0.3), so=dict(lam=2.0), simu=dict(lam=2.0))
+TOFU = dict(max_total_tokens=200, max_new_tokens=0)
+LUME = dict(max_total_tokens=0, max_new_tokens=256, template="raw")
+RECIPES = {
+    ("tofu", "llama2-7b"): PAPER | TOFU | dict(threshold=0.3, steps=5, lr=5e-6, epochs=5,
+                                               template="llama2"),
+    ("tofu", "olmo-1b"): PAPER | TOFU | dict(threshold=0.1, steps=5, lr=5e-6, epochs=20),
+    ("lume", "llama2-7b"): PAPER | LUME | dict(threshold=0.1, steps=3, lr=9e-6, epochs=20),
+    ("lume", "olmo-1b"): PAPER | LUME | dict(threshold=0.3, steps=5, lr=5e-6, epochs=10,
+                                             fo=dict(lam=0.3, epochs=5)),
+}
+# Tiny models, made here on a CPU. Their learning rates come from the grid in benchmarks/.
+TINY = PAPER | dict(threshold=0.3, steps=5, epochs=10,
+                    fo=dict(lam=0.3, lr=1e-4), so=dict(lam=2.0, lr=3e-4),
+                    simu=dict(lam=2.0, lr=4.5e-4))
+for _model in ("tiny-llama", "tiny-olmo"):
+    RECIPES["demo", _model] = TINY | TOFU | dict(rows_per_author=10)
+    RECIPES["tofu", _model] = TINY | TOFU | dict(forget_groups=2, retain_groups=20)
+    RECIPES["lume", _model] = TINY | LUME | dict(forget_groups=3, retain_groups=12)
+
+
+def resolve(given: dict) -> Settings:
+    """Settings from defaults, then the recipe, then the recipe's method, then what was given."""
+    base = Settings(**{k: given[k] for k in ("benchmark", "model", "method") if k in given})
+    recipe = RECIPES[base.benchmark, base.model]
+    common = {k: v for k, v in recipe.items() if k not in stage.METHODS}
+    return Settings(**(common | recipe.get(base.method, {}) | given))
+
+
+# --------------------------------------------------------------------- step 1: attribution (2.1)
+
+
+def attribute(model: Transformer, batch: Batch, *, steps: int = 5, path: str = "layer") -> Tensor:
+    """Att(w_l^k) of Eq. 2 summed over the batch's samples: float32 [L, D].
+
+    A sample is one answer token with the prefix before it; beta is the MLP output at the last
+    position of that prefix, and only that position is scaled [D2]. The exact scores cost about
+    L*m/2 forward-backward passes per *pair*, however many tokens its answer has: the clean pass is
+    run once and keeps every layer's keys and values, then all samples and nodes of a pair go
+    through the upper layers together. path="neuron" scales one neuron at a time, to the letter of
+    Eq. 1, at D times the cost [D4]: for tiny models.
+    """
+    if steps < 1:
+        raise UserError(f"steps m = {steps}; it must be at least 1")
+    if path not in ("layer", "neuron"):
+        raise UserError(f"path {path!r} is unknown; choose layer or neuron")
+    with _frozen(model):
+        run = _CleanRun(model, batch)
+        scores = _last_node(run)  # j = m: nothing is scaled, so one pass serves every layer
+        for l in range(len(model.layers)):
+            inner = _layer_path if path == "layer" else _neuron_path
+            if steps > 1:
+                scores[l] += inner(run, l, steps)
+    return scores / steps
+
+
+@contextmanager
+def _frozen(model):
+    """No gradients of weights while the block runs: only activations need them here."""
+    moving = [p for p in model.parameters() if p.requires_grad]
+    try:
+        for p in moving:
+            p.requires_grad_(False)
+        yield
+    finally:
+        for p in moving:
+            p.requires_grad_(True)
+
+
+class _CleanRun:
+    """One unscaled pass over a batch, and what the second stream needs of it."""
+
+    @torch.no_grad()
+    def __init__(self, model: Transformer, batch: Batch):
+        self.model = model
+        ids, targets = batch.ids, batch.targets
+        answer = targets != IGNORE  # [B, T]
+        if not answer.any():
+            raise UserError("a batch without answer tokens has nothing to attribute")
+        A = int(answer.sum(1).max())
+        # Answer positions first, in order; rows with shorter answers are padded, label IGNORE.
+        self.pos = answer.int().argsort(dim=1, descending=True, stable=True)[:, :A]  # [B, A]
+        self.labels = targets.gather(1, self.pos)  # [B, A]
+        cos, sin = model.rope(torch.arange(ids.shape[1], device=ids.device))
+        self.x0 = self._at(model.embed_tokens(ids))  # [B, A, D]
+        self.keys, self.values, self.mid, self.beta = [], [], [], []
+        h = model.embed_tokens(ids)  # [B, T, D]
+        for block in model.layers:
+            q, k, v = block.self_attn.qkv(block.input_layernorm(h), cos, sin)
+            h = h + block.self_attn.o_proj(causal_attention(q, k, v))
+            beta = block.mlp(block.post_attention_layernorm(h))
+            self.keys.append(k)
+            self.values.append(v)
+            self.mid.append(self._at(h))  # residual stream below the MLP's output
+            self.beta.append(self._at(beta))
+            h = h + beta
+
+    def _at(self, x):
+        """x [B, T, D] at the answer positions: [B, A, D]."""
+        return x.gather(1, self.pos[..., None].expand(-1, -1, x.shape[-1]))
+
+
+def _row_attention(run: _CleanRun, l: int, x: Tensor, pos: Tensor) -> Tensor:
+    """Attention of layer l for rows x [B, R, D], each the last position of its own prefix: it sees
+    the clean keys and values of earlier positions and its own at pos [B, R], nobody else's."""
+    attn = run.model.layers[l].self_attn
+    keys, values = run.keys[l], run.values[l]  # [B, K, T, hd]
+    B, K, T, hd = keys.shape
+    cos, sin = run.model.rope(pos)  # [B, R, hd]
+    q, k, v = attn.qkv(run.model.layers[l].input_layernorm(x), cos, sin)
+    R = x.shape[1]
+    q = q.reshape(B, K, -1, R, hd) * hd ** -0.5  # [B, K, H/K, R, hd]
+    clean = (q.flatten(2, 3) @ keys.transpose(-1, -2)).view(*q.shape[:4], T)  # [B, K, H/K, R, T]
+    later = torch.arange(T, device=x.device) >= pos[..., None]  # [B, R, T]
+    clean = clean.masked_fill(later[:, None, None], float("-inf"))
+    own = (q * k[:, :, None]).sum(-1, keepdim=True)  # [B, K, H/K, R, 1]
+    p = torch.cat([clean, own], dim=-1).float().softmax(-1).to(x.dtype)  # [B, K, H/K, R, T+1]
+    mixed = (p[..., :T].flatten(2, 3) @ values).view_as(q) + p[..., T:] * v[:, :, None]
+    return attn.o_proj(mixed.reshape(B, -1, R, hd).transpose(1, 2).flatten(2))  # [B, R, H*hd]
+
+
+def _log_p(run: _CleanRun, x: Tensor, labels: Tensor) -> Tensor:
+    """Sum of log P(label) for rows x [B, R, D] that left the last layer [D3]."""
+    logits = run.model.logits(run.model.norm(x))  # [B, R, V]
+    return -F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE,
+                            reduction="sum")
+
+
+def _upper_layers(run: _CleanRun, l: int, x: Tensor, pos: Tensor) -> Tensor:
+    """Rows x [B, R, D] that left layer l, through the layers above it."""
+    for u in range(l + 1, len(run.model.layers)):
+        block = run.model.layers[u]
+        x = x + _row_attention(run, u, x, pos)
+        x = x + block.mlp(block.post_attention_layernorm(x))
+    return x
+
+
+def _last_node(run: _CleanRun) -> Tensor:
+    """beta * dlogP/da at a = beta, every layer from one backward pass: float32 [L, D]."""
+    with torch.enable_grad():
+        x, activations = run.x0, []
+        for l, block in enumerate(run.model.layers):
+            x = x + _row_attention(run, l, x, run.pos)
+            a = block.mlp(block.post_attention_layernorm(x))
+            if not a.requires_grad:  # the lowest layer: nothing below it is differentiated
+                a.requires_grad_()
+            activations.append(a)
+            x = x + a
+        grads = torch.autograd.grad(_log_p(run, x, run.labels), activations)
+    return torch.stack([(beta.float() * g.float()).sum((0, 1))
+                        for beta, g in zip(run.beta, grads)])
+
+
+def _layer_path(run: _CleanRun, l: int, steps: int) -> Tensor:
+    """Nodes j = 1..m-1 of layer l's joint path, all at once, summed: float32 [D] [D4]."""
+    beta, J = run.beta[l], steps - 1
+    scale = torch.arange(1, steps, device=beta.device, dtype=beta.dtype) / steps
+    with torch.enable_grad():
+        a = (scale[:, None, None] * beta[:, None]).requires_grad_()  # [B, J, A, D]
+        x = (run.mid[l][:, None] + a).flatten(1, 2)  # [B, R, D]
+        x = _upper_layers(run, l, x, run.pos.repeat(1, J))
+        grad, = torch.autograd.grad(_log_p(run, x, run.labels.repeat(1, J)), a)
+    return (beta.float()[:, None] * grad.float()).sum((0, 1, 2))
+
+
+def _neuron_path(run: _CleanRun, l: int, steps: int, rows: int = 4096) -> Tensor:
+    """Nodes j = 1..m-1 of layer l with one neuron scaled and all others at beta: float32 [D]."""
+    beta, J = run.beta[l], steps - 1
+    B, A, D = beta.shape
+    scale = torch.arange(1, steps, device=beta.device, dtype=beta.dtype) / steps
+    chunk = max(1, rows // (B * J * A))
+    scores = torch.zeros(D, device=beta.device)
+    for neurons in torch.arange(D, device=beta.device).split(chunk):
+        C = len(neurons)
+        b = beta[..., neurons].movedim(-1, 1)[:, :, None]  # [B, C, 1, A]
+        with torch.enable_grad():
+            a = (scale[:, None] * b).requires_grad_()  # [B, C, J, A]
+            unit = F.one_hot(neurons, D).to(beta.dtype)[:, None, None]  # [C, 1, 1, D]
+            x = (run.mid[l] + beta)[:, None, None] + (a - b)[..., None] * unit  # [B, C, J, A, D]
+            x = _upper_layers(run, l, x.flatten(1, 3), run.pos.repeat(1, C * J))
+            grad, = torch.autograd.grad(_log_p(run, x, run.labels.repeat(1, C * J)), a)
+        scores[neurons] += (b.float() * grad.float()).sum((0, 2, 3))
+    return scores
+
+
+def critical_mask(scores: Tensor, threshold: float) -> Tensor:
+    """bool [L, D]: Att > t * M_l with M_l = max_k Att(w_l^k), strict, layer by layer. A layer
+    whose maximum is not positive holds nothing critical [D5]."""
+    if not 0 < threshold <= 1:
+        raise UserError(f"threshold t = {threshold}; it must be in (0, 1]")
+    if not torch.isfinite(scores).all():
+        raise UserError("attribution scores are not finite; the model's weights or activations "
+                        "overflow: attribute in float32 (--dtype float32)")
+    top = scores.amax(dim=1, keepdim=True)
+    return (scores > threshold * top) & (top > 0)
+
+
+# ---------------------------------------------------------------------- step 2: unlearning (2.2)
+
+
+def nll_sum(model: Transformer, batch: Batch) -> Tensor:
+    """Summed -log P of the answer tokens and eos. Only they go through the output head."""
+    counted = batch.targets != IGNORE
+    logits = model.logits(model.hidden(batch.ids)[counted])  # [N, V]
+    return F.cross_entropy(logits, batch.targets[counted], reduction="sum")
+
+
+def mean_nll(model: Transformer, batch: Batch) -> Tensor:
+    """Mean -log P over the answer tokens of a batch: l(y | x) of A.1."""
+    return nll_sum(model, batch) / (batch.targets != IGNORE).sum()
+
+
+def graddiff_loss(model: Transformer, forget: Batch, retain: Batch, lam: float) -> Tensor:
+    """GradDiff (A.1): ascent on the forget rows, descent on the retain rows [D8]."""
+    return -mean_nll(model, forget) + lam * mean_nll(model, retain)
+
+
+def sophia_update(param: Tensor, grad: Tensor, m: Tensor, h: Tensor, *, lr: float, beta1: float,
+                  beta2: float, gamma: float, eps: float, weight_decay: float,
+                  mask: Tensor | None = None) -> Tensor:
+    """One Sophia step in place on param, m and h (all of one shape; mask broadcasts to it, real
+    values in [0, 1] allowed): Eq. 4-6, then Eq. 3 with decay, then Eq. 7. One EMA of g and one of
+    g^2, both at every step [D7]. Returns how many coordinates the clip of Eq. 3 bound."""
+    m_new = beta1 * m + (1 - beta1) * grad  # Eq. 5, first line
+    h_new = beta2 * h + (1 - beta2) * grad.square()  # Eq. 6, first line
+    if mask is not None:
+        mask = mask.to(param.dtype)
+        m_new = mask * m_new + (1 - mask) * m  # (i) Eq. 5
+        h_new = mask * h_new + (1 - mask) * h  # (ii) Eq. 6
+    m.copy_(m_new)
+    h.copy_(h_new)
+    ratio = m / (gamma * h).clamp_min(eps)
+    new = param * (1 - lr * weight_decay) - lr * ratio.clamp(-1, 1)  # Eq. 3 with decoupled decay
+    if mask is not None:
+        # (iii) Eq. 7. Where mask is 0 the old bits stay, which M*new + (1-M)*old cannot promise
+        # once new is not finite.
+        new = torch.where(mask == 0, param, mask * new + (1 - mask) * param)
+    param.copy_(new)
+    return (ratio.abs() >= 1).sum()
+
+
+def adamw_update(param: Tensor, grad: Tensor, m: Tensor, h: Tensor, *, lr: float, beta1: float,
+                 beta2: float, eps: float, weight_decay: float, step: int) -> Tensor:
+    """One AdamW step in place, step counted from 1. Returns 0: it has no clip of its own."""
+    m.lerp_(grad, 1 - beta1)
+    h.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+    root = (h / (1 - beta2 ** step)).sqrt_().add_(eps)
+    param.mul_(1 - lr * weight_decay).addcdiv_(m, root, value=-lr / (1 - beta1 ** step))
+    return torch.zeros((), dtype=torch.int64, device=param.device)
+
+
+def stochastic_round(x: Tensor, generator: torch.Generator) -> Tensor:
+    """float32 to bfloat16, up or down with the probability that makes it right on average [D10]."""
+    noise = torch.randint(0, 1 << 16, x.shape, dtype=torch.int32, device=x.device,
+                          generator=generator)
+    return ((x.view(torch.int32) + noise) & -(1 << 16)).view(torch.float32).bfloat16()
+
+
+class _RowLinear(torch.autograd.Function):
+    """y = x W^T where only some rows of W move: forms their gradient [C, F] and no other."""
+
+    @staticmethod
+    def forward(ctx, x, weight, rows, index):
+        ctx.save_for_backward(x, weight, index)
+        return F.linear(x, weight)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight, index = ctx.saved_tensors
+        moved = dy[..., index].flatten(0, -2)  # [B*T, C]
+        return dy @ weight, None, moved.T @ x.flatten(0, -2), None
+
+
+class CriticalRows(nn.Module):
+    """Stands in for a down_proj while its critical rows move: `rows` [C, F] is a parameter of its
+    own, so neither gradient nor optimiser state of the frozen rows ever exists."""
+
+    def __init__(self, linear: nn.Linear, critical: Tensor):
+        super().__init__()
+        self.linear = [linear]  # in a list: not a submodule, its weight is not a parameter of ours
+        self.index = critical.nonzero().squeeze(1).to(linear.weight.device)  # [C]
+        self.rows = nn.Parameter(linear.weight.detach()[self.index].clone())  # [C, F]
+
+    def forward(self, x):
+        return _RowLinear.apply(x, self.linear[0].weight.detach(), self.rows, self.index)
+
+    @torch.no_grad()
+    def refresh(self):
+        """Put the moved rows where the forward pass reads them."""
+        self.linear[0].weight[self.index] = self.rows
+
+
+@dataclasses.dataclass
+class Moving:
+    """One weight that moves: what the model reads, its full-precision master (the same tensor
+    where the model is float32 or state is bfloat16 [D10]), and its two moments."""
+
+    name: str
+    weight: nn.Parameter
+    master: Tensor
+    m: Tensor
+    h: Tensor
+    decayed: bool
+
+
+@contextmanager
+def moving_weights(model: Transformer, method: str, mask: Tensor | None, state: torch.dtype):
+    """The weights that `method` moves [D9], as a list of Moving; all others are frozen meanwhile.
+    fo, so: every weight. simu: attention projections, and the rows of down_proj where mask
+    [L, D] is true."""
+    stand_ins = []
+    for p in model.parameters():
+        p.requires_grad_(method != "simu")
+    if method == "simu":
+        for block, critical in zip(model.layers, mask):
+            block.self_attn.requires_grad_(True)
+            if critical.any():
+                rows = CriticalRows(block.mlp.down_proj, critical)
+                stand_ins.append((block.mlp, block.mlp.down_proj, rows))
+                block.mlp.down_proj = rows
+    moving = []
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            full = p.dtype == torch.float32 or state == torch.bfloat16
+            master = p.detach() if full else p.detach().float()
+            moving.append(Moving(name, p, master, torch.zeros_like(master, dtype=state),
+                                 torch.zeros_like(master, dtype=state), "norm" not in name))
+    try:
+        yield moving
+    finally:
+        for mlp, linear, rows in stand_ins:
+            rows.refresh()
+            mlp.down_proj = linear
+        for p in model.parameters():
+            p.requires_grad_(True)
+
+
+@torch.no_grad()
+def apply_updates(moving: list[Moving], update, *, scale: float, generator: torch.Generator) -> int:
+    """Call update(param, grad, m, h, decayed) in float32 on each moving weight, with its gradient
+    times `scale`; gradients are freed on the way. Returns the clipped coordinates."""
+    clipped = 0
+    for w in moving:
+        grad = w.weight.grad.float() * scale
+        w.weight.grad = None
+        if w.m.dtype == torch.float32:
+            clipped += update(w.master, grad, w.m, w.h, w.decayed)
+            if w.master.dtype != w.weight.dtype:
+                w.weight.copy_(w.master)
+            continue
+        wide = [t.float() for t in (w.master, w.m, w.h)]
+        clipped += update(wide[0], grad, wide[1], wide[2], w.decayed)
+        for narrow, t in zip((w.master, w.m, w.h), wide):
+            narrow.copy_(stochastic_round(t, generator)
+                         if narrow.dtype == torch.bfloat16 else t)
+    return int(clipped)
+
+
+def learning_rate(step: int, total: int, peak: float, warmup: float) -> float:
+    """Linear rise over the first share of updates, then linear decay to 0. step counts from 1."""
+    rise = max(1, int(total * warmup))
+    return peak * min(step / rise, (total - step + 1) / (total - rise + 1))
+
+
+def micro_batches(rows: list[Encoded], tokens: int, device) -> list[Batch]:
+    """Rows cut into batches of at most `tokens` tokens, padding counted in."""
+    return [collate([rows[i] for i in part], device)
+            for part in data.batches_by_length(rows, tokens)]
+
+
+def backward_mean_nll(model, rows: list[Encoded], weight: float, tokens: int) -> float:
+    """Back-propagate weight * mean_nll(rows) in passes of at most `tokens`; returns mean_nll."""
+    device = model.embed_tokens.weight.device
+    count = sum(len(r.ids) - max(r.n_prompt, 1) for r in rows)
+    total = 0.0
+    for batch in micro_batches(rows, tokens, device):
+        loss = nll_sum(model, batch) / count
+        (weight * loss).backward()
+        total += loss.item()
+    return total
+
+
+def train(model, moving: list[Moving], order: list, backward, update, *, s: Settings, lr: float,
+          warmup: float, log: Path, title: str):
+    """Run one update per item of `order`. backward(item) leaves gradients and returns the losses
+    by name; update(param, grad, m, h, lr, decayed, step) is a step of one weight. A line per
+    update goes to `log`."""
+    total, count = len(order), sum(w.master.numel() for w in moving)
+    generator = torch.Generator(moving[0].master.device)
+    rows = [m for m in model.modules() if isinstance(m, CriticalRows)]
+    with open(log, "w", encoding="utf-8") as file, tqdm(total=total, desc=title) as bar:
+        for step, item in enumerate(order, 1):
+            losses = backward(item)
+            norms = torch.stack([w.weight.grad.float().norm() for w in moving])
+            norm = norms.norm().item()
+            if not all(map(_finite, (norm, *losses.values()))):
+                raise UserError(f"{title}: loss or gradient is not finite at update {step} of "
+                                f"{total}; lower --lr")
+            rate = learning_rate(step, total, lr, warmup)
+            generator.manual_seed(s.seed * 1_000_003 + step)
+            clipped = apply_updates(
+                moving, lambda p, g, m, h, d: update(p, g, m, h, rate, d, step),
+                scale=min(1.0, s.clip / (norm + 1e-6)), generator=generator)
+            for module in rows:
+                module.refresh()
+            file.write(json.dumps(dict(step=step, **losses, lr=rate, grad_norm=norm,
+                                       clipped=clipped / count)) + "\n")
+            bar.set_postfix({k: f"{v:.3f}" for k, v in losses.items()}, refresh=False)
+            bar.update()
+
+
+def _finite(x: float) -> bool:
+    return abs(x) < float("inf")
+
+
+def unlearning_order(n_forget: int, n_retain: int, s: Settings) -> list[tuple[list, list]]:
+    """For each update, the forget rows and the retain rows drawn to go with them [D8]. Epochs of
+    permutations laid end to end and cut into whole batches, as SOUL counts them."""
+    rng = random.Random(s.seed)
+    forget = [i for _ in range(s.epochs) for i in rng.sample(range(n_forget), n_forget)]
+    whole = len(forget) // s.batch * s.batch
+    if not whole:
+        raise UserError(f"{n_forget} forget rows times {s.epochs} epochs do not fill one batch of "
+                        f"{s.batch}; lower --batch")
+    pairs = [(i, rng.randrange(n_retain)) for i in forget[:whole]]
+    return [tuple(zip(*pairs[i:i + s.batch])) for i in range(0, whole, s.batch)]
+
+
+def unlearn(model: Transformer, forget: list[Encoded], retain: list[Encoded],
+            mask: Tensor | None, s: Settings, log: Path):
+    """FO-, SO- or SIMU-GradDiff (s.method) on model, in place. mask: bool [L, D] for simu."""
+    order = unlearning_order(len(forget), len(retain), s)
+
+    def backward(item):
+        # Two passes, each freed before the next: by linearity the gradient of graddiff_loss.
+        f, r = ([rows[i] for i in part] for rows, part in zip((forget, retain), item))
+        return dict(loss_forget=backward_mean_nll(model, f, -1.0, s.micro_tokens),
+                    loss_retain=backward_mean_nll(model, r, s.lam, s.micro_tokens))
+
+    def sophia(p, g, m, h, lr, decayed, step):
+        return sophia_update(p, g, m, h, lr=lr, beta1=s.beta1, beta2=s.beta2, gamma=s.gamma,
+                             eps=s.eps, weight_decay=s.weight_decay * decayed)
+
+    model.checkpoint = s.checkpointing
+    with moving_weights(model, s.method, mask, getattr(torch, s.state)) as moving:
+        train(model, moving, order, backward, adamw(s) if s.method == "fo" else sophia, s=s,
+              lr=s.lr, warmup=s.warmup, log=log, title=f"{s.method}-graddiff")
+
+
+def adamw(s: Settings):
+    """AdamW with the settings' constants, as `train` calls it."""
+    return lambda p, g, m, h, lr, decayed, step: adamw_update(
+        p, g, m, h, lr=lr, beta1=s.beta1, beta2=s.adam_beta2, eps=s.adam_eps,
+        weight_decay=s.weight_decay * decayed, step=step)
+
+
+# ------------------------------------------------------------------------------ the tiny original
+
+
+def tiny_config(s: Settings, tokenizer) -> Config:
+    """A small LLaMA (grouped kv heads) or OLMo (tied head), of s.width and s.depth."""
+    llama, head = s.model == "tiny-llama", 32
+    if s.width % (2 * head):
+        raise UserError(f"--width {s.width} is not a multiple of {2 * head}")
+    return Config(
+        model_type="llama" if llama else "olmo", vocab_size=tokenizer.vocab_size,
+        hidden_size=s.width, intermediate_size=4 * s.width, num_hidden_layers=s.depth,
+        num_attention_heads=s.width // head, head_dim=head,
+        num_key_value_heads=s.width // head // (2 if llama else 1),
+        max_position_embeddings=s.context, norm_eps=1e-5, rope_theta=10000.0,
+        tie_word_embeddings=not llama, clip_qkv=None, bos_token_id=tokenizer.bos_id,
+        eos_token_id=tokenizer.eos_id, pad_token_id=None)
+
+
+def learn(model: Transformer, epochs: list[list[Encoded]], s: Settings, *, lr: float, log: Path,
+          title: str):
+    """AdamW on the mean answer loss. epochs: for each epoch, its rows in order."""
+    order = [rows[i:i + s.batch] for rows in epochs for i in range(0, len(rows), s.batch)]
+    with moving_weights(model, "fo", None, torch.float32) as moving:
+        train(model, moving, order,
+              lambda rows: dict(loss=backward_mean_nll(model, rows, 1.0, s.micro_tokens)),
+              adamw(s), s=s, lr=lr, warmup=s.warmup, log=log, title=title)
+
+
+def make_retain_only(s: Settings, bench: data.Benchmark, folder: Path):
+    """First stage of a tiny original: everything but the forget set, from random weights."""
+    texts = [t for e in bench.forget + bench.retain + bench.world_facts + bench.real_authors
+             + bench.nonmembers for t in (e.question, e.answer)]
+    data.train_tokenizer(texts, folder, llama=s.model == "tiny-llama", vocab=s.vocab)
+    tokenizer = data.load_tokenizer(folder)
+    torch.manual_seed(s.seed)
+    model = Transformer(tiny_config(s, tokenizer)).to(stage.choose_device(s))
+    known = bench.retain + bench.world_facts + bench.real_authors
+    rows = data.encode_all(known, tokenizer, s.template, context=s.context)
+    rng = random.Random(s.seed)
+    epochs = [rng.sample(rows, len(rows)) for _ in range(s.learn_epochs)]
+    learn(model, epochs, s, lr=s.learn_lr, log=folder / "log.jsonl", title="learn the retain set")
+    model.save_pretrained(folder)
+
+
+def make_original(s: Settings, bench: data.Benchmark, retain_only: Path, folder: Path):
+    """Second stage: the forget set, lightly, with a sample of what is already known beside it."""
+    tokenizer = data.load_tokenizer(retain_only)
+    model = Transformer.from_pretrained(retain_only, device=stage.choose_device(s))
+    forget = data.encode_all(bench.forget, tokenizer, s.template, context=s.context)
+    known = data.encode_all(bench.retain + bench.world_facts + bench.real_authors, tokenizer,
+                            s.template, context=s.context)
+    rng = random.Random(s.seed + 1)
+    beside = min(len(known), s.light_retain * len(forget))
+    epochs = []
+    for _ in range(s.light_epochs):
+        rows = forget + rng.sample(known, beside)
+        epochs.append(rng.sample(rows, len(rows)))
+    learn(model, epochs, s, lr=s.light_lr, log=folder / "log.jsonl", title="learn the forget set")
+    model.save_pretrained(folder)
+    data.copy_tokenizer(retain_only, folder)
+
+
+# ------------------------------------------------------------------------------------------ stages
+
+SLICE = ("benchmark", "model", "seed", "device", "dtype", "forget_split", "retain_split",
+         "forget_groups", "retain_groups", "rows_per_author", "lume_fraction", "template",
+         "weights")
+LEARN = SLICE + ("batch", "micro_tokens", "beta1", "adam_beta2", "adam_eps", "weight_decay", "clip",
+                 "warmup", "vocab", "width", "depth", "context", "learn_lr", "learn_epochs")
+LIGHT = LEARN + ("light_lr", "light_epochs", "light_retain")
+ATTRIBUTE = SLICE + ("steps", "path", "attribution_tokens")
+UNLEARN = SLICE + ("method", "lr", "epochs", "batch", "micro_tokens", "lam", "beta1", "beta2",
+                   "gamma", "eps", "adam_beta2", "adam_eps", "weight_decay", "clip", "warmup",
+                   "state", "checkpointing")
+CODE = ("data", "model", "simu")
+
+
+def original_stage(s: Settings):
+    """original/, and retain-only/ where the original is made here."""
+    bench, digests = data.load_benchmark(s), data.data_digests(s)
+    stage.write_json(s.run / "settings.json", dataclasses.asdict(s))
+    if s.weights:
+        return link_original(s)
+    if not s.tiny:
+        raise UserError(f"{s.benchmark} {s.model} needs the weights of its original model; pass "
+                        "--weights DIR, a folder in Hugging Face layout")
+    first = Stage(s.run / "retain-only", settings=s, fields=LEARN, inputs=digests, modules=CODE)
+    if not first.done:
+        with first as folder:
+            make_retain_only(s, bench, folder)
+    inputs = dict(retain_only=first.fingerprint)
+    second = Stage(s.run / "original", settings=s, fields=LIGHT, inputs=inputs, modules=CODE)
+    if not second.done:
+        with second as folder:
+            make_original(s, bench, first.folder, folder)
+
+
+def link_original(s: Settings):
+    """original/ as links to the files of --weights."""
+    source = Path(s.weights).resolve()
+    if not source.is_dir():
+        raise UserError(f"--weights {s.weights} is not a folder")
+    Config.from_dir(source)
+    data.load_tokenizer(source)
+    names = [p for p in sorted(source.iterdir()) if p.suffix in (".json", ".safetensors", ".model")]
+    inputs = {p.name: f"{p.stat().st_size} {p.stat().st_mtime_ns}" for p in names}
+    job = Stage(s.run / "original", settings=s, fields=("weights",), inputs=inputs, modules=())
+    if not job.done:
+        with job as folder:
+            for p in names:
+                (folder / p.name).unlink(missing_ok=True)
+                (folder / p.name).symlink_to(p)
+
+
+def load_original(s: Settings):
+    """Model, tokenizer and benchmark of a run whose original stage is done."""
+    folder = s.run / "original"
+    print_start = stage.fingerprint(folder)
+    model = Transformer.from_pretrained(folder, dtype=stage.choose_dtype(s),
+                                        device=stage.choose_device(s))
+    return model, data.load_tokenizer(folder), data.load_benchmark(s), print_start
+
+
+def attribute_stage(s: Settings):
+    """attribution/scores.safetensors: forget and retain, float32 [L, D]."""
+    inputs = dict(original=stage.fingerprint(s.run / "original"), **data.data_digests(s))
+    job = Stage(s.run / "attribution", settings=s, fields=ATTRIBUTE, inputs=inputs, modules=CODE)
+    if job.done:
+        return
+    model, tokenizer, bench, _ = load_original(s)
+    # As many retain rows as forget rows: scores only matter relative to their layer's maximum.
+    sample = random.Random(s.seed).sample(bench.retain, min(len(bench.retain), len(bench.forget)))
+    context = model.config.max_position_embeddings
+    with job as folder:
+        scores = {}
+        for name, examples in (("forget", bench.forget), ("retain", sample)):
+            rows = data.encode_all(examples, tokenizer, s.template, context=context)
+            scores[name] = attribute_rows(model, rows, s, title=f"attribute {name}").cpu()
+        save_tensors(folder / "scores.safetensors", scores)
+
+
+def attribute_rows(model, rows: list[Encoded], s: Settings, *, title: str) -> Tensor:
+    """Att summed over rows, in batches of like length: float32 [L, D]."""
+    device = model.embed_tokens.weight.device
+    total = torch.zeros(len(model.layers), model.config.hidden_size, device=device)
+    # Every path node but the last is a row of the second stream.
+    budget = s.attribution_tokens // max(1, s.steps - 1)
+    with tqdm(total=len(rows), desc=title, unit="pair") as bar:
+        for part in data.batches_by_length(rows, budget):
+            batch = collate([rows[i] for i in part], device)
+            total += attribute(model, batch, steps=s.steps, path=s.path)
+            bar.update(len(part))
+    return total
+
+
+def mask_stage(s: Settings):
+    """mask/mask.safetensors: bool [L, D]; critical neurons per layer in stage.json."""
+    inputs = dict(attribution=stage.fingerprint(s.run / "attribution"))
+    job = Stage(s.run / "mask", settings=s, fields=("threshold", "mask"), inputs=inputs,
+                modules=("simu",))
+    if job.done:
+        return
+    with safe_open(s.run / "attribution" / "scores.safetensors", framework="pt") as file:
+        scores = {k: file.get_tensor(k) for k in ("forget", "retain")}
+    mask = critical_mask(scores["forget"], s.threshold)
+    if s.mask == "forget-only":
+        mask &= ~critical_mask(scores["retain"], s.threshold)  # [D6]
+    with job as folder:
+        save_tensors(folder / "mask.safetensors", {"mask": mask})
+        job.notes.update(critical=int(mask.sum()), total=mask.numel(),
+                         critical_per_layer=mask.sum(1).tolist())
+    print(f"{int(mask.sum())} of {mask.numel()} neurons are critical; by layer: "
+          f"{' '.join(map(str, mask.sum(1).tolist()))}")
+
+
+def unlearn_stage(s: Settings):
+    """<method>-graddiff/: the unlearned model in HF layout, its tokenizer, log.jsonl."""
+    inputs = dict(original=stage.fingerprint(s.run / "original"), **data.data_digests(s))
+    mask = None
+    if s.method == "simu":
+        inputs["mask"] = stage.fingerprint(s.run / "mask")
+    job = Stage(s.run / f"{s.method}-graddiff", settings=s, fields=UNLEARN, inputs=inputs,
+                modules=CODE)
+    if job.done:
+        return
+    if s.method == "simu":
+        with safe_open(s.run / "mask" / "mask.safetensors", framework="pt") as file:
+            mask = file.get_tensor("mask")
+    model, tokenizer, bench, _ = load_original(s)
+    context = model.config.max_position_embeddings
+    forget, retain = (data.encode_all(x, tokenizer, s.template, context=context)
+                      for x in (bench.forget, bench.retain))
+    with job as folder:
+        unlearn(model, forget, retain, mask, s, folder / "log.jsonl")
+        model.save_pretrained(folder)
+        data.copy_tokenizer(s.run / "original", folder)
+
+
+STAGES = {"original": original_stage, "attribute": attribute_stage, "mask": mask_stage,
+          "unlearn": unlearn_stage}
+
+
+def main(argv=None):
+    parser = stage.parser("simu.py", "The stages of SIMU, in the order run.sh calls them.")
+    commands = parser.add_subparsers(dest="stage", required=True, metavar="|".join(STAGES))
+    for name, function in STAGES.items():
+        command = commands.add_parser(name, help=function.__doc__, description=function.__doc__)
+        command.add_argument("benchmark", choices=stage.BENCHMARKS)
+        command.add_argument("model", choices=stage.MODELS)
+        stage.add_options(command, skip=("benchmark", "model"))
+    given = vars(parser.parse_args(argv))
+    run = STAGES[given.pop("stage")]
+    run(resolve(given))
+
+
+if __name__ == "__main__":
+    stage.run_cli(lambda: main(sys.argv[1:]))
