@@ -12,6 +12,7 @@ import ctypes
 import json
 import math
 import os
+import re
 from dataclasses import MISSING, dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -29,6 +30,8 @@ OLMO_EPS = 1e-5  # not in OLMo's config.json: its released code and transformers
 INIT_STD = 0.02  # GPT-2's, which LLaMA's and OLMo's published configs share
 SHARD_BYTES = 5_000_000_000  # above this a checkpoint is split, as transformers does
 EVICT_SHARE = 1 / 8  # dropping rows copies the cache, about one step's reading: worth it from here
+INDEX = "model.safetensors.index.json"
+WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 NAMED = 4  # tensors named of each kind of fault before only counting
 
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
@@ -357,7 +360,7 @@ class Transformer(nn.Module):
         if len(shards) > 1:
             total = sum(t.nbytes for t in tensors.values())
             where = {key: name for name, shard in zip(names, shards) for key in shard}
-            write_json(folder / "model.safetensors.index.json",
+            write_json(folder / INDEX,
                        {"metadata": {"total_size": total}, "weight_map": where})
         c = self.config
         write_json(folder / "config.json", c.to_hf(self.embed_tokens.weight.dtype))
@@ -365,6 +368,10 @@ class Transformer(nn.Module):
                "pad_token_id": c.pad_token_id}
         ids = {key: value for key, value in ids.items() if value is not None}
         write_json(folder / "generation_config.json", ids)
+        keep = {*names, INDEX} if len(shards) > 1 else set(names)
+        for old in folder.iterdir():  # an older, differently sharded save would be read instead
+            if WEIGHTS.fullmatch(old.name) and old.name not in keep:
+                old.unlink()
 
 
 # --------------------------------------------------------------------------------- loading, saving
@@ -382,14 +389,14 @@ def _shapes(config: Config) -> dict[str, torch.Size]:
 
 def _weight_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
     """The safetensors files of a checkpoint, and its index: tensor name -> file name."""
-    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    whole, index = folder / "model.safetensors", folder / INDEX
     if whole.exists():
         return [whole], {}
     if not index.exists():
         if any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth")):
             raise UserError(f"{folder} has only pickled weights (.bin, .pt), which can run code "
                             "and are never read; convert them (transformers: save_pretrained)")
-        raise UserError(f"{folder} has no model.safetensors and no {index.name}; "
+        raise UserError(f"{folder} has no model.safetensors and no {INDEX}; "
                         "finish the download, or point to the folder that has them")
     content = read_json(index)
     where = content.get("weight_map") if isinstance(content, dict) else None
@@ -402,7 +409,7 @@ def _weight_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
             raise UserError(f"{index}: {tensor} is said to be in {name!r}; a shard must be a "
                             ".safetensors file beside the index")
         if not (folder / name).exists():
-            raise UserError(f"{folder / name} is missing ({index.name} puts {tensor} there); "
+            raise UserError(f"{folder / name} is missing ({INDEX} puts {tensor} there); "
                             "finish the download")
     return [folder / name for name in sorted(set(where.values()))], where
 

@@ -1,0 +1,6 @@
+"""Lets `pytest` from anywhere find the modules at the repository's root."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
