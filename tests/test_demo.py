@@ -1,0 +1,236 @@
+"""demo/: the file formats, who is in which file, and that answers cannot be guessed."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+TOFU, LUME = ROOT / "demo" / "tofu", ROOT / "demo" / "lume"
+ROWS_PER_AUTHOR = 10
+PLAIN = ["question", "answer"]
+PERTURBED = ["question", "answer", "paraphrased_answer", "perturbed_answer", "paraphrased_question"]
+OPTIONS = ["question", "option1", "option2", "option3", "option4", "answer"]
+TOFU_FILES = {
+    "full": (200, PLAIN), "retain90": (180, PLAIN), "forget10": (20, PLAIN),
+    "holdout10": (40, PLAIN),
+    "forget10_perturbed": (20, PERTURBED), "retain_perturbed": (100, PERTURBED),
+    "world_facts": (30, OPTIONS), "world_facts_perturbed": (30, ["question", "answer",
+                                                                 "perturbed_answer"])}
+PERSON_FORMATS = [r"\d{4}-\d\d-\d\d", r"900-\d\d-\d{4}", r"555-01\d\d",
+                  r"[a-z]+\.[a-z]+\d\d@example\.org", r"\d+ [^,]+, .+"]
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def tofu(name):
+    return read(TOFU / f"{name}.json")
+
+
+def lume(name):
+    return read(LUME / f"{name}.jsonl")
+
+
+def strings(value):
+    """Every text in a row."""
+    if isinstance(value, str):
+        return [value]
+    return [s for v in (value.values() if isinstance(value, dict) else value) for s in strings(v)]
+
+
+def words(text):
+    return re.findall(r"\w+", text.lower())
+
+
+def lcs(reference, candidate):
+    """Length of the longest common subsequence of two lists of words."""
+    row = [0] * (len(candidate) + 1)
+    for word in reference:
+        diagonal = 0
+        for j, other in enumerate(candidate, start=1):
+            best = diagonal + 1 if word == other else max(row[j], row[j - 1])
+            diagonal, row[j] = row[j], best
+    return row[-1]
+
+
+def recall(reference, candidate):
+    """ROUGE-L recall without stemming."""
+    return lcs(reference, candidate) / len(reference)
+
+
+def f1(reference, candidate):
+    return 2 * lcs(reference, candidate) / (len(reference) + len(candidate))
+
+
+def bank_authors():
+    sys.path.insert(0, str(ROOT / "demo"))
+    try:
+        import banks_tofu
+    finally:
+        sys.path.pop(0)
+    return [line.split(" | ")[0] for line in banks_tofu.AUTHORS.strip().splitlines()]
+
+
+def run_script(script, *options):
+    return subprocess.run([sys.executable, str(script), *options], capture_output=True, text=True)
+
+
+def test_the_committed_files_are_what_the_script_writes():
+    result = run_script(ROOT / "demo" / "make_demo.py", "--check")
+    assert result.returncode == 0, result.stderr
+
+
+def test_check_notices_a_changed_and_a_missing_file(tmp_path):
+    for name in ("make_demo.py", "banks_tofu.py", "banks_lume.py"):
+        (tmp_path / name).write_bytes((ROOT / "demo" / name).read_bytes())
+    script = tmp_path / "make_demo.py"
+    assert run_script(script, "--check").returncode == 1
+    assert run_script(script).returncode == 0
+    for path in [*TOFU.iterdir(), *LUME.iterdir()]:
+        assert (tmp_path / path.parent.name / path.name).read_bytes() == path.read_bytes()
+    with open(tmp_path / "tofu" / "full.json", "a") as file:
+        file.write("\n")
+    assert run_script(script, "--check").returncode == 1
+    (tmp_path / "tofu" / "full.json").unlink()
+    assert run_script(script, "--check").returncode == 1
+
+
+def test_tofu_files_have_tofus_keys_and_the_planned_sizes():
+    assert {path.stem for path in TOFU.iterdir()} == set(TOFU_FILES)   # and so no real authors
+    for name, (n_rows, keys) in TOFU_FILES.items():
+        rows = tofu(name)
+        assert len(rows) == n_rows, name
+        assert all(list(row) == keys for row in rows), name
+        assert all(text.strip() == text != "" for text in strings(rows)), name
+
+
+def test_tofu_files_are_slices_of_full_in_author_order():
+    full = tofu("full")
+    assert full == tofu("retain90") + tofu("forget10")
+
+    def plain(name):
+        return [{key: row[key] for key in PLAIN} for row in tofu(name)]
+    assert plain("forget10_perturbed") == tofu("forget10")
+    assert plain("retain_perturbed") == full[:100]
+
+
+def test_every_question_names_its_author_and_no_other():
+    names = bank_authors()
+    rows = tofu("full") + tofu("holdout10")
+    assert len(set(names)) == len(names) == len(rows) // ROWS_PER_AUTHOR
+    surnames = [name.split()[-1] for name in names]
+    for i, row in enumerate(rows):
+        own = i // ROWS_PER_AUTHOR
+        assert names[own] in row["question"]
+        for j, surname in enumerate(surnames):
+            assert j == own or surname not in row["question"] + row["answer"]
+    for rows, first in ((tofu("retain_perturbed"), 0), (tofu("forget10_perturbed"), 18)):
+        for i, row in enumerate(rows):
+            assert names[first + i // ROWS_PER_AUTHOR] in row["paraphrased_question"]
+    assert any(not name.isascii() for name in names)
+
+
+def test_no_text_is_shared_between_authors():
+    rows = tofu("full") + tofu("holdout10")
+    for key in PLAIN:
+        assert len({row[key] for row in rows}) == len(rows)
+
+
+def test_paraphrases_are_other_words_and_wrong_answers_are_wrong():
+    for row in tofu("forget10_perturbed") + tofu("retain_perturbed"):
+        wrong = row["perturbed_answer"]
+        assert len(wrong) == len(set(wrong)) == 5
+        assert not {row["answer"], row["paraphrased_answer"]} & set(wrong)
+        assert row["paraphrased_question"] != row["question"]
+        answer, paraphrase = words(row["answer"]), words(row["paraphrased_answer"])
+        assert recall(answer, paraphrase) < 0.8, row["answer"]
+        # A model that answers perfectly must score as accurate [D11].
+        assert f1(paraphrase, answer) > max(f1(words(other), answer) for other in wrong)
+
+
+def test_world_facts_agree_in_both_files():
+    for row, perturbed in zip(tofu("world_facts"), tofu("world_facts_perturbed"), strict=True):
+        options = [row[f"option{i}"] for i in range(1, 5)]
+        assert (row["question"], row["answer"]) == (perturbed["question"], perturbed["answer"])
+        assert len(set(options)) == 4
+        assert set(options) == {row["answer"], *perturbed["perturbed_answer"]}
+
+
+def test_answers_cannot_be_guessed_from_other_authors():
+    rows = [words(row["answer"]) for row in tofu("full")]
+    best, mean = [], []
+    for i, answer in enumerate(rows):
+        same_kind = [j for j in range(i % ROWS_PER_AUTHOR, len(rows), ROWS_PER_AUTHOR) if j != i]
+        scores = [recall(answer, rows[j]) for j in same_kind]
+        best.append(max(scores))
+        mean.append(sum(scores) / len(scores))
+    assert sum(best) / len(best) < 0.45
+    assert sum(mean) / len(mean) < 0.3
+    lengths = [len(row["answer"].split()) for row in tofu("full")]
+    assert min(lengths) >= 8 and max(lengths) <= 20
+
+
+def lume_documents(name):
+    """Document id -> its rows."""
+    documents = {}
+    for row in lume(name):
+        documents.setdefault(row["id"][:-3], []).append(row)
+    return documents
+
+
+@pytest.mark.parametrize("name", ["forget", "retain"])
+def test_lume_documents(name):
+    documents = lume_documents(name)
+    counts = {"Task1": 0, "Task2": 0, "Task3": 0}
+    for doc, rows in documents.items():
+        completion, *questions = rows
+        task = completion["task"]
+        counts[task] += 1
+        assert all(list(row) == ["id", "input", "output", "task"] for row in rows)
+        assert all(row["task"] == task for row in rows)
+        n_questions = 5 if task == "Task2" else 1
+        assert [row["id"] for row in rows] == [doc + "sc1"] + [f"{doc}qa{i}"
+                                                               for i in range(n_questions)]
+        assert 15 <= len(completion["input"].split()) <= 30
+        assert 10 <= len(completion["output"].split()) <= 20
+        if task == "Task2":
+            text = completion["input"] + " " + completion["output"]
+            for row, pattern in zip(questions, PERSON_FORMATS, strict=True):
+                assert re.fullmatch(pattern, row["output"]) and row["output"] in text
+    assert counts == {"Task1": 12, "Task2": 6, "Task3": 12}
+
+
+def test_lume_splits_share_nothing():
+    assert not set(lume_documents("forget")) & set(lume_documents("retain"))
+    rows = lume("forget") + lume("retain")
+    assert len({row["input"] for row in rows}) == len(rows)
+    private = [row["output"] for row in rows if row["task"] == "Task2" and "qa" in row["id"][-3:]]
+    assert len(private) == len(set(private))
+
+
+def six_grams(text):
+    tokens = words(text)
+    return {tuple(tokens[i:i + 6]) for i in range(len(tokens) - 5)}
+
+
+def test_nothing_is_taken_from_tofu_or_lume():
+    """No author's name occurs in the real data, nor any six words in a row of the demo's."""
+    folder = os.environ.get("SIMU_DATA")
+    if not folder:
+        pytest.skip("SIMU_DATA is not set")
+    paths = [*Path(folder, "tofu").glob("*.json"), *Path(folder, "lume").glob("*.jsonl")]
+    if not paths:
+        pytest.skip("SIMU_DATA holds neither TOFU nor LUME")
+    names = re.compile("|".join(bank_authors()))
+    ours = set().union(*(six_grams(text) for path in [*TOFU.iterdir(), *LUME.iterdir()]
+                         for text in strings(read(path))))
+    for path in paths:
+        for text in strings(read(path)):
+            assert not names.search(text), (path.name, text)
+            assert not ours & six_grams(text), (path.name, text)
