@@ -59,11 +59,11 @@ RECIPES = {
                                              fo=dict(lam=0.3, epochs=5)),
 }
 # Tiny models, made here on a CPU. Their learning rates come from the grid in benchmarks/.
-TINY = PAPER | dict(threshold=0.3, steps=5, epochs=10,
+TINY = PAPER | dict(threshold=0.6, steps=5, epochs=10, batch=4,
                     fo=dict(lam=0.3, lr=1e-4), so=dict(lam=2.0, lr=3e-4),
                     simu=dict(lam=2.0, lr=4.5e-4))
 for _model in ("tiny-llama", "tiny-olmo"):
-    RECIPES["demo", _model] = TINY | TOFU | dict(rows_per_author=10)
+    RECIPES["demo", _model] = TINY | TOFU | dict(rows_per_author=10, light_epochs=20)
     RECIPES["tofu", _model] = TINY | TOFU | dict(forget_groups=2, retain_groups=20)
     RECIPES["lume", _model] = TINY | LUME | dict(forget_groups=3, retain_groups=12)
 
@@ -524,7 +524,8 @@ def tiny_config(s: Settings, tokenizer) -> Config:
 def learn(model: Transformer, epochs: list[list[Encoded]], s: Settings, *, lr: float, log: Path,
           title: str):
     """AdamW on the mean answer loss. epochs: for each epoch, its rows in order."""
-    order = [rows[i:i + s.batch] for rows in epochs for i in range(0, len(rows), s.batch)]
+    order = [rows[i:i + s.learn_batch] for rows in epochs
+             for i in range(0, len(rows), s.learn_batch)]
     with moving_weights(model, "fo", None, torch.float32) as moving:
         train(model, moving, order,
               lambda rows: dict(loss=backward_mean_nll(model, rows, 1.0, s.micro_tokens)),
@@ -570,8 +571,8 @@ def make_original(s: Settings, bench: data.Benchmark, retain_only: Path, folder:
 SLICE = ("benchmark", "model", "seed", "device", "dtype", "forget_split", "retain_split",
          "forget_groups", "retain_groups", "rows_per_author", "lume_fraction", "template",
          "weights")
-LEARN = SLICE + ("batch", "micro_tokens", "beta1", "adam_beta2", "adam_eps", "weight_decay", "clip",
-                 "warmup", "vocab", "width", "depth", "context", "learn_lr", "learn_epochs")
+LEARN = SLICE + ("learn_batch", "micro_tokens", "beta1", "adam_beta2", "adam_eps", "weight_decay",
+                 "clip", "warmup", "vocab", "width", "depth", "context", "learn_lr", "learn_epochs")
 LIGHT = LEARN + ("light_lr", "light_epochs", "light_retain")
 ATTRIBUTE = SLICE + ("steps", "path", "attribution_tokens")
 UNLEARN = SLICE + ("method", "lr", "epochs", "batch", "micro_tokens", "lam", "beta1", "beta2",

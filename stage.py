@@ -113,6 +113,7 @@ class Settings:
     width: int = option(128, "D of a tiny model", **at_least(8))
     depth: int = option(4, "L of a tiny model", **at_least(1))
     context: int = option(512, "positions of a tiny model", **at_least(8))
+    learn_batch: int = option(16, "rows per update while it is made", **at_least(1))
     learn_lr: float = option(2e-3, "peak rate while learning all but the forget set", **POSITIVE)
     learn_epochs: int = option(40, "epochs of that", **at_least(1))
     light_lr: float = option(5e-4, "peak rate while learning the forget set", **POSITIVE)

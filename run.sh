@@ -1,0 +1,56 @@
+#!/usr/bin/env bash
+# The whole pipeline, a line per stage.
+#
+#   bash run.sh demo [MODEL] [--option value ...]     the embedded benchmark, offline, on a CPU
+#   bash run.sh tofu|lume MODEL [--option value ...]  MODEL: llama2-7b, olmo-1b, tiny-llama, tiny-olmo
+#   bash run.sh test                                  the test suite
+#
+# Options are those of `python simu.py original --help`; a finished stage is skipped.
+set -euo pipefail
+here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+
+usage() { sed -n '4,6s/^# *//p' "${BASH_SOURCE[0]}" >&2; exit 2; }
+
+# The active Python if it has what is needed, else a .venv made here once.
+needs() { "$1" -c "import torch, sentencepiece, safetensors, tqdm, tokenizers, pytest" 2>/dev/null; }
+set_up() {
+    python=python3
+    needs "$python" && return
+    python="$here/.venv/bin/python"
+    needs "$python" 2>/dev/null && return
+    python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
+        { echo "error: python3 is older than 3.10; install a newer one" >&2; exit 2; }
+    echo "making .venv from requirements.txt (once)"
+    python3 -m venv "$here/.venv"
+    "$python" -m pip install --quiet -r "$here/requirements.txt"
+}
+
+benchmark="${1:-}"
+case "$benchmark" in
+test)
+    set_up
+    cd "$here"
+    exec "$python" -m pytest -q "${@:2}" ;;
+demo)
+    model=tiny-llama
+    shift
+    if [[ "${1:---}" != --* ]]; then model="$1"; shift; fi ;;
+tofu | lume)
+    [[ $# -ge 2 && "$2" != --* ]] || usage
+    model="$2"
+    shift 2 ;;
+*) usage ;;
+esac
+
+set_up
+simu() { "$python" "$here/simu.py" "$1" "$benchmark" "$model" "${@:2}"; }
+simu original "$@"
+simu attribute "$@"
+simu mask "$@"
+simu unlearn --method fo "$@"
+simu unlearn --method so "$@"
+simu unlearn --method simu "$@"
+run="$here/runs/$benchmark-$model"
+for ((i = 1; i < $#; i++)); do [[ "${!i}" != --out ]] || { j=$((i + 1)); run="${!j}"; }; done
+"$python" "$here/eval.py" evaluate "$run"
+"$python" "$here/eval.py" report "$run"
