@@ -67,7 +67,7 @@ def golden_values():
             "rouge_l": [[a, b, *scorer.score(a, b)["rougeL"]] for a, b in pairs]}
 
 
-# --------------------------------------------------------------------------------- stemmer and ROUGE
+# -------------------------------------------------------------------------------- stemmer and ROUGE
 
 
 def test_golden_stems_and_rouge():
@@ -124,7 +124,7 @@ def test_closest_shares_ties():
     assert ev.closest("red apple", ["red pear", "green plum"], "red") == 1 / 2
 
 
-# -------------------------------------------------------------------------------------------- MIA
+# ---------------------------------------------------------------------------------------------- MIA
 
 
 def test_auc_by_hand():
