@@ -285,7 +285,7 @@ def ks_p_value(a: list[float], b: list[float]) -> float:
     return (total - inside[m]) / total
 
 
-def harmonicmean(values: list[float]) -> float:
+def harmonic_mean(values: list[float]) -> float:
     """0 if any value is 0."""
     return 0.0 if min(values) <= 0 else len(values) / math.fsum(1 / x for x in values)
 
@@ -302,7 +302,7 @@ def aggregate(*, em_forget: float, rouge_forget: float, mia: float, em_retain: f
 
 def task_aggregate(forget: list[float], retain: list[float]) -> float:
     """SemEval-2025 Task 4: harmonic mean of the retain scores and of 1 - the forget scores."""
-    return harmonicmean([1 - x for x in forget] + list(retain))
+    return harmonic_mean([1 - x for x in forget] + list(retain))
 
 
 # -------------------------------------------------------------------------------- what a model says
@@ -537,7 +537,7 @@ def _tofu_values(rows, values, notes):
         values["model_utility"] = None
         notes["model_utility"] = "needs rouge_l, probability, truth_ratio of retain and world facts"
     else:
-        values["model_utility"] = harmonicmean(factors)
+        values["model_utility"] = harmonic_mean(factors)
 
 
 def _lume_values(rows, values, notes):
@@ -563,7 +563,7 @@ def _mia_values(rows, about, values, notes):
     others = [r["mia"] for r in rows if r["split"] == "nonmembers"]
     names = ["mia.auc", "mia.distance", "mia.score", *(f"mia.min_{k}" for k in MIN_K)]
     if not members or not others:
-        lacks = about["nonmember_source"] if members else "the forget rows hold no document"
+        lacks = about["nonmember_source"] if not others else "the forget rows hold no document"
         values.update(dict.fromkeys(names))
         notes.update(dict.fromkeys(names, lacks))
         return

@@ -299,6 +299,8 @@ def _recipes_table(run: Path, found: list[dict]) -> str:
     """Hyperparameters with which each method was run."""
     used = {e["label"]: stage.read_json(run / e["name"] / "stage.json")["settings"]
             for e in found if e["name"].endswith("-graddiff")}
+    if not used:
+        return ""
     return table(["Setting", *used], [[k, *(x[k] for x in used.values())] for k in RECIPE])
 
 
