@@ -287,7 +287,9 @@ class Transformer(nn.Module):
         self.config = config
         self.checkpoint = False  # True: blocks recompute their activations in the backward pass
         norm = RMSNorm if config.model_type == "llama" else LayerNorm
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        # Not nn.Embedding(V, D): its own initialisation, on the meta device, imports torch._dynamo.
+        table = torch.empty(config.vocab_size, config.hidden_size)
+        self.embed_tokens = nn.Embedding.from_pretrained(table, freeze=False)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = norm(config.hidden_size, config.norm_eps)
         self.lm_head = None
@@ -296,7 +298,7 @@ class Transformer(nn.Module):
         # The residual stream adds 2L outputs: scaled so that its variance does not grow with L.
         scale = 1 / math.sqrt(2 * config.num_hidden_layers)
         for name, weight in self.named_parameters():
-            if weight.dim() == 2:
+            if weight.dim() == 2 and not weight.is_meta:  # a loader fills those
                 residual = name.endswith(("o_proj.weight", "down_proj.weight"))
                 nn.init.normal_(weight, std=INIT_STD * scale if residual else INIT_STD)
 

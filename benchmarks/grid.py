@@ -21,7 +21,7 @@ import simu
 import stage
 from model import Transformer, generate
 
-RATES = (1e-5, 2e-5, 4e-5, 8e-5, 1.6e-4, 3.2e-4, 6.4e-4, 1.28e-3)
+RATES = (2.8e-5, 4e-5, 5.7e-5, 8e-5, 1.1e-4, 1.6e-4, 2.3e-4, 3.2e-4)
 SLACK = 0.05
 
 

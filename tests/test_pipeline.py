@@ -1,0 +1,257 @@
+"""The stages together, on the demo's data at a size that runs in seconds: what is made, what is
+skipped, what is made again, and how mistakes end."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+import eval as evaluation
+import simu
+import stage
+from stage import UserError
+
+ROOT = Path(simu.__file__).parent
+MICRO = ("--width 64 --depth 2 --vocab 500 --learn-epochs 2 --light-epochs 2 --epochs 2 "
+         "--max-total-tokens 48 --context 160").split()
+FOLDERS = ("retain-only", "original", "fo-graddiff", "so-graddiff", "simu-graddiff")
+MODELS = ("tiny-llama", "tiny-olmo")
+
+
+def pipeline(out, *options, benchmark="demo", model="tiny-llama"):
+    """What run.sh does, in this process."""
+    words = [benchmark, model, "--out", str(out), *MICRO, *options]
+    for command in ("original", "attribute", "mask", "unlearn --method fo", "unlearn --method so",
+                    "unlearn --method simu"):
+        name, *rest = command.split()
+        simu.main([name, *words, *rest])
+    evaluation.main(["evaluate", str(out), *FOLDERS])
+    evaluation.main(["report", str(out)])
+
+
+def tensors(folder):
+    with safe_open(Path(folder) / "model.safetensors", framework="pt") as file:
+        return {k: file.get_tensor(k) for k in file.keys()}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """One micro run of each cell kind."""
+    made = {}
+    for benchmark, model in (("demo", "tiny-llama"), ("lume", "tiny-olmo")):
+        out = tmp_path_factory.mktemp(benchmark) / "run"
+        pipeline(out, "--data", str(ROOT / "demo"), benchmark=benchmark, model=model)
+        made[benchmark] = out
+    return made
+
+
+@pytest.mark.parametrize("benchmark", ["demo", "lume"])
+def test_every_artefact_is_there_and_nothing_half_written(runs, benchmark):
+    out = runs[benchmark]
+    for folder in FOLDERS:
+        for name in ("config.json", "model.safetensors", "log.jsonl", "stage.json",
+                     "eval/metrics.json", "eval/generations.jsonl"):
+            assert (out / folder / name).is_file(), f"{folder}/{name}"
+    assert (out / "report.md").is_file() and (out / "report.json").is_file()
+    assert not list(out.rglob("*.partial")) and not list(out.rglob("*.old"))
+    made = stage.read_json(out / "simu-graddiff" / "stage.json")
+    assert made["seconds"] > 0 and made["peak_host_bytes"] > 1e6
+    assert made["settings"]["lam"] == 2.0
+
+
+@pytest.mark.parametrize("benchmark", ["demo", "lume"])
+def test_only_what_simu_may_move_has_moved(runs, benchmark):
+    out = runs[benchmark]
+    old, new = tensors(out / "original"), tensors(out / "simu-graddiff")
+    with safe_open(out / "mask" / "mask.safetensors", framework="pt") as file:
+        mask = file.get_tensor("mask")
+    assert old.keys() == new.keys()
+    for name in old:
+        layer = int(name.split(".")[2]) if ".layers." in name else None
+        if "self_attn" in name:
+            assert not torch.equal(old[name], new[name]), name
+        elif "down_proj" in name:
+            assert torch.equal(old[name][~mask[layer]], new[name][~mask[layer]]), name
+            assert not torch.equal(old[name], new[name]) or not mask[layer].any()
+        else:
+            assert torch.equal(old[name], new[name]), name
+    for method in ("fo", "so"):
+        other = tensors(out / f"{method}-graddiff")
+        assert all(not torch.equal(old[k], other[k]) for k in old)
+
+
+def test_the_mask_is_the_rule_on_the_scores(runs):
+    out = runs["demo"]
+    with safe_open(out / "attribution" / "scores.safetensors", framework="pt") as file:
+        scores = {k: file.get_tensor(k) for k in file.keys()}
+    with safe_open(out / "mask" / "mask.safetensors", framework="pt") as file:
+        mask = file.get_tensor("mask")
+    made = stage.read_json(out / "mask" / "stage.json")
+    threshold = made["settings"]["threshold"]
+    assert scores["forget"].shape == scores["retain"].shape == mask.shape == (2, 64)
+    assert torch.equal(mask, simu.critical_mask(scores["forget"], threshold))
+    assert made["critical"] == int(mask.sum()) and made["total"] == 128
+
+
+def test_a_second_run_does_nothing_and_a_changed_one_only_what_depends(runs, tmp_path, capsys):
+    out = tmp_path / "run"
+    shutil.copytree(runs["demo"], out)
+    before = {p: p.stat().st_mtime_ns for p in out.rglob("*.safetensors")}
+    pipeline(out, "--data", str(ROOT / "demo"))
+    assert {p: p.stat().st_mtime_ns for p in out.rglob("*.safetensors")} == before
+    capsys.readouterr()
+    pipeline(out, "--data", str(ROOT / "demo"), "--threshold", "0.9")
+    told = capsys.readouterr().out
+    assert "[mask] made again: settings changed" in told
+    assert "[simu-graddiff] made again: inputs changed" in told
+    for same in ("original", "attribution", "fo-graddiff", "so-graddiff", "fo-graddiff/eval"):
+        assert f"[{same}] already made" in told, same
+
+
+def test_changed_data_makes_everything_again(runs, tmp_path, capsys):
+    out, own = tmp_path / "run", tmp_path / "data"
+    shutil.copytree(runs["demo"], out)
+    shutil.copytree(ROOT / "demo" / "tofu", own / "tofu")
+    path = own / "tofu" / "world_facts.json"
+    path.write_text(path.read_text() + "\n")
+    simu.main(["original", "demo", "tiny-llama", "--out", str(out), *MICRO, "--data", str(own)])
+    assert "[retain-only] made again: inputs changed" in capsys.readouterr().out
+
+
+def test_the_same_command_gives_the_same_bytes(runs, tmp_path):
+    pipeline(tmp_path / "run", "--data", str(ROOT / "demo"))
+    for name in ("original/model.safetensors", "attribution/scores.safetensors",
+                 "mask/mask.safetensors", "simu-graddiff/model.safetensors",
+                 "simu-graddiff/log.jsonl", "simu-graddiff/eval/metrics.json",
+                 "simu-graddiff/eval/generations.jsonl", "fo-graddiff/model.safetensors"):
+        assert (tmp_path / "run" / name).read_bytes() == (runs["demo"] / name).read_bytes(), name
+
+
+def test_attribution_does_not_depend_on_the_token_budget(runs, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(runs["demo"], out)
+    scores = []
+    for tokens in ("4096", "700"):
+        simu.main(["attribute", "demo", "tiny-llama", "--out", str(out), *MICRO, "--data",
+                   str(ROOT / "demo"), "--attribution-tokens", tokens])
+        with safe_open(out / "attribution" / "scores.safetensors", framework="pt") as file:
+            scores.append(file.get_tensor("forget"))
+    assert (scores[0] - scores[1]).abs().max() <= 1e-4 * scores[0].abs().max()
+
+
+@pytest.mark.parametrize("benchmark", ["demo", "lume"])
+def test_saved_models_load_in_transformers(runs, benchmark):
+    transformers = pytest.importorskip("transformers")
+    from model import Transformer
+    folder = runs[benchmark] / "simu-graddiff"
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    ids = torch.arange(5, 25)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(Transformer.from_pretrained(folder)(ids), theirs(ids).logits,
+                                   rtol=1e-5, atol=1e-5)
+
+
+def test_weights_of_ones_own(runs, tmp_path):
+    """--weights DIR: the original is linked, not copied and not made."""
+    out = tmp_path / "run"
+    words = ["demo", "tiny-llama", "--out", str(out), *MICRO, "--weights",
+             str(runs["demo"] / "original"), "--data", str(ROOT / "demo")]
+    simu.main(["original", *words])
+    assert (out / "original" / "model.safetensors").is_symlink()
+    assert not (out / "retain-only").exists()
+    simu.main(["attribute", *words])
+    assert (out / "attribution" / "scores.safetensors").read_bytes() == (
+        runs["demo"] / "attribution" / "scores.safetensors").read_bytes()
+
+
+# ---------------------------------------------------------------------------------------- mistakes
+
+
+def command(*words, **environment):
+    env = {k: v for k, v in os.environ.items() if k != "SIMU_DATA"} | environment
+    return subprocess.run(words, capture_output=True, text=True, cwd=ROOT, env=env)
+
+
+@pytest.mark.parametrize("words, told", [
+    ("original tofu tiny-llama", "SIMU_DATA"),
+    ("original tofu llama3-8b", "llama3-8b"),
+    ("original demo tiny-llama --treshold 0.3", "--treshold"),
+    ("original demo tiny-llama --threshold 1.5", "--threshold is 1.5; it must be in (0, 1]"),
+    ("original demo tiny-llama --steps 0", "--steps is 0; it must be at least 1"),
+    ("original demo tiny-llama --lr fast", "--lr"),
+    ("original demo tiny-llama --data nowhere", "nowhere/tofu is missing"),
+    ("original demo tiny-llama --weights nowhere", "nowhere"),
+    ("original demo tiny-llama --path both", "--path"),
+    ("original demo tiny-llama --context 8", "more than the model's context of 8"),
+    ("attribute demo tiny-llama", "is not a finished stage"),
+    ("mask demo tiny-llama", "is not a finished stage"),
+    ("unlearn demo tiny-llama --method none", "--method"),
+    ("", "original"),
+])
+def test_mistakes_end_in_one_line(tmp_path, words, told):
+    out = [] if not words else ["--out", str(tmp_path / "run")]
+    done = command(sys.executable, "simu.py", *words.split(), *out, TQDM_DISABLE="1")
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+    assert told in done.stderr
+    assert not list(tmp_path.rglob("model.safetensors"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_cuda_asked_for_and_absent(tmp_path):
+    with pytest.raises(UserError, match="no GPU"):
+        simu.main(["original", "demo", "tiny-llama", "--out", str(tmp_path / "r"), *MICRO,
+                   "--device", "cuda"])
+
+
+def test_a_budget_that_cannot_hold_a_row(runs, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(runs["demo"], out)
+    for name, option in (("attribute", "--attribution-tokens"), ("unlearn", "--micro-tokens")):
+        with pytest.raises(UserError, match="cannot hold a row"):
+            simu.main([name, "demo", "tiny-llama", "--out", str(out), *MICRO, "--data",
+                       str(ROOT / "demo"), option, "8", "--method", "so"])
+
+
+def test_a_run_in_use_is_refused(runs, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(runs["demo"], out)
+    with stage._lock(out):
+        with pytest.raises(UserError, match="in use by another process"):
+            simu.main(["mask", "demo", "tiny-llama", "--out", str(out), *MICRO, "--threshold",
+                       "0.2", "--data", str(ROOT / "demo")])
+    simu.main(["mask", "demo", "tiny-llama", "--out", str(out), *MICRO, "--threshold", "0.2",
+               "--data", str(ROOT / "demo")])
+
+
+@pytest.mark.parametrize("words", ["", "nonsense", "tofu", "tofu --seed 1"])
+def test_run_sh_shows_its_usage(words):
+    done = command("bash", "run.sh", *words.split())
+    assert done.returncode == 2 and "bash run.sh demo" in done.stderr
+
+
+BLOCKED = """
+import sys, importlib.abc
+class Blocked(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("tokenizers", "matplotlib", "transformers"):
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Blocked())
+sys.path.insert(0, {tests!r})
+import warnings; warnings.simplefilter("ignore")
+from test_pipeline import pipeline
+pipeline({out!r}, "--forget-groups", "1", "--retain-groups", "2")
+"""
+
+
+def test_the_llama_demo_needs_no_optional_package(tmp_path):
+    code = BLOCKED.format(tests=str(ROOT / "tests"), out=str(tmp_path / "run"))
+    done = command(sys.executable, "-c", code, TQDM_DISABLE="1", PYTHONPATH=str(ROOT))
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads((tmp_path / "run" / "report.json").read_text())
