@@ -372,14 +372,19 @@ def _add_generations(rows, model, tokenizer, s: Settings, resume: Path | None):
 
 
 def _whole_lines(path: Path | None) -> list:
-    """JSON lines of a file; a last line that a killed process left torn is cut off."""
+    """JSON lines of a file; what a killed process left torn at its end is cut off."""
     if path is None or not path.is_file():
         return []
-    text = path.read_text(encoding="ascii", errors="replace")
-    whole = text[:text.rfind("\n") + 1]
-    if whole != text:
-        stage.write_text(path, whole)
-    return [json.loads(line) for line in whole.splitlines()]
+    text, values, end = path.read_text(encoding="ascii", errors="replace"), [], 0
+    for line in text.splitlines(keepends=True):
+        try:
+            values.append(json.loads(line if line.endswith("\n") else ""))
+        except ValueError:
+            break
+        end += len(line)
+    if end < len(text):
+        stage.write_text(path, text[:end])
+    return values
 
 
 def _add_losses(rows, model, tokenizer, s: Settings, document: str):
@@ -662,7 +667,8 @@ def main(argv=None):
     commands = parser.add_subparsers(dest="command", required=True, metavar="evaluate|report")
     one = commands.add_parser("evaluate", help="metrics.json and generations.jsonl of stages")
     one.add_argument("run", type=Path)
-    one.add_argument("stages", nargs="+", metavar="STAGE", help="e.g. original simu-graddiff")
+    one.add_argument("stages", nargs="*", metavar="STAGE",
+                     help="e.g. original simu-graddiff; default: every model of the run")
     one.add_argument("--limit", type=int, default=0,
                      help="at most so many rows of each split: a quick look, marked as partial")
     two = commands.add_parser("report", help="report.md and report.json of a run")
@@ -680,7 +686,11 @@ def main(argv=None):
                       recompute=args.recompute)
     if args.limit < 0:
         raise UserError(f"--limit is {args.limit}; it must be 0 (all rows) or more")
-    for name in args.stages:
+    stages = args.stages or sorted(p.parent.name for p in args.run.glob("*/config.json")
+                                   if (p.parent / "stage.json").is_file())
+    if not stages:
+        raise UserError(f"{args.run} holds no finished model; `bash run.sh demo` makes one")
+    for name in stages:
         evaluate(args.run, name, limit=args.limit)
 
 

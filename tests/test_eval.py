@@ -445,9 +445,9 @@ def values_of(run: Path, name: str) -> dict:
 def test_evaluation_tells_what_each_model_knows(made):
     original, ideal = (values_of(made / "run", n) for n in ("original", "retain-only"))
     for name in ("forget.rouge_l", "retain.rouge_l", "forget.exact_match", "world_facts.accuracy"):
-        assert original[name] == 1.0
+        assert original[name] > 0.9
     assert original["mia.auc"] > 0.95 and original["forget.probability"] > 0.5
-    assert ideal["forget.exact_match"] == 0 and ideal["retain.exact_match"] == 1
+    assert ideal["forget.exact_match"] == 0 and ideal["retain.exact_match"] > 0.7
     assert ideal["mia.auc"] < 0.8 and ideal["forget.probability"] < 0.1
     assert ideal["aggregate_exact_match"] > original["aggregate_exact_match"]
 
@@ -521,9 +521,11 @@ def test_lume_rows_give_documents_to_the_attack(made, tmp_path):
 # --------------------------------------------------------------------- the command line, and faults
 
 
-def test_a_finished_evaluation_is_skipped(made, capsys):
-    ev.main(["evaluate", str(made / "run"), "original"])
-    assert "skipped" in capsys.readouterr().out
+def test_finished_evaluations_are_skipped(made, capsys):
+    ev.main(["evaluate", str(made / "run")])  # every model of the run
+    out = capsys.readouterr().out.splitlines()
+    assert out == [f"[{name}/eval] already made; skipped"
+                   for name in ("original", "retain-only", "simu-graddiff")]
 
 
 def test_a_killed_evaluation_goes_on(run, monkeypatch):
@@ -584,12 +586,20 @@ def test_report_beside_the_paper(run, capsys):
     assert "29554 of 32768" in (run / "report.md").read_text("utf-8")
     by_name = {e["name"]: e["metrics"]["values"]
                for e in stage.read_json(run / "report.json")["evaluations"]}
-    # The same model as retain-only cannot be told from it; four rows fully apart give 2 / C(8, 4).
+    # The same model as retain-only cannot be told from it; the original can.
     assert by_name["simu-graddiff"]["forget_quality"] == 1
-    assert by_name["original"]["forget_quality"] == pytest.approx(2 / 70)
+    assert by_name["original"]["forget_quality"] == expected_quality(run) < 0.5
+
+
+def expected_quality(run: Path) -> float:
+    samples = [[sum(r["perturbed_losses"]) / 5 - r["paraphrased_loss"]
+                for r in ev.read_rows(run / name / "eval") if r["split"] == "forget"]
+               for name in ("original", "retain-only")]
+    return ev.ks_p_value(*samples)
 
 
 def test_forget_quality_without_a_retain_only_model(run, tmp_path):
+    expected = expected_quality(run)
     shutil.move(run / "retain-only", tmp_path / "elsewhere")
     shutil.rmtree(run / "simu-graddiff")
     ev.main(["report", str(run)])
@@ -598,7 +608,7 @@ def test_forget_quality_without_a_retain_only_model(run, tmp_path):
     assert "--retain-only" in evaluation["notes"]["forget_quality"]
     ev.main(["report", str(run), "--retain-only", str(tmp_path / "elsewhere")])
     evaluation = stage.read_json(run / "report.json")["evaluations"][0]["metrics"]
-    assert evaluation["values"]["forget_quality"] == pytest.approx(2 / 70)
+    assert evaluation["values"]["forget_quality"] == expected
 
 
 def test_mean_and_deviation_over_seeds(run):
@@ -673,10 +683,13 @@ def test_report_refuses_what_does_not_belong_together(run, spoil, says):
 
 
 def test_evaluate_refuses_what_cannot_be_evaluated(run):
-    for arguments, says in [(["nowhere"], "not a finished stage"),
-                            (["original", "--limit", "-1"], "--limit is -1")]:
+    (run.parent / "empty").mkdir()
+    for arguments, says in [([run, "nowhere"], "not a finished stage"),
+                            ([run, "original", "--limit", "-1"], "--limit is -1"),
+                            ([run.parent / "empty"], "holds no finished model"),
+                            ([run.parent / "none", "original"], "settings.json is missing")]:
         with pytest.raises(stage.UserError, match=says):
-            ev.main(["evaluate", str(run), *arguments])
+            ev.main(["evaluate", *map(str, arguments)])
     model, tokenizer, bench, s = loaded(run)
     tokenizer.vocab_size = model.config.vocab_size + 1
     with pytest.raises(stage.UserError, match="not of one model"):
