@@ -11,24 +11,28 @@ here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 
 usage() { sed -n '4,6s/^# *//p' "${BASH_SOURCE[0]}" >&2; exit 2; }
 
-# The active Python if it has what is needed, else a .venv made here once.
-needs() { "$1" -c "import torch, sentencepiece, safetensors, tqdm, tokenizers, pytest" 2>/dev/null; }
+# The active Python if it has the packages named, else a .venv made here once.
+has() {
+    "$1" -c 'import sys, importlib.util as u
+sys.exit(sys.version_info < (3, 10) or any(u.find_spec(m) is None for m in sys.argv[1:]))' "${@:2}"
+} 2>/dev/null
 set_up() {
+    local packages=(torch sentencepiece safetensors tqdm "$@")
     python=python3
-    needs "$python" && return
+    has "$python" "${packages[@]}" && return
     python="$here/.venv/bin/python"
-    needs "$python" 2>/dev/null && return
-    python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
-        { echo "error: python3 is older than 3.10; install a newer one" >&2; exit 2; }
-    echo "making .venv from requirements.txt (once)"
-    python3 -m venv "$here/.venv"
-    "$python" -m pip install --quiet -r "$here/requirements.txt"
+    has "$python" "${packages[@]}" && return
+    echo "making .venv from requirements.txt (once; torch is large)" >&2
+    python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))' && python3 -m venv "$here/.venv" &&
+        "$python" -m pip install --quiet --disable-pip-version-check -r "$here/requirements.txt" ||
+        { echo "error: no Python environment: $here needs python3 >= 3.10 with venv, and the" \
+            "packages of requirements.txt; install them and run again" >&2; exit 2; }
 }
 
 benchmark="${1:-}"
 case "$benchmark" in
 test)
-    set_up
+    set_up pytest tokenizers
     cd "$here"
     exec "$python" -m pytest -q "${@:2}" ;;
 demo)
@@ -42,7 +46,7 @@ tofu | lume)
 *) usage ;;
 esac
 
-set_up
+case "$model" in *olmo*) set_up tokenizers ;; *) set_up ;; esac
 simu() { "$python" "$here/simu.py" "$1" "$benchmark" "$model" "${@:2}"; }
 simu original "$@"
 simu attribute "$@"
