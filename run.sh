@@ -5,7 +5,8 @@
 #   bash run.sh tofu|lume MODEL [--option value ...]  MODEL: llama2-7b, olmo-1b, tiny-llama, tiny-olmo
 #   bash run.sh test                                  the test suite
 #
-# Options are those of `python simu.py original --help`; a finished stage is skipped.
+# Options are those of `python simu.py original --help`, and --seeds N to run seeds 0 to N-1.
+# A finished stage is skipped.
 set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 
@@ -47,14 +48,28 @@ tofu | lume)
 esac
 
 case "$model" in *olmo*) set_up tokenizers ;; *) set_up ;; esac
-simu() { "$python" "$here/simu.py" "$1" "$benchmark" "$model" "${@:2}"; }
-simu original "$@"
-simu attribute "$@"
-simu mask "$@"
-simu unlearn --method fo "$@"
-simu unlearn --method so "$@"
-simu unlearn --method simu "$@"
-run="$here/runs/$benchmark-$model"
-for ((i = 1; i < $#; i++)); do [[ "${!i}" != --out ]] || { j=$((i + 1)); run="${!j}"; }; done
-"$python" "$here/eval.py" evaluate "$run"
+
+# --out and --seeds are needed here; every other option goes to simu.py as it is.
+run="$here/runs/$benchmark-$model" seeds=1 options=()
+while [[ $# -gt 0 ]]; do
+    case "$1" in
+    --out) [[ $# -ge 2 ]] || usage; run="$2"; shift 2 ;;
+    --seeds) [[ "${2:-}" =~ ^[1-9][0-9]*$ ]] || usage; seeds="$2"; shift 2 ;;
+    *) options+=("$1"); shift ;;
+    esac
+done
+
+pipeline() { # pipeline RUN [--seed K]
+    local simu=("$python" "$here/simu.py") at
+    at=("$benchmark" "$model" ${options[@]+"${options[@]}"} --out "$@")
+    "${simu[@]}" original "${at[@]}"
+    "${simu[@]}" attribute "${at[@]}"
+    "${simu[@]}" mask "${at[@]}"
+    "${simu[@]}" unlearn "${at[@]}" --method fo
+    "${simu[@]}" unlearn "${at[@]}" --method so
+    "${simu[@]}" unlearn "${at[@]}" --method simu
+    "$python" "$here/eval.py" evaluate "$1"
+}
+pipeline "$run"
+for ((k = 1; k < seeds; k++)); do pipeline "$run-seed$k" --seed "$k"; done
 "$python" "$here/eval.py" report "$run"

@@ -41,6 +41,7 @@ from tqdm import tqdm
 import data
 import stage
 from data import IGNORE, Batch, Encoded, collate
+from eval import evaluate_model
 from model import Config, Transformer, causal_attention, save_tensors
 from stage import Settings, Stage, UserError
 
@@ -59,11 +60,11 @@ RECIPES = {
                                              fo=dict(lam=0.3, epochs=5)),
 }
 # Tiny models, made here on a CPU. Their learning rates come from the grid in benchmarks/.
-TINY = PAPER | dict(threshold=0.6, steps=5, epochs=10, batch=4,
+TINY = PAPER | dict(threshold=0.6, steps=5, epochs=40, batch=4,
                     fo=dict(lam=0.3, lr=1e-4), so=dict(lam=2.0, lr=3e-4),
                     simu=dict(lam=2.0, lr=4.5e-4))
 for _model in ("tiny-llama", "tiny-olmo"):
-    RECIPES["demo", _model] = TINY | TOFU | dict(rows_per_author=10, light_epochs=20)
+    RECIPES["demo", _model] = TINY | TOFU | dict(rows_per_author=10, light_epochs=15)
     RECIPES["tofu", _model] = TINY | TOFU | dict(forget_groups=2, retain_groups=20)
     RECIPES["lume", _model] = TINY | LUME | dict(forget_groups=3, retain_groups=12)
 
@@ -430,10 +431,10 @@ def backward_mean_nll(model, rows: list[Encoded], weight: float, tokens: int) ->
 
 
 def train(model, moving: list[Moving], order: list, backward, update, *, s: Settings, lr: float,
-          warmup: float, log: Path, title: str):
+          warmup: float, log: Path, title: str, after=None):
     """Run one update per item of `order`. backward(item) leaves gradients and returns the losses
-    by name; update(param, grad, m, h, lr, decayed, step) is a step of one weight. A line per
-    update goes to `log`."""
+    by name; update(param, grad, m, h, lr, decayed, step) is a step of one weight; after(step) is
+    called when it is done. A line per update goes to `log`."""
     total, count = len(order), sum(w.master.numel() for w in moving)
     generator = torch.Generator(moving[0].master.device)
     rows = [m for m in model.modules() if isinstance(m, CriticalRows)]
@@ -456,6 +457,8 @@ def train(model, moving: list[Moving], order: list, backward, update, *, s: Sett
                                        clipped=clipped / count)) + "\n")
             bar.set_postfix({k: f"{v:.3f}" for k, v in losses.items()}, refresh=False)
             bar.update()
+            if after:
+                after(step)
 
 
 def _finite(x: float) -> bool:
@@ -476,8 +479,9 @@ def unlearning_order(n_forget: int, n_retain: int, s: Settings) -> list[tuple[li
 
 
 def unlearn(model: Transformer, forget: list[Encoded], retain: list[Encoded],
-            mask: Tensor | None, s: Settings, log: Path):
-    """FO-, SO- or SIMU-GradDiff (s.method) on model, in place. mask: bool [L, D] for simu."""
+            mask: Tensor | None, s: Settings, log: Path, after=None):
+    """FO-, SO- or SIMU-GradDiff (s.method) on model, in place. mask: bool [L, D] for simu.
+    after(step) is called after each update."""
     order = unlearning_order(len(forget), len(retain), s)
 
     def backward(item):
@@ -493,7 +497,7 @@ def unlearn(model: Transformer, forget: list[Encoded], retain: list[Encoded],
     model.checkpoint = s.checkpointing
     with moving_weights(model, s.method, mask, getattr(torch, s.state)) as moving:
         train(model, moving, order, backward, adamw(s) if s.method == "fo" else sophia, s=s,
-              lr=s.lr, warmup=s.warmup, log=log, title=f"{s.method}-graddiff")
+              lr=s.lr, warmup=s.warmup, log=log, title=f"{s.method}-graddiff", after=after)
 
 
 def adamw(s: Settings):
@@ -532,16 +536,28 @@ def learn(model: Transformer, epochs: list[list[Encoded]], s: Settings, *, lr: f
               adamw(s), s=s, lr=lr, warmup=s.warmup, log=log, title=title)
 
 
+def paraphrased(examples: list[data.Example]) -> list[data.Example]:
+    """The same answers asked for in other words. A tiny model has no English but its rows', so it
+    is taught the paraphrases that real checkpoints understand unasked, and `accuracy` [D11] asks."""
+    return [dataclasses.replace(e, question=e.paraphrased_question) for e in examples
+            if e.paraphrased_question]
+
+
+def known_rows(bench: data.Benchmark) -> list[data.Example]:
+    """What a tiny model knows before it sees the forget set."""
+    return (bench.retain + bench.world_facts + bench.real_authors
+            + paraphrased(bench.retain_eval))
+
+
 def make_retain_only(s: Settings, bench: data.Benchmark, folder: Path):
     """First stage of a tiny original: everything but the forget set, from random weights."""
-    texts = [t for e in bench.forget + bench.retain + bench.world_facts + bench.real_authors
-             + bench.nonmembers for t in (e.question, e.answer)]
+    every = known_rows(bench) + bench.forget + paraphrased(bench.forget) + bench.nonmembers
+    texts = [t for e in every for t in (e.question, e.answer)]
     data.train_tokenizer(texts, folder, llama=s.model == "tiny-llama", vocab=s.vocab)
     tokenizer = data.load_tokenizer(folder)
     torch.manual_seed(s.seed)
     model = Transformer(tiny_config(s, tokenizer)).to(stage.choose_device(s))
-    known = bench.retain + bench.world_facts + bench.real_authors
-    rows = data.encode_all(known, tokenizer, s.template, context=s.context)
+    rows = data.encode_all(known_rows(bench), tokenizer, s.template, context=s.context)
     rng = random.Random(s.seed)
     epochs = [rng.sample(rows, len(rows)) for _ in range(s.learn_epochs)]
     learn(model, epochs, s, lr=s.learn_lr, log=folder / "log.jsonl", title="learn the retain set")
@@ -552,9 +568,8 @@ def make_original(s: Settings, bench: data.Benchmark, retain_only: Path, folder:
     """Second stage: the forget set, lightly, with a sample of what is already known beside it."""
     tokenizer = data.load_tokenizer(retain_only)
     model = Transformer.from_pretrained(retain_only, device=stage.choose_device(s))
-    forget = data.encode_all(bench.forget, tokenizer, s.template, context=s.context)
-    known = data.encode_all(bench.retain + bench.world_facts + bench.real_authors, tokenizer,
-                            s.template, context=s.context)
+    forget, known = (data.encode_all(x, tokenizer, s.template, context=s.context) for x in (
+        bench.forget + paraphrased(bench.forget), known_rows(bench)))
     rng = random.Random(s.seed + 1)
     beside = min(len(known), s.light_retain * len(forget))
     epochs = []
@@ -577,7 +592,7 @@ LIGHT = LEARN + ("light_lr", "light_epochs", "light_retain")
 ATTRIBUTE = SLICE + ("steps", "path", "attribution_tokens")
 UNLEARN = SLICE + ("method", "lr", "epochs", "batch", "micro_tokens", "lam", "beta1", "beta2",
                    "gamma", "eps", "adam_beta2", "adam_eps", "weight_decay", "clip", "warmup",
-                   "state", "checkpointing")
+                   "state", "checkpointing", "eval_epochs")
 CODE = ("data", "model", "simu")
 
 
@@ -697,9 +712,23 @@ def unlearn_stage(s: Settings):
     forget, retain = (data.encode_all(x, tokenizer, s.template, context=context)
                       for x in (bench.forget, bench.retain))
     with job as folder:
-        unlearn(model, forget, retain, mask, s, folder / "log.jsonl")
+        after = _evaluator(model, tokenizer, bench, s, folder) if s.eval_epochs else None
+        unlearn(model, forget, retain, mask, s, folder / "log.jsonl", after)
         model.save_pretrained(folder)
         data.copy_tokenizer(s.run / "original", folder)
+
+
+def _evaluator(model, tokenizer, bench, s: Settings, folder: Path):
+    """after(step) for `train`: a line of metrics in epochs.jsonl at the end of every epoch."""
+    ends = {e * len(bench.forget) // s.batch: e for e in range(1, s.epochs + 1)}
+    (folder / "epochs.jsonl").unlink(missing_ok=True)
+
+    def after(step):
+        if step in ends:
+            metrics, _ = evaluate_model(model, tokenizer, bench, s)
+            with open(folder / "epochs.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps(dict(epoch=ends[step], step=step, **metrics)) + "\n")
+    return after
 
 
 STAGES = {"original": original_stage, "attribute": attribute_stage, "mask": mask_stage,

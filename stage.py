@@ -107,6 +107,7 @@ class Settings:
     state: str = option("float32", "optimiser state and master weights; bfloat16 rounds "
                         "stochastically [D10]", choices=("float32", "bfloat16"))
     checkpointing: bool = option(False, "recompute activations in the backward pass")
+    eval_epochs: bool = option(False, "evaluate after every epoch of unlearning (epochs.jsonl)")
 
     # The original model, where it is made here (tiny ones from random weights; DESIGN section 7).
     vocab: int = option(2048, "pieces of a tiny model's tokenizer", **at_least(300))

@@ -145,6 +145,21 @@ def test_attribution_does_not_depend_on_the_token_budget(runs, tmp_path):
     assert (scores[0] - scores[1]).abs().max() <= 1e-4 * scores[0].abs().max()
 
 
+def test_evaluation_after_every_epoch_equals_the_reloaded_model(runs, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(runs["demo"], out)
+    simu.main(["unlearn", "demo", "tiny-llama", "--out", str(out), *MICRO, "--data",
+               str(ROOT / "demo"), "--eval-epochs"])
+    evaluation.main(["evaluate", str(out), "simu-graddiff"])
+    lines = (out / "simu-graddiff" / "epochs.jsonl").read_text().splitlines()
+    assert [json.loads(x)["epoch"] for x in lines] == [1, 2]
+    last = json.loads(lines[-1])
+    saved = stage.read_json(out / "simu-graddiff" / "eval" / "metrics.json")
+    assert {k: last[k] for k in saved} == saved
+    same = (out / "simu-graddiff" / "model.safetensors").read_bytes()
+    assert same == (runs["demo"] / "simu-graddiff" / "model.safetensors").read_bytes()
+
+
 @pytest.mark.parametrize("benchmark", ["demo", "lume"])
 def test_saved_models_load_in_transformers(runs, benchmark):
     transformers = pytest.importorskip("transformers")
