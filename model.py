@@ -70,13 +70,17 @@ class Config:
     pad_token_id: int | None = None
 
     def __post_init__(self):
-        if self.num_key_value_heads is None:
-            object.__setattr__(self, "num_key_value_heads", self.num_attention_heads)
-        _check_sizes(self, skip=("head_dim",) if self.head_dim is None else ())
-        _need(self.hidden_size % self.num_attention_heads == 0, self, "hidden_size",
-              f"a multiple of num_attention_heads = {self.num_attention_heads}")
-        if self.head_dim is None:
-            object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
+        _need(self.model_type in ("llama", "olmo"), self, "model_type",
+              "'llama' or 'olmo'; no other architecture is supported")
+        for name in SIZES:
+            value = getattr(self, name)
+            optional = value is None and name in ("num_key_value_heads", "head_dim")
+            _need(optional or _is_int(value) and value > 0, self, name, "a whole number above 0")
+        heads = self.num_attention_heads
+        _need(self.hidden_size % heads == 0, self, "hidden_size",
+              f"a multiple of num_attention_heads = {heads}")
+        object.__setattr__(self, "num_key_value_heads", self.num_key_value_heads or heads)
+        object.__setattr__(self, "head_dim", self.head_dim or self.hidden_size // heads)
         _check_values(self)
 
     @classmethod
@@ -116,15 +120,6 @@ def _is_int(x) -> bool:
 def _is_positive(x) -> bool:
     number = isinstance(x, (int, float)) and not isinstance(x, bool)
     return number and math.isfinite(x) and x > 0
-
-
-def _check_sizes(c: Config, skip: tuple):
-    _need(c.model_type in ("llama", "olmo"), c, "model_type",
-          "'llama' or 'olmo'; no other architecture is supported")
-    for name in SIZES:
-        if name not in skip:
-            value = getattr(c, name)
-            _need(_is_int(value) and value > 0, c, name, "a whole number above 0")
 
 
 def _check_values(c: Config):
@@ -362,8 +357,7 @@ class Transformer(nn.Module):
         if len(shards) > 1:
             total = sum(t.nbytes for t in tensors.values())
             where = {key: name for name, shard in zip(names, shards) for key in shard}
-            write_json(folder / INDEX,
-                       {"metadata": {"total_size": total}, "weight_map": where})
+            write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
         c = self.config
         write_json(folder / "config.json", c.to_hf(self.embed_tokens.weight.dtype))
         ids = {"bos_token_id": c.bos_token_id, "eos_token_id": c.eos_token_id,
@@ -433,12 +427,12 @@ def _check_headers(model, folder: Path, files: list[Path], index: dict) -> dict[
     places, faults = {}, {kind: [] for kind in ("missing", "unexpected", "misshapen", "not float")}
     for file in files:
         with _open(file) as shard:
-            names = shard.keys()
-            lost = [n for n, f in index.items() if f == file.name and n not in set(names)]
+            names = set(shard.keys())
+            lost = [n for n, f in index.items() if f == file.name and n not in names]
             if lost:
                 raise UserError(f"{file}: the index puts {_several(lost)} here, but the file does "
                                 "not hold it; index and shards are of different models")
-            for name in names:
+            for name in sorted(names):
                 if name.endswith("rotary_emb.inv_freq") or index.get(name, file.name) != file.name:
                     continue  # old exports store RoPE's frequencies, which the config decides
                 tensor = shard.get_slice(name)
@@ -574,7 +568,8 @@ def generate(model, prompts, *, max_new_tokens=None, eos_id, max_total_tokens=No
     """Greedy continuations [D16] of `prompts` (lists of ids), in their order: new ids, without eos.
     A row ends at eos_id (None: never), after max_new_tokens, at max_total_tokens with its prompt,
     or at the model's context. A batch holds at most batch_tokens cached positions; `progress`
-    names a tqdm bar. UserError for a prompt that is empty, too long, or not in the vocabulary."""
+    names a tqdm bar. In float32 a row's tokens do not depend on its company; in bfloat16 rounding
+    may decide a near tie. UserError for a prompt that is empty, too long or not in vocabulary."""
     limits = [_room(model.config, i, prompt, max_new_tokens, max_total_tokens)
               for i, prompt in enumerate(prompts)]
     for i, prompt in enumerate(prompts):
