@@ -8,6 +8,9 @@
 # Options are those of `python simu.py original --help`, and --seeds N to run seeds 0 to N-1.
 # A finished stage is skipped.
 set -euo pipefail
+# Waiting threads sleep: on a machine that is busy with something else, spinning ones can make a
+# small model three times slower.
+export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 
 usage() { sed -n '4,6s/^# *//p' "${BASH_SOURCE[0]}" >&2; exit 2; }
@@ -70,6 +73,9 @@ pipeline() { # pipeline RUN [--seed K]
     "${simu[@]}" unlearn "${at[@]}" --method simu
     "$python" "$here/eval.py" evaluate "$1"
 }
-pipeline "$run"
-for ((k = 1; k < seeds; k++)); do pipeline "$run-seed$k" --seed "$k"; done
-"$python" "$here/eval.py" report "$run"
+{ # read whole before it starts, so that editing this file does not derail a run
+    pipeline "$run"
+    for ((k = 1; k < seeds; k++)); do pipeline "$run-seed$k" --seed "$k"; done
+    "$python" "$here/eval.py" report "$run"
+    exit
+}

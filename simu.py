@@ -61,11 +61,14 @@ RECIPES = {
 }
 # Tiny models, made here on a CPU. Their learning rates come from the grid in benchmarks/.
 TINY = PAPER | dict(threshold=0.6, steps=5, epochs=40, batch=4,
-                    fo=dict(lam=0.3, lr=1e-4), so=dict(lam=2.0, lr=3e-4),
-                    simu=dict(lam=2.0, lr=4.5e-4))
+                    fo=dict(lam=0.3, lr=4e-4), so=dict(lam=2.0, lr=1e-4),
+                    simu=dict(lam=2.0, lr=8e-4))
 for _model in ("tiny-llama", "tiny-olmo"):
-    RECIPES["demo", _model] = TINY | TOFU | dict(rows_per_author=10, light_epochs=15)
-    RECIPES["tofu", _model] = TINY | TOFU | dict(forget_groups=2, retain_groups=20)
+    RECIPES["demo", _model] = TINY | TOFU | dict(rows_per_author=10, learn_epochs=30,
+                                                   light_epochs=15)
+    RECIPES["tofu", _model] = TINY | TOFU | dict(forget_groups=2, retain_groups=15,
+                                                   learn_epochs=25, light_epochs=15,
+                                                   epochs=20)
     RECIPES["lume", _model] = TINY | LUME | dict(forget_groups=3, retain_groups=12)
 
 

@@ -6,6 +6,7 @@ For each method the rate kept is the one with the highest retained ROUGE-L among
 ROUGE-L on the forget set at most 0.05 above that of the retain-only model, which never saw it.
 """
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -21,7 +22,7 @@ import simu
 import stage
 from model import Transformer, generate
 
-RATES = (2.8e-5, 4e-5, 5.7e-5, 8e-5, 1.1e-4, 1.6e-4, 2.3e-4, 3.2e-4)
+RATES = (2e-5, 5e-5, 1e-4, 2e-4, 4e-4, 8e-4, 1.6e-3)
 SLACK = 0.05
 
 
@@ -48,6 +49,9 @@ def main(benchmark, name, *options):
         mask = file.get_tensor("mask")
     sets = dict(forget=bench.forget, retain=bench.retain_eval[:100], world=bench.world_facts)
     sets = {k: v for k, v in sets.items() if v}
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    print(f"command: python benchmarks/grid.py {' '.join(sys.argv[1:])}\ncommit: "
+          f"{commit.stdout.strip()}\ntorch {torch.__version__}, {torch.get_num_threads()} threads")
     print(f"critical neurons: {int(mask.sum())} of {mask.numel()}; seed {s.seed}; {s.epochs} epochs")
     print("| model | lr | " + " | ".join(f"ROUGE-L {k}" for k in sets) + " |")
     print("|---|---|" + "---|" * len(sets))
