@@ -1,0 +1,397 @@
+"""What every stage will need, before anything is downloaded: memory, disk, passes.
+
+Nothing is modelled by formula: the real code runs on torch's `meta` device, where tensors have
+shapes but no memory, and `LiveBytes` counts what would be alive.
+
+GB is 10^9 bytes. Not counted: torch itself, CUDA's context, the allocator's rounding.
+"""
+
+import os
+import weakref
+from dataclasses import dataclass, fields, replace
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
+
+import data
+import simu
+import stage
+from data import Encoded
+from eval import LOGITS
+from model import Config, Transformer
+from stage import Settings, UserError
+
+GB = 1e9
+RESERVE = GB  # of a GPU's free memory: library workspaces and the allocator's rounding
+CARD = 80 * GB  # what is compared with where no GPU is at hand
+
+CONFIGS = {
+    "llama2-7b": Config(
+        model_type="llama", vocab_size=32000, hidden_size=4096, intermediate_size=11008,
+        num_hidden_layers=32, num_attention_heads=32, max_position_embeddings=4096),
+    "olmo-1b": Config(
+        model_type="olmo", vocab_size=50304, hidden_size=2048, intermediate_size=8192,
+        num_hidden_layers=16, num_attention_heads=16, max_position_embeddings=2048,
+        tie_word_embeddings=True),
+    "olmo-1b-0724": Config(  # the 1B that LUME's own checkpoint grew from
+        model_type="olmo", vocab_size=50304, hidden_size=2048, intermediate_size=8192,
+        num_hidden_layers=16, num_attention_heads=16, max_position_embeddings=4096, clip_qkv=8.0),
+}
+FILE_BYTES = {"llama2-7b": 2, "olmo-1b": 4}  # per weight, in the published checkpoints
+CRITICAL = {("tofu", "llama2-7b"): 722, ("lume", "llama2-7b"): 1870,  # Table 5
+            ("tofu", "olmo-1b"): 29554, ("lume", "olmo-1b"): 23089}
+# Tokens of the longest row and of the longest answer, eos counted, in the files and recipes used.
+LONGEST = {("tofu", "llama2-7b"): (164, 105), ("tofu", "olmo-1b"): (142, 91),
+           ("lume", "llama2-7b"): (478, 176), ("lume", "olmo-1b"): (421, 155),
+           ("demo", "tiny-llama"): (66, 41), ("demo", "tiny-olmo"): (65, 41),
+           ("tofu", "tiny-llama"): (126, 95), ("tofu", "tiny-olmo"): (122, 94),
+           ("lume", "tiny-llama"): (432, 108), ("lume", "tiny-olmo"): (413, 103)}
+TOFU_ROWS = {"forget01": 40, "forget05": 200, "forget10": 400}
+TOFU_RETAIN_EVAL, TOFU_FACTS, LUME_ROWS = 400, 217, 2732  # rows asked about; forget rows
+STAGES = (("attribute", None), ("unlearn", "fo"), ("unlearn", "so"), ("unlearn", "simu"),
+          ("evaluate", None))
+COLUMNS = (9, 11, 8, 13, 8)  # widths of the table's
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of all tensors made inside it, and of those it is given, while they live:
+    `now` and the highest `peak`. Tensors that share memory count once. Works on any device."""
+
+    def __init__(self, *tensors):
+        super().__init__()
+        self.now = self.peak = 0
+        self.known = {}
+        for t in tensors:
+            self._add(t)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for t in tree_leaves(out):
+            if isinstance(t, torch.Tensor):
+                self._add(t)
+        return out
+
+    def _add(self, t):
+        memory = t.untyped_storage()
+        key, size = memory._cdata, memory.nbytes()
+        if key not in self.known:
+            self.known[key] = weakref.ref(memory, lambda _: self._drop(key, size))
+            self.now += size
+            self.peak = max(self.peak, self.now)
+
+    def _drop(self, key, size):
+        del self.known[key]
+        self.now -= size
+
+
+# ----------------------------------------------------------------------------- what a stage needs
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes. activations: everything else that is alive at the highest point, be it in the passes
+    or in the update."""
+
+    weights: int
+    gradients: int
+    state: int
+    activations: int
+
+    @property
+    def peak(self) -> int:
+        return self.weights + self.gradients + self.state + self.activations
+
+
+def need(s: Settings, config: Config, name: str, method: str | None = None, *, dtype: torch.dtype,
+         critical: int, longest: int, answer: int) -> Need:
+    """Of stage `name` ("attribute", "unlearn" with a method, "evaluate"), were every row `longest`
+    tokens and every answer `answer` tokens long. Traces every layer: about 2 s for 7B."""
+    if name == "unlearn":
+        n = _unlearning(s, config, method, dtype, critical, longest, answer)
+        if s.eval_epochs:
+            beside = need(s, config, "evaluate", dtype=dtype, critical=0, longest=longest,
+                          answer=answer).activations
+            n = replace(n, activations=max(n.activations, beside))
+        return n
+    model = _meta(config, dtype).requires_grad_(False)
+    weights = sum(p.nbytes for p in model.parameters())
+    with LiveBytes(*model.parameters()) as live:
+        if name == "attribute":
+            _trace_attribution(model, s, longest, answer)
+            return Need(weights, 0, 0, live.peak - weights)
+        if name == "evaluate":
+            return Need(weights, 0, 0, _trace_evaluation(model, s, longest) + live.peak - weights)
+    raise ValueError(f"no plan for stage {name!r}")
+
+
+def _meta(config: Config, dtype: torch.dtype) -> Transformer:
+    with torch.device("meta"):
+        return Transformer(config).to(dtype)
+
+
+class _Fused(torch.autograd.Function):
+    """Stands in for fused attention, which `meta` would spell out: keeps what its kernels keep."""
+
+    @staticmethod
+    def forward(ctx, q, k, v):
+        B, H, T, hd = q.shape
+        y = q.new_empty(B, T, H, hd).transpose(1, 2)  # [B, H, T, hd]
+        ctx.save_for_backward(q, k, v, y, q.new_empty(B, H, T, dtype=torch.float32))
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        return tuple(torch.empty_like(t) for t in ctx.saved_tensors[:3])
+
+
+def _hidden(model: Transformer, B: int, T: int):
+    """Transformer.hidden on B rows of T tokens: [B, T, D]."""
+    def attend(q, k, v):
+        return _Fused.apply(q, k, v).transpose(1, 2).flatten(2)  # [B, T, H*hd]
+
+    x = model.embed_tokens(torch.zeros(B, T, dtype=torch.int64, device="meta"))
+    cos, sin = model.rope(torch.arange(T, device="meta"))
+    for block in model.layers:
+        x = (checkpoint(block, x, cos, sin, attend, use_reentrant=False, preserve_rng_state=False)
+             if model.checkpoint and torch.is_grad_enabled() else block(x, cos, sin, attend))
+    return model.norm(x)
+
+
+def _unlearning(s, config, method, dtype, critical, longest, answer) -> Need:
+    """One update of `unlearn`, from the pass that finds all gradients already there."""
+    mask = torch.zeros(config.num_hidden_layers * config.hidden_size, dtype=torch.bool)
+    mask[torch.arange(critical) * len(mask) // max(1, critical)] = True  # spread over the layers
+    model = _meta(config, dtype)
+    model.checkpoint = s.checkpointing
+    own = {id(p): p for p in model.parameters()}
+    with simu.moving_weights(model, method, mask.view(config.num_hidden_layers, -1),
+                             getattr(torch, s.state)) as moving:
+        weights = own | {id(w.weight): w.weight for w in moving}  # with the critical rows
+        for w in moving:
+            w.weight.grad = torch.empty_like(w.weight)
+        sizes = [sum(p.nbytes for p in weights.values()),
+                 sum(w.weight.grad.nbytes for w in moving),
+                 sum(w.m.nbytes + w.h.nbytes + w.master.nbytes * (w.master.dtype != dtype)
+                     for w in moving)]
+        with LiveBytes(*weights.values(), *(t for w in moving
+                                            for t in (w.weight.grad, w.master, w.m, w.h))) as live:
+            _trace_pass(model, s, longest, answer)
+            simu.apply_updates(moving, _one_update(s, method), scale=1.0, generator=None)
+        return Need(*sizes, live.peak - sum(sizes))
+
+
+def _trace_pass(model, s, longest, answer):
+    """The largest pass of `backward_mean_nll`."""
+    B = min(s.batch, max(1, s.micro_tokens // longest))
+    n = torch.arange(B * answer, device="meta")
+    logits = model.logits(_hidden(model, B, longest)[n % B, n // B])  # [B * answer, V]
+    loss = F.cross_entropy(logits, n, reduction="sum")
+    del logits
+    loss.backward()
+
+
+def _one_update(s, method):
+    """The update `train` would make; its count is dropped, for meta tensors have no values."""
+    def update(p, g, m, h, decayed):
+        if method == "fo":
+            simu.adamw_update(p, g, m, h, lr=s.lr, beta1=s.beta1, beta2=s.adam_beta2,
+                              eps=s.adam_eps, weight_decay=s.weight_decay, step=1)
+        else:
+            simu.sophia_update(p, g, m, h, lr=s.lr, beta1=s.beta1, beta2=s.beta2, gamma=s.gamma,
+                               eps=s.eps, weight_decay=s.weight_decay)
+        return 0
+    return update
+
+
+def _trace_attribution(model, s, longest, answer):
+    """`attribute` where it is widest: the lowest layer's path goes through all layers above."""
+    c = model.config
+    B = max(1, s.attribution_tokens // max(1, s.steps - 1) // longest)
+
+    def each(*shape):
+        return [model.embed_tokens.weight.new_empty(shape) for _ in model.layers]
+
+    kv = (B, longest, c.num_key_value_heads, c.head_dim)
+    run = SimpleNamespace(
+        model=model, x0=each(B, answer, c.hidden_size)[0], mid=each(B, answer, c.hidden_size),
+        beta=each(B, answer, c.hidden_size),
+        keys=[k.transpose(1, 2) for k in each(*kv)],  # [B, K, T, hd]
+        values=[v.transpose(1, 2) for v in each(*kv)],
+        pos=torch.zeros(B, answer, dtype=torch.int64, device="meta"),
+        labels=torch.zeros(B, answer, dtype=torch.int64, device="meta"))
+    simu._last_node(run)
+    if s.steps > 1:
+        (simu._layer_path if s.path == "layer" else simu._neuron_path)(run, 0, s.steps)
+
+
+@torch.no_grad()
+def _trace_evaluation(model, s, longest) -> int:
+    """A pass of `eval_tokens`; returns the bytes of the cache and the logits to be had beside."""
+    c = model.config
+    _hidden(model, max(1, s.eval_tokens // longest), longest)
+    cache = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * s.eval_tokens
+    logits = 2 * LOGITS * torch.float32.itemsize  # and their log-softmax
+    return cache * model.embed_tokens.weight.itemsize + logits
+
+
+# ------------------------------------------------------------------------------------ will it fit
+
+
+def room(device: torch.device) -> int:
+    """Bytes that a stage may still take on the device."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0] - RESERVE)
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            lines = dict(line.split(":", 1) for line in file)
+        return int(lines["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError):  # not Linux: all memory there is
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def config_of(s: Settings) -> Config:
+    """The shape of a run's model: its own config.json, or what it will be."""
+    for folder in (s.run / "original", s.weights):
+        if folder and os.path.isfile(os.path.join(folder, "config.json")):
+            return Config.from_dir(folder)
+    if s.tiny:
+        return simu.tiny_config(s, SimpleNamespace(vocab_size=s.vocab, bos_id=1, eos_id=2))
+    newer = s.benchmark == "lume" and s.model == "olmo-1b"
+    return CONFIGS[s.model + "-0724" if newer else s.model]
+
+
+def critical_count(s: Settings, config: Config) -> int:
+    """Critical neurons: of the run's mask, else Table 5's, else all."""
+    made = s.run / "mask" / "stage.json"
+    if made.is_file():
+        return stage.read_json(made)["critical"]
+    return CRITICAL.get((s.benchmark, s.model), config.num_hidden_layers * config.hidden_size)
+
+
+def check(s: Settings, config: Config, name: str, method: str | None = None, *,
+          rows: list[Encoded] = ()) -> int:
+    """Predicted peak in bytes of a stage about to load its model; UserError if the device has not
+    that much left. rows: what it will read, instead of the benchmark's known longest row."""
+    device = stage.choose_device(s)
+    given = dict(dtype=stage.choose_dtype(s), critical=critical_count(s, config),
+                 **_lengths(s, rows))
+    n, free = need(s, config, name, method, **given), room(device)
+    if n.peak > free:
+        raise UserError(f"{method or name} needs {n.peak / GB:.1f} GB and {device.type} has "
+                        f"{free / GB:.1f} GB left; {_advice(s, config, name, method, free, given)}")
+    return n.peak
+
+
+def _lengths(s: Settings, rows=()) -> dict:
+    longest, answer = LONGEST[s.benchmark, s.model]
+    if rows:
+        longest = max(len(r.ids) for r in rows)
+        answer = max(len(r.ids) - max(r.n_prompt, 1) for r in rows)
+    return dict(longest=longest, answer=answer)
+
+
+def _advice(s, config, name, method, free: int, given: dict) -> str:
+    """The first settings, the cheapest in time and faith first, with which a stage would fit."""
+    longest = given["longest"]
+    if name == "attribute":
+        ways = [dict(attribution_tokens=longest * max(1, s.steps - 1))]
+    elif name == "evaluate":
+        ways = [dict(eval_tokens=max(longest + s.max_new_tokens, s.max_total_tokens))]
+    else:
+        small = dict(micro_tokens=min(s.micro_tokens, max(512, longest)))
+        less = [small, dict(checkpointing=True), small | dict(checkpointing=True)]
+        narrow = dict(state="bfloat16")
+        ways = [*less, narrow, *(narrow | way for way in less)]
+    if given["dtype"] == torch.float32:
+        ways += [dict(dtype="bfloat16") | way for way in ({}, *ways)]
+    for way in ways:
+        changed = {**given, "dtype": torch.bfloat16} if "dtype" in way else given
+        peak = need(replace(s, **way), config, name, method, **changed).peak
+        if peak <= free:
+            flags = (f"--{k.replace('_', '-')}" + ("" if v is True else f" {v}")
+                     for k, v in way.items())
+            return f"{' '.join(flags)} would need {peak / GB:.1f} GB"
+    return "no setting makes it fit: use a larger device"
+
+
+# -------------------------------------------------------------------------------------- the table
+
+
+def plan_command(s: Settings):
+    """Print what each stage of a run needs, and whether it fits the device at hand."""
+    config, here = config_of(s), stage.choose_device(s)
+    no_gpu = here.type == "cpu" and not s.tiny and s.device == "auto"
+    dtype = torch.bfloat16 if no_gpu and s.dtype == "auto" else stage.choose_dtype(s)
+    given = dict(dtype=dtype, critical=critical_count(s, config), **_lengths(s))
+    count = sum(p.numel() for p in _meta(config, dtype).parameters())
+    print(f"{s.benchmark} {s.model}: {count:,} weights, {str(dtype)[6:]}; rows of at most "
+          f"{given['longest']} tokens, {given['answer']} of them answer; {given['critical']} of "
+          f"{config.num_hidden_layers * config.hidden_size} neurons critical")
+    free = CARD if no_gpu else room(here)
+    where = ("no GPU here: compared with one card of" if no_gpu else
+             f"{torch.cuda.get_device_name() if here.type == 'cuda' else 'CPU'}, room for")
+    print(f"{where} {free / GB:.1f} GB\n")
+    unit, size = ("MB", 1e6) if s.tiny else ("GB", GB)
+    heads = zip(("weights", "gradients", "state", "activations", "peak"), COLUMNS)
+    print(f"{unit:10}{''.join(f'{head:>{w}}' for head, w in heads)}  fits")
+    hints = []
+    for name, method in STAGES:
+        own = _for_method(s, method)
+        n = need(own, config, name, method, **given)
+        parts = (n.weights, n.gradients, n.state, n.activations, n.peak)
+        cells = (f"{x / size:{w}.2f}" for x, w in zip(parts, COLUMNS))
+        print(f"{method or name:10}{''.join(cells)}  {'yes' if n.peak <= free else 'no'}")
+        if n.peak > free:
+            hints.append(f"{method or name}: {_advice(own, config, name, method, free, given)}")
+    print("", *hints, *_work(s, config, given["longest"]), _disk(s, config, count, dtype), sep="\n")
+
+
+def _for_method(s: Settings, method: str | None) -> Settings:
+    """s as its recipe has it for another method, with what the user changed."""
+    cell = dict(benchmark=s.benchmark, model=s.model)
+    plain = simu.resolve(cell | dict(method=s.method))
+    changed = {f.name: getattr(s, f.name) for f in fields(s)
+               if getattr(s, f.name) != getattr(plain, f.name)}
+    return simu.resolve(cell | dict(method=method or s.method) | changed)
+
+
+def _work(s: Settings, config: Config, longest: int) -> list[str]:
+    """A line per stage: how often the model runs."""
+    forget, retain, questions = _sizes(s)
+    each = 1 + (s.steps - 1) * (config.num_hidden_layers - 1) / 2
+    lines = [f"attribute: {forget + min(forget, retain)} pairs, {each:.1f} forward-backward passes "
+             "of a pair's answer rows each"]
+    for _, method in STAGES[1:4]:
+        own = _for_method(s, method)
+        passes = 2 * -(-own.batch // max(1, own.micro_tokens // longest))
+        lines.append(f"{method}: {own.epochs * forget // own.batch} updates of at most {passes} "
+                     "forward-backward passes")
+    return [*lines, f"evaluate: {questions} generations for each model"]
+
+
+def _sizes(s: Settings) -> tuple[int, int, int]:
+    """Forget rows, retain rows, questions: of the data where it is at hand, else as published."""
+    if s.benchmark == "demo" or s.data or os.environ.get("SIMU_DATA"):
+        b = data.load_benchmark(s)
+        asked = b.forget + b.retain_eval
+        again = sum(bool(e.paraphrased_question) for e in asked)
+        facts = len(b.world_facts) + len(b.real_authors)
+        return len(b.forget), len(b.retain), len(asked) + again + facts
+    if s.benchmark == "lume":
+        forget = int(LUME_ROWS * s.lume_fraction)
+        return forget, forget, 2 * forget
+    forget = TOFU_ROWS.get(s.forget_split, TOFU_ROWS["forget10"])
+    return forget, 4000 - forget, 2 * (forget + TOFU_RETAIN_EVAL) + TOFU_FACTS
+
+
+def _disk(s: Settings, config: Config, count: int, dtype: torch.dtype) -> str:
+    first = count * FILE_BYTES.get(s.model, 4)
+    made = 3 * count * dtype.itemsize
+    scores = config.num_hidden_layers * config.hidden_size * 9  # two float32 and a bool
+    return (f"disk: {(first + made + scores) / GB:.2f} GB (original {first / GB:.2f}, three "
+            f"unlearned models {made / GB:.2f}); a model made again needs "
+            f"{made / 3 / GB:.2f} more meanwhile")

@@ -1,0 +1,273 @@
+"""The plan against what is really alive, its goals, its refusals; and the cost of attribution."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import plan
+import simu
+from data import Encoded, collate
+from model import Config, Transformer
+from plan import LiveBytes, Need
+from stage import Settings, UserError
+
+LLAMA = dict(model_type="llama", num_key_value_heads=2, tie_word_embeddings=False)
+OLMO = dict(model_type="olmo", tie_word_embeddings=True, clip_qkv=8.0)
+CRITICAL = 37
+LENGTHS = dict(longest=24, answer=16)
+
+
+def config(kind=LLAMA, **changes):
+    return Config(**(dict(vocab_size=300, hidden_size=64, intermediate_size=176,
+                          num_hidden_layers=4, num_attention_heads=4, max_position_embeddings=64,
+                          eos_token_id=2) | kind | changes))
+
+
+def settings(**changes):
+    return Settings(**(dict(batch=6, epochs=1, micro_tokens=100, steps=4) | changes))
+
+
+def rows(n, *, longest=24, answer=16, vocab=300):
+    g = torch.Generator().manual_seed(0)
+    return [Encoded(torch.randint(3, vocab, (longest,), generator=g).tolist(), longest - answer)
+            for _ in range(n)]
+
+
+def alive(c, s, method, dtype, folder) -> Need:
+    """Bytes of a real run of two updates, counted on the tensors themselves."""
+    torch.manual_seed(0)
+    model = Transformer(c).to(dtype)
+    mask = torch.zeros(c.num_hidden_layers, c.hidden_size, dtype=torch.bool)
+    mask.view(-1)[torch.arange(CRITICAL) * 5] = True
+    s, seen = replace(s, method=method), []
+    own = list(model.parameters())
+    with LiveBytes(*own) as live:
+        real = simu.apply_updates
+
+        def spy(moving, *args, **kwargs):
+            kept = {p.data_ptr(): p.nbytes for p in [*own, *(w.weight for w in moving)]}
+            grads = [w.weight.grad for w in moving]
+            state = {t.data_ptr(): t.nbytes for w in moving for t in (w.master, w.m, w.h)}
+            state = {k: v for k, v in state.items() if k not in kept}
+            assert all(p.grad is None for p in own if all(p is not w.weight for w in moving))
+            seen.append((sum(kept.values()), sum(g.nbytes for g in grads), sum(state.values())))
+            return real(moving, *args, **kwargs)
+
+        simu.apply_updates = spy
+        try:
+            simu.unlearn(model, rows(12), rows(12), mask, s, folder / "log.jsonl")
+        finally:
+            simu.apply_updates = real
+    return Need(*seen[-1], live.peak - sum(seen[-1]))
+
+
+@pytest.mark.parametrize("kind, dtype, state", [
+    (LLAMA, torch.float32, "float32"), (LLAMA, torch.bfloat16, "float32"),
+    (OLMO, torch.bfloat16, "bfloat16"), (OLMO, torch.float32, "bfloat16")])
+@pytest.mark.parametrize("method", ["fo", "so", "simu"])
+def test_unlearning_needs_what_was_planned(kind, method, dtype, state, tmp_path):
+    for checkpointing in (False, True):
+        s = settings(state=state, checkpointing=checkpointing)
+        planned = plan.need(s, config(kind), "unlearn", method, dtype=dtype, critical=CRITICAL,
+                            **LENGTHS)
+        real = alive(config(kind), s, method, dtype, tmp_path)
+        assert (planned.weights, planned.gradients, planned.state) == (
+            real.weights, real.gradients, real.state)
+        assert planned.activations == pytest.approx(real.activations, rel=0.25)
+
+
+def saved_for_backward(model, batch) -> int:
+    """Bytes that autograd keeps of one forward pass, each memory once, parameters left out."""
+    known = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    sizes = {}
+
+    def pack(t):
+        sizes[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        kept.append(t)
+        return t
+
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        simu.nll_sum(model, batch)
+    return sum(size for memory, size in sizes.items() if memory not in known)
+
+
+@pytest.mark.parametrize("method", ["fo", "simu"])
+@pytest.mark.parametrize("kind", [LLAMA, OLMO], ids=["llama", "olmo"])
+def test_activations_by_autograds_own_count(kind, method):
+    """Another way to count than LiveBytes: what is saved, and at the loss two more [N, V]."""
+    c, s = config(kind, num_hidden_layers=8), settings()
+    planned = plan.need(s, c, "unlearn", method, dtype=torch.float32, critical=CRITICAL, **LENGTHS)
+    model = Transformer(c)
+    mask = torch.zeros(c.num_hidden_layers, c.hidden_size, dtype=torch.bool)
+    mask.view(-1)[torch.arange(CRITICAL) * 13] = True
+    B = s.micro_tokens // LENGTHS["longest"]
+    with simu.moving_weights(model, method, mask, torch.float32):
+        saved = saved_for_backward(model, collate(rows(B)))
+    logits = B * LENGTHS["answer"] * c.vocab_size * 4
+    assert planned.activations == pytest.approx(saved + 2 * logits, rel=0.25)
+
+
+@pytest.mark.parametrize("kind", [LLAMA, OLMO], ids=["llama", "olmo"])
+def test_attribution_needs_what_was_planned(kind):
+    c, s = config(kind), settings(attribution_tokens=300)
+    planned = plan.need(s, c, "attribute", dtype=torch.float32, critical=0, **LENGTHS)
+    model = Transformer(c)
+    with LiveBytes(*model.parameters()) as live:
+        simu.attribute_rows(model, rows(8), s, title="")
+    weights = sum(p.nbytes for p in model.parameters())
+    assert planned.weights == weights
+    assert planned.activations == pytest.approx(live.peak - weights, rel=0.25)
+
+
+def test_live_bytes_counts_each_memory_once_and_while_it_lives():
+    given = torch.zeros(10)
+    with LiveBytes(given) as live:
+        a = torch.zeros(100)
+        view = a.view(10, 10)
+        del a
+        assert live.now == 440
+        b = view + 1
+        del view, b
+        assert (live.now, live.peak) == (40, 840)
+
+
+# ---------------------------------------------------------------------------------------- the goals
+
+
+def goal(method=None, name="unlearn", **changes) -> float:
+    """GB that a stage of tofu/llama2-7b needs on a GPU."""
+    given = dict(benchmark="tofu", model="llama2-7b") | changes
+    s = simu.resolve(given | (dict(method=method) if method else {}))
+    longest, answer = plan.LONGEST["tofu", "llama2-7b"]
+    return plan.need(s, plan.CONFIGS["llama2-7b"], name, method, dtype=torch.bfloat16,
+                     critical=plan.CRITICAL["tofu", "llama2-7b"], longest=longest,
+                     answer=answer).peak / plan.GB
+
+
+def test_simu_fits_one_48_gb_card():
+    assert goal("simu", micro_tokens=512) <= 48
+    assert goal("simu", checkpointing=True) <= 48
+    assert goal("simu", micro_tokens=512, state="bfloat16") <= 40
+
+
+@pytest.mark.parametrize("method", ["fo", "so"])
+def test_baselines_fit_one_80_gb_card_with_bfloat16_state(method):
+    assert goal(method, state="bfloat16") <= 79
+
+
+def test_attribution_and_evaluation_fit_one_48_gb_card():
+    assert goal(name="attribute") <= 48
+    assert goal(name="evaluate") <= 48
+
+
+def test_seven_billion_weights_by_hand():
+    n = plan.need(simu.resolve(dict(benchmark="tofu", model="llama2-7b")),
+                  plan.CONFIGS["llama2-7b"], "unlearn", "simu", dtype=torch.bfloat16, critical=722,
+                  longest=2, answer=1)
+    attention, rows_ = 32 * 4 * 4096 * 4096, 722 * 11008
+    assert n.weights == 2 * (6_738_415_616 + rows_)
+    assert n.gradients == 2 * (attention + rows_)
+    assert n.state == 12 * (attention + rows_)  # float32 master, m, h
+
+
+@pytest.mark.parametrize("name, count", [("llama2-7b", 6_738_415_616), ("olmo-1b", 1_176_764_416),
+                                         ("olmo-1b-0724", 1_279_787_008)])
+def test_configs_have_the_published_number_of_weights(name, count):
+    assert sum(p.numel() for p in plan._meta(plan.CONFIGS[name], torch.bfloat16).parameters()
+               ) == count
+
+
+# ------------------------------------------------------------------------------- refusing, printing
+
+
+@pytest.mark.parametrize("name, method", plan.STAGES)
+def test_what_cannot_fit_is_refused_in_one_line(name, method, monkeypatch, tmp_path):
+    s = simu.resolve(dict(benchmark="demo", model="tiny-llama", out=str(tmp_path), depth=1))
+    c = plan.config_of(s)
+    need = plan.check(s, c, name, method)
+    monkeypatch.setattr(plan, "room", lambda device: need)
+    assert plan.check(s, c, name, method) == need
+    monkeypatch.setattr(plan, "room", lambda device: need - 1)
+    with pytest.raises(UserError, match=r"needs .* GB .* left; --\S+.* would need") as e:
+        plan.check(s, c, name, method)
+    assert "\n" not in str(e.value)
+    monkeypatch.setattr(plan, "room", lambda device: 1)
+    with pytest.raises(UserError, match="no setting makes it fit"):
+        plan.check(s, c, name, method)
+
+
+def test_a_stages_own_rows_replace_the_known_lengths(tmp_path):
+    s = simu.resolve(dict(benchmark="demo", model="tiny-llama", out=str(tmp_path)))
+    c = plan.config_of(s)
+    assert plan.check(s, c, "unlearn", "so", rows=rows(3, longest=9, answer=4)) < plan.check(
+        s, c, "unlearn", "so")
+
+
+def test_the_table_names_every_stage(capsys, monkeypatch, tmp_path):
+    monkeypatch.delenv("SIMU_DATA", raising=False)
+    plan.plan_command(simu.resolve(dict(benchmark="lume", model="olmo-1b", out=str(tmp_path))))
+    out = capsys.readouterr().out
+    for word in ("attribute", "fo", "so", "simu", "evaluate"):
+        assert f"\n{word} " in out
+    assert "1,279,787,008 weights" in out and "23089 of 32768" in out
+    assert "fo: 341 updates" in out and "so: 682 updates" in out  # 5 and 10 epochs of 1092 rows
+
+
+def test_the_plan_reads_the_mask_once_it_is_made(tmp_path):
+    s = simu.resolve(dict(benchmark="tofu", model="llama2-7b", out=str(tmp_path)))
+    assert plan.critical_count(s, plan.config_of(s)) == 722
+    (tmp_path / "mask").mkdir()
+    (tmp_path / "mask" / "stage.json").write_text('{"critical": 5}')
+    assert plan.critical_count(s, plan.config_of(s)) == 5
+
+
+# --------------------------------------------------------------------------- what attribution costs
+
+
+def flops(c, batch, steps) -> int:
+    model = Transformer(c)
+    with FlopCounterMode(display=False) as counter:
+        simu.attribute(model, batch, steps=steps)
+    return counter.get_total_flops()
+
+
+def forward_backward(c, pairs, answer) -> int:
+    """FLOPs of one pass over the pairs' answer rows alone, forward and back to the input, without
+    gradients of weights: twice the forward's matrix products."""
+    block = sum(p.numel() for p in plan._meta(c, torch.float32).layers[0].parameters()
+                if p.dim() == 2)
+    head = c.vocab_size * c.hidden_size
+    return pairs * answer * 2 * 2 * (c.num_hidden_layers * block + head)
+
+
+def test_a_pair_costs_half_of_layers_times_steps_passes():
+    """About L*m/2, one of them shared by all layers, plus the clean pass."""
+    c = config(hidden_size=128, intermediate_size=512, num_hidden_layers=8, vocab_size=64)
+    L, m = c.num_hidden_layers, 5
+    cost = flops(c, collate(rows(2, vocab=64)), m) / forward_backward(c, 2, LENGTHS["answer"])
+    assert L * (m - 1) / 2 * 0.75 <= cost <= L * m / 2 * 1.25
+
+
+def test_cost_is_linear_in_pairs_and_in_steps():
+    c = config()
+    one = flops(c, collate(rows(1)), 3)
+    assert flops(c, collate(rows(4)), 3) == 4 * one
+    two, three, six = (flops(c, collate(rows(1)), m) for m in (2, 3, 6))
+    assert three - two == (six - three) / 3  # every node beyond the last costs the same
+
+
+def test_cost_per_answer_token_grows_by_attention_alone():
+    """Twice the answer costs twice, but for attention, whose two products see twice the keys."""
+    c, m = config(), 4
+    prompt = 8
+    short, long = (flops(c, collate(rows(1, longest=prompt + n, answer=n)), m) / n
+                   for n in (16, 32))
+    # Two products per row and layer, forward and twice backward, over 16 keys more.
+    L, extra = c.num_hidden_layers, 16
+    attention = 2 * 2 * 2 * extra * c.num_attention_heads * c.head_dim
+    node_layers = (m - 1) * L * (L - 1) / 2 + L
+    assert 0 <= long - short <= 1.5 * attention * node_layers
+    assert long / short < 1.1
