@@ -51,17 +51,21 @@ from stage import Settings, Stage, UserError
 PAPER = dict(batch=16, fo=dict(lam=0.3), so=dict(lam=2.0), simu=dict(lam=2.0))
 TOFU = dict(max_total_tokens=200, max_new_tokens=0)
 LUME = dict(max_total_tokens=0, max_new_tokens=256, template="raw")
+# So that at 7B SIMU fits 48 GB, and the baselines, which move everything, one card of 80 GB.
+FIT_7B = dict(micro_tokens=640, fo=dict(lam=0.3, state="bfloat16"),
+              so=dict(lam=2.0, state="bfloat16"))
 RECIPES = {
-    ("tofu", "llama2-7b"): PAPER | TOFU | dict(threshold=0.3, steps=5, lr=5e-6, epochs=5,
-                                               template="llama2"),
+    ("tofu", "llama2-7b"): PAPER | TOFU | FIT_7B | dict(threshold=0.3, steps=5, lr=5e-6, epochs=5,
+                                                        template="llama2"),
     ("tofu", "olmo-1b"): PAPER | TOFU | dict(threshold=0.1, steps=5, lr=5e-6, epochs=20),
-    ("lume", "llama2-7b"): PAPER | LUME | dict(threshold=0.1, steps=3, lr=9e-6, epochs=20),
+    ("lume", "llama2-7b"): PAPER | LUME | FIT_7B | dict(threshold=0.1, steps=3, lr=9e-6,
+                                                        epochs=20),
     ("lume", "olmo-1b"): PAPER | LUME | dict(threshold=0.3, steps=5, lr=5e-6, epochs=10,
                                              fo=dict(lam=0.3, epochs=5)),
 }
 # Tiny models, made here on a CPU. Their learning rates come from the grid in benchmarks/.
 TINY = PAPER | dict(threshold=0.6, steps=5, epochs=40, batch=4,
-                    fo=dict(lam=0.3, lr=4e-4), so=dict(lam=2.0, lr=1e-4),
+                    fo=dict(lam=0.3, lr=2e-4), so=dict(lam=2.0, lr=1e-4),
                     simu=dict(lam=2.0, lr=8e-4))
 for _model in ("tiny-llama", "tiny-olmo"):
     RECIPES["demo", _model] = TINY | TOFU | dict(rows_per_author=10, learn_epochs=30,
@@ -636,13 +640,22 @@ def link_original(s: Settings):
                 (folder / p.name).symlink_to(p)
 
 
-def load_original(s: Settings):
-    """Model, tokenizer and benchmark of a run whose original stage is done."""
+def encoded_rows(s: Settings):
+    """The benchmark, and its forget and retain rows as the original's tokenizer spells them."""
+    folder, bench = s.run / "original", data.load_benchmark(s)
+    tokenizer, context = data.load_tokenizer(folder), Config.from_dir(folder).max_position_embeddings
+    return bench, {name: data.encode_all(rows, tokenizer, s.template, context=context)
+                   for name, rows in (("forget", bench.forget), ("retain", bench.retain))}
+
+
+def load_original(s: Settings, job: Stage, name: str, encoded: dict, method: str | None = None):
+    """The original model, once the plan says that this stage will fit."""
+    from plan import check  # the plan runs this module's code without data
     folder = s.run / "original"
-    print_start = stage.fingerprint(folder)
-    model = Transformer.from_pretrained(folder, dtype=stage.choose_dtype(s),
-                                        device=stage.choose_device(s))
-    return model, data.load_tokenizer(folder), data.load_benchmark(s), print_start
+    job.notes["predicted_bytes"] = check(s, Config.from_dir(folder), name, method,
+                                         rows=encoded["forget"] + encoded["retain"])
+    return Transformer.from_pretrained(folder, dtype=stage.choose_dtype(s),
+                                       device=stage.choose_device(s))
 
 
 def attribute_stage(s: Settings):
@@ -651,15 +664,14 @@ def attribute_stage(s: Settings):
     job = Stage(s.run / "attribution", settings=s, fields=ATTRIBUTE, inputs=inputs, modules=CODE)
     if job.done:
         return
-    model, tokenizer, bench, _ = load_original(s)
+    bench, encoded = encoded_rows(s)
     # As many retain rows as forget rows: scores only matter relative to their layer's maximum.
-    sample = random.Random(s.seed).sample(bench.retain, min(len(bench.retain), len(bench.forget)))
-    context = model.config.max_position_embeddings
+    count = min(len(bench.retain), len(bench.forget))
+    encoded["retain"] = random.Random(s.seed).sample(encoded["retain"], count)
     with job as folder:
-        scores = {}
-        for name, examples in (("forget", bench.forget), ("retain", sample)):
-            rows = data.encode_all(examples, tokenizer, s.template, context=context)
-            scores[name] = attribute_rows(model, rows, s, title=f"attribute {name}").cpu()
+        model = load_original(s, job, "attribute", encoded)
+        scores = {name: attribute_rows(model, rows, s, title=f"attribute {name}").cpu()
+                  for name, rows in encoded.items()}
         save_tensors(folder / "scores.safetensors", scores)
 
 
@@ -710,19 +722,18 @@ def unlearn_stage(s: Settings):
     if s.method == "simu":
         with safe_open(s.run / "mask" / "mask.safetensors", framework="pt") as file:
             mask = file.get_tensor("mask")
-    model, tokenizer, bench, _ = load_original(s)
-    context = model.config.max_position_embeddings
-    forget, retain = (data.encode_all(x, tokenizer, s.template, context=context)
-                      for x in (bench.forget, bench.retain))
+    bench, encoded = encoded_rows(s)
     with job as folder:
-        after = _evaluator(model, tokenizer, bench, s, folder) if s.eval_epochs else None
-        unlearn(model, forget, retain, mask, s, folder / "log.jsonl", after)
+        model = load_original(s, job, "unlearn", encoded, s.method)
+        after = _evaluator(model, bench, s, folder) if s.eval_epochs else None
+        unlearn(model, encoded["forget"], encoded["retain"], mask, s, folder / "log.jsonl", after)
         model.save_pretrained(folder)
         data.copy_tokenizer(s.run / "original", folder)
 
 
-def _evaluator(model, tokenizer, bench, s: Settings, folder: Path):
+def _evaluator(model, bench, s: Settings, folder: Path):
     """after(step) for `train`: a line of metrics in epochs.jsonl at the end of every epoch."""
+    tokenizer = data.load_tokenizer(s.run / "original")
     ends = {e * len(bench.forget) // s.batch: e for e in range(1, s.epochs + 1)}
     (folder / "epochs.jsonl").unlink(missing_ok=True)
 
@@ -734,7 +745,13 @@ def _evaluator(model, tokenizer, bench, s: Settings, folder: Path):
     return after
 
 
-STAGES = {"original": original_stage, "attribute": attribute_stage, "mask": mask_stage,
+def plan_stage(s: Settings):
+    """Memory, disk and passes of every stage, before anything is loaded or downloaded."""
+    from plan import plan_command
+    plan_command(s)
+
+
+STAGES = {"plan": plan_stage, "original": original_stage, "attribute": attribute_stage, "mask": mask_stage,
           "unlearn": unlearn_stage}
 
 

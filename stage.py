@@ -324,6 +324,8 @@ class Stage:
             os.replace(self.partial, self.folder)
             shutil.rmtree(old, ignore_errors=True)
         peak = ", ".join(f"peak {k.split('_')[1]} {v / 2**30:.2f} GiB" for k, v in memory.items())
+        if "peak_gpu_bytes" in memory and "predicted_bytes" in self.notes:
+            peak += f" (predicted {self.notes['predicted_bytes'] / 2**30:.2f})"
         print(f"[{self.name}] {seconds:.1f} s, {peak}", flush=True)
 
 
