@@ -1,0 +1,180 @@
+"""Attribution (Eq. 1-2): the exact fast path, the one-prefix-at-a-time loop, the usual shortcut.
+
+    python benchmarks/attribution.py                          compare all three on a CPU
+    python benchmarks/attribution.py --curve                  cost against pairs, steps, answers
+    python benchmarks/attribution.py --forget10 400 --size llama2-7b --device cuda --dtype bfloat16
+
+The loop is the definition: each answer token's prefix by itself, layer by layer, node by node, the
+MLP output at the last position scaled through the model's `intervene` hook; weights get no
+gradients there either. The shortcut scales every position at once and sums the loss [D2].
+Weights are random, times 6 so that every nonlinearity bites.
+"""
+
+import argparse
+import statistics
+
+import torch
+import torch.nn.functional as F
+from common import (add_options, config, describe, random_model, random_rows, timed,
+                    tofu_lengths)
+from torch.utils.flop_counter import FlopCounterMode
+
+import simu
+from data import IGNORE, batches_by_length, collate
+from stage import Settings
+
+SHARP = 6.0
+
+
+def loop(model, rows, steps):
+    """Eq. 1-2 as they stand: float32 [L, D]."""
+    device = model.embed_tokens.weight.device
+    scores = torch.zeros(len(model.layers), model.config.hidden_size, device=device)
+    for row in rows:
+        for n in range(row.n_prompt, len(row.ids)):
+            prefix, target = torch.tensor([row.ids[:n]], device=device), row.ids[n]
+            for l, beta in enumerate(last_outputs(model, prefix)):
+                for j in range(1, steps + 1):
+                    a = (beta * (j / steps)).requires_grad_()  # Eq. 1a
+                    model.layers[l].mlp.intervene = lambda y: torch.cat(
+                        [y[:, :-1], a.expand(1, 1, -1)], dim=1)
+                    log_p = model(prefix)[0, -1].log_softmax(-1)[target]  # Eq. 1b
+                    grad, = torch.autograd.grad(log_p, a)
+                    scores[l] += beta.float() * grad.float() / steps  # Eq. 2
+                model.layers[l].mlp.intervene = None
+    return scores
+
+
+@torch.no_grad()
+def last_outputs(model, prefix):
+    """beta of every layer at the last position of a prefix: L tensors [D]."""
+    seen = []
+    for block in model.layers:
+        block.mlp.intervene = lambda y: seen.append(y[0, -1]) or y
+    model.hidden(prefix)
+    for block in model.layers:
+        block.mlp.intervene = None
+    return seen
+
+
+def shortcut(model, batch, steps):
+    """All positions scaled together, one summed loss: not the scores of Eq. 2."""
+    scores = torch.zeros(len(model.layers), model.config.hidden_size, device=batch.ids.device)
+    answer = batch.targets != IGNORE  # [B, T]
+    for l, block in enumerate(model.layers):
+        for j in range(1, steps + 1):
+            kept = []
+
+            def scale(y):
+                kept.extend([y.detach(), (y.detach() * (j / steps)).requires_grad_()])
+                return kept[1] * 1  # FlopCounterMode wants no leaf out of a module
+
+            block.mlp.intervene = scale
+            logits = model.logits(model.hidden(batch.ids)[answer])  # [N, V]
+            log_p = -F.cross_entropy(logits, batch.targets[answer], reduction="sum")
+            grad, = torch.autograd.grad(log_p, kept[1])
+            scores[l] += (kept[0].float() * grad.float())[answer].sum(0) / steps
+        block.mlp.intervene = None
+    return scores
+
+
+def flops(f):
+    with FlopCounterMode(display=False) as counter:
+        f()
+    return counter.get_total_flops()
+
+
+def compare(a):
+    """Time, FLOPs and agreement of the three on the same pairs."""
+    model = random_model(a, sharp=SHARP).requires_grad_(False)
+    rows = random_rows(a, [(a.prompt, a.answer)] * a.pairs)
+    batch = collate(rows, a.device)
+    c = config(a)
+    print(f"{sum(p.numel() for p in model.parameters()):,} weights, D {c.hidden_size}, "
+          f"L {c.num_hidden_layers}; {a.pairs} pairs of {a.prompt} + {a.answer} tokens, "
+          f"m {a.steps}")
+    ways = {"fast": lambda: simu.attribute(model, batch, steps=a.steps),
+            "shortcut": lambda: shortcut(model, batch, a.steps)}
+    ways["fast"]()  # warms up
+    seconds = {name: statistics.median(timed(a, f)[0] for _ in range(a.repeats))
+               for name, f in ways.items()}
+    scores = {name: f() for name, f in ways.items()}
+    ways["loop"] = lambda: loop(model, rows, a.steps)
+    seconds["loop"], scores["loop"] = timed(a, ways["loop"])
+    # The fast path once more, in case the machine changed its mind meanwhile.
+    again = statistics.median(timed(a, ways["fast"])[0] for _ in range(a.repeats))
+    # The loop's FLOPs are those of its first pair, times pairs: all are of one length.
+    counts = {name: flops(f) for name, f in list(ways.items())[:2]}
+    counts["loop"] = flops(lambda: loop(model, rows[:1], a.steps)) * a.pairs
+    for name in ("loop", "shortcut", "fast"):
+        print(f"  {name:9}{seconds[name]:10.4f} s{counts[name]:12.3e} FLOP")
+    print(f"  fast against loop: {seconds['loop'] / seconds['fast']:.0f} times faster "
+          f"({seconds['loop'] / again:.0f} when timed after it), "
+          f"{counts['loop'] / counts['fast']:.0f} times fewer FLOP")
+    exact, top = scores["loop"], scores["loop"].abs().max()
+    print(f"  fast against loop: largest difference {(scores['fast'] - exact).abs().max():.1e} "
+          f"where scores reach {top:.2g}")
+    by_layer = [torch.corrcoef(torch.stack(pair))[0, 1] for pair in zip(scores["shortcut"], exact)]
+    print("  shortcut against loop: correlation by layer "
+          + " ".join(f"{r:.2f}" for r in by_layer)
+          + f", largest difference {(scores['shortcut'] - exact).abs().max():.1e}")
+
+
+def curve(a):
+    """The fast path's cost, one quantity varied at a time."""
+    model = random_model(a, sharp=SHARP).requires_grad_(False)
+    base = dict(pairs=a.pairs, steps=a.steps, answer=a.answer)
+    print(f"from {base} with {a.prompt} prompt tokens; ratios to the row above\n"
+          f"{'':10}{'value':>6}{'seconds':>10}{'':>7}{'FLOP':>12}{'':>7}{'FLOP/token':>12}")
+    for name, values in (("pairs", (1, 2, 4, 8, 16)), ("steps", (2, 3, 5, 9, 17)),
+                         ("answer", (8, 16, 32, 64, 128))):
+        last = None
+        for value in values:
+            now = base | {name: value}
+            batch = collate(random_rows(a, [(a.prompt, now["answer"])] * now["pairs"]), a.device)
+
+            def run():
+                return simu.attribute(model, batch, steps=now["steps"])
+
+            run()
+            seconds = statistics.median(timed(a, run)[0] for _ in range(a.repeats))
+            count = flops(run)
+            rise = [f"x{x:.2f}" for x in (seconds / last[0], count / last[1])] if last else "  "
+            print(f"{name:10}{value:6}{seconds:10.4f}{rise[0]:>7}{count:12.3e}{rise[1]:>7}"
+                  f"{count / now['pairs'] / now['answer']:12.3e}")
+            last = seconds, count
+
+
+def forget10(a):
+    """As many pairs as asked, of forget10's lengths, as the stage runs them."""
+    model = random_model(a).requires_grad_(False)
+    rows = random_rows(a, tofu_lengths(a.forget10, a.seed))
+    samples = sum(len(r.ids) - r.n_prompt for r in rows)
+    s = Settings(steps=a.steps, attribution_tokens=a.tokens)
+    simu.attribute_rows(model, rows[:8], s, title="warm up")
+    # FLOPs are counted on meta-sized work: a sample of batches, scaled by their tokens.
+    parts = batches_by_length(rows, a.tokens // max(1, a.steps - 1))
+    part = [rows[i] for i in parts[len(parts) // 2]]
+    share = sum(len(r.ids) - r.n_prompt for r in part) / samples
+    count = flops(lambda: simu.attribute(model, collate(part, a.device), steps=a.steps)) / share
+    seconds, scores = timed(a, lambda: simu.attribute_rows(model, rows, s, title="attribute"))
+    peak = f", peak {torch.cuda.max_memory_allocated() / 1e9:.1f} GB" if a.device == "cuda" else ""
+    print(f"{a.size}: {len(rows)} pairs, {samples} samples, L {len(model.layers)}, m {a.steps}: "
+          f"{seconds:.1f} s, {samples / seconds:.0f} samples/s, {count:.2e} FLOP, "
+          f"{count / seconds / 1e12:.3g} TFLOP/s{peak}; finite: {bool(scores.isfinite().all())}")
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    add_options(p)
+    for name, value in dict(pairs=8, prompt=32, answer=32, steps=5, repeats=5, forget10=0,
+                            tokens=Settings.attribution_tokens).items():
+        p.add_argument(f"--{name}", type=int, default=value)
+    p.add_argument("--curve", action="store_true")
+    a = p.parse_args()
+    describe(a)
+    (forget10 if a.forget10 else curve if a.curve else compare)(a)
+
+
+if __name__ == "__main__":
+    main()
