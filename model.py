@@ -238,8 +238,8 @@ class Attention(nn.Module):
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         if self.clip is not None:
             q, k, v = (y.clamp(-self.clip, self.clip) for y in (q, k, v))
-        q, k, v = (y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-                   for y in (q, k, v))  # [B, heads, T, hd]
+        split = (*x.shape[:2], -1, self.head_dim)
+        q, k, v = (y.view(split).transpose(1, 2) for y in (q, k, v))  # [B, heads, T, hd]
         cos, sin = cos.unsqueeze(-3), sin.unsqueeze(-3)  # [.., 1, T, hd]
         return rotate(q, cos, sin), rotate(k, cos, sin), v
 
@@ -539,9 +539,10 @@ class Cache:
         self.v = [like.new_zeros(shape) for _ in range(c.num_hidden_layers)]
         self.end = width  # columns in use
         column = torch.arange(width + steps, device=like.device)
-        self.seen = None  # bool [B, 1, 1, cap]
+        self.mask = None  # added to scores: 0, or -inf at pads [B, 1, 1, cap]
         if (lengths < width).any():
-            self.seen = ((column < lengths[:, None]) | (column >= width))[:, None, None]
+            pads = (column >= lengths[:, None]) & (column < width)  # [B, cap]
+            self.mask = like.new_zeros(pads.shape).masked_fill(pads, -math.inf)[:, None, None]
 
     def prefill(self, rows: slice, layer: int, q, k, v):
         """Causal attention over the prompts of some rows, whose keys and values are kept."""
@@ -555,15 +556,15 @@ class Cache:
         keys[:, :, -1:], values[:, :, -1:] = k, v
         # With one query per head, the heads sharing a key head are just its rows of queries.
         grouped = q.view(q.shape[0], k.shape[1], -1, q.shape[3])  # [B, K, H/K, hd]
-        seen = None if self.seen is None else self.seen[..., : self.end]
-        y = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=seen)
+        mask = None if self.mask is None else self.mask[..., : self.end]
+        y = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask)
         return y.reshape(q.shape[0], 1, -1)  # [B, 1, H*hd]
 
     def keep(self, rows):
         """Drop all rows but these (int64 indices)."""
         for layer in range(len(self.k)):
             self.k[layer], self.v[layer] = self.k[layer][rows], self.v[layer][rows]
-        self.seen = None if self.seen is None else self.seen[rows]
+        self.mask = None if self.mask is None else self.mask[rows]
 
 
 def generate(model, prompts, *, max_new_tokens=None, eos_id, max_total_tokens=None,

@@ -3,8 +3,9 @@
     python benchmarks/decoding.py [--device cuda --dtype bfloat16 --learn 0 ...]
 
 The model has the shape of this project's tiny LLaMA and first memorises random answers to random
-questions, so that rows end as real answers do: each at its own step (default lengths are spread
-like TOFU's forget10 answers: mean 43, at most 95 tokens). A second comparison lets every row run
+questions, so that rows end as real answers do: each at its own step. Default lengths are spread
+like TOFU's forget10 answers (18 to 95 tokens, mean 43); LUME's, whose few long texts keep a whole
+batch waiting, are `--answer_min 1 --answer_mean 19 --answer_max 154 --new 200`. A second comparison lets every row run
 to the end, where only the cost of a step counts. `--learn 0` keeps random weights: for large
 models. transformers gets one batch, padded on the left, its key/value cache and sdpa attention.
 The two take turns; times are the fastest of `--repeats`, and tokens are compared.
@@ -30,7 +31,8 @@ EOS = 0
 
 def arguments():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    for name, value in dict(prompts=64, shortest=12, longest=30, new=150, hidden=128, layers=4,
+    for name, value in dict(prompts=64, shortest=12, longest=30, new=150, answer_min=18,
+                            answer_mean=43, answer_max=95, hidden=128, layers=4,
                             heads=4, kv_heads=2, ffn=512, vocab=2048, learn=400, repeats=15,
                             threads=2, seed=0).items():
         p.add_argument(f"--{name}", type=int, default=value)
@@ -40,12 +42,12 @@ def arguments():
 
 
 def make_rows(a, g):
-    """Random prompts, and random answers with TOFU-like lengths: 18 + an exponential, up to 95."""
+    """Random prompts and answers; answers' lengths are the least plus an exponential, cut off."""
     def text(low, high):
         n = int(torch.randint(low, high + 1, (1,), generator=g))
         return torch.randint(1, a.vocab, (n,), generator=g).tolist()
-    tail = torch.empty(a.prompts).exponential_(1 / 26, generator=g)
-    lengths = (18 + tail).clamp(max=95).int().tolist()
+    tail = torch.empty(a.prompts).exponential_(1 / (a.answer_mean - a.answer_min), generator=g)
+    lengths = (a.answer_min + tail).clamp(max=a.answer_max).int().tolist()
     return [text(a.shortest, a.longest) for _ in lengths], [text(n, n) for n in lengths]
 
 
