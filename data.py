@@ -98,7 +98,7 @@ class JsonTokenizer:
         try:
             import tokenizers  # sentencepiece cannot read this format
         except ImportError:
-            raise UserError(f"{path} needs the package tokenizers: pip install tokenizers") from None
+            raise UserError(f"{path} needs a package: pip install tokenizers") from None
         try:
             self._tok = tokenizers.Tokenizer.from_file(str(path))
         except Exception as e:  # the library raises bare Exception
@@ -111,6 +111,7 @@ class JsonTokenizer:
         self.eos_id = next((i for i in ends if i is not None), None)
         if self.eos_id is None:
             raise UserError(f"{path} names no end-of-text token; set eos_token_id in config.json")
+        # Added tokens count: some checkpoints add a <pad> that their embedding has no row for.
         self.vocab_size = self._tok.get_vocab_size()
 
     def encode(self, text: str, *, bos: bool) -> list[int]:
@@ -164,17 +165,31 @@ def copy_tokenizer(source: Path, target: Path):
             shutil.copyfile(Path(source) / name, Path(target) / name)
 
 
+# How transformers must read tokenizer.model to get the same ids.
+LLAMA_IN_TRANSFORMERS = dict(tokenizer_class="LlamaTokenizer", add_bos_token=True,
+                             add_eos_token=False, legacy=False, bos_token="<s>", eos_token="</s>",
+                             unk_token="<unk>")
+
+
+def _train_llama(text: list[str], vocab: int, model):
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(text), model_writer=model, vocab_size=vocab, model_type="bpe",
+        byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False,
+        allow_whitespace_only_pieces=True, character_coverage=1.0, hard_vocab_limit=False,
+        num_threads=1, minloglevel=2)
+
+
 def train_tokenizer(texts: list[str], folder: Path, *, llama: bool, vocab: int):
     """Train a small tokenizer of LLaMA's or OLMo's kind on texts, and save it in folder."""
     if llama:
         text = sorted({line for t in texts for line in t.splitlines() if line.strip()})
         model = io.BytesIO()  # a file name would be written into the model
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(text), model_writer=model, vocab_size=vocab,
-            model_type="bpe", byte_fallback=True, normalization_rule_name="identity",
-            remove_extra_whitespaces=False, allow_whitespace_only_pieces=True,
-            character_coverage=1.0, hard_vocab_limit=False, num_threads=1, minloglevel=2)
+        try:
+            _train_llama(text, vocab, model)
+        except RuntimeError as e:
+            raise UserError(f"--vocab {vocab} does not suit this text ({e}); raise it") from None
         (folder / "tokenizer.model").write_bytes(model.getvalue())
+        (folder / "tokenizer_config.json").write_text(json.dumps(LLAMA_IN_TRANSFORMERS))
         return
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -336,6 +351,9 @@ def _tofu_benchmark(s: Settings) -> Benchmark:
     retain = _first_groups(authors, s.retain_groups)
     inside = {(r.question, r.answer) for r in retain}
     shared = inside & {(r.question, r.answer) for r in forget}
+    if len(shared) == len({(r.question, r.answer) for r in forget}):
+        raise UserError(f"every row of {s.forget_split} is in {s.retain_split} too; choose another "
+                        "--forget-split or --retain-split")
     if shared:
         print(f"warning: {len(shared)} rows are both in {s.forget_split} and in {s.retain_split}")
     retain_eval = [r for r in load_if_there("retain_perturbed") if (r.question, r.answer) in inside]
@@ -423,13 +441,17 @@ def encode(example: Example, tokenizer, template: str) -> Encoded:
     return Encoded(bos + ids + [tokenizer.eos_id], len(bos) + n_prompt)
 
 
-def encode_all(examples: list[Example], tokenizer, template: str, *, context: int) -> list[Encoded]:
-    """Every example encoded; UserError if one does not fit the model's context."""
+def encode_all(examples: list[Example], tokenizer, template: str, *, context: int,
+               vocab: int) -> list[Encoded]:
+    """Every example encoded; UserError if one does not fit the model's context or vocabulary."""
     rows = [encode(e, tokenizer, template) for e in examples]
     for example, row in zip(examples, rows):
         if len(row.ids) > context:
             raise UserError(f"row {example.id or example.question!r} has {len(row.ids)} tokens, "
                             f"more than the model's context of {context}; drop the row")
+        if max(row.ids) >= vocab:
+            raise UserError(f"the tokenizer gives token {max(row.ids)}, the model has {vocab}: "
+                            "they are not of one model; copy the tokenizer the weights came with")
     return rows
 
 
@@ -453,7 +475,8 @@ def batches_by_length(rows: list[Encoded], tokens: int) -> list[list[int]]:
     for i in order:
         if len(rows[i].ids) > tokens:
             raise UserError(f"a budget of {tokens} tokens per pass cannot hold a row of "
-                            f"{len(rows[i].ids)}; raise it")
+                            f"{len(rows[i].ids)}; raise --micro-tokens, or --attribution-tokens "
+                            "(which the m - 1 nodes of the path share)")
         if out and (len(out[-1]) + 1) * len(rows[out[-1][0]].ids) <= tokens:
             out[-1].append(i)
         else:

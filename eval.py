@@ -314,10 +314,6 @@ def evaluate_model(model: Transformer, tokenizer, benchmark: data.Benchmark, s: 
 
     limit: at most so many rows of each split, spread evenly; marked as partial. resume: a file
     that keeps the generations so far, from which a killed evaluation goes on."""
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise UserError(f"the tokenizer has {tokenizer.vocab_size} tokens, the model "
-                        f"{model.config.vocab_size}: they are not of one model; copy the "
-                        "tokenizer the weights came with beside them")
     parts = {"forget": benchmark.forget, "retain": benchmark.retain_eval,
              "real_authors": benchmark.real_authors, "world_facts": benchmark.world_facts,
              "nonmembers": benchmark.nonmembers}
@@ -402,7 +398,8 @@ def _add_losses(rows, model, tokenizer, s: Settings, document: str):
                 jobs.append((row, "perturbed_losses", wrong, False))
     examples = [Example(row["question"], answer, id=row["id"]) for row, _, answer, _ in jobs]
     encoded = data.encode_all(examples, tokenizer, s.template,
-                              context=model.config.max_position_embeddings)
+                              context=model.config.max_position_embeddings,
+                              vocab=model.config.vocab_size)
     first = [1 if job[3] else max(1, e.n_prompt) for job, e in zip(jobs, encoded)]
     losses = token_losses(model, encoded, first, tokens=s.eval_tokens)
     for (row, key, _, attacked), e, start, values in zip(jobs, encoded, first, losses):
@@ -610,6 +607,8 @@ def _inputs(model_folder: Path, s: Settings) -> dict[str, str]:
 def evaluate(run: Path, name: str, *, limit: int = 0):
     """RUN/STAGE/eval (eval-limit-N for a quick look): metrics.json and generations.jsonl."""
     s = stage.read_settings(run)
+    if Path(name).name != name:
+        raise UserError(f"{name} is not the bare name of a stage in {run}, such as original")
     folder = run / name
     job = Stage(folder / (f"eval-limit-{limit}" if limit else "eval"), settings=s, fields=DEPENDS,
                 inputs=_inputs(folder, s), modules=("data", "model", "eval"))
@@ -644,19 +643,20 @@ def read_rows(folder: Path) -> list[dict]:
 def check_fresh(run: Path, s: Settings, folder: Path, evaluation: Path):
     """Refuse numbers of another model, other data or other settings than the folder now holds."""
     again = f"run `python eval.py evaluate {run} {folder.name}` again"
-    made = stage.read_json(evaluation / "stage.json")["why"]
+    made = stage.read_stage(evaluation)["why"]
     now = _inputs(folder, s)
     for name in made["inputs"] | now:
         if made["inputs"].get(name) != now.get(name):
             what = "the model now in its folder" if name == "model" else f"today's {name}"
             raise UserError(f"{evaluation} is not of {what}; {again}")
-    if made["settings"] != {k: getattr(s, k) for k in DEPENDS}:
+    if made["settings"] != stage.resolved(s, DEPENDS):
         raise UserError(f"{evaluation} was made under other settings than {run}/settings.json; "
                         f"{again}")
-    of = stage.read_json(folder / "stage.json")["why"]["inputs"].get("original")
-    if of not in (None, stage.fingerprint(run / "original")):
-        raise UserError(f"{folder} was unlearned from another original than {run}/original; "
-                        "run that stage again")
+    made_of = stage.read_stage(folder)["why"]["inputs"]
+    for source in ("original", "mask"):
+        if source in made_of and made_of[source] != stage.fingerprint(run / source):
+            raise UserError(f"{folder} was unlearned with another {source} than {run}/{source}; "
+                            "run that stage again")
 
 
 # --------------------------------------------------------------------------------------------- main

@@ -56,11 +56,15 @@ case "$model" in *olmo*) set_up tokenizers ;; *) set_up ;; esac
 run="$here/runs/$benchmark-$model" seeds=1 options=()
 while [[ $# -gt 0 ]]; do
     case "$1" in
-    --out) [[ $# -ge 2 ]] || usage; run="$2"; shift 2 ;;
+    --out=* | --seeds=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" ;;
+    --out) [[ -n "${2:-}" ]] || usage; run="$2"; shift 2 ;;
     --seeds) [[ "${2:-}" =~ ^[1-9][0-9]*$ ]] || usage; seeds="$2"; shift 2 ;;
     *) options+=("$1"); shift ;;
     esac
 done
+
+[[ $seeds -eq 1 || " ${options[*]-}" != *" --seed"[\ =]* ]] ||
+    { echo "error: --seeds $seeds chooses the seeds 0 to $((seeds - 1)); drop --seed" >&2; exit 2; }
 
 pipeline() { # pipeline RUN [--seed K]
     local simu=("$python" "$here/simu.py") at

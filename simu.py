@@ -27,6 +27,7 @@ Not here: several GPUs, quantised training, adapters.
 
 import dataclasses
 import json
+import os
 import random
 import sys
 from contextlib import contextmanager
@@ -34,7 +35,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -68,12 +69,12 @@ TINY = PAPER | dict(threshold=0.6, steps=5, epochs=40, batch=4,
                     fo=dict(lam=0.3, lr=2e-4), so=dict(lam=2.0, lr=1e-4),
                     simu=dict(lam=2.0, lr=8e-4))
 for _model in ("tiny-llama", "tiny-olmo"):
-    RECIPES["demo", _model] = TINY | TOFU | dict(rows_per_author=10, learn_epochs=30,
-                                                   light_epochs=15)
-    RECIPES["tofu", _model] = TINY | TOFU | dict(forget_groups=2, retain_groups=15,
-                                                   learn_epochs=25, light_epochs=15,
-                                                   epochs=20)
-    RECIPES["lume", _model] = TINY | LUME | dict(forget_groups=3, retain_groups=12)
+    RECIPES["demo", _model] = TINY | TOFU | dict(
+        rows_per_author=10, learn_epochs=30, light_epochs=15)
+    RECIPES["tofu", _model] = TINY | TOFU | dict(
+        forget_groups=2, retain_groups=15, learn_epochs=25, light_epochs=15, epochs=20)
+    RECIPES["lume", _model] = TINY | LUME | dict(
+        forget_groups=3, retain_groups=8, learn_epochs=90, light_epochs=20, epochs=20)
 
 
 def resolve(given: dict) -> Settings:
@@ -81,7 +82,13 @@ def resolve(given: dict) -> Settings:
     base = Settings(**{k: given[k] for k in ("benchmark", "model", "method") if k in given})
     recipe = RECIPES[base.benchmark, base.model]
     common = {k: v for k, v in recipe.items() if k not in stage.METHODS}
-    return Settings(**(common | recipe.get(base.method, {}) | given))
+    values = common | recipe.get(base.method, {}) | given
+    if base.benchmark != "demo" and not values.get("data"):
+        values["data"] = os.environ.get("SIMU_DATA", "")
+    for place in ("data", "weights"):  # a run must be readable from any folder
+        if values.get(place):
+            values[place] = str(Path(values[place]).expanduser().absolute())
+    return Settings(**values)
 
 
 # --------------------------------------------------------------------- step 1: attribution (2.1)
@@ -544,8 +551,8 @@ def learn(model: Transformer, epochs: list[list[Encoded]], s: Settings, *, lr: f
 
 
 def paraphrased(examples: list[data.Example]) -> list[data.Example]:
-    """The same answers asked for in other words. A tiny model has no English but its rows', so it
-    is taught the paraphrases that real checkpoints understand unasked, and `accuracy` [D11] asks."""
+    """The same answers asked for in other words, as `accuracy` [D11] asks. A tiny model has no
+    English but its rows', so it is taught what real checkpoints understand unasked."""
     return [dataclasses.replace(e, question=e.paraphrased_question) for e in examples
             if e.paraphrased_question]
 
@@ -564,7 +571,8 @@ def make_retain_only(s: Settings, bench: data.Benchmark, folder: Path):
     tokenizer = data.load_tokenizer(folder)
     torch.manual_seed(s.seed)
     model = Transformer(tiny_config(s, tokenizer)).to(stage.choose_device(s))
-    rows = data.encode_all(known_rows(bench), tokenizer, s.template, context=s.context)
+    rows = data.encode_all(known_rows(bench), tokenizer, s.template, context=s.context,
+                           vocab=tokenizer.vocab_size)
     rng = random.Random(s.seed)
     epochs = [rng.sample(rows, len(rows)) for _ in range(s.learn_epochs)]
     learn(model, epochs, s, lr=s.learn_lr, log=folder / "log.jsonl", title="learn the retain set")
@@ -575,8 +583,9 @@ def make_original(s: Settings, bench: data.Benchmark, retain_only: Path, folder:
     """Second stage: the forget set, lightly, with a sample of what is already known beside it."""
     tokenizer = data.load_tokenizer(retain_only)
     model = Transformer.from_pretrained(retain_only, device=stage.choose_device(s))
-    forget, known = (data.encode_all(x, tokenizer, s.template, context=s.context) for x in (
-        bench.forget + paraphrased(bench.forget), known_rows(bench)))
+    forget, known = (
+        data.encode_all(x, tokenizer, s.template, context=s.context, vocab=tokenizer.vocab_size)
+        for x in (bench.forget + paraphrased(bench.forget), known_rows(bench)))
     rng = random.Random(s.seed + 1)
     beside = min(len(known), s.light_retain * len(forget))
     epochs = []
@@ -606,12 +615,18 @@ CODE = ("data", "model", "simu")
 def original_stage(s: Settings):
     """original/, and retain-only/ where the original is made here."""
     bench, digests = data.load_benchmark(s), data.data_digests(s)
-    stage.write_json(s.run / "settings.json", dataclasses.asdict(s))
     if s.weights:
-        return link_original(s)
-    if not s.tiny:
+        link_original(s)
+    elif s.tiny:
+        make_tiny(s, bench, digests)
+    else:
         raise UserError(f"{s.benchmark} {s.model} needs the weights of its original model; pass "
                         "--weights DIR, a folder in Hugging Face layout")
+    stage.write_json(s.run / "settings.json", dataclasses.asdict(s))
+
+
+def make_tiny(s: Settings, bench: data.Benchmark, digests: dict):
+    """retain-only/ and original/ of a tiny model."""
     first = Stage(s.run / "retain-only", settings=s, fields=LEARN, inputs=digests, modules=CODE)
     if not first.done:
         with first as folder:
@@ -630,6 +645,9 @@ def link_original(s: Settings):
         raise UserError(f"--weights {s.weights} is not a folder")
     Config.from_dir(source)
     data.load_tokenizer(source)
+    if (s.run / "retain-only").exists():
+        raise UserError(f"{s.run} holds a retain-only model that is not of --weights; choose "
+                        "another --out, or delete that folder")
     names = [p for p in sorted(source.iterdir()) if p.suffix in (".json", ".safetensors", ".model")]
     inputs = {p.name: f"{p.stat().st_size} {p.stat().st_mtime_ns}" for p in names}
     job = Stage(s.run / "original", settings=s, fields=("weights",), inputs=inputs, modules=())
@@ -640,12 +658,33 @@ def link_original(s: Settings):
                 (folder / p.name).symlink_to(p)
 
 
+def same_slice(s: Settings):
+    """UserError if a stage is asked for other data than the run's original was made of."""
+    run = stage.read_settings(s.run)
+    for name in SLICE:
+        if name not in ("device", "dtype") and getattr(s, name) != getattr(run, name):
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(s, name)!r} here and "
+                            f"{getattr(run, name)!r} in {s.run}; give the run's options, or run "
+                            "`python simu.py original` with these first")
+
+
 def encoded_rows(s: Settings):
     """The benchmark, and its forget and retain rows as the original's tokenizer spells them."""
     folder, bench = s.run / "original", data.load_benchmark(s)
-    tokenizer, context = data.load_tokenizer(folder), Config.from_dir(folder).max_position_embeddings
-    return bench, {name: data.encode_all(rows, tokenizer, s.template, context=context)
+    tokenizer, config = data.load_tokenizer(folder), Config.from_dir(folder)
+    return bench, {name: data.encode_all(rows, tokenizer, s.template, vocab=config.vocab_size,
+                                         context=config.max_position_embeddings)
                    for name, rows in (("forget", bench.forget), ("retain", bench.retain))}
+
+
+def read_tensors(path: Path, names: tuple[str, ...]) -> list[Tensor]:
+    """The named tensors of one of our own files."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return [file.get_tensor(name) for name in names]
+    except (OSError, SafetensorError):
+        raise UserError(f"{path} is missing or damaged; delete {path.parent} and run its stage "
+                        "again") from None
 
 
 def load_original(s: Settings, job: Stage, name: str, encoded: dict, method: str | None = None):
@@ -658,10 +697,22 @@ def load_original(s: Settings, job: Stage, name: str, encoded: dict, method: str
                                        device=stage.choose_device(s))
 
 
+def attribution_job(s: Settings) -> Stage:
+    inputs = dict(original=stage.fingerprint(s.run / "original"), **data.data_digests(s))
+    return Stage(s.run / "attribution", settings=s, fields=ATTRIBUTE, inputs=inputs, modules=CODE)
+
+
+def mask_job(s: Settings) -> Stage:
+    attribution_job(s).require()
+    inputs = dict(attribution=stage.fingerprint(s.run / "attribution"))
+    return Stage(s.run / "mask", settings=s, fields=("threshold", "mask"), inputs=inputs,
+                 modules=("simu",))
+
+
 def attribute_stage(s: Settings):
     """attribution/scores.safetensors: forget and retain, float32 [L, D]."""
-    inputs = dict(original=stage.fingerprint(s.run / "original"), **data.data_digests(s))
-    job = Stage(s.run / "attribution", settings=s, fields=ATTRIBUTE, inputs=inputs, modules=CODE)
+    same_slice(s)
+    job = attribution_job(s)
     if job.done:
         return
     bench, encoded = encoded_rows(s)
@@ -691,16 +742,15 @@ def attribute_rows(model, rows: list[Encoded], s: Settings, *, title: str) -> Te
 
 def mask_stage(s: Settings):
     """mask/mask.safetensors: bool [L, D]; critical neurons per layer in stage.json."""
-    inputs = dict(attribution=stage.fingerprint(s.run / "attribution"))
-    job = Stage(s.run / "mask", settings=s, fields=("threshold", "mask"), inputs=inputs,
-                modules=("simu",))
+    same_slice(s)
+    job = mask_job(s)
     if job.done:
         return
-    with safe_open(s.run / "attribution" / "scores.safetensors", framework="pt") as file:
-        scores = {k: file.get_tensor(k) for k in ("forget", "retain")}
-    mask = critical_mask(scores["forget"], s.threshold)
+    forget, retain = read_tensors(s.run / "attribution" / "scores.safetensors",
+                                  ("forget", "retain"))
+    mask = critical_mask(forget, s.threshold)
     if s.mask == "forget-only":
-        mask &= ~critical_mask(scores["retain"], s.threshold)  # [D6]
+        mask &= ~critical_mask(retain, s.threshold)  # [D6]
     with job as folder:
         save_tensors(folder / "mask.safetensors", {"mask": mask})
         job.notes.update(critical=int(mask.sum()), total=mask.numel(),
@@ -711,17 +761,19 @@ def mask_stage(s: Settings):
 
 def unlearn_stage(s: Settings):
     """<method>-graddiff/: the unlearned model in HF layout, its tokenizer, log.jsonl."""
+    same_slice(s)
     inputs = dict(original=stage.fingerprint(s.run / "original"), **data.data_digests(s))
     mask = None
     if s.method == "simu":
+        mask_job(s).require()
         inputs["mask"] = stage.fingerprint(s.run / "mask")
-    job = Stage(s.run / f"{s.method}-graddiff", settings=s, fields=UNLEARN, inputs=inputs,
-                modules=CODE)
+    live = ("max_new_tokens", "max_total_tokens") if s.eval_epochs else ()
+    job = Stage(s.run / f"{s.method}-graddiff", settings=s, fields=UNLEARN + live, inputs=inputs,
+                modules=CODE + ("eval",) * s.eval_epochs)
     if job.done:
         return
     if s.method == "simu":
-        with safe_open(s.run / "mask" / "mask.safetensors", framework="pt") as file:
-            mask = file.get_tensor("mask")
+        mask, = read_tensors(s.run / "mask" / "mask.safetensors", ("mask",))
     bench, encoded = encoded_rows(s)
     with job as folder:
         model = load_original(s, job, "unlearn", encoded, s.method)
@@ -751,8 +803,8 @@ def plan_stage(s: Settings):
     plan_command(s)
 
 
-STAGES = {"plan": plan_stage, "original": original_stage, "attribute": attribute_stage, "mask": mask_stage,
-          "unlearn": unlearn_stage}
+STAGES = {"plan": plan_stage, "original": original_stage, "attribute": attribute_stage,
+          "mask": mask_stage, "unlearn": unlearn_stage}
 
 
 def main(argv=None):

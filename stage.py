@@ -59,7 +59,8 @@ class Settings:
 
     benchmark: str = option("demo", "what is forgotten", choices=BENCHMARKS)
     model: str = option("tiny-llama", "what forgets it", choices=MODELS)
-    seed: int = option(0, "seeds every draw: slice, initial weights, order, pairing", **at_least(0))
+    seed: int = option(0, "seeds every draw: slice, initial weights, order, pairing",
+                       ok=lambda x: 0 <= x < 2**31, must="from 0 to 2**31 - 1")
     data: str = option("", "folder holding tofu/ and lume/; default $SIMU_DATA, demo/ for the demo")
     weights: str = option("", "HF folder of the original model; default: made here if tiny")
     out: str = option("", "run folder; default runs/<benchmark>-<model>")
@@ -94,7 +95,8 @@ class Settings:
     batch: int = option(16, "forget rows per update, each with one retain row", **at_least(1))
     micro_tokens: int = option(8192, "tokens in one forward-backward pass; a batch is cut to fit",
                                **at_least(1))
-    lam: float = option(2.0, "lambda: weight of the retain loss", **at_least(0))
+    lam: float = option(2.0, "lambda: weight of the retain loss",
+                        ok=lambda x: 0 <= x < float("inf"), must="0 or more, and finite")
     beta1: float = option(0.9, "of the first moment (Eq. 4)", **DECAY)
     beta2: float = option(0.95, "of the curvature (Eq. 4)", **DECAY)
     gamma: float = option(204.8, "damping (Eq. 3): SOUL's rho * bs = 0.04 * 5120 [D7]", **POSITIVE)
@@ -178,10 +180,11 @@ def read_settings(run: Path) -> Settings:
     path = Path(run) / "settings.json"
     if not path.is_file():
         raise UserError(f"{path} is missing: is {run} a run folder? `bash run.sh demo` makes one")
-    known = {f.name for f in fields(Settings)}
-    values = read_json(path)
-    if not isinstance(values, dict) or set(values) - known:
-        raise UserError(f"{path} is not the settings of this version; make the run again")
+    values, wanted = read_json(path), {f.name: f.type for f in fields(Settings)}
+    if not isinstance(values, dict) or set(values) != set(wanted) or not all(
+            type(values[k]) in (t, int if t is float else t) for k, t in wanted.items()):
+        raise UserError(f"{path} is not the settings of a run of this version; run "
+                        "`python simu.py original` again")
     return Settings(**{**values, "out": str(run)})
 
 
@@ -197,6 +200,12 @@ def choose_dtype(s: Settings) -> torch.dtype:
         return getattr(torch, s.dtype)
     real = not s.tiny and choose_device(s).type == "cuda"
     return torch.bfloat16 if real else torch.float32
+
+
+def resolved(s: Settings, names: tuple[str, ...]) -> dict:
+    """The named settings, with "auto" replaced by what it means on this machine."""
+    auto = dict(device=lambda: choose_device(s).type, dtype=lambda: str(choose_dtype(s))[6:])
+    return {n: auto[n]() if n in auto else getattr(s, n) for n in names}
 
 
 # ------------------------------------------------------------------------------------------- files
@@ -257,10 +266,22 @@ def code_digest(modules: tuple[str, ...]) -> str:
 
 def fingerprint(folder: Path) -> str:
     """Fingerprint of a finished stage; UserError if it was never finished."""
+    return read_stage(folder)["fingerprint"]
+
+
+def read_stage(folder: Path) -> dict:
+    """stage.json of a finished stage; UserError if it was never finished or is damaged."""
     path = Path(folder) / "stage.json"
     if not path.is_file():
         raise UserError(f"{folder} is not a finished stage; run the stage that makes it first")
-    return read_json(path)["fingerprint"]
+    made = read_json(path)
+    try:
+        whole = {"settings", "inputs", "code"} <= made["why"].keys() and made["fingerprint"]
+    except (AttributeError, KeyError, TypeError):
+        whole = False
+    if not whole:
+        raise UserError(f"{path} is damaged; delete {folder} and run its stage again")
+    return made
 
 
 class Stage:
@@ -276,23 +297,30 @@ class Stage:
         self.folder, self.settings = Path(folder), settings
         self.partial = self.folder.with_name(self.folder.name + ".partial")
         self.name = str(self.folder.relative_to(settings.run))
-        self.why = dict(settings={k: getattr(settings, k) for k in fields}, inputs=inputs,
+        self.why = dict(settings=resolved(settings, fields), inputs=inputs,
                         code=code_digest(modules))
         self.fingerprint = hashlib.sha256(json.dumps(self.why, sort_keys=True).encode()).hexdigest()
         self.notes = {}  # anything else the stage wants to leave in stage.json
 
     @property
     def done(self) -> bool:
-        path = self.folder / "stage.json"
-        if not path.is_file():
+        if not (self.folder / "stage.json").is_file():
             return False
-        old = read_json(path)
-        if old.get("fingerprint") == self.fingerprint:
-            print(f"[{self.name}] already made; skipped", flush=True)
-            return True
-        changed = [k for k in self.why if old.get("why", {}).get(k) != self.why[k]]
-        print(f"[{self.name}] made again: {' and '.join(changed)} changed", flush=True)
-        return False
+        changed = self._changed()
+        print(f"[{self.name}] " + (f"made again: {' and '.join(changed)} changed" if changed else
+                                   "already made; skipped"), flush=True)
+        return not changed
+
+    def _changed(self) -> list[str]:
+        """Which of settings, inputs and code differ from what made the folder."""
+        old = read_stage(self.folder)
+        return [k for k in self.why if old["why"][k] != self.why[k]]
+
+    def require(self):
+        """UserError unless the folder is there and made of what we would make it of."""
+        if changed := self._changed():
+            raise UserError(f"{self.folder} was made with other {' and '.join(changed)} than this "
+                            "run now has; run its stage again, with the same options")
 
     def __enter__(self) -> Path:
         self.folder.parent.mkdir(parents=True, exist_ok=True)
@@ -352,6 +380,10 @@ def _lock(run: Path):
 # -------------------------------------------------------------------------------------------- main
 
 
+OUT_OF_MEMORY = ("out of memory; `python simu.py plan` says what each stage needs; lower "
+                 "--micro-tokens, --attribution-tokens or --eval-tokens, or add --checkpointing")
+
+
 def run_cli(main):
     """Run a command line: what the user can put right ends in one line and exit status 2."""
     with contextlib.suppress(AttributeError):  # a replaced stdout (tests, notebooks) has none
@@ -362,9 +394,12 @@ def run_cli(main):
         _stop(str(e), 2)
     except KeyboardInterrupt:
         _stop("stopped; the same command goes on from the last finished stage", 130)
-    except torch.cuda.OutOfMemoryError:
-        _stop("out of GPU memory; lower --micro-tokens, add --checkpointing, or see "
-              "`python simu.py plan`", 2)
+    except (torch.OutOfMemoryError, MemoryError):
+        _stop(OUT_OF_MEMORY, 2)
+    except RuntimeError as e:
+        if "DefaultCPUAllocator" not in str(e):
+            raise
+        _stop(OUT_OF_MEMORY, 2)
     except OSError as e:  # disk full, no permission, read-only
         where = f"{e.filename}: " if e.filename else ""
         _stop(f"{where}{e.strerror or e}; free space, or choose another --out", 2)

@@ -2,7 +2,8 @@
 
     python benchmarks/grid.py demo tiny-llama            # after: python simu.py original|attribute|mask ...
 
-For each method the rate kept is the one with the highest retained ROUGE-L among those that forget:
+For each method the rate kept is the one with the highest utility (mean of the ROUGE-L columns other
+than forget, as the paper's Table 1 counts retain and world facts) among those that forget:
 ROUGE-L on the forget set at most 0.05 above that of the retain-only model, which never saw it.
 """
 
@@ -68,15 +69,18 @@ def main(benchmark, name, *options):
                              | given)
             model = Transformer.from_pretrained(s.run / "original")
             context = model.config.max_position_embeddings
-            rows = [data.encode_all(x, tokenizer, s.template, context=context)
+            rows = [data.encode_all(x, tokenizer, s.template, context=context,
+                                    vocab=model.config.vocab_size)
                     for x in (bench.forget, bench.retain)]
             with tempfile.TemporaryDirectory() as folder:
                 simu.unlearn(model, *rows, mask, m, Path(folder) / "log.jsonl")
             got = [rouge(model, tokenizer, e, s) for e in sets.values()]
             print(f"| {method} | {lr:g} | " + " | ".join(f"{g:.3f}" for g in got) + " |", flush=True)
-            if got[0] <= baseline + SLACK and (kept is None or got[1] > kept[1]):
-                kept = (lr, got[1])
-        print(f"kept for {method}: {kept}", flush=True)
+            utility = sum(got[1:]) / len(got[1:])
+            if got[0] <= baseline + SLACK and (kept is None or utility > kept[1]):
+                kept = (lr, utility)
+        told = "none forgets" if kept is None else f"{kept[0]:g} (utility {kept[1]:.3f})"
+        print(f"kept for {method}: {told}", flush=True)
 
 
 if __name__ == "__main__":

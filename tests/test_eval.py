@@ -377,7 +377,8 @@ def teach(folder: Path, known: list, s, *, steps: int):
         model_type="llama", vocab_size=tokenizer.vocab_size, hidden_size=32, intermediate_size=64,
         num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=128,
         eos_token_id=tokenizer.eos_id))
-    batch = data.collate(data.encode_all(known, tokenizer, s.template, context=128))
+    batch = data.collate(data.encode_all(known, tokenizer, s.template, context=128,
+                                         vocab=model.config.vocab_size))
     adam = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0)
     for _ in range(steps):
         logits = model(batch.ids)
