@@ -74,7 +74,8 @@ for _model in ("tiny-llama", "tiny-olmo"):
     RECIPES["tofu", _model] = TINY | TOFU | dict(
         forget_groups=2, retain_groups=15, learn_epochs=25, light_epochs=15, epochs=20)
     RECIPES["lume", _model] = TINY | LUME | dict(
-        forget_groups=3, retain_groups=8, learn_epochs=90, light_epochs=20, epochs=20)
+        forget_groups=3, retain_groups=8, learn_epochs=90, light_lr=1e-3, light_epochs=60,
+        epochs=20)
 
 
 def resolve(given: dict) -> Settings:
