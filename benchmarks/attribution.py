@@ -95,22 +95,24 @@ def compare(a):
           f"m {a.steps}")
     ways = {"fast": lambda: simu.attribute(model, batch, steps=a.steps),
             "shortcut": lambda: shortcut(model, batch, a.steps)}
-    ways["fast"]()  # warms up
-    seconds = {name: statistics.median(timed(a, f)[0] for _ in range(a.repeats))
-               for name, f in ways.items()}
-    scores = {name: f() for name, f in ways.items()}
-    ways["loop"] = lambda: loop(model, rows, a.steps)
-    seconds["loop"], scores["loop"] = timed(a, ways["loop"])
-    # The fast path once more, in case the machine changed its mind meanwhile.
-    again = statistics.median(timed(a, ways["fast"])[0] for _ in range(a.repeats))
-    # The loop's FLOPs are those of its first pair, times pairs: all are of one length.
-    counts = {name: flops(f) for name, f in list(ways.items())[:2]}
+    scores = {name: f() for name, f in ways.items()}  # warms up
+    seconds, scores["loop"] = {"loop": [], "fast": [], "shortcut": []}, 0
+    for row in rows:  # the ways take turns, so that a busy machine is busy for all of them
+        took, part = timed(a, lambda: loop(model, [row], a.steps))
+        seconds["loop"].append(took * a.pairs)
+        scores["loop"] = scores["loop"] + part
+        for name, f in ways.items():
+            seconds[name].append(timed(a, f)[0])
+    counts = {name: flops(f) for name, f in ways.items()}
+    # All pairs are of one length: the first one's FLOPs are everyone's.
     counts["loop"] = flops(lambda: loop(model, rows[:1], a.steps)) * a.pairs
-    for name in ("loop", "shortcut", "fast"):
-        print(f"  {name:9}{seconds[name]:10.4f} s{counts[name]:12.3e} FLOP")
-    print(f"  fast against loop: {seconds['loop'] / seconds['fast']:.0f} times faster "
-          f"({seconds['loop'] / again:.0f} when timed after it), "
-          f"{counts['loop'] / counts['fast']:.0f} times fewer FLOP")
+    mean = {name: statistics.mean(s) for name, s in seconds.items()}
+    for name in mean:
+        print(f"  {name:9}{mean[name]:10.4f} s{counts[name]:12.3e} FLOP")
+    ratios = sorted(x / y for x, y in zip(seconds["loop"], seconds["fast"]))
+    print(f"  fast against loop: {mean['loop'] / mean['fast']:.0f} times faster (by turn: "
+          f"{ratios[0]:.0f} to {ratios[-1]:.0f}), {counts['loop'] / counts['fast']:.0f} times fewer "
+          "FLOP")
     exact, top = scores["loop"], scores["loop"].abs().max()
     print(f"  fast against loop: largest difference {(scores['fast'] - exact).abs().max():.1e} "
           f"where scores reach {top:.2g}")

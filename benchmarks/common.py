@@ -71,7 +71,7 @@ def timed(a, f):
 
 
 def add_options(p):
-    p.add_argument("--size", choices=SIZES, default="small")
+    p.add_argument("--size", choices=SIZES, default="tiny")
     p.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     p.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     p.add_argument("--layers", type=int, help="instead of the size's own number")
