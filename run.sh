@@ -56,6 +56,7 @@ case "$model" in *olmo*) set_up tokenizers ;; *) set_up ;; esac
 run="$here/runs/$benchmark-$model" seeds=1 options=()
 while [[ $# -gt 0 ]]; do
     case "$1" in
+    -h | --help) exec "$python" "$here/simu.py" original --help ;;
     --out=* | --seeds=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" ;;
     --out) [[ -n "${2:-}" ]] || usage; run="$2"; shift 2 ;;
     --seeds) [[ "${2:-}" =~ ^[1-9][0-9]*$ ]] || usage; seeds="$2"; shift 2 ;;

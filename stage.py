@@ -19,6 +19,7 @@ import shutil
 import sys
 import time
 import tokenize
+import warnings
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -386,6 +387,8 @@ OUT_OF_MEMORY = ("out of memory; `python simu.py plan` says what each stage need
 
 def run_cli(main):
     """Run a command line: what the user can put right ends in one line and exit status 2."""
+    # torch says this wherever NumPy, which we do not need, is not installed.
+    warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
     with contextlib.suppress(AttributeError):  # a replaced stdout (tests, notebooks) has none
         sys.stdout.reconfigure(line_buffering=True)
     try:
