@@ -148,9 +148,9 @@ def goal(method=None, name="unlearn", **changes) -> float:
 
 
 def test_simu_fits_one_48_gb_card():
-    assert goal("simu", micro_tokens=512) <= 48
-    assert goal("simu", checkpointing=True) <= 48
-    assert goal("simu", micro_tokens=512, state="bfloat16") <= 40
+    assert goal("simu") <= 48
+    assert goal("simu", micro_tokens=8192, checkpointing=True) <= 48
+    assert goal("simu", state="bfloat16") <= 40
 
 
 @pytest.mark.parametrize("method", ["fo", "so"])
