@@ -54,6 +54,7 @@ TOFU_ROWS = {"forget01": 40, "forget05": 200, "forget10": 400}
 TOFU_RETAIN_EVAL, TOFU_FACTS, LUME_ROWS = 400, 217, 2732  # rows asked about; forget rows
 STAGES = (("attribute", None), ("unlearn", "fo"), ("unlearn", "so"), ("unlearn", "simu"),
           ("evaluate", None))
+MANY = 1 << 30  # rows, where only tokens limit a batch
 COLUMNS = (9, 11, 8, 13, 8)  # widths of the table's
 
 
@@ -184,9 +185,17 @@ def _unlearning(s, config, method, dtype, critical, longest, answer) -> Need:
         return Need(*sizes, live.peak - sum(sizes))
 
 
+def _widest(budget: int, longest: int, most: int) -> tuple[int, int]:
+    """Rows and their tokens in the fullest batch that `batches_by_length` may cut: rows a little
+    shorter than the longest can fill a budget better."""
+    rows = max(1, min(most, -(-budget // longest)))
+    return rows, longest if rows == 1 else min(longest, budget // rows)
+
+
 def _trace_pass(model, s, longest, answer):
     """The largest pass of `backward_mean_nll`."""
-    B = min(s.batch, max(1, s.micro_tokens // longest))
+    B, longest = _widest(s.micro_tokens, longest, s.batch)
+    answer = min(answer, longest)
     n = torch.arange(B * answer, device="meta")
     logits = model.logits(_hidden(model, B, longest)[n % B, n // B])  # [B * answer, V]
     loss = F.cross_entropy(logits, n, reduction="sum")
@@ -210,7 +219,8 @@ def _one_update(s, method):
 def _trace_attribution(model, s, longest, answer):
     """`attribute` where it is widest: the lowest layer's path goes through all layers above."""
     c = model.config
-    B = max(1, s.attribution_tokens // max(1, s.steps - 1) // longest)
+    B, longest = _widest(s.attribution_tokens // max(1, s.steps - 1), longest, most=MANY)
+    answer = min(answer, longest)
 
     def each(*shape):
         return [model.embed_tokens.weight.new_empty(shape) for _ in model.layers]
@@ -232,7 +242,7 @@ def _trace_attribution(model, s, longest, answer):
 def _trace_evaluation(model, s, longest) -> int:
     """A pass of `eval_tokens`; returns the bytes of the cache and the logits to be had beside."""
     c = model.config
-    _hidden(model, max(1, s.eval_tokens // longest), longest)
+    _hidden(model, *_widest(s.eval_tokens, longest, most=MANY))
     cache = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * s.eval_tokens
     logits = 2 * LOGITS * torch.float32.itemsize  # and their log-softmax
     return cache * model.embed_tokens.weight.itemsize + logits

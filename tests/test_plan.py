@@ -26,7 +26,7 @@ def config(kind=LLAMA, **changes):
 
 
 def settings(**changes):
-    return Settings(**(dict(batch=6, epochs=1, micro_tokens=100, steps=4) | changes))
+    return Settings(**(dict(batch=6, epochs=1, micro_tokens=96, steps=4) | changes))
 
 
 def rows(n, *, longest=24, answer=16, vocab=300):
@@ -112,7 +112,7 @@ def test_activations_by_autograds_own_count(kind, method):
 
 @pytest.mark.parametrize("kind", [LLAMA, OLMO], ids=["llama", "olmo"])
 def test_attribution_needs_what_was_planned(kind):
-    c, s = config(kind), settings(attribution_tokens=300)
+    c, s = config(kind), settings(attribution_tokens=288)
     planned = plan.need(s, c, "attribute", dtype=torch.float32, critical=0, **LENGTHS)
     model = Transformer(c)
     with LiveBytes(*model.parameters()) as live:
@@ -120,6 +120,13 @@ def test_attribution_needs_what_was_planned(kind):
     weights = sum(p.nbytes for p in model.parameters())
     assert planned.weights == weights
     assert planned.activations == pytest.approx(live.peak - weights, rel=0.25)
+
+
+def test_a_budget_is_filled_by_rows_shorter_than_the_longest():
+    assert plan._widest(640, 164, 16) == (4, 160)
+    assert plan._widest(8192, 164, 16) == (16, 164)
+    assert plan._widest(100, 164, 16) == (1, 164)  # refused by data.batches_by_length
+    assert plan._widest(96, 24, 16) == (4, 24)
 
 
 def test_live_bytes_counts_each_memory_once_and_while_it_lives():
