@@ -6,6 +6,7 @@ What each number means is defined once, at the top of eval.py, and repeated in e
 """
 
 import dataclasses
+import glob
 import os
 import statistics
 from pathlib import Path
@@ -151,14 +152,32 @@ def add_forget_quality(found: list[dict], reference: list[dict] | None):
             values["forget_quality"] = ks_p_value(list(own.values()), list(ideal.values()))
 
 
+def _differences(s: Settings, t: Settings) -> list[str]:
+    """Settings, the seed aside, in which two runs differ."""
+    return [f.name for f in dataclasses.fields(s) if f.name not in ("seed", "out")
+            and getattr(s, f.name) != getattr(t, f.name)]
+
+
+def seed_siblings(run: Path, s: Settings) -> list[Path]:
+    """RUN-seed* beside a run; those of an older set of options are told and left out."""
+    fit = []
+    for path in sorted(run.resolve().parent.glob(f"{glob.escape(run.resolve().name)}-seed*")):
+        if (path / "settings.json").is_file():
+            differs = _differences(s, stage.read_settings(path))
+            if differs:
+                print(f"left out of the mean over seeds: {path.name} differs in "
+                      f"{', '.join(differs)}")
+            else:
+                fit.append(path)
+    return fit
+
+
 def over_seeds(run: Path, s: Settings, others: list[Path], found: list[dict]) -> dict:
     """{stage: {value: [one per run]}} of runs that differ in nothing but their seed."""
     runs = {s.seed: found}
     for other in others:
         t = stage.read_settings(other)
-        differs = [f.name for f in dataclasses.fields(s) if f.name not in ("seed", "out", "data")
-                   and getattr(s, f.name) != getattr(t, f.name)]
-        if differs:
+        if differs := _differences(s, t):
             raise UserError(f"{other} differs from {run} in {', '.join(differs)}; a mean over "
                             "seeds needs runs that differ in nothing else")
         if t.seed in runs:
@@ -307,7 +326,9 @@ def _recipes_table(run: Path, found: list[dict]) -> str:
 def _mask_line(run: Path, s: Settings) -> str:
     path, lines = run / "mask" / "stage.json", []
     if path.is_file():
-        note = stage.read_json(path)
+        note = stage.read_stage(path.parent)
+        if not {"critical", "total", "critical_per_layer"} <= note.keys():
+            raise UserError(f"{path} is damaged; delete {path.parent} and run its stage again")
         per_layer = " ".join(map(str, note["critical_per_layer"]))
         lines.append(f"{note['critical']} of {note['total']}: "
                      f"{note['critical'] / note['total']:.2%}; by layer {per_layer}")
@@ -331,7 +352,7 @@ def report(run: Path, *, others: list[Path] = (), retain_only: Path | None = Non
         reference = next((e["rows"] for e in found if e["name"] == "retain-only"), None)
     if found[0]["metrics"]["benchmark"] == "tofu":
         add_forget_quality(found, reference)
-    others = list(others) or sorted(p for p in run.parent.glob(f"{run.name}-seed*") if p.is_dir())
+    others = list(others) or seed_siblings(run, s)
     seeds = over_seeds(run, s, others, found) if others else None
     published = PUBLISHED.get((s.benchmark, s.model))
     examples, costs = qualitative(found), _costs(run)

@@ -180,7 +180,8 @@ def read_settings(run: Path) -> Settings:
     """The settings of a run, as its last `simu.py original` resolved them."""
     path = Path(run) / "settings.json"
     if not path.is_file():
-        raise UserError(f"{path} is missing: is {run} a run folder? `bash run.sh demo` makes one")
+        raise UserError(f"{path} is missing: {run} is not a run folder; run `python simu.py "
+                        "original` or `bash run.sh demo` first")
     values, wanted = read_json(path), {f.name: f.type for f in fields(Settings)}
     if not isinstance(values, dict) or set(values) != set(wanted) or not all(
             type(values[k]) in (t, int if t is float else t) for k, t in wanted.items()):

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+import data
 import eval as evaluation
 import simu
 import stage
@@ -185,6 +186,76 @@ def test_weights_of_ones_own(runs, tmp_path):
         runs["demo"] / "attribution" / "scores.safetensors").read_bytes()
 
 
+def test_transformers_reads_the_tokenizer_as_we_do(runs):
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("google.protobuf")
+    tokenizer = data.load_tokenizer(runs["demo"] / "simu-graddiff")
+    theirs = transformers.AutoTokenizer.from_pretrained(runs["demo"] / "simu-graddiff")
+    for text in ("Question: Who is it?\nAnswer:", "a  b", "na\u00efve"):
+        assert theirs(text)["input_ids"] == tokenizer.encode(text, bos=True)
+
+
+# --------------------------------------------------------------------------------- what is refused
+
+
+def stale(out, *words):
+    with pytest.raises(UserError) as e:
+        simu.main([*words, "--out", str(out), *MICRO, "--data", str(ROOT / "demo")])
+    return str(e.value)
+
+
+def test_a_stale_mask_or_another_slice_is_refused(runs, tmp_path):
+    """A stage called by itself may not mix with what was made for other options."""
+    out = tmp_path / "run"
+    shutil.copytree(runs["demo"], out)
+    unlearn = ("unlearn", "demo", "tiny-llama", "--method", "simu")
+    assert "mask was made with other settings" in stale(out, *unlearn, "--threshold", "0.2")
+    assert "attribution was made with other settings" in stale(out, *unlearn, "--steps", "3")
+    assert "attribution was made with other settings" in stale(
+        out, "mask", "demo", "tiny-llama", "--steps", "3")
+    for name, value in (("--seed", "5"), ("--forget-groups", "1"), ("--template", "raw")):
+        for words in (unlearn, ("attribute", "demo", "tiny-llama"),
+                      ("unlearn", "demo", "tiny-llama", "--method", "fo")):
+            assert stale(out, *words, name, value).startswith(f"{name} is ")
+    assert not list(out.rglob("*.partial"))
+
+
+def test_a_report_of_another_mask_is_refused(runs, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(runs["demo"], out)
+    simu.main(["mask", "demo", "tiny-llama", "--out", str(out), *MICRO, "--data",
+               str(ROOT / "demo"), "--threshold", "0.05"])
+    with pytest.raises(UserError, match="another mask"):
+        evaluation.main(["report", str(out)])
+
+
+def test_forget_only_drops_what_the_retain_set_needs(runs, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(runs["demo"], out)
+    simu.main(["mask", "demo", "tiny-llama", "--out", str(out), *MICRO, "--data",
+               str(ROOT / "demo"), "--mask", "forget-only", "--threshold", "0.3"])
+    forget, retain = simu.read_tensors(out / "attribution" / "scores.safetensors",
+                                       ("forget", "retain"))
+    mask, = simu.read_tensors(out / "mask" / "mask.safetensors", ("mask",))
+    dual, other = simu.critical_mask(forget, 0.3), simu.critical_mask(retain, 0.3)
+    assert torch.equal(mask, dual & ~other) and (dual & other).any()
+    assert not torch.equal(forget, retain)
+
+
+@pytest.mark.parametrize("name, content", [
+    ("mask/mask.safetensors", b"\x08"), ("attribution/scores.safetensors", b""),
+    ("mask/stage.json", b"{}"), ("original/stage.json", b"null"), ("settings.json", b"{}"),
+    ("settings.json", b'{"seed": "x"}'), ("original/model.safetensors", b"torn"),
+    ("original/tokenizer.model", b"torn"), ("original/config.json", b"[]")])
+def test_damaged_files_of_a_run_are_named(runs, tmp_path, name, content):
+    out = tmp_path / "run"
+    shutil.copytree(runs["demo"], out)
+    (out / name).write_bytes(content)
+    words = ["mask", "--threshold", "0.7"] if "scores" in name else ["unlearn", "--lr", "1e-3"]
+    told = stale(out, words[0], "demo", "tiny-llama", *words[1:])
+    assert name.split("/")[-1] in told and "\n" not in told
+
+
 # ---------------------------------------------------------------------------------------- mistakes
 
 
@@ -204,9 +275,14 @@ def command(*words, **environment):
     ("original demo tiny-llama --weights nowhere", "nowhere"),
     ("original demo tiny-llama --path both", "--path"),
     ("original demo tiny-llama --context 8", "more than the model's context of 8"),
-    ("attribute demo tiny-llama", "is not a finished stage"),
-    ("mask demo tiny-llama", "is not a finished stage"),
+    ("attribute demo tiny-llama", "is not a run folder"),
+    ("mask demo tiny-llama", "is not a run folder"),
     ("unlearn demo tiny-llama --method none", "--method"),
+    ("original demo tiny-llama --seed 99999999999999", "--seed is 99999999999999"),
+    ("original demo tiny-llama --lam inf", "--lam is inf"),
+    ("original demo tiny-llama --vocab 300", "--vocab 300"),
+    ("original demo tiny-llama --forget-split retain90", "every row of retain90"),
+    ("plan tofu llama3", "llama3"),
     ("", "original"),
 ])
 def test_mistakes_end_in_one_line(tmp_path, words, told):
@@ -245,7 +321,7 @@ def test_a_run_in_use_is_refused(runs, tmp_path):
                "--data", str(ROOT / "demo")])
 
 
-@pytest.mark.parametrize("words", ["", "nonsense", "tofu", "tofu --seed 1"])
+@pytest.mark.parametrize("words", ["", "nonsense", "tofu", "tofu --seed 1", "demo --seeds x"])
 def test_run_sh_shows_its_usage(words):
     done = command("bash", "run.sh", *words.split())
     assert done.returncode == 2 and "bash run.sh demo" in done.stderr
