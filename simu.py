@@ -53,7 +53,7 @@ PAPER = dict(batch=16, fo=dict(lam=0.3), so=dict(lam=2.0), simu=dict(lam=2.0))
 TOFU = dict(max_total_tokens=200, max_new_tokens=0)
 LUME = dict(max_total_tokens=0, max_new_tokens=256, template="raw")
 # So that at 7B SIMU fits 48 GB, and the baselines, which move everything, one card of 80 GB.
-FIT_7B = dict(micro_tokens=640, fo=dict(lam=0.3, state="bfloat16"),
+FIT_7B = dict(micro_tokens=512, fo=dict(lam=0.3, state="bfloat16"),
               so=dict(lam=2.0, state="bfloat16"))
 RECIPES = {
     ("tofu", "llama2-7b"): PAPER | TOFU | FIT_7B | dict(threshold=0.3, steps=5, lr=5e-6, epochs=5,
