@@ -50,12 +50,13 @@ from collections import namedtuple
 from functools import lru_cache
 from pathlib import Path
 
+import stage  # before torch: it silences a warning of torch's import
+
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
 import data
-import stage
 from data import Encoded, Example
 from model import Transformer, generate
 from stage import Settings, Stage, UserError

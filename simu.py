@@ -33,6 +33,8 @@ import sys
 from contextlib import contextmanager
 from pathlib import Path
 
+import stage  # before torch: it silences a warning of torch's import
+
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
@@ -40,7 +42,6 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import data
-import stage
 from data import IGNORE, Batch, Encoded, collate
 from eval import evaluate_model
 from model import Config, Transformer, causal_attention, save_tensors

@@ -23,7 +23,10 @@ import warnings
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-import torch
+# torch says this, when imported, wherever NumPy is not installed; nothing here needs NumPy.
+warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
+
+import torch  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
 
@@ -388,8 +391,6 @@ OUT_OF_MEMORY = ("out of memory; `python simu.py plan` says what each stage need
 
 def run_cli(main):
     """Run a command line: what the user can put right ends in one line and exit status 2."""
-    # torch says this wherever NumPy, which we do not need, is not installed.
-    warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
     with contextlib.suppress(AttributeError):  # a replaced stdout (tests, notebooks) has none
         sys.stdout.reconfigure(line_buffering=True)
     try:
