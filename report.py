@@ -11,6 +11,7 @@ import os
 import statistics
 from pathlib import Path
 
+import data
 import eval as evaluation
 import stage
 from eval import (CHOICE, MIN_K, SPLITS, TASKS, check_fresh, has, ks_p_value, read_rows, spread,
@@ -121,7 +122,8 @@ def find_evaluations(run: Path, s: Settings, *, recompute: bool = False) -> list
         if metrics["partial"]:
             label += f" (partial: {metrics['partial']})"
         code = stage.read_json(evaluation / "stage.json")["why"]["code"]
-        found.append(dict(name=name, label=label, metrics=metrics, rows=rows, code=code))
+        found.append(dict(name=name, label=label, metrics=metrics, rows=rows, code=code,
+                          made=_made_of(folder, evaluation)))
     if not found:
         raise UserError(f"{run} holds no evaluation; run `python eval.py evaluate {run} STAGE`")
     if len({e["code"] for e in found}) > 1:
@@ -130,10 +132,29 @@ def find_evaluations(run: Path, s: Settings, *, recompute: bool = False) -> list
     return found
 
 
+def _made_of(folder: Path, evaluation: Path) -> dict:
+    """What must agree between seeds: the settings a model was made with, and the data files."""
+    settings = stage.read_stage(folder)["why"]["settings"]
+    inputs = stage.read_stage(evaluation)["why"]["inputs"]
+    return {k: v for k, v in (settings | inputs).items() if k not in ("seed", "model")}
+
+
 def _quality_statistics(rows: list[dict]) -> dict[str, float]:
     """Per forget row, what TOFU's forget quality compares: mean loss(w) - loss(a')."""
     return {r["id"]: statistics.fmean(r["perturbed_losses"]) - r["paraphrased_loss"]
             for r in rows if r["split"] == "forget" and has(r, "perturbed_losses", *CHOICE)}
+
+
+def _reference_rows(folder: Path, s: Settings) -> list[dict]:
+    """Rows of a retain-only model evaluated in another run: as its folder now is, on our data."""
+    t = stage.read_settings(folder.resolve().parent)
+    check_fresh(folder.resolve().parent, t, folder, folder / "eval")
+    data_of = [stage.resolved(x, ("benchmark", "model", "template")) | data.data_digests(x)
+               for x in (s, t)]
+    if differs := [k for k in data_of[0] | data_of[1] if data_of[0].get(k) != data_of[1].get(k)]:
+        raise UserError(f"--retain-only {folder} is not comparable: its run differs in "
+                        f"{', '.join(differs)}; evaluate it on the same data, asked the same way")
+    return read_rows(folder / "eval")
 
 
 def add_forget_quality(found: list[dict], reference: list[dict] | None):
@@ -183,6 +204,12 @@ def over_seeds(run: Path, s: Settings, others: list[Path], found: list[dict]) ->
         if t.seed in runs:
             raise UserError(f"{other} has seed {t.seed}, as another of these runs; leave one out")
         runs[t.seed] = find_evaluations(other, t)
+        for one, first in ((o, f) for o in runs[t.seed] for f in found if f["name"] == o["name"]):
+            if changed := [k for k in one["made"] | first["made"]
+                           if one["made"].get(k) != first["made"].get(k)]:
+                raise UserError(f"{other / one['name']} was made with other {', '.join(changed)} "
+                                f"than {run / one['name']}; a mean over seeds needs runs that "
+                                "differ in nothing else")
     whole = [{e["name"]: e["metrics"]["values"] for e in one if not e["metrics"]["partial"]}
              for one in runs.values()]
     shared = [e["name"] for e in found if all(e["name"] in one for one in whole)]
@@ -347,7 +374,7 @@ def report(run: Path, *, others: list[Path] = (), retain_only: Path | None = Non
     s = stage.read_settings(run)
     found = find_evaluations(run, s, recompute=recompute)
     if retain_only:
-        reference = read_rows(retain_only / "eval")
+        reference = _reference_rows(retain_only, s)
     else:
         reference = next((e["rows"] for e in found if e["name"] == "retain-only"), None)
     if found[0]["metrics"]["benchmark"] == "tofu":
@@ -360,7 +387,7 @@ def report(run: Path, *, others: list[Path] = (), retain_only: Path | None = Non
     main_table = _table_of(columns, found, published)
     text = _compose(run, s, found, main_table, seeds, examples, costs)
     stage.write_text(run / "report.md", text)
-    kept = [{k: v for k, v in e.items() if k != "rows"} for e in found]
+    kept = [{k: v for k, v in e.items() if k not in ("rows", "made")} for e in found]
     stage.write_json(run / "report.json", dict(
         settings=dataclasses.asdict(s), evaluations=kept, columns=columns, published=published,
         seeds=seeds, critical=_mask_line(run, s), costs=costs, qualitative=examples))

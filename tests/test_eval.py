@@ -600,16 +600,29 @@ def expected_quality(run: Path) -> float:
 
 
 def test_forget_quality_without_a_retain_only_model(run, tmp_path):
-    expected = expected_quality(run)
-    shutil.move(run / "retain-only", tmp_path / "elsewhere")
+    expected, elsewhere = expected_quality(run), tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    shutil.copy(run / "settings.json", elsewhere)
+    shutil.move(run / "retain-only", elsewhere / "original")
     shutil.rmtree(run / "simu-graddiff")
     ev.main(["report", str(run)])
     evaluation = stage.read_json(run / "report.json")["evaluations"][0]["metrics"]
     assert evaluation["values"]["forget_quality"] is None
     assert "--retain-only" in evaluation["notes"]["forget_quality"]
-    ev.main(["report", str(run), "--retain-only", str(tmp_path / "elsewhere")])
+    ev.main(["report", str(run), "--retain-only", str(elsewhere / "original")])
     evaluation = stage.read_json(run / "report.json")["evaluations"][0]["metrics"]
     assert evaluation["values"]["forget_quality"] == expected
+    settings = stage.read_json(run / "settings.json")
+    stage.write_json(elsewhere / "settings.json", settings | {"template": "llama2"})
+    with pytest.raises(stage.UserError, match="other settings"):  # than it was evaluated under
+        ev.main(["report", str(run), "--retain-only", str(elsewhere / "original")])
+    spoil_model(elsewhere)
+    stage.write_json(elsewhere / "settings.json", settings)
+    with pytest.raises(stage.UserError, match="not of the model now"):
+        ev.main(["report", str(run), "--retain-only", str(elsewhere / "original")])
+    (elsewhere / "settings.json").unlink()
+    with pytest.raises(stage.UserError, match="not a run folder"):
+        ev.main(["report", str(run), "--retain-only", str(elsewhere / "original")])
 
 
 def test_mean_and_deviation_over_seeds(run):
@@ -628,6 +641,11 @@ def test_mean_and_deviation_over_seeds(run):
     assert seeds["seeds"] == [0, 1] and set(seeds["values"]) == {"original", "retain-only"}
     assert seeds["values"]["original"]["retain.rouge_l"] == [1, 0]
     assert "0.5000 ± 0.7071" in (run / "report.md").read_text("utf-8")
+    made = stage.read_json(folder.parent / "stage.json")
+    made["why"]["settings"]["lr"] = 1.0
+    stage.write_json(folder.parent / "stage.json", made)
+    with pytest.raises(stage.UserError, match="made with other lr"):
+        ev.main(["report", str(run)])
     settings = stage.read_json(run / "settings.json")
     stage.write_json(run.parent / "run-seed1" / "settings.json", settings | {"seed": 1, "lr": 1.0})
     with pytest.raises(stage.UserError, match="differs from .* in lr"):
