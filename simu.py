@@ -66,7 +66,7 @@ RECIPES = {
                                              fo=dict(lam=0.3, epochs=5)),
 }
 # Tiny models, made here on a CPU. Their learning rates come from the grid in benchmarks/.
-TINY = PAPER | dict(threshold=0.6, steps=5, epochs=40, batch=4,
+TINY = PAPER | dict(threshold=0.6, steps=5, epochs=40, batch=4, eval_tokens=8192,
                     fo=dict(lam=0.3, lr=2e-4), so=dict(lam=2.0, lr=1e-4),
                     simu=dict(lam=2.0, lr=8e-4))
 for _model in ("tiny-llama", "tiny-olmo"):
@@ -75,7 +75,7 @@ for _model in ("tiny-llama", "tiny-olmo"):
     RECIPES["tofu", _model] = TINY | TOFU | dict(
         forget_groups=2, retain_groups=15, learn_epochs=25, light_epochs=15, epochs=20)
     RECIPES["lume", _model] = TINY | LUME | dict(
-        forget_groups=3, retain_groups=8, learn_epochs=90, light_lr=1e-3, light_epochs=60,
+        forget_groups=3, retain_groups=8, learn_epochs=60, light_lr=1e-3, light_epochs=40,
         epochs=20)
 
 

@@ -1,6 +1,7 @@
 """The stages together, on the demo's data at a size that runs in seconds: what is made, what is
 skipped, what is made again, and how mistakes end."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -346,3 +347,33 @@ def test_the_llama_demo_needs_no_optional_package(tmp_path):
     done = command(sys.executable, "-c", code, TQDM_DISABLE="1", PYTHONPATH=str(ROOT))
     assert done.returncode == 0, done.stderr[-2000:]
     assert json.loads((tmp_path / "run" / "report.json").read_text())
+
+
+# Every setting, and the first stage that another value of it must make again. "" marks those that
+# cannot change a result: where things lie, and how much is computed at a time.
+DEPENDENTS = dict(
+    benchmark="retain-only", model="retain-only", seed="retain-only", dtype="retain-only",
+    device="retain-only", forget_split="retain-only", retain_split="retain-only",
+    forget_groups="retain-only", retain_groups="retain-only", rows_per_author="retain-only",
+    lume_fraction="retain-only", template="retain-only", weights="retain-only",
+    vocab="retain-only", width="retain-only", depth="retain-only", context="retain-only",
+    learn_batch="retain-only", learn_lr="retain-only", learn_epochs="retain-only",
+    micro_tokens="retain-only", beta1="retain-only", adam_beta2="retain-only",
+    adam_eps="retain-only", weight_decay="retain-only", clip="retain-only", warmup="retain-only",
+    light_lr="original", light_epochs="original", light_retain="original",
+    steps="attribution", path="attribution", attribution_tokens="attribution",
+    threshold="mask", mask="mask",
+    method="unlearn", lr="unlearn", epochs="unlearn", batch="unlearn", lam="unlearn",
+    beta2="unlearn", gamma="unlearn", eps="unlearn", state="unlearn", checkpointing="unlearn",
+    eval_epochs="unlearn", max_new_tokens="eval", max_total_tokens="eval",
+    data="", out="", eval_tokens="")
+
+
+def test_every_setting_makes_the_right_stages_again():
+    assert set(DEPENDENTS) == {f.name for f in dataclasses.fields(stage.Settings)}
+    stages = dict(zip(("retain-only", "original", "attribution", "mask", "unlearn", "eval"),
+                      (simu.LEARN, simu.LIGHT, simu.ATTRIBUTE, ("threshold", "mask"),
+                       simu.UNLEARN, evaluation.DEPENDS)))
+    for name, first in DEPENDENTS.items():
+        hit = [k for k, fields in stages.items() if name in fields]
+        assert hit[:1] == ([first] if first else []), name

@@ -341,6 +341,45 @@ def test_baselines_move_every_weight(method, tmp_path):
     assert {"loss_forget", "loss_retain", "lr", "grad_norm", "clipped"} <= set(log[0])
 
 
+def test_decay_spares_norms_and_is_decoupled(tmp_path):
+    """[D7] through the loop itself: with a zero gradient a step is the decay alone."""
+    s, model = settings(weight_decay=0.1), tiny()
+    old = {n: p.detach().clone() for n, p in model.named_parameters()}
+
+    def update(p, g, m, h, lr, decayed, step):
+        return simu.adamw(s)(p, torch.zeros_like(g), m, h, lr, decayed, step)
+
+    with simu.moving_weights(model, "fo", None, torch.float32) as moving:
+        simu.train(model, moving, [rows(4)],
+                   lambda r: dict(loss=simu.backward_mean_nll(model, r, 1.0, 4096)), update, s=s,
+                   lr=0.5, warmup=0.0, log=tmp_path / "log.jsonl", title="decay")
+    for name, p in model.named_parameters():
+        factor = 1 if "norm" in name else 1 - 0.5 * 0.1
+        torch.testing.assert_close(p.detach(), old[name] * factor, msg=name)
+
+
+def test_rounding_is_seeded_by_seed_and_step(tmp_path):
+    """The noise of step k is a function of (seed, k), so that a resumed run draws the same."""
+    def noise(seed, first):
+        s, model, drawn = settings(seed=seed), tiny(), []
+        with simu.moving_weights(model, "fo", None, torch.float32) as moving:
+            def backward(item):
+                return dict(loss=simu.backward_mean_nll(model, item, 1.0, 4096))
+
+            def apply(moving, update, *, scale, generator):
+                drawn.append(torch.rand(3, generator=generator))
+                for w in moving:
+                    w.weight.grad = None
+                return 0
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(simu, "apply_updates", apply)
+                simu.train(model, moving, [rows(2)] * 3, backward, None, s=s, lr=1.0, warmup=0.0,
+                           log=tmp_path / "log.jsonl", title="noise")
+        return drawn[first]
+    assert torch.equal(noise(0, 1), noise(0, 1))
+    assert not torch.equal(noise(0, 1), noise(0, 2)) and not torch.equal(noise(0, 1), noise(1, 1))
+
+
 def test_the_same_command_gives_the_same_bytes(tmp_path):
     mask = torch.rand(3, 32, generator=torch.Generator().manual_seed(1)) < 0.3
     first, second = (run(tiny(), settings(), mask, tmp_path) for _ in range(2))
