@@ -254,11 +254,15 @@ def critical_mask(scores: Tensor, threshold: float) -> Tensor:
     whose maximum is not positive holds nothing critical [D5]."""
     if not 0 < threshold <= 1:
         raise UserError(f"threshold t = {threshold}; it must be in (0, 1]")
-    if not torch.isfinite(scores).all():
-        raise UserError("attribution scores are not finite; the model's weights or activations "
-                        "overflow: attribute in float32 (--dtype float32)")
+    _need_finite(scores)
     top = scores.amax(dim=1, keepdim=True)
     return (scores > threshold * top) & (top > 0)
+
+
+def _need_finite(scores: Tensor):
+    if not torch.isfinite(scores).all():
+        raise UserError("attribution scores are not finite; the model's weights or activations "
+                        "overflow: attribute in float32 (--dtype float32), or fetch it again")
 
 
 # ---------------------------------------------------------------------- step 2: unlearning (2.2)
@@ -725,6 +729,7 @@ def attribute_stage(s: Settings):
         model = load_original(s, job, "attribute", encoded)
         scores = {name: attribute_rows(model, rows, s, title=f"attribute {name}").cpu()
                   for name, rows in encoded.items()}
+        _need_finite(torch.stack([*scores.values()]))
         save_tensors(folder / "scores.safetensors", scores)
 
 
