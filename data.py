@@ -65,7 +65,7 @@ class LlamaTokenizer:
     def __init__(self, path: Path):
         try:
             self._sp = sentencepiece.SentencePieceProcessor(model_file=str(path))
-        except (OSError, RuntimeError):
+        except (OSError, RuntimeError, ValueError):
             raise UserError(f"{path} is not a sentencepiece model; fetch it again") from None
         self.bos_id, self.eos_id = self._sp.bos_id(), self._sp.eos_id()
         if min(self.bos_id, self.eos_id) < 0:

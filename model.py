@@ -343,7 +343,7 @@ class Transformer(nn.Module):
         folder = Path(path)
         with torch.device("meta"):
             model = cls(Config.from_dir(folder))
-        files, index = _weight_files(folder)
+        files, index = weight_files(folder)
         places = _check_headers(model, folder, files, index)
         for file in files:
             _load_shard(model, file, [n for n in places if places[n] == file], dtype, device)
@@ -393,7 +393,7 @@ def _shapes(config: Config) -> dict[str, torch.Size]:
         return {_hf(name): p.shape for name, p in Transformer(config).named_parameters()}
 
 
-def _weight_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
+def weight_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
     """The safetensors files of a checkpoint, and its index: tensor name -> file name."""
     whole, index = folder / "model.safetensors", folder / INDEX
     if whole.is_file():

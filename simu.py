@@ -44,7 +44,7 @@ from tqdm import tqdm
 import data
 from data import IGNORE, Batch, Encoded, collate
 from eval import evaluate_model
-from model import Config, Transformer, causal_attention, save_tensors
+from model import Config, Transformer, causal_attention, save_tensors, weight_files
 from stage import Settings, Stage, UserError
 
 # ----------------------------------------------------------------------------------------- recipes
@@ -650,6 +650,7 @@ def link_original(s: Settings):
     if not source.is_dir():
         raise UserError(f"--weights {s.weights} is not a folder")
     Config.from_dir(source)
+    weight_files(source)
     data.load_tokenizer(source)
     if (s.run / "retain-only").exists():
         raise UserError(f"{s.run} holds a retain-only model that is not of --weights; choose "

@@ -226,12 +226,22 @@ def resolved(s: Settings, names: tuple[str, ...]) -> dict:
 # ------------------------------------------------------------------------------------------- files
 
 
+@contextlib.contextmanager
+def naming(path: Path):
+    """Errors of the system that name no file, as a full disk's do not, name this one."""
+    try:
+        yield
+    except OSError as e:
+        e.filename = e.filename or str(path)
+        raise
+
+
 def write_text(path: Path, text: str):
     """Whole or not at all: written beside, flushed to disk, renamed."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.partial")
-    with open(beside, "w", encoding="utf-8") as file:
+    with naming(path), open(beside, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

@@ -274,7 +274,7 @@ def run_case(world: Path, case: int, seed: int) -> tuple[str, str]:
         (out / name.partition("/")[2]).write_bytes(content)
         jobs = [(evaluation.main, "report", out),
                 (simu.main, "mask", *options(world, cell, out), "--threshold", "0.4"),
-                (simu.main, "unlearn", *options(world, cell, out), "--lr", "1e-4")]
+                (simu.main, "unlearn", *options(world, cell, out), "--threshold", "0.4")]
     else:
         (world / name).write_bytes(content)
         weights = name.partition("/")[0] if "tokenizer" in name or "-" in name.split("/")[0] else ""

@@ -233,20 +233,21 @@ FAULTS = {
     "weights: NaN": (weight(float("nan")), LOAD, f"{UP} holds NaN or infinity"),
     "weights: infinity": (weight(float("-inf")), LOAD, f"{UP} holds NaN or infinity"),
     "weights: overflowing": (weight(3e38), LOAD, "scores are not finite"),
-    "weights: a folder": (folder(WHOLE), LOAD, "no model.safetensors"),
-    "weights: none": (gone(WHOLE), LOAD, "no model.safetensors.*finish the download"),
-    "weights: pickled": (pickled, LOAD, "pickled weights .*never read"),
+    "weights: a folder": (folder(WHOLE), ORIGINAL, "no model.safetensors"),
+    "weights: none": (gone(WHOLE), ORIGINAL, "no model.safetensors.*finish the download"),
+    "weights: pickled": (pickled, ORIGINAL, "pickled weights .*never read"),
     "weights: a pickle by another name": (put(WHOLE, PICKLES), LOAD, NOT_WHOLE),
-    "index: missing shard": (shard("model-9.safetensors"), SHARDED, "model-9.safetensors is missi"),
+    "index: missing shard": (
+        shard("model-9.safetensors"), SHARDED[:1], "model-9.safetensors is missing"),
     "index: shard above the folder": (
-        shard("../weights-tofu/model.safetensors"), SHARDED, "beside the index"),
-    "index: absolute path": (shard("/etc/passwd.safetensors"), SHARDED, "beside the index"),
-    "index: shard is a number": (shard(7), SHARDED, "beside the index"),
-    "index: shard of NUL": (shard("\0.safetensors"), SHARDED, "beside the index"),
+        shard("../weights-tofu/model.safetensors"), SHARDED[:1], "beside the index"),
+    "index: absolute path": (shard("/etc/passwd.safetensors"), SHARDED[:1], "beside the index"),
+    "index: shard is a number": (shard(7), SHARDED[:1], "beside the index"),
+    "index: shard of NUL": (shard("\0.safetensors"), SHARDED[:1], "beside the index"),
     "index: wrong shard": (other_shard, SHARDED, "the index puts .*up_proj.* here"),
-    "index: not JSON": (cut(SHARDS), SHARDED, "index.json is not valid JSON"),
-    "index: a list": (put(SHARDS, []), SHARDED, "weight_map must map"),
-    "index: no map": (put(SHARDS, {"weight_map": {}}), SHARDED, "weight_map must map"),
+    "index: not JSON": (cut(SHARDS), SHARDED[:1], "index.json is not valid JSON"),
+    "index: a list": (put(SHARDS, []), SHARDED[:1], "weight_map must map"),
+    "index: no map": (put(SHARDS, {"weight_map": {}}), SHARDED[:1], "weight_map must map"),
     "index: cut shard": (cut("sharded-tofu/model-00001-of-00006.safetensors"), SHARDED,
                          "model-00001-of-00006.safetensors is not a whole"),
     # Configuration.
@@ -263,7 +264,7 @@ FAULTS = {
     "config: text": (field(CONFIG, hidden_size="64"), ORIGINAL, "hidden_size = '64'"),
     "config: a fraction": (field(CONFIG, vocab_size=400.5), ORIGINAL, "vocab_size = 400.5"),
     "config: a list of sizes": (field(CONFIG, vocab_size=[400]), ORIGINAL, r"vocab_size = \[400\]"),
-    "config: inconsistent": (field(CONFIG, num_attention_heads=3), ORIGINAL, "a multiple of num_at"),
+    "config: inconsistent": (field(CONFIG, num_attention_heads=3), ORIGINAL, "multiple of num_att"),
     "config: odd head": (field(CONFIG, head_dim=7), ORIGINAL, "head_dim = 7: must be even"),
     "config: a thousand million layers": (
         field(CONFIG, num_hidden_layers=10**9), ORIGINAL, "num_hidden_layers = 1000000000"),
@@ -314,7 +315,8 @@ FAULTS = {
         change("data/tofu/retain90.json", lambda x: x + b"".join(
             json.dumps(r).encode() + b"\n" for r in fuzz.tofu_rows("Ann Bo", False))),
         ORIGINAL, "every row of forget10 is in retain90"),
-    "data: no split of that name": (nothing, ["original new --forget-split forget7"], "forget7.json"),
+    "data: no split of that name": (
+        nothing, ["original new --forget-split forget7"], "forget7.json is missing"),
     "LUME: odd id": (row(LUME, id="x"), OLMO, "id 'x' does not end in sc or qa"),
     "LUME: odd task": (row(LUME, task="Task4"), OLMO, "task 'Task4' is not"),
     "LUME: id twice": (row(LUME, 1, id="Annsc1"), OLMO, "id 'Annsc1' stands twice"),
@@ -344,14 +346,16 @@ FAULTS = {
     "settings: null": (put("run-tofu/settings.json", None), MASK, "settings.json is not the sett"),
     "settings: {}": (put("run-tofu/settings.json", {}), MASK, "settings.json is not the settings"),
     "settings: cut": (cut("run-tofu/settings.json"), MASK, "settings.json is not valid JSON"),
-    "settings: wrong type": (field("run-tofu/settings.json", seed="0"), MASK, "is not the settings"),
+    "settings: wrong type": (
+        field("run-tofu/settings.json", seed="0"), MASK, "is not the settings"),
     "settings: out of range": (
         field("run-tofu/settings.json", lr=10**400), MASK, "settings.json: --lr is 1"),
     "settings: NUL": (field("run-tofu/settings.json", data="a\0"), REPORT, "not UTF-8 text"),
     "stage.json: null": (put("run-tofu/mask/stage.json", None), UNLEARN, "stage.json is damaged"),
     "stage.json: {}": (put("run-tofu/original/stage.json", {}), UNLEARN, "stage.json is damaged"),
     "stage.json: cut": (cut("run-tofu/original/stage.json"), UNLEARN, "is not valid JSON"),
-    "stage.json: edited": (field("run-tofu/mask/stage.json", critical=1), REPORT, "damaged, edited"),
+    "stage.json: edited": (
+        field("run-tofu/mask/stage.json", critical=1), REPORT, "damaged, edited"),
     "stage.json: gone": (gone("run-tofu/mask/stage.json"), UNLEARN, "not a finished stage"),
     "metrics: null": (put(f"{EVAL}/metrics.json", None), REPORT, CHANGED),
     "metrics: cut": (cut(f"{EVAL}/metrics.json"), REPORT, CHANGED),
@@ -387,7 +391,7 @@ def test_bad_input_ends_in_one_line(w, fault):
 
 
 @pytest.mark.parametrize("words, says", [
-    ([], "stage"), (["original", "tofu", "llama3"], "llama3"), (["evaluate"], "invalid choice"),
+    ([], "plan|original"), (["original", "tofu", "llama3"], "llama3"), (["evaluate"], "choice"),
     (["original", "mmlu", "tiny-llama"], "mmlu"), (["original", "demo"], "model"),
     (["original", "demo", "tiny-llama", "--seed", "x\n; rm"], "--seed")])
 def test_a_wrong_word_ends_in_one_line(words, says):
@@ -396,8 +400,8 @@ def test_a_wrong_word_ends_in_one_line(words, says):
 
 
 def test_the_world_is_good_before_it_is_spoilt(w):
-    for command in (*LOAD, "evaluate out original", "report out", *SHARDED, *MASK, *UNLEARN,
-                    "unlearn run-lume --lr 1e-4", "evaluate run-tofu", "report run-tofu"):
+    for command in (*LOAD, "evaluate out original", "report out", *SHARDED, *UNLEARN,
+                    "unlearn run-lume --lr 1e-4", "evaluate run-tofu", "report run-tofu", *MASK):
         assert fuzz.cli(*words_of(w, command)) == (0, ""), command
 
 
@@ -446,13 +450,13 @@ def test_a_file_in_place_of_the_run_folder(w):
 
 @pytest.mark.parametrize("code, says", [
     (errno.ENOSPC, "No space left on device; free space"), (errno.EROFS, "Read-only file system"),
-    (errno.EACCES, "Permission denied.*permissions"), (errno.EDQUOT, "quota")])
+    (errno.EACCES, "Permission denied.*permissions"), (errno.EDQUOT, "Disk quota")])
 def test_a_disk_that_takes_no_more(w, monkeypatch, code, says):
     def fail(_):
         raise OSError(code, os.strerror(code))
     monkeypatch.setattr(os, "fsync", fail)
-    refused(w, MASK, f"mask.partial: .*{says}" if code != errno.EDQUOT else "(?i)quota")
-    refused(w, REPORT, says if code != errno.EDQUOT else "(?i)quota")
+    refused(w, MASK, f"mask.partial/fingerprint: {says}")
+    refused(w, REPORT, f"report.md: {says}")
 
 
 def test_a_file_larger_than_allowed(w):
@@ -545,9 +549,9 @@ def as_program(w, command: str) -> list:
 @pytest.mark.parametrize("fault", ["weights: cut", "tokenizer: cut", "metrics: null"])
 def test_the_same_as_a_program(w, fault):
     spoil, commands, says = FAULTS[fault]
+    spoil(w)
     for command in commands[:-1]:
         assert fuzz.cli(*words_of(w, command)) == (0, "")
-    spoil(w)
     before, run = listing(w), program(*as_program(w, commands[-1]))
     stderr = run.communicate()[1]
     assert fuzz.told(run.returncode, stderr) and re.search(says, stderr), stderr
@@ -632,14 +636,13 @@ def sources():
             if p.name != Path(__file__).name and ".venv" not in p.parts]
 
 
-FORBIDDEN = re.compile(r"\bpickle\b|\bshelve\b|\bmarshal\b|torch\.(load|save)\b|(?<![.\w])eval\(|"
-                       r"(?<![.\w])exec\(|trust_remote_code|os\.system|shell=True|yaml\.load|"
-                       r"__reduce__|\beval \"")
+FORBIDDEN = re.compile(r"(import|from) (pickle|shelve|marshal|dill)|pickle\.|torch\.(load|save)\b|"
+                       r"(?<![.\w])eval\((?!-)|(?<![.\w])exec\(|trust_remote_code|os\.system|"
+                       r"shell=True|yaml\.load|__reduce__|\beval \"")
 
 
 def test_no_code_comes_from_data():
-    """Nothing unpickles, evaluates, or hands text to a shell. (`model.eval()` would be a method;
-    "pickled" may be spoken of.)"""
+    """Nothing unpickles, evaluates, or hands text to a shell."""
     assert len(sources()) > 12
     found = [f"{p.name}:{n}: {line.strip()}" for p in sources()
              for n, line in enumerate(p.read_text(encoding="utf-8").splitlines(), 1)
