@@ -20,7 +20,7 @@ import sentencepiece
 import torch
 from torch import Tensor
 
-from stage import HERE, Settings, UserError, read_json, sha256
+from stage import HERE, NO_TEXT, Settings, UserError, read_json, sha256
 
 IGNORE = -100  # a target that is not predicted; also cross_entropy's default
 
@@ -65,9 +65,11 @@ class LlamaTokenizer:
     def __init__(self, path: Path):
         try:
             self._sp = sentencepiece.SentencePieceProcessor(model_file=str(path))
-        except (OSError, RuntimeError):
+        except (OSError, RuntimeError, ValueError):
             raise UserError(f"{path} is not a sentencepiece model; fetch it again") from None
         self.bos_id, self.eos_id = self._sp.bos_id(), self._sp.eos_id()
+        if min(self.bos_id, self.eos_id) < 0:
+            raise UserError(f"{path} has no bos or no eos piece; use a LLaMA tokenizer")
         self.vocab_size = self._sp.get_piece_size()
 
     def encode(self, text: str, *, bos: bool) -> list[int]:
@@ -151,8 +153,10 @@ def load_tokenizer(path):
         return LlamaTokenizer(path)
     # OLMo's two published tokenizers disagree on <|endoftext|> (0 or 50279); the model decides.
     config = path.with_name("config.json")
-    eos = read_json(config).get("eos_token_id") if config.is_file() else None
-    return JsonTokenizer(path, eos[0] if isinstance(eos, list) else eos)
+    raw = read_json(config) if config.is_file() else {}
+    eos = raw.get("eos_token_id") if isinstance(raw, dict) else None
+    eos = eos[0] if isinstance(eos, list) and eos else eos
+    return JsonTokenizer(path, eos if type(eos) is int else None)  # Config will refuse another
 
 
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json",
@@ -208,6 +212,8 @@ def train_tokenizer(texts: list[str], folder: Path, *, llama: bool, vocab: int):
 
 def _rows(path: Path, required: tuple[str, ...]) -> list[tuple[str, dict]]:
     """(where, row) of a JSON-lines file whose rows have the required keys, each a filled string."""
+    if path.is_dir():
+        raise UserError(f"{path} is a folder, not a file; fetch the file again")
     if not path.is_file():
         raise UserError(f"{path} is missing; point --data or SIMU_DATA at the folder that holds "
                         f"{path.parent.name}/{path.name}")
@@ -238,7 +244,7 @@ def _text(row: dict, key: str, where: str) -> str:
     value = row.get(key)
     if key not in row:
         raise UserError(f"{where} has no {key!r}; rows need it")
-    if not isinstance(value, str) or not value.strip() or "\0" in value:
+    if not isinstance(value, str) or not value.strip() or NO_TEXT.search(value):
         raise UserError(f"{where}: {key!r} is not a filled text; mend or drop the row")
     return value
 
@@ -296,6 +302,7 @@ class Benchmark:
     real_authors: list[Example]
     nonmembers: list[Example]     # for MIA [D12]; empty with the reason below
     nonmember_source: str
+    shared: int = 0               # rows of D_f that are in D_r too
 
 
 def data_folder(s: Settings) -> Path:
@@ -338,7 +345,7 @@ def _tofu_benchmark(s: Settings) -> Benchmark:
         return load_tofu(folder, split, rows_per_author=s.rows_per_author)
 
     def load_if_there(split):
-        return load(split) if (folder / f"{split}.json").is_file() else []
+        return load(split) if (folder / f"{split}.json").exists() else []
 
     every = load(s.forget_split)
     known = {(r.question, r.answer): r for r in load_if_there(f"{s.forget_split}_perturbed")}
@@ -349,13 +356,11 @@ def _tofu_benchmark(s: Settings) -> Benchmark:
               for r in _first_groups(every, s.forget_groups)]
     authors = load(s.retain_split)
     retain = _first_groups(authors, s.retain_groups)
-    inside = {(r.question, r.answer) for r in retain}
-    shared = inside & {(r.question, r.answer) for r in forget}
-    if len(shared) == len({(r.question, r.answer) for r in forget}):
+    shared = _shared(forget, retain)
+    if shared == len(forget):
         raise UserError(f"every row of {s.forget_split} is in {s.retain_split} too; choose another "
                         "--forget-split or --retain-split")
-    if shared:
-        print(f"warning: {len(shared)} rows are both in {s.forget_split} and in {s.retain_split}")
+    inside = {(r.question, r.answer) for r in retain}
     retain_eval = [r for r in load_if_there("retain_perturbed") if (r.question, r.answer) in inside]
     if not retain_eval:
         raise UserError(f"no row of {folder}/retain_perturbed.json is in the retain set; fetch it, "
@@ -364,7 +369,7 @@ def _tofu_benchmark(s: Settings) -> Benchmark:
     # Non-members must be text the original never saw; which that is depends on what it was made of.
     rest = [r for r in authors if r.group not in {x.group for x in retain}]
     held_out = load_if_there(s.forget_split.replace("forget", "holdout"))
-    if held_out:
+    if held_out and "forget" in s.forget_split:
         nonmembers, source = held_out, "hold-out authors"
     elif s.tiny and rest:
         last = list(dict.fromkeys(r.group for r in rest))[-len({r.group for r in forget}):]
@@ -373,7 +378,17 @@ def _tofu_benchmark(s: Settings) -> Benchmark:
         nonmembers, source = [], "none: the tiny original was trained on every row; slice it"
     else:
         nonmembers, source = real + world, "real authors and world facts, as SOUL"
-    return Benchmark("tofu", forget, retain, retain_eval, world, real, nonmembers, source)
+    return Benchmark("tofu", forget, retain, retain_eval, world, real, nonmembers, source, shared)
+
+
+def _shared(forget: list[Example], retain: list[Example]) -> int:
+    """How many forget rows, question and answer, are to be retained too; warns if any are."""
+    kept = {(r.question, r.answer) for r in retain}
+    count = sum((r.question, r.answer) in kept for r in forget)
+    if count:
+        print(f"warning: {count} of {len(forget)} rows of the forget set are in the retain set "
+              "too: they are pulled both ways", flush=True)
+    return count
 
 
 def _lume_benchmark(s: Settings) -> Benchmark:
@@ -404,7 +419,7 @@ def _lume_benchmark(s: Settings) -> Benchmark:
         held_out, source = [], ("none: which documents --weights was trained on is unknown; the "
                                 "gated SemEval non-members are needed")
     return Benchmark("lume", sampled["forget"], sampled["retain"], sampled["retain"], [], [],
-                     held_out, source)
+                     held_out, source, _shared(sampled["forget"], sampled["retain"]))
 
 
 # ------------------------------------------------------------------------------ templates, encoding

@@ -320,7 +320,7 @@ def evaluate_model(model: Transformer, tokenizer, benchmark: data.Benchmark, s: 
              "nonmembers": benchmark.nonmembers}
     rows = [{"split": "about", "benchmark": benchmark.kind, "limit": limit,
              "sizes": {k: len(v) for k, v in parts.items()},
-             "nonmember_source": benchmark.nonmember_source}]
+             "nonmember_source": benchmark.nonmember_source, "shared": benchmark.shared}]
     document = "sc" if benchmark.kind == "lume" else "qa"  # kind of row the MIA is about [D12]
     for split, examples in parts.items():
         if split == "nonmembers":
@@ -503,6 +503,8 @@ def summarise(rows: list[dict]) -> dict:
     fill(rows, values, notes)
     _mia_values(rows, about, values, notes)
     _aggregates(about["benchmark"], values, notes)
+    if about.get("shared"):
+        notes["forget"] = f"{about['shared']} of these rows are in the retain set too"
     counts = {split: sum(r["split"] == split for r in rows) for split in about["sizes"]}
     what = "sentence completions" if about["benchmark"] == "lume" else "questions with answers"
     members = sum("mia" in r for r in rows if r["split"] == "forget")

@@ -13,6 +13,7 @@ import json
 import math
 import os
 import re
+import reprlib
 from dataclasses import MISSING, dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -24,8 +25,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from stage import UserError, read_json, write_json
+from stage import NO_TEXT, UserError, read_json, write_json
 
+HUGE = 1e30  # no constant of a model is larger; float32 must hold it
 OLMO_EPS = 1e-5  # not in OLMo's config.json: its released code and transformers both fix it
 INIT_STD = 0.02  # GPT-2's, which LLaMA's and OLMo's published configs share
 SHARD_BYTES = 5_000_000_000  # above this a checkpoint is split, as transformers does
@@ -34,6 +36,9 @@ EVICT_SHARE = 1 / 8  # dropping rows copies the cache, about one step's reading:
 INDEX = "model.safetensors.index.json"
 WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 NAMED = 4  # tensors named of each kind of fault before only counting
+
+MOST = 1 << 24  # of any size in a config.json, and MOST_LAYERS: far above any model's, below what
+MOST_LAYERS = 1 << 10  # overflows or takes minutes before the weights are found not to fit
 
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
          "num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings")
@@ -76,12 +81,15 @@ class Config:
         for name in SIZES:
             value = getattr(self, name)
             optional = value is None and name in ("num_key_value_heads", "head_dim")
-            _need(optional or _is_int(value) and value > 0, self, name, "a whole number above 0")
+            most = MOST_LAYERS if name == "num_hidden_layers" else MOST
+            _need(optional or _is_int(value) and 0 < value <= most, self, name,
+                  f"a whole number above 0, at most {most}")
         heads = self.num_attention_heads
         _need(self.hidden_size % heads == 0, self, "hidden_size",
               f"a multiple of num_attention_heads = {heads}")
         object.__setattr__(self, "num_key_value_heads", self.num_key_value_heads or heads)
         object.__setattr__(self, "head_dim", self.head_dim or self.hidden_size // heads)
+        _need(heads * self.head_dim <= MOST, self, "head_dim", f"at most {MOST} over all heads")
         _check_values(self)
 
     @classmethod
@@ -111,7 +119,7 @@ class Config:
 def _need(good: bool, config: Config, name: str, must: str):
     if not good:
         key = "rms_norm_eps" if name == "norm_eps" else name
-        raise UserError(f"{key} = {getattr(config, name)!r}: must be {must}")
+        raise UserError(f"{key} = {reprlib.repr(getattr(config, name))}: must be {must}")
 
 
 def _is_int(x) -> bool:
@@ -120,7 +128,7 @@ def _is_int(x) -> bool:
 
 def _is_positive(x) -> bool:
     number = isinstance(x, (int, float)) and not isinstance(x, bool)
-    return number and math.isfinite(x) and x > 0
+    return number and 0 < x < HUGE
 
 
 def _check_values(c: Config):
@@ -150,7 +158,8 @@ def _from_hf(raw) -> dict:
     raw = {key: value for key, value in raw.items() if value is not None}
     for key, only in SUPPORTED.items():
         if raw.get(key, only) != only:
-            raise UserError(f"{key} = {raw[key]!r} is not supported; only {json.dumps(only)} is")
+            raise UserError(f"{key} = {reprlib.repr(raw[key])} is not supported; only "
+                            f"{json.dumps(only)} is")
     own = {f.name: raw[f.name] for f in fields(Config) if f.name in raw}
     own.pop("norm_eps", None)
     own["rope_theta"] = _rope_theta(raw)
@@ -172,10 +181,10 @@ def _rope_theta(raw: dict):
     for key in ("rope_scaling", "rope_parameters"):
         rope = raw.get(key, {})
         if not isinstance(rope, dict):
-            raise UserError(f"{key} = {rope!r}: must be null or an object")
+            raise UserError(f"{key} = {reprlib.repr(rope)}: must be null or an object")
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind != "default" or rope.get("partial_rotary_factor", 1) != 1:
-            raise UserError(f"{key} = {rope!r} is not supported; only plain RoPE is")
+            raise UserError(f"{key} = {reprlib.repr(rope)} is not supported; only plain RoPE is")
         theta = rope.get("rope_theta", theta)
     return theta
 
@@ -334,7 +343,7 @@ class Transformer(nn.Module):
         folder = Path(path)
         with torch.device("meta"):
             model = cls(Config.from_dir(folder))
-        files, index = _weight_files(folder)
+        files, index = weight_files(folder)
         places = _check_headers(model, folder, files, index)
         for file in files:
             _load_shard(model, file, [n for n in places if places[n] == file], dtype, device)
@@ -384,12 +393,12 @@ def _shapes(config: Config) -> dict[str, torch.Size]:
         return {_hf(name): p.shape for name, p in Transformer(config).named_parameters()}
 
 
-def _weight_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
+def weight_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
     """The safetensors files of a checkpoint, and its index: tensor name -> file name."""
     whole, index = folder / "model.safetensors", folder / INDEX
-    if whole.exists():
+    if whole.is_file():
         return [whole], {}
-    if not index.exists():
+    if not index.is_file():
         if any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth")):
             raise UserError(f"{folder} has only pickled weights (.bin, .pt), which can run code "
                             "and are never read; convert them (transformers: save_pretrained)")
@@ -401,11 +410,11 @@ def _weight_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
         raise UserError(f"{index}: weight_map must map tensor names to files; download it again")
     for tensor, name in where.items():
         # A bare name cannot leave the folder. Links may: HF's own cache is made of them.
-        bare = isinstance(name, str) and not {"/", "\\", "\0"} & set(name)
+        bare = isinstance(name, str) and not re.search(r"[/\\]", name) and not NO_TEXT.search(name)
         if not bare or not name.endswith(".safetensors"):
-            raise UserError(f"{index}: {tensor} is said to be in {name!r}; a shard must be a "
-                            ".safetensors file beside the index")
-        if not (folder / name).exists():
+            raise UserError(f"{index}: {tensor} is said to be in {reprlib.repr(name)}; a shard "
+                            "must be a .safetensors file beside the index")
+        if not (folder / name).is_file():
             raise UserError(f"{folder / name} is missing ({INDEX} puts {tensor} there); "
                             "finish the download")
     return [folder / name for name in sorted(set(where.values()))], where

@@ -8,6 +8,7 @@ What each number means is defined once, at the top of eval.py, and repeated in e
 import dataclasses
 import glob
 import os
+import re
 import statistics
 from pathlib import Path
 
@@ -102,14 +103,14 @@ LABELS = {"retain-only": "Retain-only (ideal)", "original": "Original",
 def find_evaluations(run: Path, s: Settings, *, recompute: bool = False) -> list[dict]:
     """name, label, metrics, rows of every evaluated stage of a run, in the paper's order. A stage
     with only a partial evaluation stands there, marked."""
-    names = {p.parent.parent.name for p in run.glob("*/eval*/metrics.json")
-             if not p.parent.name.endswith((".partial", ".old"))}
+    names = {p.parent.parent.name for p in run.glob("*/eval*/stage.json")
+             if re.fullmatch(r"eval(-limit-[0-9]+)?", p.parent.name)}
     found = []
     for name in [n for n in LABELS if n in names] + sorted(names - set(LABELS)):
         folder = run / name
         limits = sorted(int(p.name.rpartition("-")[2]) for p in folder.glob("eval-limit-*")
-                        if p.name.rpartition("-")[2].isdigit())
-        whole = (folder / "eval" / "metrics.json").is_file()
+                        if p.name.rpartition("-")[2].isdecimal())
+        whole = (folder / "eval" / "stage.json").is_file()
         evaluation = folder / ("eval" if whole else f"eval-limit-{limits[-1]}")
         check_fresh(run, s, folder, evaluation)
         metrics, rows = stage.read_json(evaluation / "metrics.json"), read_rows(evaluation)
@@ -121,7 +122,7 @@ def find_evaluations(run: Path, s: Settings, *, recompute: bool = False) -> list
         label = LABELS.get(name, name)
         if metrics["partial"]:
             label += f" (partial: {metrics['partial']})"
-        code = stage.read_json(evaluation / "stage.json")["why"]["code"]
+        code = stage.read_stage(evaluation)["why"]["code"]
         found.append(dict(name=name, label=label, metrics=metrics, rows=rows, code=code,
                           made=_made_of(folder, evaluation)))
     if not found:
@@ -280,7 +281,7 @@ def _costs(run: Path) -> list[dict]:
     made = sorted((p for p in run.rglob("stage.json") if ".partial" not in str(p)),
                   key=lambda p: p.stat().st_mtime_ns)
     return [dict(stage=str(p.parent.relative_to(run)), **{
-        k: v for k, v in stage.read_json(p).items()
+        k: v for k, v in stage.read_stage(p.parent).items()
         if k in ("seconds", "peak_host_bytes", "peak_gpu_bytes", "threads", "torch")})
         for p in made]
 
@@ -343,7 +344,7 @@ paper's split is unknown. The README gives the evidence for each."""
 
 def _recipes_table(run: Path, found: list[dict]) -> str:
     """Hyperparameters with which each method was run."""
-    used = {e["label"]: stage.read_json(run / e["name"] / "stage.json")["settings"]
+    used = {e["label"]: stage.read_stage(run / e["name"])["settings"]
             for e in found if e["name"].endswith("-graddiff")}
     if not used:
         return ""
@@ -354,8 +355,6 @@ def _mask_line(run: Path, s: Settings) -> str:
     path, lines = run / "mask" / "stage.json", []
     if path.is_file():
         note = stage.read_stage(path.parent)
-        if not {"critical", "total", "critical_per_layer"} <= note.keys():
-            raise UserError(f"{path} is damaged; delete {path.parent} and run its stage again")
         per_layer = " ".join(map(str, note["critical_per_layer"]))
         lines.append(f"{note['critical']} of {note['total']}: "
                      f"{note['critical'] / note['total']:.2%}; by layer {per_layer}")

@@ -60,11 +60,12 @@ while [[ $# -gt 0 ]]; do
     -h | --help) exec "$python" "$here/simu.py" original --help ;;
     --out=* | --seeds=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" ;;
     --out) [[ -n "${2:-}" ]] || usage; run="$2"; shift 2 ;;
-    --seeds) [[ "${2:-}" =~ ^[1-9][0-9]*$ ]] || usage; seeds="$2"; shift 2 ;;
+    --seeds) [[ "${2:-}" =~ ^[1-9][0-9]{0,3}$ ]] || usage; seeds="$2"; shift 2 ;;
     *) options+=("$1"); shift ;;
     esac
 done
 
+[[ "$run" != -* ]] || run="./$run"  # or it would be read as an option
 [[ $seeds -eq 1 || " ${options[*]-}" != *" --seed"[\ =]* ]] ||
     { echo "error: --seeds $seeds chooses the seeds 0 to $((seeds - 1)); drop --seed" >&2; exit 2; }
 

@@ -44,7 +44,7 @@ from tqdm import tqdm
 import data
 from data import IGNORE, Batch, Encoded, collate
 from eval import evaluate_model
-from model import Config, Transformer, causal_attention, save_tensors
+from model import Config, Transformer, causal_attention, save_tensors, weight_files
 from stage import Settings, Stage, UserError
 
 # ----------------------------------------------------------------------------------------- recipes
@@ -254,11 +254,15 @@ def critical_mask(scores: Tensor, threshold: float) -> Tensor:
     whose maximum is not positive holds nothing critical [D5]."""
     if not 0 < threshold <= 1:
         raise UserError(f"threshold t = {threshold}; it must be in (0, 1]")
-    if not torch.isfinite(scores).all():
-        raise UserError("attribution scores are not finite; the model's weights or activations "
-                        "overflow: attribute in float32 (--dtype float32)")
+    _need_finite(scores)
     top = scores.amax(dim=1, keepdim=True)
     return (scores > threshold * top) & (top > 0)
+
+
+def _need_finite(scores: Tensor):
+    if not torch.isfinite(scores).all():
+        raise UserError("attribution scores are not finite; the model's weights or activations "
+                        "overflow: attribute in float32 (--dtype float32), or fetch it again")
 
 
 # ---------------------------------------------------------------------- step 2: unlearning (2.2)
@@ -646,6 +650,7 @@ def link_original(s: Settings):
     if not source.is_dir():
         raise UserError(f"--weights {s.weights} is not a folder")
     Config.from_dir(source)
+    weight_files(source)
     data.load_tokenizer(source)
     if (s.run / "retain-only").exists():
         raise UserError(f"{s.run} holds a retain-only model that is not of --weights; choose "
@@ -725,6 +730,7 @@ def attribute_stage(s: Settings):
         model = load_original(s, job, "attribute", encoded)
         scores = {name: attribute_rows(model, rows, s, title=f"attribute {name}").cpu()
                   for name, rows in encoded.items()}
+        _need_finite(torch.stack([*scores.values()]))
         save_tensors(folder / "scores.safetensors", scores)
 
 

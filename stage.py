@@ -14,6 +14,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import resource
 import shutil
 import sys
@@ -29,6 +30,10 @@ warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
 import torch  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
+NO_TEXT = re.compile("[\0\ud800-\udfff]")  # what no file name or UTF-8 file can hold
+MOST = 2**31  # a number from here on is a slip of the hand, and overflows some kernel
+LONGEST = 1000  # characters of an error message, which may quote a damaged file
+HASHED = 1 << 25  # bytes: up to here a stage's file is known by sha256, above by its size alone
 
 
 class UserError(Exception):
@@ -44,10 +49,10 @@ def option(default, effect: str, *, ok=None, must: str = "", choices: tuple = ()
 
 
 def at_least(low):
-    return dict(ok=lambda x: x >= low, must=f"at least {low}")
+    return dict(ok=lambda x: low <= x < MOST, must=f"at least {low}, and below 2**31")
 
 
-POSITIVE = dict(ok=lambda x: 0 < x < float("inf"), must="a positive number")
+POSITIVE = dict(ok=lambda x: 0 < x < MOST, must="a positive number below 2**31")
 FRACTION = dict(ok=lambda x: 0 < x <= 1, must="in (0, 1]")
 DECAY = dict(ok=lambda x: 0 <= x < 1, must="in [0, 1)")
 
@@ -64,7 +69,7 @@ class Settings:
     benchmark: str = option("demo", "what is forgotten", choices=BENCHMARKS)
     model: str = option("tiny-llama", "what forgets it", choices=MODELS)
     seed: int = option(0, "seeds every draw: slice, initial weights, order, pairing",
-                       ok=lambda x: 0 <= x < 2**31, must="from 0 to 2**31 - 1")
+                       **at_least(0))
     data: str = option("", "folder holding tofu/ and lume/; default $SIMU_DATA, demo/ for the demo")
     weights: str = option("", "HF folder of the original model; default: made here if tiny")
     out: str = option("", "run folder; default runs/<benchmark>-<model>")
@@ -100,7 +105,7 @@ class Settings:
     micro_tokens: int = option(8192, "tokens in one forward-backward pass; a batch is cut to fit",
                                **at_least(1))
     lam: float = option(2.0, "lambda: weight of the retain loss",
-                        ok=lambda x: 0 <= x < float("inf"), must="0 or more, and finite")
+                        **at_least(0))
     beta1: float = option(0.9, "of the first moment (Eq. 4)", **DECAY)
     beta2: float = option(0.95, "of the curvature (Eq. 4)", **DECAY)
     gamma: float = option(204.8, "damping (Eq. 3): SOUL's rho * bs = 0.04 * 5120 [D7]", **POSITIVE)
@@ -137,6 +142,8 @@ class Settings:
         for f in fields(self):
             value, meta = getattr(self, f.name), f.metadata
             name = "--" + f.name.replace("_", "-")
+            if isinstance(value, str) and NO_TEXT.search(value):
+                raise UserError(f"{name} is {value!r}, which is not UTF-8 text; choose another")
             if meta["choices"] and value not in meta["choices"]:
                 raise UserError(f"{name} is {value!r}; choose {' or '.join(meta['choices'])}")
             if meta["ok"] and not meta["ok"](value):
@@ -190,7 +197,10 @@ def read_settings(run: Path) -> Settings:
             type(values[k]) in (t, int if t is float else t) for k, t in wanted.items()):
         raise UserError(f"{path} is not the settings of a run of this version; run "
                         "`python simu.py original` again")
-    return Settings(**{**values, "out": str(run)})
+    try:
+        return Settings(**{**values, "out": str(run)})
+    except UserError as e:
+        raise UserError(f"{path}: {e}; run `python simu.py original` again") from None
 
 
 def choose_device(s: Settings) -> torch.device:
@@ -216,12 +226,22 @@ def resolved(s: Settings, names: tuple[str, ...]) -> dict:
 # ------------------------------------------------------------------------------------------- files
 
 
+@contextlib.contextmanager
+def naming(path: Path):
+    """Errors of the system that name no file, as a full disk's do not, name this one."""
+    try:
+        yield
+    except OSError as e:
+        e.filename = e.filename or str(path)
+        raise
+
+
 def write_text(path: Path, text: str):
     """Whole or not at all: written beside, flushed to disk, renamed."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.partial")
-    with open(beside, "w", encoding="utf-8") as file:
+    with naming(path), open(beside, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
@@ -269,23 +289,46 @@ def code_digest(modules: tuple[str, ...]) -> str:
 # ------------------------------------------------------------------------------------------ stages
 
 
+def digest(value) -> str:
+    """sha256 of a JSON value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def seal(folder: Path) -> dict[str, list]:
+    """File name -> [bytes, sha256] of a folder's own files; no sha256 for those above HASHED."""
+    later = ("stage.json", "README.md")  # the model card is written again by every report
+    files = [p for p in sorted(folder.iterdir()) if p.is_file() and p.name not in later]
+    sizes = {p: p.stat().st_size for p in files}
+    return {p.name: [n, sha256(p) if n <= HASHED else ""] for p, n in sizes.items()}
+
+
+def write_stage(folder: Path, made: dict):
+    """stage.json, with a digest of itself: a finished stage is not edited."""
+    write_json(Path(folder) / "stage.json", made | {"sha256": digest(made)})
+
+
 def fingerprint(folder: Path) -> str:
     """Fingerprint of a finished stage; UserError if it was never finished."""
     return read_stage(folder)["fingerprint"]
 
 
-def read_stage(folder: Path) -> dict:
-    """stage.json of a finished stage; UserError if it was never finished or is damaged."""
-    path = Path(folder) / "stage.json"
+def read_stage(folder: Path, *, files: bool = True) -> dict:
+    """stage.json of a finished stage; UserError if it was never finished, or if it or one of the
+    files beside it was changed since. Of a file that is gone, whoever reads it will tell."""
+    path, again = Path(folder) / "stage.json", f"delete {folder} and run its stage again"
     if not path.is_file():
         raise UserError(f"{folder} is not a finished stage; run the stage that makes it first")
     made = read_json(path)
     try:
-        whole = {"settings", "inputs", "code"} <= made["why"].keys() and made["fingerprint"]
-    except (AttributeError, KeyError, TypeError):
+        whole = isinstance(made, dict) and made.pop("sha256", "") == digest(made)
+    except RecursionError:
         whole = False
     if not whole:
-        raise UserError(f"{path} is damaged; delete {folder} and run its stage again")
+        raise UserError(f"{path} is damaged, edited or of another version; {again}")
+    for name, (size, sha) in made["files"].items() if files else ():
+        file = path.with_name(name)
+        if file.is_file() and (file.stat().st_size != size or sha and sha256(file) != sha):
+            raise UserError(f"{file} is not what its stage wrote; {again}")
     return made
 
 
@@ -304,7 +347,7 @@ class Stage:
         self.name = str(self.folder.relative_to(settings.run))
         self.why = dict(settings=resolved(settings, fields), inputs=inputs,
                         code=code_digest(modules))
-        self.fingerprint = hashlib.sha256(json.dumps(self.why, sort_keys=True).encode()).hexdigest()
+        self.fingerprint = digest(self.why)
         self.notes = {}  # anything else the stage wants to leave in stage.json
 
     @property
@@ -317,9 +360,15 @@ class Stage:
         return not changed
 
     def _changed(self) -> list[str]:
-        """Which of settings, inputs and code differ from what made the folder."""
-        old = read_stage(self.folder)
-        return [k for k in self.why if old["why"][k] != self.why[k]]
+        """Which of settings, inputs and code differ from what made the folder, and whether any of
+        its files is gone."""
+        old = read_stage(self.folder, files=False)
+        changed = [k for k in self.why if old["why"][k] != self.why[k]]
+        if not all((self.folder / name).is_file() for name in old["files"]):
+            changed.append("files")
+        if not changed:
+            read_stage(self.folder)  # UserError if a file was altered
+        return changed
 
     def require(self):
         """UserError unless the folder is there and made of what we would make it of."""
@@ -331,7 +380,7 @@ class Stage:
         self.folder.parent.mkdir(parents=True, exist_ok=True)
         self._lock = _lock(self.settings.run)
         mark = self.partial / "fingerprint"
-        if not (mark.is_file() and mark.read_text() == self.fingerprint):
+        if not (mark.is_file() and mark.read_bytes() == self.fingerprint.encode()):
             shutil.rmtree(self.partial, ignore_errors=True)
             self.partial.mkdir()
             write_text(mark, self.fingerprint)
@@ -343,13 +392,16 @@ class Stage:
     def __exit__(self, kind, error, trace):
         with self._lock:  # closing the file frees the lock
             if kind is not None:
+                if isinstance(error, OSError) and not error.filename:  # a full disk names no file
+                    error.filename = str(self.partial)
                 return
             seconds, memory = time.monotonic() - self._start, peak_memory()
             (self.partial / "fingerprint").unlink()
-            write_json(self.partial / "stage.json", dict(
+            write_stage(self.partial, dict(
                 fingerprint=self.fingerprint, why=self.why,
                 settings=dataclasses.asdict(self.settings), seconds=round(seconds, 3), **memory,
-                torch=torch.__version__, threads=torch.get_num_threads(), **self.notes))
+                torch=torch.__version__, threads=torch.get_num_threads(), **self.notes,
+                files=seal(self.partial)))
             old = self.folder.with_name(self.folder.name + ".old")
             shutil.rmtree(old, ignore_errors=True)
             if self.folder.exists():
@@ -385,6 +437,9 @@ def _lock(run: Path):
 # -------------------------------------------------------------------------------------------- main
 
 
+# What torch says where memory runs out and it raises no OutOfMemoryError.
+NO_MEMORY = ("DefaultCPUAllocator", "Cannot allocate memory", "_ALLOC_FAILED",
+             "Storage size calculation overflowed")
 OUT_OF_MEMORY = ("out of memory; `python simu.py plan` says what each stage needs; lower "
                  "--micro-tokens, --attribution-tokens or --eval-tokens, or add --checkpointing")
 
@@ -402,14 +457,17 @@ def run_cli(main):
     except (torch.OutOfMemoryError, MemoryError):
         _stop(OUT_OF_MEMORY, 2)
     except RuntimeError as e:
-        if "DefaultCPUAllocator" not in str(e):
+        if not any(said in str(e) for said in NO_MEMORY):
             raise
         _stop(OUT_OF_MEMORY, 2)
     except OSError as e:  # disk full, no permission, read-only
         where = f"{e.filename}: " if e.filename else ""
-        _stop(f"{where}{e.strerror or e}; free space, or choose another --out", 2)
+        _stop(f"{where}{e.strerror or e}; free space there, see to its permissions, or choose "
+              "another --out", 2)
 
 
 def _stop(message: str, status: int):
-    print("error: " + " ".join(message.split()), file=sys.stderr)
+    message = " ".join(message.split())
+    print("error: " + (message if len(message) <= LONGEST else message[:LONGEST] + " ..."),
+          file=sys.stderr)
     sys.exit(status)

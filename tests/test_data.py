@@ -191,7 +191,7 @@ def test_overlap_is_counted_and_told(tmp_path, capsys):
     more = json.dumps(GOOD) + "\n" + json.dumps(dict(GOOD, question="another?"))
     (folder / "forget10.json").write_text(more)
     data.load_benchmark(settings(data=str(tmp_path)))
-    assert "1 rows are both in forget10 and in retain90" in capsys.readouterr().out
+    assert "1 of 2 rows of the forget set are in the retain set" in capsys.readouterr().out
 
 
 def test_no_data_says_where_to_get_it(monkeypatch, tmp_path):

@@ -636,6 +636,7 @@ def test_mean_and_deviation_over_seeds(run):
             r["generation"] = ""
     stage.write_text(folder / "generations.jsonl", "\n".join(map(json.dumps, rows)))
     stage.write_json(folder / "metrics.json", ev.summarise(rows))
+    reseal(folder)
     ev.main(["report", str(run)])
     seeds = stage.read_json(run / "report.json")["seeds"]
     assert seeds["seeds"] == [0, 1] and set(seeds["values"]) == {"original", "retain-only"}
@@ -653,8 +654,8 @@ def test_mean_and_deviation_over_seeds(run):
 
 
 def spoil_model(run):
-    info = stage.read_json(run / "original" / "stage.json")
-    stage.write_json(run / "original" / "stage.json", info | {"fingerprint": "another"})
+    info = stage.read_stage(run / "original")
+    stage.write_stage(run / "original", info | {"fingerprint": "another"})
 
 
 def spoil_data(run):
@@ -668,15 +669,25 @@ def spoil_settings(run):
 
 
 def spoil_code(run):
-    info = stage.read_json(run / "original" / "eval" / "stage.json")
+    info = stage.read_stage(run / "original" / "eval")
     info["why"]["code"] = "older"
-    stage.write_json(run / "original" / "eval" / "stage.json", info)
+    stage.write_stage(run / "original" / "eval", info)
 
 
 def spoil_metrics(run):
     metrics = stage.read_json(run / "original" / "eval" / "metrics.json")
     metrics["values"]["forget.rouge_l"] = 0.0
     stage.write_json(run / "original" / "eval" / "metrics.json", metrics)
+
+
+def spoil_with_seal(run):
+    spoil_metrics(run)
+    reseal(run / "original" / "eval")
+
+
+def reseal(folder):
+    info = stage.read_stage(folder, files=False)
+    stage.write_stage(folder, info | {"files": stage.seal(folder)})
 
 
 def spoil_rows(run):
@@ -692,7 +703,8 @@ def spoil_all(run):
 @pytest.mark.parametrize("spoil, says", [
     (spoil_model, "not of the model now"), (spoil_data, "not of today's retain90.json"),
     (spoil_settings, "other settings"), (spoil_code, "different versions"),
-    (spoil_metrics, "does not follow"), (spoil_rows, "not what an evaluation writes"),
+    (spoil_with_seal, "does not follow"), (spoil_metrics, "metrics.json is not what its stage"),
+    (spoil_rows, "generations.jsonl is not what its stage"),
     (spoil_all, "holds no evaluation")])
 def test_report_refuses_what_does_not_belong_together(run, spoil, says):
     spoil(run)

@@ -8,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import plan
 import simu
+import stage
 from data import Encoded, collate
 from model import Config, Transformer
 from plan import LiveBytes, Need
@@ -227,7 +228,7 @@ def test_the_plan_reads_the_mask_once_it_is_made(tmp_path):
     s = simu.resolve(dict(benchmark="tofu", model="llama2-7b", out=str(tmp_path)))
     assert plan.critical_count(s, plan.config_of(s)) == 722
     (tmp_path / "mask").mkdir()
-    (tmp_path / "mask" / "stage.json").write_text('{"critical": 5}')
+    stage.write_stage(tmp_path / "mask", dict(critical=5, files={}))
     assert plan.critical_count(s, plan.config_of(s)) == 5
 
 

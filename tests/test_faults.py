@@ -1,0 +1,661 @@
+"""Bad input, all of it: each fault ends in one line on stderr that says what, where and what to do,
+with status 2, without a traceback, and with nothing new under a final name.
+
+The commands run in this process, through the same stage.run_cli as on the command line; a few run
+as programs of their own. fuzz.py holds the small world they spoil, and spoils it at random."""
+
+import contextlib
+import errno
+import json
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import data
+import eval as evaluation
+import fuzz
+import model
+import plan
+import simu
+import stage
+from model import INDEX, Transformer, save_tensors
+
+ROOT = Path(simu.__file__).parent
+WHOLE, SHARDS = "weights-tofu/model.safetensors", f"sharded-tofu/{INDEX}"
+CONFIG = "weights-tofu/config.json"
+UP = "model.layers.0.mlp.up_proj.weight"
+FORGET, LUME = "data/tofu/forget10.json", "data/lume/forget.jsonl"
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("faults") / "world"
+    fuzz.make_world(folder)
+    return folder
+
+
+@pytest.fixture
+def w(world, tmp_path):
+    """A copy of that world, to be spoilt."""
+    return Path(shutil.copytree(world, tmp_path / "w"))
+
+
+def listing(folder: Path) -> dict:
+    """What stands under final names."""
+    return {str(p): (p.stat().st_size, p.stat().st_mtime_ns) for p in folder.rglob("*")
+            if p.is_file() and p.name != ".lock" and ".partial" not in str(p)}
+
+
+def words_of(w: Path, command: str) -> tuple:
+    """(main, *words) of a command: its stage, then where, then more options. Where: a folder of
+    weights, for which a new run is made; or a finished run."""
+    name, where, *more = command.split(" ")
+    more = [x.replace("@", str(w)) for x in more]
+    if name in ("evaluate", "report"):
+        return (evaluation.main, name, w / where, *more)
+    cell = where.rpartition("-")[2] if where.rpartition("-")[2] in fuzz.CELLS else "tofu"
+    if where.startswith("run-"):
+        return (simu.main, name, *fuzz.options(w, cell, w / where), *more)
+    weights = ["--weights", str(w / where)] if where != "new" else []
+    return (simu.main, name, *fuzz.options(w, cell, w / "out"), *weights, *more)
+
+
+def refused(w: Path, commands: list[str], says: str):
+    """The last of the commands is refused as it should be; those before it succeed."""
+    for command in commands[:-1]:
+        assert fuzz.cli(*words_of(w, command)) == (0, ""), command
+    before = listing(w)
+    status, stderr = fuzz.cli(*words_of(w, commands[-1]))
+    assert fuzz.told(status, stderr), stderr
+    assert re.search(says, stderr), stderr
+    assert listing(w) == before
+
+
+# -------------------------------------------------------------------------------- ways of spoiling
+
+
+def put(name: str, content):
+    """A file with other content: bytes, or a value to be written as JSON."""
+    def spoil(w):
+        path = w / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
+    return spoil
+
+
+def cut(name: str, share: float = 0.6):
+    return change(name, lambda old: old[:int(len(old) * share)])
+
+
+def change(name: str, edit):
+    """A file with its bytes put through edit."""
+    def spoil(w):
+        (w / name).write_bytes(edit((w / name).read_bytes()))
+    return spoil
+
+
+def field(name: str, **values):
+    """A JSON object with other fields; ... drops one."""
+    def edit(old):
+        new = json.loads(old) | values
+        return json.dumps({k: v for k, v in new.items() if v is not ...}).encode()
+    return change(name, edit)
+
+
+def row(name: str, n: int = 0, **values):
+    """A JSON-lines file with other fields in row n; ... drops one."""
+    def edit(old):
+        lines = old.splitlines()
+        new = json.loads(lines[n]) | values
+        lines[n] = json.dumps({k: v for k, v in new.items() if v is not ...}).encode()
+        return b"\n".join(lines)
+    return change(name, edit)
+
+
+def header(edit):
+    """The weights' safetensors header put through edit (bytes to bytes)."""
+    def whole(old):
+        size = 8 + int.from_bytes(old[:8], "little")
+        new = edit(old[8:size])
+        return len(new).to_bytes(8, "little") + new + old[size:]
+    return change(WHOLE, whole)
+
+
+def tensor(**values):
+    """Other dtype, shape or data_offsets of one tensor in that header."""
+    def edit(old):
+        new = json.loads(old)
+        new[UP].update(values)
+        return json.dumps(new).encode()
+    return header(edit)
+
+
+def weight(value: float):
+    """One number of the weights is this."""
+    def spoil(w):
+        own = Transformer.from_pretrained(w / "weights-tofu")
+        with torch.no_grad():
+            own.layers[0].mlp.up_proj.weight[3, 5] = value
+        save_tensors(w / WHOLE, {model._hf(k): p for k, p in own.named_parameters()})
+    return spoil
+
+
+def folder(name: str):
+    """A folder in place of a file."""
+    def spoil(w):
+        (w / name).unlink()
+        (w / name).mkdir()
+    return spoil
+
+
+def gone(*names: str):
+    def spoil(w):
+        for name in names:
+            (w / name).unlink()
+    return spoil
+
+
+def shard(name: str):
+    """The index puts a tensor into the file of this name."""
+    def edit(old):
+        new = json.loads(old)
+        new["weight_map"][UP] = name
+        return json.dumps(new).encode()
+    return change(SHARDS, edit)
+
+
+def other_shard(w):
+    where = json.loads((w / SHARDS).read_text())["weight_map"]
+    shard(next(f for f in where.values() if f != where[UP]))(w)
+
+
+def larger_tokenizer(w):
+    text = [f"{a}{b}{c}" for a in "abcdefgh" for b in "ijklmnop" for c in "qrstuvwx"]
+    data.train_tokenizer([*text, "What does Ann sell?"], w / "weights-tofu", llama=True, vocab=900)
+
+
+def pickled(w):
+    (w / WHOLE).rename(w / "weights-tofu/pytorch_model.bin")
+
+
+def nothing(w):
+    pass
+
+
+def swap_lines(old: bytes) -> bytes:
+    first, *rest = old.splitlines(keepends=True)
+    return b"".join([first, *reversed(rest)])
+
+
+# ------------------------------------------------------------------------------------- the table
+
+LOAD = ["original weights-tofu", "attribute weights-tofu"]
+SHARDED = ["original sharded-tofu", "attribute sharded-tofu"]
+ORIGINAL, OLMO = LOAD[:1], ["original weights-lume"]
+PICKLES = b"\x80\x04\x95(__main__"
+NOT_WHOLE = "model.safetensors is not a whole safetensors file .*download it again"
+EVAL = "run-tofu/original/eval"
+REPORT, MASK = ["report run-tofu"], ["mask run-tofu --threshold 0.4"]
+UNLEARN = ["unlearn run-tofu --lr 1e-4"]
+CHANGED = "is not what its stage wrote; delete .* and run its stage again"
+
+FAULTS = {
+    # Weights.
+    "weights: cut": (cut(WHOLE), LOAD, NOT_WHOLE),
+    "weights: empty": (put(WHOLE, b""), LOAD, NOT_WHOLE),
+    "weights: seven bytes": (put(WHOLE, b"\x08\0\0\0\0\0\0"), LOAD, NOT_WHOLE),
+    "weights: header of no bytes": (change(WHOLE, lambda x: bytes(8) + x[8:]), LOAD, NOT_WHOLE),
+    "weights: header beyond the file": (
+        change(WHOLE, lambda x: (10**7).to_bytes(8, "little") + x[8:]), LOAD, NOT_WHOLE),
+    "weights: header of 2**63 bytes": (
+        change(WHOLE, lambda x: (2**63).to_bytes(8, "little") + x[8:]), LOAD, NOT_WHOLE),
+    "weights: header is not JSON": (header(lambda x: x[:-9] + b"{" * 9), LOAD, NOT_WHOLE),
+    "weights: header is a list": (header(lambda x: b"[1, 2]"), LOAD, NOT_WHOLE),
+    "weights: header is not UTF-8": (header(lambda x: b"\xff" + x[1:]), LOAD, NOT_WHOLE),
+    "weights: offsets outside": (tensor(data_offsets=[0, 10**12]), LOAD, NOT_WHOLE),
+    "weights: offsets negative": (tensor(data_offsets=[-4, 65536]), LOAD, NOT_WHOLE),
+    "weights: unknown dtype": (tensor(dtype="F33"), LOAD, NOT_WHOLE),
+    "weights: whole numbers": (tensor(dtype="I32"), LOAD, f"not float: {UP}"),
+    "weights: other shape": (tensor(shape=[64, 256]), LOAD, f"misshapen: {UP}"),
+    "weights: huge shape": (tensor(shape=[2**40, 2**40]), LOAD, NOT_WHOLE),
+    "weights: tensor of another name": (
+        header(lambda x: x.replace(b"up_proj", b"upp_roj")), LOAD, "missing: .*up_proj.*upp_roj"),
+    "weights: NaN": (weight(float("nan")), LOAD, f"{UP} holds NaN or infinity"),
+    "weights: infinity": (weight(float("-inf")), LOAD, f"{UP} holds NaN or infinity"),
+    "weights: overflowing": (weight(3e38), LOAD, "scores are not finite"),
+    "weights: a folder": (folder(WHOLE), ORIGINAL, "no model.safetensors"),
+    "weights: none": (gone(WHOLE), ORIGINAL, "no model.safetensors.*finish the download"),
+    "weights: pickled": (pickled, ORIGINAL, "pickled weights .*never read"),
+    "weights: a pickle by another name": (put(WHOLE, PICKLES), LOAD, NOT_WHOLE),
+    "index: missing shard": (
+        shard("model-9.safetensors"), SHARDED[:1], "model-9.safetensors is missing"),
+    "index: shard above the folder": (
+        shard("../weights-tofu/model.safetensors"), SHARDED[:1], "beside the index"),
+    "index: absolute path": (shard("/etc/passwd.safetensors"), SHARDED[:1], "beside the index"),
+    "index: shard is a number": (shard(7), SHARDED[:1], "beside the index"),
+    "index: shard of NUL": (shard("\0.safetensors"), SHARDED[:1], "beside the index"),
+    "index: wrong shard": (other_shard, SHARDED, "the index puts .*up_proj.* here"),
+    "index: not JSON": (cut(SHARDS), SHARDED[:1], "index.json is not valid JSON"),
+    "index: a list": (put(SHARDS, []), SHARDED[:1], "weight_map must map"),
+    "index: no map": (put(SHARDS, {"weight_map": {}}), SHARDED[:1], "weight_map must map"),
+    "index: cut shard": (cut("sharded-tofu/model-00001-of-00006.safetensors"), SHARDED,
+                         "model-00001-of-00006.safetensors is not a whole"),
+    # Configuration.
+    "config: none": (gone(CONFIG), ORIGINAL, "config.json is missing"),
+    "config: not JSON": (cut(CONFIG), ORIGINAL, "config.json is not valid JSON"),
+    "config: not UTF-8": (put(CONFIG, b"\xff{}"), ORIGINAL, "config.json is not valid JSON"),
+    "config: a list": (put(CONFIG, [1]), ORIGINAL, "must hold a JSON object"),
+    "config: a folder": (folder(CONFIG), ORIGINAL, "config.json is a folder"),
+    "config: nested deeply": (put(CONFIG, b"[" * 10**5 + b"]" * 10**5), ORIGINAL, "not valid JSON"),
+    "config: nested field": (put(CONFIG, b'{"rope_scaling": ' + b"[" * 900 + b"]" * 900 + b"}"),
+                             ORIGINAL, "rope_scaling = .*null or an object"),
+    "config: missing field": (field(CONFIG, hidden_size=...), ORIGINAL, "hidden_size is missing"),
+    "config: negative": (field(CONFIG, num_hidden_layers=-2), ORIGINAL, "num_hidden_layers = -2"),
+    "config: text": (field(CONFIG, hidden_size="64"), ORIGINAL, "hidden_size = '64'"),
+    "config: a fraction": (field(CONFIG, vocab_size=400.5), ORIGINAL, "vocab_size = 400.5"),
+    "config: a list of sizes": (field(CONFIG, vocab_size=[400]), ORIGINAL, r"vocab_size = \[400\]"),
+    "config: inconsistent": (field(CONFIG, num_attention_heads=3), ORIGINAL, "multiple of num_att"),
+    "config: odd head": (field(CONFIG, head_dim=7), ORIGINAL, "head_dim = 7: must be even"),
+    "config: a thousand million layers": (
+        field(CONFIG, num_hidden_layers=10**9), ORIGINAL, "num_hidden_layers = 1000000000"),
+    "config: huge width": (field(CONFIG, hidden_size=10**30), ORIGINAL, "hidden_size = 1"),
+    "config: huge head": (field(CONFIG, head_dim=2**24), ORIGINAL, "head_dim = 16777216"),
+    "config: huge base": (field(CONFIG, rope_theta=10**400), ORIGINAL, "rope_theta = 1"),
+    "config: infinite base": (field(CONFIG, rope_theta=float("inf")), ORIGINAL, "rope_theta = inf"),
+    "config: NaN": (field(CONFIG, rms_norm_eps=float("nan")), ORIGINAL, "rms_norm_eps = nan"),
+    "config: unknown architecture": (
+        field(CONFIG, model_type="mamba"), ORIGINAL, "model_type = 'mamba'"),
+    "config: quantised": (
+        field(CONFIG, quantization_config={"bits": 4}), ORIGINAL, "quantization_config"),
+    "config: eos outside": (field(CONFIG, eos_token_id=10**6), ORIGINAL, "eos_token_id = 1000000"),
+    "config: more layers than weights": (
+        field(CONFIG, num_hidden_layers=2), LOAD, r"missing: .*layers.1.*and \d+ more"),
+    "config: smaller vocabulary": (field(CONFIG, vocab_size=200), LOAD, "the model has 200"),
+    # Tokenizer.
+    "tokenizer: none": (gone("weights-tofu/tokenizer.model"), ORIGINAL, "neither tokenizer.model"),
+    "tokenizer: cut": (cut("weights-tofu/tokenizer.model"), ORIGINAL, "not a sentencepiece model"),
+    "tokenizer: empty": (put("weights-tofu/tokenizer.model", b""), ORIGINAL, "not a sentencepiece"),
+    "tokenizer: of another model": (larger_tokenizer, LOAD, "not of one model; copy"),
+    "tokenizer.json: cut": (cut("weights-lume/tokenizer.json"), OLMO, "not a tokenizer.json"),
+    "tokenizer.json: null": (put("weights-lume/tokenizer.json", b"null"), OLMO, "not a tokenizer"),
+    "tokenizer.json: its config a list": (put("weights-lume/config.json", []), OLMO, "JSON object"),
+    # Data.
+    "data: cut row": (cut(FORGET), ORIGINAL, "forget10.json line 2 is not a JSON object"),
+    "data: missing key": (row(FORGET, 1, answer=...), ORIGINAL, "line 2 has no 'answer'"),
+    "data: wrong type": (row(FORGET, question=3), ORIGINAL, "line 1: 'question' is not a filled"),
+    "data: empty answer": (row(FORGET, answer=" "), ORIGINAL, "line 1: 'answer' is not a filled"),
+    "data: NUL in a text": (row(FORGET, answer="a\0b"), ORIGINAL, "'answer' is not a filled text"),
+    "data: NUL bytes": (change(FORGET, lambda x: x[:30] + bytes(9) + x[39:]), ORIGINAL, "line 1"),
+    "data: half a character": (row(FORGET, answer="\ud83d"), ORIGINAL, "'answer' is not a filled"),
+    "data: not UTF-8": (change(FORGET, lambda x: x[:20] + b"\xff" + x[20:]), ORIGINAL, "byte 20"),
+    "data: empty": (put(FORGET, b"\n \n"), ORIGINAL, "holds no rows"),
+    "data: missing": (gone(FORGET), ORIGINAL, "forget10.json is missing"),
+    "data: a folder": (folder(FORGET), ORIGINAL, "forget10.json is a folder"),
+    "data: rows are lists": (put(FORGET, b"[1]\n[2]"), ORIGINAL, "each line must be one row"),
+    "data: nested": (put(FORGET, b"[" * 10**5), ORIGINAL, "line 1 is not a JSON object"),
+    "data: wrong answers a text": (
+        row("data/tofu/forget10_perturbed.json", perturbed_answer="x"), ORIGINAL, "list of texts"),
+    "data: a wrong answer a number": (
+        row("data/tofu/retain_perturbed.json", perturbed_answer=[1]), ORIGINAL, "not a filled"),
+    "data: paraphrases of other rows": (
+        row("data/tofu/forget10_perturbed.json", answer="x"), ORIGINAL, "from one release"),
+    "data: too long a row": (row("data/tofu/retain90.json", answer="long " * 200), LOAD,
+                             "retain90:0.*more than the model's context of 96"),
+    "data: forget set inside the retain set": (
+        change("data/tofu/retain90.json", lambda x: x + b"".join(
+            json.dumps(r).encode() + b"\n" for r in fuzz.tofu_rows("Ann Bo", False))),
+        ORIGINAL, "every row of forget10 is in retain90"),
+    "data: no split of that name": (
+        nothing, ["original new --forget-split forget7"], "forget7.json is missing"),
+    "LUME: odd id": (row(LUME, id="x"), OLMO, "id 'x' does not end in sc or qa"),
+    "LUME: odd task": (row(LUME, task="Task4"), OLMO, "task 'Task4' is not"),
+    "LUME: id twice": (row(LUME, 1, id="Annsc1"), OLMO, "id 'Annsc1' stands twice"),
+    # The command line.
+    "unknown option": (nothing, ["original new --treshold 1"], "--treshold"),
+    "unknown method": (nothing, ["unlearn run-tofu --method none"], "--method.*none"),
+    "a share above one": (nothing, ["mask run-tofu --threshold 2"], "--threshold is 2.0"),
+    "not a number": (nothing, ["original new --lr nan"], "--lr is nan"),
+    "endless": (nothing, ["original new --weight-decay inf"], "--weight-decay is inf"),
+    "more steps than any machine": (
+        nothing, ["attribute run-tofu --steps 99999999999999999999"], "--steps is 9+; .*below"),
+    "no UTF-8": (nothing, ["original new --weights \udcff"], "--weights is .*not UTF-8"),
+    "weights: no folder": (nothing, [f"original {WHOLE}"], "is not a folder"),
+    "no data": (nothing, ["original new --data @/nowhere"], "nowhere/tofu is missing"),
+    "no run": (nothing, ["attribute new"], "is not a run folder"),
+    "not a run": (nothing, ["evaluate data original"], "data is not a run folder"),
+    "not a stage": (nothing, ["evaluate run-tofu ../run-lume"], "not the bare name of a stage"),
+    "stage never made": (nothing, ["evaluate run-tofu so-graddiff"], "not a finished stage"),
+    "report of nothing": (nothing, ["report nowhere"], "is not a run folder"),
+    "report without evaluations": (
+        lambda w: [shutil.rmtree(p) for p in (w / "run-tofu").glob("*/eval")], REPORT,
+        "holds no evaluation"),
+    "retain-only: not evaluated": (
+        nothing, ["report run-tofu --retain-only @/run-tofu/mask"], "not a finished stage"),
+    "too few rows for a batch": (nothing, ["unlearn run-tofu --batch 50"], "lower --batch"),
+    # Files of a run.
+    "settings: null": (put("run-tofu/settings.json", None), MASK, "settings.json is not the sett"),
+    "settings: {}": (put("run-tofu/settings.json", {}), MASK, "settings.json is not the settings"),
+    "settings: cut": (cut("run-tofu/settings.json"), MASK, "settings.json is not valid JSON"),
+    "settings: wrong type": (
+        field("run-tofu/settings.json", seed="0"), MASK, "is not the settings"),
+    "settings: out of range": (
+        field("run-tofu/settings.json", lr=10**400), MASK, "settings.json: --lr is 1"),
+    "settings: NUL": (field("run-tofu/settings.json", data="a\0"), REPORT, "not UTF-8 text"),
+    "stage.json: null": (put("run-tofu/mask/stage.json", None), UNLEARN, "stage.json is damaged"),
+    "stage.json: {}": (put("run-tofu/original/stage.json", {}), UNLEARN, "stage.json is damaged"),
+    "stage.json: cut": (cut("run-tofu/original/stage.json"), UNLEARN, "is not valid JSON"),
+    "stage.json: edited": (
+        field("run-tofu/mask/stage.json", critical=1), REPORT, "damaged, edited"),
+    "stage.json: nested": (
+        change("run-tofu/mask/stage.json",
+               lambda x: b'{"a": ' + b"[" * 900 + b"]" * 900 + b"," + x[1:]),
+        UNLEARN, "stage.json is (damaged|not valid JSON)"),
+    "stage.json: gone": (gone("run-tofu/mask/stage.json"), UNLEARN, "not a finished stage"),
+    "metrics: null": (put(f"{EVAL}/metrics.json", None), REPORT, CHANGED),
+    "metrics: cut": (cut(f"{EVAL}/metrics.json"), REPORT, CHANGED),
+    "metrics: edited": (
+        change(f"{EVAL}/metrics.json", lambda x: x.replace(b"25", b"75", 1)), REPORT, CHANGED),
+    "metrics: gone": (gone(f"{EVAL}/metrics.json"), REPORT, "metrics.json is missing"),
+    "generations: cut": (
+        change(f"{EVAL}/generations.jsonl", lambda x: b"".join(x.splitlines(True)[:-1])), REPORT,
+        CHANGED),
+    "generations: reordered": (change(f"{EVAL}/generations.jsonl", swap_lines), REPORT, CHANGED),
+    "generations: edited": (
+        change(f"{EVAL}/generations.jsonl", lambda x: x.replace(b"Ann", b"Abe")), REPORT, CHANGED),
+    "generations: gone": (
+        gone(f"{EVAL}/generations.jsonl"), REPORT, "generations.jsonl is missing"),
+    "scores: cut": (cut("run-tofu/attribution/scores.safetensors"), MASK, CHANGED),
+    "scores: edited": (change("run-tofu/attribution/scores.safetensors",
+                              lambda x: x[:-4] + b"\0\0\x80?"), MASK, CHANGED),
+    "mask: cut": (cut("run-tofu/mask/mask.safetensors"), UNLEARN, CHANGED),
+    "mask: edited": (change("run-tofu/mask/mask.safetensors",
+                            lambda x: x[:-9] + bytes(1 - y for y in x[-9:])), UNLEARN, CHANGED),
+    "model of a stage: edited": (
+        change("run-tofu/original/model.safetensors", lambda x: x[:-4] + bytes(4)),
+        ["evaluate run-tofu original"], CHANGED),
+    "log: edited": (change("run-tofu/simu-graddiff/log.jsonl", lambda x: x + b"{}\n"), REPORT,
+                    CHANGED)}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_bad_input_ends_in_one_line(w, fault):
+    spoil, commands, says = FAULTS[fault]
+    spoil(w)
+    refused(w, commands, says)
+
+
+@pytest.mark.parametrize("words, says", [
+    ([], "plan|original"), (["original", "tofu", "llama3"], "llama3"), (["evaluate"], "choice"),
+    (["original", "mmlu", "tiny-llama"], "mmlu"), (["original", "demo"], "model"),
+    (["original", "demo", "tiny-llama", "--seed", "x\n; rm"], "--seed")])
+def test_a_wrong_word_ends_in_one_line(words, says):
+    status, stderr = fuzz.cli(simu.main, *words)
+    assert fuzz.told(status, stderr) and says in stderr, stderr
+
+
+def test_the_world_is_good_before_it_is_spoilt(w):
+    for command in (*LOAD, "evaluate out original", "report out", *SHARDED, *UNLEARN,
+                    "unlearn run-lume --lr 1e-4", "evaluate run-tofu", "report run-tofu", *MASK):
+        assert fuzz.cli(*words_of(w, command)) == (0, ""), command
+
+
+# ------------------------------------------------------------------------------------ warned about
+
+
+def test_overlap_is_counted_warned_of_and_reported(w, capsys):
+    first = (w / FORGET).read_bytes().splitlines(keepends=True)[0]
+    change("data/tofu/retain90.json", lambda x: x + first)(w)
+    simu.main([str(x) for x in words_of(w, "original weights-tofu")[1:]])
+    assert capsys.readouterr().out.count("warning: 1 of 2 rows of the forget set") == 1
+    for command in ("evaluate out original", "report out"):
+        assert fuzz.cli(*words_of(w, command)) == (0, "")
+    assert "1 of these rows are in the retain set too" in (w / "out/report.md").read_text("utf-8")
+
+
+def test_a_stage_without_its_files_is_made_again(w, capsys):
+    (w / "run-tofu/mask/mask.safetensors").unlink()
+    refused(w, UNLEARN, "mask was made with other files")
+    simu.main([str(x) for x in words_of(w, "mask run-tofu")[1:]])
+    assert "[mask] made again: files changed" in capsys.readouterr().out
+    assert (w / "run-tofu/mask/mask.safetensors").is_file()
+
+
+def test_more_files_in_a_stage_are_no_damage(w):
+    (w / "run-tofu/original/README.md").write_text("A card.")
+    (w / "run-tofu/original/notes").mkdir()
+    assert fuzz.cli(*words_of(w, "report run-tofu")) == (0, "")
+
+
+def test_large_files_are_known_by_their_size(w, monkeypatch):
+    monkeypatch.setattr(stage, "HASHED", 1000)
+    assert fuzz.cli(*words_of(w, "mask run-tofu --threshold 0.4")) == (0, "")
+    made = stage.seal(w / "run-tofu/original")
+    assert made["model.safetensors"] == [(w / WHOLE).stat().st_size, ""] and made["config.json"][1]
+
+
+# -------------------------------------------------------------------------- disk, memory, device
+
+
+def test_a_file_in_place_of_the_run_folder(w):
+    (w / "out").write_text("")
+    refused(w, ["original new"], f"{w}/out")
+    refused(w, [f"original new --out {w}/out/deeper"], "Not a directory.*choose another --out")
+
+
+@pytest.mark.parametrize("code, says", [
+    (errno.ENOSPC, "No space left on device; free space"), (errno.EROFS, "Read-only file system"),
+    (errno.EACCES, "Permission denied.*permissions"), (errno.EDQUOT, "Disk quota")])
+def test_a_disk_that_takes_no_more(w, monkeypatch, code, says):
+    def fail(_):
+        raise OSError(code, os.strerror(code))
+    monkeypatch.setattr(os, "fsync", fail)
+    refused(w, MASK, f"mask.partial.*: {says}")
+    refused(w, REPORT, f"report.md: {says}")
+
+
+def test_a_file_larger_than_allowed(w):
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, old[1]))
+        refused(w, UNLEARN, "simu-graddiff.partial.*File too large")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+
+
+def test_no_permission(w, monkeypatch):
+    """As root, permission bits stop nobody: the system call says it instead."""
+    own = Path.read_bytes
+
+    def closed(path):
+        if path.name == "forget10.json":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return own(path)
+    monkeypatch.setattr(Path, "read_bytes", closed)
+    refused(w, ["original new"], "forget10.json: Permission denied")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_cuda_asked_for_and_absent(w):
+    refused(w, ["attribute run-tofu --steps 3 --device cuda"], "torch sees no GPU; .*--device cpu")
+
+
+def allocate(*_, **__):
+    torch.empty(1 << 46)
+
+
+def overflow(*_, **__):
+    torch.empty(1 << 40, 1 << 40)
+
+
+def gpu(*_, **__):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has")
+
+
+def python(*_, **__):
+    raise MemoryError
+
+
+@pytest.mark.parametrize("full", [allocate, overflow, gpu, python])
+def test_out_of_memory(w, monkeypatch, full):
+    monkeypatch.setattr(simu, "attribute", full)
+    refused(w, ["attribute run-tofu --steps 3"], "out of memory; .*simu.py plan.*--micro-tokens")
+
+
+def test_what_would_not_fit_is_not_begun(w, monkeypatch):
+    monkeypatch.setattr(plan, "room", lambda _: 1000)
+    refused(w, ["attribute run-tofu --steps 3"], "attribute needs .* GB and cpu has 0.0 GB left; ")
+
+
+def test_a_loss_that_is_no_number(w):
+    refused(w, ["unlearn run-tofu --method so --lr 2e9 --epochs 30 --clip 1e9"],
+            r"so-graddiff: loss or gradient is not finite at update \d+ of 30; lower --lr")
+
+
+def test_ctrl_c(w, monkeypatch):
+    def press(*_, **__):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(simu, "attribute", press)
+    before = listing(w)
+    status, stderr = fuzz.cli(*words_of(w, "attribute run-tofu --steps 3"))
+    assert fuzz.told(status, stderr, 130) and "same command" in stderr, stderr
+    assert listing(w) == before
+
+
+# ------------------------------------------------------------------------- programs of their own
+
+
+def program(*words, **environment):
+    env = {k: v for k, v in os.environ.items() if k != "SIMU_DATA"} | environment
+    return subprocess.Popen([str(x) for x in words], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            text=True, cwd=ROOT, env=env | {"TQDM_DISABLE": "1"})
+
+
+def as_program(w, command: str) -> list:
+    main, *words = words_of(w, command)
+    return [sys.executable, "simu.py" if main is simu.main else "eval.py", *words]
+
+
+@pytest.mark.parametrize("fault", ["weights: cut", "tokenizer: cut", "metrics: null"])
+def test_the_same_as_a_program(w, fault):
+    spoil, commands, says = FAULTS[fault]
+    spoil(w)
+    for command in commands[:-1]:
+        assert fuzz.cli(*words_of(w, command)) == (0, "")
+    before, run = listing(w), program(*as_program(w, commands[-1]))
+    stderr = run.communicate()[1]
+    assert fuzz.told(run.returncode, stderr) and re.search(says, stderr), stderr
+    assert listing(w) == before
+
+
+LITTLE_MEMORY = """
+import resource, sys, simu, stage
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (200 << 20),) * 2)
+stage.run_cli(lambda: simu.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_a_machine_with_little_memory(w):
+    words = words_of(w, "original new --width 4096")[1:]
+    run = program(sys.executable, "-c", LITTLE_MEMORY, *words, OMP_NUM_THREADS="1")
+    stderr = run.communicate()[1]
+    assert fuzz.told(run.returncode, stderr) and "out of memory; " in stderr, stderr
+    assert not listing(w / "out")
+
+
+def test_ctrl_c_at_the_keyboard(w):
+    run = program(*as_program(w, "original new --learn-epochs 100000"))
+    while run.poll() is None and not list(w.glob("out/retain-only.partial/**/log.jsonl")):
+        time.sleep(0.05)
+    time.sleep(0.3)  # well into the training
+    run.send_signal(signal.SIGINT)
+    stderr = run.communicate()[1]
+    assert fuzz.told(run.returncode, stderr, 130), stderr
+    assert not listing(w / "out")
+
+
+# --------------------------------------------------------------------------------------- security
+
+NASTY = ["a b", "$(touch OWNED)", "`touch OWNED`", "; touch OWNED;", "x\ntouch OWNED", "*", "-n",
+         "--help me", "'\"", "${HOME}", "a=b", "&& touch OWNED", "> OWNED", "~", "\\", "é\u202e"]
+RECORDER = """#!/bin/bash
+[[ "$1" == -c ]] || { printf '%s\\0' "$@"; printf 'END\\0'; } >> "$RECORD"
+"""
+
+
+def through_run_sh(tmp_path, *words) -> list[list[str]]:
+    """The command lines that run.sh would run, told by a stand-in for Python."""
+    stand_in, record = tmp_path / "bin" / "python3", tmp_path / "record"
+    stand_in.parent.mkdir(exist_ok=True)
+    stand_in.write_text(RECORDER)
+    stand_in.chmod(0o755)
+    record.unlink(missing_ok=True)
+    (tmp_path / "cwd").mkdir(exist_ok=True)
+    done = subprocess.run(["bash", ROOT / "run.sh", *words], cwd=tmp_path / "cwd", text=True,
+                          capture_output=True, env=os.environ | {
+                              "PATH": f"{stand_in.parent}:{os.environ['PATH']}",
+                              "RECORD": str(record)})
+    assert done.returncode == 0, done.stderr
+    assert not list((tmp_path / "cwd").iterdir()) and not list(ROOT.glob("OWNED"))
+    lines = record.read_text(encoding="utf-8").split("END\0")[:-1]
+    return [x.split("\0")[:-1] for x in lines]
+
+
+@pytest.mark.parametrize("text", NASTY)
+def test_run_sh_hands_words_on_as_they_are(tmp_path, text):
+    jobs = through_run_sh(tmp_path, "demo", "m" + text, "--data", text, "--out", text,
+                          "--template=" + text)
+    run = "./" + text if text.startswith("-") else text
+    assert len(jobs) == 8
+    for job in jobs[:6]:
+        assert job[2:9] == ["demo", "m" + text, "--data", text, "--template=" + text, "--out", run]
+    assert jobs[6][1:] == ["evaluate", run] and jobs[7][1:] == ["report", run]
+
+
+def test_run_sh_hands_words_on_for_every_seed(tmp_path):
+    jobs = through_run_sh(tmp_path, "tofu", "tiny-llama", "--out=a b", "--seeds=2")
+    assert [j[2] for j in jobs if j[1] == "evaluate"] == ["a b", "a b-seed1"]
+    assert jobs[7][2:] == ["tofu", "tiny-llama", "--out", "a b-seed1", "--seed", "1"]
+
+
+def sources():
+    return [p for p in (*ROOT.glob("*.py"), *ROOT.glob("*/*.py"), *ROOT.glob("*.sh"))
+            if p.name != Path(__file__).name and ".venv" not in p.parts]
+
+
+FORBIDDEN = re.compile(r"(import|from) (pickle|shelve|marshal|dill)|pickle\.|torch\.(load|save)\b|"
+                       r"(?<![.\w])eval\((?!-)|(?<![.\w])exec\(|trust_remote_code|os\.system|"
+                       r"shell=True|yaml\.load|__reduce__|\beval \"")
+
+
+def test_no_code_comes_from_data():
+    """Nothing unpickles, evaluates, or hands text to a shell."""
+    assert len(sources()) > 12
+    found = [f"{p.name}:{n}: {line.strip()}" for p in sources()
+             for n, line in enumerate(p.read_text(encoding="utf-8").splitlines(), 1)
+             if FORBIDDEN.search(line)]
+    assert not found, found
+    for bad in ("x = torch.load(f)", "import pickle", "eval(x)", "run(c, shell=True)"):
+        assert FORBIDDEN.search(bad)
+
+
+# ------------------------------------------------------------------------------------------- fuzz
+
+
+def test_a_little_fuzz(w):
+    """fuzz.py does thousands of these, in processes of their own."""
+    seed = random.Random(6).randrange(10**6)
+    for case in range(52):
+        outcome, said = fuzz.run_case(w, case, seed)
+        assert outcome in ("success", "refused"), (case, seed, outcome, said)
