@@ -123,8 +123,6 @@ class Config:
         if self.model_type != "olmo":
             del own["clip_qkv"]
             own["rms_norm_eps"] = eps
-        own |= {"qwen2": {"use_sliding_window": False}, "llama": {"mlp_bias": False}}.get(
-            self.model_type, {})
         if self.model_type != "qwen2":  # which knows no such key: q, k and v always have biases
             own["attention_bias"] = False
         return own | {"architectures": [ARCHITECTURES[self.model_type]], "hidden_act": "silu",

@@ -89,9 +89,10 @@ def fuse(tensors: dict) -> dict:
 def original_config(c: Config) -> dict:
     """config.json as allenai/OLMo-1B has it."""
     return dict(
-        activation_type="swiglu", alibi=False, alibi_bias_max=8.0, architectures=["OLMoForCausalLM"],
-        attention_dropout=0.0, attention_layer_norm=False, attention_layer_norm_with_affine=False,
-        auto_map={"AutoConfig": "configuration_olmo.OLMoConfig"}, bias_for_layer_norm=False,
+        activation_type="swiglu", alibi=False, alibi_bias_max=8.0,
+        architectures=["OLMoForCausalLM"], attention_dropout=0.0, attention_layer_norm=False,
+        attention_layer_norm_with_affine=False, bias_for_layer_norm=False,
+        auto_map={"AutoConfig": "configuration_olmo.OLMoConfig"},
         block_group_size=1, block_type="sequential", clip_qkv=c.clip_qkv, d_model=c.hidden_size,
         embedding_dropout=0.0, embedding_size=c.vocab_size, eos_token_id=c.eos_token_id,
         include_bias=False, layer_norm_type="default", layer_norm_with_affine=False,
@@ -213,8 +214,8 @@ def in_shards(folder, count: int, change=lambda t: t):
 
 
 @pytest.mark.parametrize("shards, dtype, old, pad_row", [
-    (1, torch.float16, True, False), (2, torch.float16, True, True), (3, torch.bfloat16, False, True),
-    (3, torch.float32, True, False)])
+    (1, torch.float16, True, False), (2, torch.float16, True, True),
+    (3, torch.bfloat16, False, True), (3, torch.float32, True, False)])
 def test_llama_as_hubs_hold_it(hf, shards, dtype, old, pad_row, tmp_path):
     """old: inv_freq stored, and no rope_theta, kv heads or head_dim in the config."""
     pad = dict(vocab_size=97, pad_token_id=96) if pad_row else {}
@@ -233,7 +234,8 @@ def test_llama_as_hubs_hold_it(hf, shards, dtype, old, pad_row, tmp_path):
         stage.write_json(tmp_path / "config.json", raw)
     mine = Transformer.from_pretrained(tmp_path)
     assert mine.config.vocab_size == 96 + pad_row
-    check_parity(mine, theirs.float())
+    # Not theirs.float(): casting that model has cast its RoPE frequencies too.
+    check_parity(mine, hf.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32))
 
 
 # --------------------------------------------------------------- faults, named in every layout
@@ -452,7 +454,8 @@ def test_a_post_processors_bos_may_be_switched_off(tmp_path):
 
 def unlearned(out, name, *options):
     """The stages up to a report, SIMU alone, in this process."""
-    words = ["demo", name, "--out", str(out), *MICRO, "--data", str(ROOT / "demo"), *options]
+    words = ["demo", name, "--out", str(out), *MICRO, "--data", str(ROOT / "demo"),
+             *"--forget-groups 1 --retain-groups 4 --learn-epochs 6 --max-total-tokens 96".split(), *options]
     for command in ("original", "attribute", "mask", "unlearn"):
         simu.main([command, *words])
     return out
@@ -470,7 +473,9 @@ def check_same_text(hf, folder, s, card: bool):
     their_tok = hf.AutoTokenizer.from_pretrained(folder)
     theirs = hf.AutoModelForCausalLM.from_pretrained(folder)
     lengths = {} if card else dict(max_length=s.max_total_tokens)
-    for text in ("Question: Who wrote it?\nAnswer:", "Question: naïve 日本?\nAnswer:"):
+    said = []
+    for e in data.load_benchmark(s).retain[:40:10]:
+        text = f"Question: {e.question}\nAnswer: {e.answer[:len(e.answer) // 2]}"
         prompt = data.encode_prompt(text, tok, "raw")
         given = their_tok(text, return_tensors="pt")
         assert given["input_ids"].tolist() == [prompt]
@@ -478,9 +483,10 @@ def check_same_text(hf, folder, s, card: bool):
             assert relative(mine(torch.tensor([prompt])), theirs(**given).logits) < 1e-5
         out = theirs.generate(**given, **lengths)[0].tolist()
         got, = generate(mine, [prompt], eos_id=tok.eos_id, max_total_tokens=s.max_total_tokens)
-        assert got == [i for i in out[len(prompt):] if i != tok.eos_id] and got
-        assert their_tok.decode(out[len(prompt):], skip_special_tokens=True).strip() == \
-            tok.decode(got).strip()
+        assert got == [i for i in out[len(prompt):] if i != tok.eos_id]
+        assert their_tok.decode(out, skip_special_tokens=True) == tok.decode(prompt + got)
+        said += got
+    assert len(set(said)) > 1
 
 
 @pytest.mark.parametrize("name", ["tiny-llama", "tiny-olmo"])
@@ -508,11 +514,11 @@ def test_the_card_says_what_was_done_and_then_what_came_of_it(runs):
     assert (folder / "stage.json").read_bytes() == before
     assert not (out / "original" / "README.md").exists()
     config = json.loads((folder / "generation_config.json").read_text())
-    assert config["do_sample"] is False and config["max_length"] == 48
+    assert config["do_sample"] is False and config["max_length"] == 96
 
 
 def test_a_run_from_the_original_olmo_layout(hf, runs, tmp_path):
-    """The same weights under other names give the same scores, and an export without remote code."""
+    """The same weights under other names give the same scores; the export has no remote code."""
     made, source = runs["tiny-olmo"], tmp_path / "hub"
     model = Transformer.from_pretrained(made / "original")
     save(model, source, "original olmo")
