@@ -24,7 +24,7 @@ import torch
 import data
 from stage import HERE, UserError, run_cli
 
-SHARD_BYTES = {"llama2-7b": 4_950_000_000, "tiny": 800_000}  # three shards, as published
+SHARD_BYTES = {"llama2-7b": 4_950_000_000, "tiny": 300_000}  # three shards, as published
 FEW = "--forget-groups 2 --retain-groups 4 --rows-per-author 10 --epochs 2 --batch 4".split()
 
 
