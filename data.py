@@ -20,7 +20,7 @@ import sentencepiece
 import torch
 from torch import Tensor
 
-from stage import HERE, NO_TEXT, Settings, UserError, read_json, sha256
+from stage import HERE, NO_TEXT, Settings, UserError, read_json, sha256, write_json
 
 IGNORE = -100  # a target that is not predicted; also cross_entropy's default
 
@@ -94,9 +94,10 @@ class LlamaTokenizer:
 
 
 class JsonTokenizer:
-    """A Hugging Face `tokenizer.json` (OLMo's: byte-level BPE, no bos)."""
+    """A Hugging Face `tokenizer.json` (OLMo, Llama 3, Qwen: byte-level BPE). eos_ids: those the
+    model's config.json names. names: the content of tokenizer_config.json."""
 
-    def __init__(self, path: Path, eos_id: int | None = None):
+    def __init__(self, path: Path, eos_ids: list[int], names: dict):
         try:
             import tokenizers  # sentencepiece cannot read this format
         except ImportError:
@@ -107,14 +108,33 @@ class JsonTokenizer:
             raise UserError(f"{path} is not a tokenizer.json ({e}); fetch it again") from None
         self._tok.no_padding()
         self._tok.no_truncation()
-        find = self._tok.token_to_id
-        self.bos_id = find("<s>")
-        ends = (eos_id, find("<|endoftext|>"), find("</s>"))
+        self.bos_id = self._bos(names)
+        # A post-processor would cut spaces off a token's place in the text; bos we add ourselves.
+        self._tok.post_processor = None
+        own = self._id(names.get("eos_token"))
+        # OLMo's two published tokenizers disagree on <|endoftext|> (0 or 50279): the model decides,
+        # and only between several of its own (Llama 3) does the tokenizer.
+        ends = (*sorted(eos_ids, key=lambda i: i != own), own, self._id("<|endoftext|>"),
+                self._id("</s>"))
         self.eos_id = next((i for i in ends if i is not None), None)
         if self.eos_id is None:
             raise UserError(f"{path} names no end-of-text token; set eos_token_id in config.json")
         # Added tokens count: some checkpoints add a <pad> that their embedding has no row for.
         self.vocab_size = self._tok.get_vocab_size()
+
+    def _id(self, token) -> int | None:
+        token = token.get("content") if isinstance(token, dict) else token
+        return self._tok.token_to_id(token) if isinstance(token, str) else None
+
+    def _bos(self, names: dict) -> int | None:
+        """What transformers would put before a text: what tokenizer_config.json says, else what
+        the post-processor does (Llama 3)."""
+        coded = self._tok.encode("a")
+        starts = coded.special_tokens_mask[:1] == [1]
+        if not names.get("add_bos_token", True):
+            return None
+        return coded.ids[0] if starts else self._id(
+            names.get("bos_token") if "add_bos_token" in names else "<s>")
 
     def encode(self, text: str, *, bos: bool) -> list[int]:
         start = [self.bos_id] if bos and self.bos_id is not None else []
@@ -151,25 +171,35 @@ def load_tokenizer(path):
         raise UserError(f"{path} is missing: no tokenizer there")
     if path.suffix != ".json":
         return LlamaTokenizer(path)
-    # OLMo's two published tokenizers disagree on <|endoftext|> (0 or 50279); the model decides.
-    config = path.with_name("config.json")
-    raw = read_json(config) if config.is_file() else {}
-    eos = raw.get("eos_token_id") if isinstance(raw, dict) else None
-    eos = eos[0] if isinstance(eos, list) and eos else eos
-    return JsonTokenizer(path, eos if type(eos) is int else None)  # Config will refuse another
+    config, names = (read_json(path.with_name(name)) if path.with_name(name).is_file() else {}
+                     for name in ("config.json", "tokenizer_config.json"))
+    if not isinstance(config, dict) or not isinstance(names, dict):
+        raise UserError(f"config.json and tokenizer_config.json beside {path} must hold a JSON "
+                        "object; fetch them again")
+    eos = config.get("eos_token_id")
+    eos = eos if isinstance(eos, list) else [eos]
+    return JsonTokenizer(path, [i for i in eos if type(i) is int], names)
 
 
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json",
-                   "special_tokens_map.json")
+                   "special_tokens_map.json", "added_tokens.json")
 
 
 def copy_tokenizer(source: Path, target: Path):
+    """Copy a tokenizer's files; what would make transformers fetch and run code stays behind."""
     for name in TOKENIZER_FILES:
         if (Path(source) / name).is_file():
             shutil.copyfile(Path(source) / name, Path(target) / name)
+    config = Path(target) / "tokenizer_config.json"
+    names = read_json(config) if config.is_file() else {}
+    if names.pop("auto_map", None):  # the original OLMo layout's
+        write_json(config, names | PLAIN_IN_TRANSFORMERS)
 
 
-# How transformers must read tokenizer.model to get the same ids.
+# How transformers must read tokenizer.json, and tokenizer.model, to get the same ids.
+PLAIN_IN_TRANSFORMERS = dict(tokenizer_class="PreTrainedTokenizerFast",
+                             model_input_names=["input_ids", "attention_mask"],
+                             clean_up_tokenization_spaces=False)
 LLAMA_IN_TRANSFORMERS = dict(tokenizer_class="LlamaTokenizer", add_bos_token=True,
                              add_eos_token=False, legacy=False, bos_token="<s>", eos_token="</s>",
                              unk_token="<unk>")
@@ -205,6 +235,8 @@ def train_tokenizer(texts: list[str], folder: Path, *, llama: bool, vocab: int):
                                   initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
     tok.train_from_iterator(sorted(set(texts)), trainer)
     tok.save(str(folder / "tokenizer.json"))
+    names = dict(eos_token="<|endoftext|>", pad_token="<|padding|>")
+    (folder / "tokenizer_config.json").write_text(json.dumps(names | PLAIN_IN_TRANSFORMERS))
 
 
 # ------------------------------------------------------------------------------------- file reading

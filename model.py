@@ -1,11 +1,12 @@
-"""The transformer SIMU looks into: LLaMA and OLMo in one class, told apart by their config alone.
+"""The transformer SIMU looks into: LLaMA, OLMo, OLMo-2 and Qwen2.5 in one class, told apart by
+their config alone.
 
 Letters: B batch, T time, L layers, D d_model, H heads, K key/value heads, hd head size, F d_ff,
 V vocabulary. A SIMU neuron [D1] is one of the D output channels of a layer's down_proj; a function
 put in `model.layers[l].mlp.intervene` sees and may change exactly those channels.
 
-Not here: dropout, biases, RoPE scaling, quantised weights, sampling, padding masks (training rows
-are padded on the right, where causal attention cannot see them).
+Not here: dropout, sliding windows, quantised weights, sampling, padding masks (training rows are
+padded on the right, where causal attention cannot see them).
 """
 
 import ctypes
@@ -35,16 +36,34 @@ PREFILL_ROWS = 16  # prompts read at once: less padding, smaller activations
 EVICT_SHARE = 1 / 8  # dropping rows copies the cache, about one step's reading: worth it from here
 INDEX = "model.safetensors.index.json"
 WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
+HEAD, OLMO_HEAD = "lm_head.weight", "model.transformer.ff_out.weight"  # HF's, original OLMo's
 NAMED = 4  # tensors named of each kind of fault before only counting
 
 MOST = 1 << 24  # of any size in a config.json, and MOST_LAYERS: far above any model's, below what
 MOST_LAYERS = 1 << 10  # overflows or takes minutes before the weights are found not to fit
 
+ARCHITECTURES = {"llama": "LlamaForCausalLM", "olmo": "OlmoForCausalLM",
+                 "olmo2": "Olmo2ForCausalLM", "qwen2": "Qwen2ForCausalLM"}
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
          "num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings")
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 # Keys that would change the numbers, and the one value of each that this code computes.
 SUPPORTED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
-             "attention_dropout": 0, "partial_rotary_factor": 1, "quantization_config": None}
+             "attention_dropout": 0, "partial_rotary_factor": 1, "quantization_config": None,
+             "use_sliding_window": False}
+LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+
+# The original OLMo layout (allenai/OLMo-1B, not -hf): its config's names for ours, what its config
+# must say, and its fused tensors, whose rows are those of several of ours, one after the other.
+OLMO_NAMES = {"d_model": "hidden_size", "n_layers": "num_hidden_layers",
+              "n_heads": "num_attention_heads", "max_sequence_length": "max_position_embeddings"}
+OLMO_SUPPORTED = {"activation_type": "swiglu", "block_type": "sequential", "rope": True,
+                  "layer_norm_type": "default", "layer_norm_with_affine": False, "alibi": False,
+                  "layer_norm_eps": OLMO_EPS, "attention_layer_norm": False, "include_bias": False,
+                  "scale_logits": False, "norm_after": False}
+OLMO_TENSORS = {"att_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+                "attn_out": ("self_attn.o_proj",), "ff_out": ("mlp.down_proj",),
+                "ff_proj": ("mlp.up_proj", "mlp.gate_proj")}
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16,
           "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32, "I16": torch.int16,
           "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}  # safetensors' names
@@ -58,7 +77,7 @@ class Config:
     """The shape of a model. Names are those of HF's config.json, but for norm_eps (rms_norm_eps).
     UserError if the fields contradict each other or ask for what is not computed here."""
 
-    model_type: str  # "llama": RMSNorm; "olmo": LayerNorm without weights
+    model_type: str  # see Block and Attention for what "olmo", "olmo2", "qwen2" do differently
     vocab_size: int  # V, rows of the embedding
     hidden_size: int  # D
     intermediate_size: int  # F
@@ -69,6 +88,7 @@ class Config:
     max_position_embeddings: int
     norm_eps: float = OLMO_EPS
     rope_theta: float = 10000.0
+    rope_scaling: dict | None = None  # or {"rope_type": "llama3"} with the LLAMA3 numbers
     tie_word_embeddings: bool = False  # the head is the embedding
     clip_qkv: float | None = None  # OLMo: q, k, v are clamped to [-clip, clip] before RoPE
     bos_token_id: int | None = None
@@ -76,8 +96,8 @@ class Config:
     pad_token_id: int | None = None
 
     def __post_init__(self):
-        _need(self.model_type in ("llama", "olmo"), self, "model_type",
-              "'llama' or 'olmo'; no other architecture is supported")
+        _need(self.model_type in list(ARCHITECTURES), self, "model_type",
+              f"{' or '.join(ARCHITECTURES)}; no other architecture is supported")
         for name in SIZES:
             value = getattr(self, name)
             optional = value is None and name in ("num_key_value_heads", "head_dim")
@@ -94,7 +114,7 @@ class Config:
 
     @classmethod
     def from_dir(cls, path) -> "Config":
-        """Read `path`/config.json, as transformers 4 or 5 wrote it."""
+        """Read `path`/config.json, as transformers 4 or 5 or OLMo's own code wrote it."""
         file = Path(path) / "config.json"
         if not Path(path).is_dir():
             raise UserError(f"{path} is not a folder; give the folder that holds config.json")
@@ -106,13 +126,14 @@ class Config:
 
     def to_hf(self, dtype: torch.dtype) -> dict:
         """The content of a config.json which transformers 4 and 5 load; dtype of the weights."""
-        name = {"llama": "LlamaForCausalLM", "olmo": "OlmoForCausalLM"}[self.model_type]
         own = {f.name: getattr(self, f.name) for f in fields(self)}
         eps = own.pop("norm_eps")
-        if self.model_type == "llama":
+        if self.model_type != "olmo":
             del own["clip_qkv"]
-            own |= {"rms_norm_eps": eps, "mlp_bias": False}
-        return own | {"architectures": [name], "hidden_act": "silu", "attention_bias": False,
+            own["rms_norm_eps"] = eps
+        if self.model_type != "qwen2":  # which knows no such key: q, k and v always have biases
+            own["attention_bias"] = False
+        return own | {"architectures": [ARCHITECTURES[self.model_type]], "hidden_act": "silu",
                       "attention_dropout": 0.0, "torch_dtype": str(dtype).removeprefix("torch.")}
 
 
@@ -143,8 +164,13 @@ def _check_values(c: Config):
         _need(c.clip_qkv is None or _is_positive(c.clip_qkv), c, "clip_qkv",
               "null or a number above 0")
     else:
-        _need(c.clip_qkv is None, c, "clip_qkv", "null for llama; only olmo clips")
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        _need(c.clip_qkv is None, c, "clip_qkv", f"null for {c.model_type}; only olmo clips")
+    scaling = c.rope_scaling
+    if scaling is not None:
+        good = isinstance(scaling, dict) and all(_is_positive(scaling.get(k)) for k in LLAMA3)
+        _need(good and scaling["low_freq_factor"] < scaling["high_freq_factor"], c, "rope_scaling",
+              f"null, or llama3's with {', '.join(LLAMA3)} above 0, the low below the high one")
+    for name in TOKEN_IDS:
         value = getattr(c, name)
         ids = value if name == "eos_token_id" and isinstance(value, list) else [value]
         good = all(i is None or _is_int(i) and 0 <= i < c.vocab_size for i in ids)
@@ -156,15 +182,19 @@ def _from_hf(raw) -> dict:
     if not isinstance(raw, dict):
         raise UserError("must hold a JSON object; fetch it again")
     raw = {key: value for key, value in raw.items() if value is not None}
-    for key, only in SUPPORTED.items():
-        if raw.get(key, only) != only:
-            raise UserError(f"{key} = {reprlib.repr(raw[key])} is not supported; only "
-                            f"{json.dumps(only)} is")
+    if _is_original_olmo(raw):
+        raw = _from_original_olmo(raw)
+    _refuse_others(raw, SUPPORTED)
+    kinds = raw.get("layer_types", [])
+    if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
+        raise UserError(f"layer_types = {reprlib.repr(kinds)} is not supported; only "
+                        '"full_attention" is')
     own = {f.name: raw[f.name] for f in fields(Config) if f.name in raw}
     own.pop("norm_eps", None)
-    own["rope_theta"] = _rope_theta(raw)
-    if own.get("model_type") == "llama":
-        own.pop("clip_qkv", None)  # transformers' LLaMA knows no such key either
+    own.pop("rope_scaling", None)
+    own |= _rope(raw)
+    if own.get("model_type") != "olmo":
+        own.pop("clip_qkv", None)  # transformers' others know no such key either
         own["norm_eps"] = raw.get("rms_norm_eps")
     if own.get("pad_token_id") == -1:  # how old LLaMA exports say "none"
         del own["pad_token_id"]
@@ -175,18 +205,56 @@ def _from_hf(raw) -> dict:
     return own
 
 
-def _rope_theta(raw: dict):
-    """RoPE's base from its old place (absent: 10000) or from transformers 5's rope_parameters."""
-    theta = raw.get("rope_theta", 10000.0)
+def _refuse_others(raw: dict, supported: dict):
+    for key, only in supported.items():
+        if raw.get(key, only) != only:
+            raise UserError(f"{key} = {reprlib.repr(raw[key])} is not supported; only "
+                            f"{json.dumps(only)} is")
+
+
+def _is_original_olmo(raw) -> bool:
+    """Is this the config.json of a checkpoint in the original OLMo layout?"""
+    return isinstance(raw, dict) and "d_model" in raw
+
+
+def _from_original_olmo(raw: dict) -> dict:
+    """OLMo's own config in HF's names."""
+    _refuse_others(raw, OLMO_SUPPORTED)
+    for key in (*OLMO_NAMES, "vocab_size"):
+        if key not in raw:
+            raise UserError(f"{key} is missing; take the config.json the weights came with")
+    up_and_gate = raw.get("mlp_hidden_size")  # both halves of ff_proj
+    if not up_and_gate:
+        ratio, width = raw.get("mlp_ratio", 4), raw["d_model"]
+        up_and_gate = ratio * width if _is_int(ratio) and _is_int(width) else None
+    if not _is_int(up_and_gate) or up_and_gate % 2:
+        raise UserError("mlp_hidden_size, or mlp_ratio * d_model, must be an even whole number")
+    heads = 1 if raw.get("multi_query_attention") is True else raw["n_heads"]
+    same = ("clip_qkv", "rope_theta", *TOKEN_IDS)
+    return {ours: raw[key] for key, ours in OLMO_NAMES.items()} | {
+        key: raw[key] for key in same if key in raw} | dict(
+        model_type="olmo", intermediate_size=up_and_gate // 2,
+        vocab_size=raw.get("embedding_size") or raw["vocab_size"],  # rows, with those that pad
+        num_key_value_heads=raw.get("n_kv_heads", heads),
+        tie_word_embeddings=raw.get("weight_tying", True))
+
+
+def _rope(raw: dict) -> dict:
+    """RoPE's base (absent: 10000) and scaling, from their old place or from transformers 5's
+    rope_parameters."""
+    own = {"rope_theta": raw.get("rope_theta", 10000.0)}
     for key in ("rope_scaling", "rope_parameters"):
         rope = raw.get(key, {})
         if not isinstance(rope, dict):
             raise UserError(f"{key} = {reprlib.repr(rope)}: must be null or an object")
         kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind != "default" or rope.get("partial_rotary_factor", 1) != 1:
-            raise UserError(f"{key} = {reprlib.repr(rope)} is not supported; only plain RoPE is")
-        theta = rope.get("rope_theta", theta)
-    return theta
+        if kind not in ("default", "llama3") or rope.get("partial_rotary_factor", 1) != 1:
+            raise UserError(f"{key} = {reprlib.repr(rope)} is not supported; only plain RoPE and "
+                            "llama3's are")
+        if kind == "llama3":
+            own["rope_scaling"] = {"rope_type": kind} | {k: rope.get(k) for k in LLAMA3}
+        own["rope_theta"] = rope.get("rope_theta", own["rope_theta"])
+    return own
 
 
 # ----------------------------------------------------------------------------------------- model
@@ -235,16 +303,22 @@ class Attention(nn.Module):
 
     def __init__(self, c: Config):
         super().__init__()
-        self.head_dim, self.clip = c.head_dim, c.clip_qkv
-        self.q_proj = nn.Linear(c.hidden_size, c.num_attention_heads * c.head_dim, bias=False)
-        self.k_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=False)
-        self.v_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=False)
-        self.o_proj = nn.Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=False)
+        self.head_dim, self.clip, bias = c.head_dim, c.clip_qkv, c.model_type == "qwen2"
+        wide, narrow = (n * c.head_dim for n in (c.num_attention_heads, c.num_key_value_heads))
+        self.q_proj = nn.Linear(c.hidden_size, wide, bias=bias)
+        self.k_proj = nn.Linear(c.hidden_size, narrow, bias=bias)
+        self.v_proj = nn.Linear(c.hidden_size, narrow, bias=bias)
+        self.o_proj = nn.Linear(wide, c.hidden_size, bias=False)
+        self.q_norm = self.k_norm = None
+        if c.model_type == "olmo2":  # over all heads at once
+            self.q_norm, self.k_norm = RMSNorm(wide, c.norm_eps), RMSNorm(narrow, c.norm_eps)
 
     def qkv(self, x, cos, sin):
         """x [B, T, D], cos and sin [T, hd] or [B, T, hd] -> q [B, H, T, hd], k, v [B, K, T, hd],
-        clipped and rotated: what attention sees and what a cache keeps."""
+        clipped or normed, and rotated: what attention sees and what a cache keeps."""
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
         if self.clip is not None:
             q, k, v = (y.clamp(-self.clip, self.clip) for y in (q, k, v))
         split = (*x.shape[:2], -1, self.head_dim)
@@ -269,18 +343,41 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
+    """One layer. How attention and MLP join the residual stream stands here alone: most models norm
+    what the two read, OLMo-2 what they write. SIMU's beta is the MLP's output before any norm."""
+
     def __init__(self, c: Config):
         super().__init__()
-        norm = RMSNorm if c.model_type == "llama" else LayerNorm
-        self.input_layernorm = norm(c.hidden_size, c.norm_eps)
+        norm = LayerNorm if c.model_type == "olmo" else RMSNorm
+        self.norms_output = c.model_type == "olmo2"
+        if not self.norms_output:
+            self.input_layernorm = norm(c.hidden_size, c.norm_eps)
         self.self_attn = Attention(c)
         self.post_attention_layernorm = norm(c.hidden_size, c.norm_eps)
+        if self.norms_output:
+            self.post_feedforward_layernorm = norm(c.hidden_size, c.norm_eps)
         self.mlp = MLP(c)
 
+    def qkv(self, x, cos, sin):
+        """Queries, keys and values of the stream x [B, T, D], as Attention.qkv gives them."""
+        return self.self_attn.qkv(x if self.norms_output else self.input_layernorm(x), cos, sin)
+
+    def add_attention(self, x, mixed):
+        """The stream x [B, T, D] with what attention mixed [B, T, H*hd] -> [B, T, D]"""
+        y = self.self_attn.o_proj(mixed)
+        return x + (self.post_attention_layernorm(y) if self.norms_output else y)
+
+    def beta(self, x):
+        """The MLP's output on the stream x [B, T, D], attention already in it -> [B, T, D]"""
+        return self.mlp(x if self.norms_output else self.post_attention_layernorm(x))
+
+    def add_beta(self, x, beta):
+        """The stream that leaves the layer: x with beta, which broadcast -> [..., D]"""
+        return x + (self.post_feedforward_layernorm(beta) if self.norms_output else beta)
+
     def forward(self, x, cos, sin, attend=causal_attention):
-        q, k, v = self.self_attn.qkv(self.input_layernorm(x), cos, sin)
-        x = x + self.self_attn.o_proj(attend(q, k, v))
-        return x + self.mlp(self.post_attention_layernorm(x))
+        x = self.add_attention(x, attend(*self.qkv(x, cos, sin)))
+        return self.add_beta(x, self.beta(x))
 
 
 class Transformer(nn.Module):
@@ -291,7 +388,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.checkpoint = False  # True: blocks recompute their activations in the backward pass
-        norm = RMSNorm if config.model_type == "llama" else LayerNorm
+        norm = LayerNorm if config.model_type == "olmo" else RMSNorm
         # Not nn.Embedding(V, D): its own initialisation, on the meta device, imports torch._dynamo.
         table = torch.empty(config.vocab_size, config.hidden_size)
         self.embed_tokens = nn.Embedding.from_pretrained(table, freeze=False)
@@ -303,15 +400,24 @@ class Transformer(nn.Module):
         # The residual stream adds 2L outputs: scaled so that its variance does not grow with L.
         scale = 1 / math.sqrt(2 * config.num_hidden_layers)
         for name, weight in self.named_parameters():
-            if weight.dim() == 2 and not weight.is_meta:  # a loader fills those
+            if weight.is_meta:  # a loader fills it
+                continue
+            if weight.dim() == 2:
                 residual = name.endswith(("o_proj.weight", "down_proj.weight"))
                 nn.init.normal_(weight, std=INIT_STD * scale if residual else INIT_STD)
+            elif name.endswith("bias"):
+                nn.init.zeros_(weight)
 
     def rope(self, positions):
         """int64 [...] -> cos, sin float32 [..., hd], each frequency standing twice: j, j + hd/2."""
-        hd = self.config.head_dim
+        hd, scaling = self.config.head_dim, self.config.rope_scaling
         j = torch.arange(0, hd, 2, dtype=torch.float32, device=positions.device)  # [hd/2]
         inverse = 1.0 / self.config.rope_theta ** (j / hd)
+        if scaling is not None:  # Llama 3.1: what turns seldom in its first context turns slower
+            factor, low, high, context = (scaling[k] for k in LLAMA3)
+            turns = context * inverse / (2 * math.pi)
+            keep = ((turns - low) / (high - low)).clamp(0, 1)
+            inverse = inverse * (keep + (1 - keep) / factor)
         angle = positions[..., None].float() * inverse  # [..., hd/2]
         angle = torch.cat((angle, angle), dim=-1)  # [..., hd]
         return angle.cos(), angle.sin()
@@ -338,17 +444,21 @@ class Transformer(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path, dtype=torch.float32, device="cpu") -> "Transformer":
-        """Load a HF folder (config.json and safetensors, whole or sharded), tensor by tensor into
-        dtype on device. UserError names what is missing, unexpected, misshapen or damaged."""
+        """Load a HF folder (config.json and safetensors, whole or sharded; also in the original
+        OLMo layout), tensor by tensor into dtype on device. UserError names what is missing,
+        unexpected, misshapen or damaged."""
         folder = Path(path)
         with torch.device("meta"):
             model = cls(Config.from_dir(folder))
+        contents = _contents(model, _is_original_olmo(read_json(folder / "config.json")))
         files, index = weight_files(folder)
-        places = _check_headers(model, folder, files, index)
+        places = _check_headers(model, contents, folder, files, index)
         for file in files:
-            _load_shard(model, file, [n for n in places if places[n] == file], dtype, device)
-        if model.lm_head is None and "lm_head.weight" in places:
-            _check_tied(model, places["lm_head.weight"])
+            _load_shard(model, file, {n: contents[n] for n in places if places[n] == file},
+                        dtype, device)
+        for name in (HEAD, OLMO_HEAD):
+            if model.lm_head is None and name in places:
+                _check_tied(model, name, places[name])
         return model
 
     def save_pretrained(self, path, *, shard_bytes: int = SHARD_BYTES):
@@ -370,10 +480,8 @@ class Transformer(nn.Module):
             write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
         c = self.config
         write_json(folder / "config.json", c.to_hf(self.embed_tokens.weight.dtype))
-        ids = {"bos_token_id": c.bos_token_id, "eos_token_id": c.eos_token_id,
-               "pad_token_id": c.pad_token_id}
-        ids = {key: value for key, value in ids.items() if value is not None}
-        write_json(folder / "generation_config.json", ids)
+        ids = {key: getattr(c, key) for key in TOKEN_IDS if getattr(c, key) is not None}
+        write_json(folder / "generation_config.json", {"do_sample": False} | ids)
         keep = {*names, INDEX} if len(shards) > 1 else set(names)
         for old in folder.iterdir():  # an older, differently sharded save would be read instead
             if WEIGHTS.fullmatch(old.name) and old.name not in keep:
@@ -386,6 +494,17 @@ class Transformer(nn.Module):
 def _hf(name: str) -> str:
     """Our parameter's name in a HF checkpoint."""
     return name if name.startswith("lm_head.") else f"model.{name}"
+
+
+def _contents(model, original_olmo: bool) -> dict[str, list[str]]:
+    """Tensor of a checkpoint -> our parameters whose rows it holds; a tied head may be stored, but
+    is none of ours."""
+    head = [] if model.lm_head is None else ["lm_head.weight"]
+    if not original_olmo:
+        return {_hf(name): [name] for name, _ in model.named_parameters()} | {HEAD: head}
+    blocks = {f"model.transformer.blocks.{i}.{name}.weight": [f"layers.{i}.{p}.weight" for p in own]
+              for i in range(len(model.layers)) for name, own in OLMO_TENSORS.items()}
+    return {"model.transformer.wte.weight": ["embed_tokens.weight"]} | blocks | {OLMO_HEAD: head}
 
 
 def _shapes(config: Config) -> dict[str, torch.Size]:
@@ -429,11 +548,13 @@ def _open(file: Path):
                         "download it again") from None
 
 
-def _check_headers(model, folder: Path, files: list[Path], index: dict) -> dict[str, Path]:
+def _check_headers(model, contents: dict, folder: Path, files: list[Path],
+                   index: dict) -> dict[str, Path]:
     """Tensor name -> its file, once the headers promise exactly what the config asks for."""
-    want = {_hf(name): p.shape for name, p in model.named_parameters()}
-    optional = {} if model.lm_head is not None else {
-        "lm_head.weight": model.embed_tokens.weight.shape}
+    ours = {name: p.shape for name, p in model.named_parameters()}
+    stored = {name: parts or ["embed_tokens.weight"] for name, parts in contents.items()}
+    want = {name: [sum(ours[p][0] for p in parts), *ours[parts[0]][1:]]
+            for name, parts in stored.items()}
     places, faults = {}, {kind: [] for kind in ("missing", "unexpected", "misshapen", "not float")}
     for file in files:
         with _open(file) as shard:
@@ -446,16 +567,15 @@ def _check_headers(model, folder: Path, files: list[Path], index: dict) -> dict[
                 if name.endswith("rotary_emb.inv_freq") or index.get(name, file.name) != file.name:
                     continue  # old exports store RoPE's frequencies, which the config decides
                 tensor = shard.get_slice(name)
-                expected = want.get(name, optional.get(name))
                 shape = list(tensor.get_shape())
-                if expected is None:
+                if name not in want:
                     faults["unexpected"].append(name)
-                elif shape != list(expected):
-                    faults["misshapen"].append(f"{name} {shape}, not {list(expected)}")
+                elif shape != want[name]:
+                    faults["misshapen"].append(f"{name} {shape}, not {want[name]}")
                 elif not DTYPES.get(tensor.get_dtype(), torch.int8).is_floating_point:
                     faults["not float"].append(f"{name} ({tensor.get_dtype()})")
                 places[name] = file
-    faults["missing"] = [name for name in want if name not in places]
+    faults["missing"] = [name for name, parts in contents.items() if parts and name not in places]
     told = [f"{kind}: {_several(names)}" for kind, names in faults.items() if names]
     if told:
         raise UserError(f"{folder}: weights do not fit config.json; {'; '.join(told)}; "
@@ -468,29 +588,31 @@ def _several(names: list[str]) -> str:
     return ", ".join(names[:NAMED]) + more
 
 
-def _load_shard(model, file: Path, names: list[str], dtype, device):
+def _load_shard(model, file: Path, contents: dict[str, list[str]], dtype, device):
     with _open(file) as shard:
-        for name in names:
-            own = name.removeprefix("model.")
-            if own == "lm_head.weight" and model.lm_head is None:
-                continue
-            # A copy even where dtype and device agree: get_tensor's memory is the mapped file.
-            tensor = torch.empty(shard.get_slice(name).get_shape(), dtype=dtype, device=device)
-            tensor.copy_(shard.get_tensor(name))
-            low, high = tensor.aminmax()  # NaN passes through; no temporary of the tensor's size
-            if not (low.isfinite() and high.isfinite()):
-                raise UserError(f"{file}: {name} holds NaN or infinity in {dtype}; "
-                                "the checkpoint is damaged, or needs a wider dtype")
-            module, _, leaf = own.rpartition(".")
-            setattr(model.get_submodule(module), leaf, nn.Parameter(tensor))
+        for name, parts in contents.items():
+            rows = [model.get_parameter(part).shape[0] for part in parts]
+            mapped = shard.get_tensor(name)  # its memory is the file
+            for part, source in zip(parts, mapped.split(rows) if parts else ()):
+                # A copy even where dtype and device agree: the file may change or go away.
+                tensor = torch.empty(source.shape, dtype=dtype, device=device)
+                tensor.copy_(source)
+                low, high = tensor.aminmax()  # NaN passes; no temporary of the tensor's size
+                if not (low.isfinite() and high.isfinite()):
+                    raise UserError(f"{file}: {name} holds NaN or infinity in {dtype}; "
+                                    "the checkpoint is damaged, or needs a wider dtype")
+                module, _, leaf = part.rpartition(".")
+                setattr(model.get_submodule(module), leaf, nn.Parameter(tensor))
 
 
-def _check_tied(model, file: Path):
+def _check_tied(model, name: str, file: Path):
+    """UserError unless the head stored beside a tied embedding is the embedding."""
     weight = model.embed_tokens.weight
     with _open(file) as shard:
-        if not torch.equal(shard.get_tensor("lm_head.weight").to(weight), weight):
-            raise UserError(f"{file}: lm_head.weight is not the embedding, yet config.json says "
-                            "tie_word_embeddings; set it to false to use this head")
+        if not torch.equal(shard.get_tensor(name).to(weight), weight):
+            raise UserError(f"{file}: {name} is not the embedding, yet config.json says "
+                            "tie_word_embeddings (or weight_tying); set it to false to use this "
+                            "head")
 
 
 def _split(tensors: dict, limit: int) -> list[dict]:

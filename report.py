@@ -390,6 +390,8 @@ def report(run: Path, *, others: list[Path] = (), retain_only: Path | None = Non
     stage.write_json(run / "report.json", dict(
         settings=dataclasses.asdict(s), evaluations=kept, columns=columns, published=published,
         seeds=seeds, critical=_mask_line(run, s), costs=costs, qualitative=examples))
+    from card import write_cards  # builds on this module
+    write_cards(run, s, found)
     print(main_table)
     if recompute:
         print("every number recomputed from generations.jsonl: equal")

@@ -42,6 +42,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import data
+from card import write_card
 from data import IGNORE, Batch, Encoded, collate
 from eval import evaluate_model
 from model import Config, Transformer, causal_attention, save_tensors, weight_files
@@ -152,14 +153,14 @@ class _CleanRun:
         self.keys, self.values, self.mid, self.beta = [], [], [], []
         h = model.embed_tokens(ids)  # [B, T, D]
         for block in model.layers:
-            q, k, v = block.self_attn.qkv(block.input_layernorm(h), cos, sin)
-            h = h + block.self_attn.o_proj(causal_attention(q, k, v))
-            beta = block.mlp(block.post_attention_layernorm(h))
+            q, k, v = block.qkv(h, cos, sin)
+            h = block.add_attention(h, causal_attention(q, k, v))
+            beta = block.beta(h)
             self.keys.append(k)
             self.values.append(v)
             self.mid.append(self._at(h))  # residual stream below the MLP's output
             self.beta.append(self._at(beta))
-            h = h + beta
+            h = block.add_beta(h, beta)
 
     def _at(self, x):
         """x [B, T, D] at the answer positions: [B, A, D]."""
@@ -167,13 +168,13 @@ class _CleanRun:
 
 
 def _row_attention(run: _CleanRun, l: int, x: Tensor, pos: Tensor) -> Tensor:
-    """Attention of layer l for rows x [B, R, D], each the last position of its own prefix: it sees
+    """Rows x [B, R, D] with layer l's attention, each the last position of its own prefix: it sees
     the clean keys and values of earlier positions and its own at pos [B, R], nobody else's."""
-    attn = run.model.layers[l].self_attn
+    block = run.model.layers[l]
     keys, values = run.keys[l], run.values[l]  # [B, K, T, hd]
     B, K, T, hd = keys.shape
     cos, sin = run.model.rope(pos)  # [B, R, hd]
-    q, k, v = attn.qkv(run.model.layers[l].input_layernorm(x), cos, sin)
+    q, k, v = block.qkv(x, cos, sin)
     R = x.shape[1]
     q = q.reshape(B, K, -1, R, hd) * hd ** -0.5  # [B, K, H/K, R, hd]
     clean = (q.flatten(2, 3) @ keys.transpose(-1, -2)).view(*q.shape[:4], T)  # [B, K, H/K, R, T]
@@ -182,7 +183,8 @@ def _row_attention(run: _CleanRun, l: int, x: Tensor, pos: Tensor) -> Tensor:
     own = (q * k[:, :, None]).sum(-1, keepdim=True)  # [B, K, H/K, R, 1]
     p = torch.cat([clean, own], dim=-1).float().softmax(-1).to(x.dtype)  # [B, K, H/K, R, T+1]
     mixed = (p[..., :T].flatten(2, 3) @ values).view_as(q) + p[..., T:] * v[:, :, None]
-    return attn.o_proj(mixed.reshape(B, -1, R, hd).transpose(1, 2).flatten(2))  # [B, R, H*hd]
+    mixed = mixed.reshape(B, -1, R, hd).transpose(1, 2).flatten(2)  # [B, R, H*hd]
+    return block.add_attention(x, mixed)
 
 
 def _log_p(run: _CleanRun, x: Tensor, labels: Tensor) -> Tensor:
@@ -196,8 +198,8 @@ def _upper_layers(run: _CleanRun, l: int, x: Tensor, pos: Tensor) -> Tensor:
     """Rows x [B, R, D] that left layer l, through the layers above it."""
     for u in range(l + 1, len(run.model.layers)):
         block = run.model.layers[u]
-        x = x + _row_attention(run, u, x, pos)
-        x = x + block.mlp(block.post_attention_layernorm(x))
+        x = _row_attention(run, u, x, pos)
+        x = block.add_beta(x, block.beta(x))
     return x
 
 
@@ -206,12 +208,12 @@ def _last_node(run: _CleanRun) -> Tensor:
     with torch.enable_grad():
         x, activations = run.x0, []
         for l, block in enumerate(run.model.layers):
-            x = x + _row_attention(run, l, x, run.pos)
-            a = block.mlp(block.post_attention_layernorm(x))
+            x = _row_attention(run, l, x, run.pos)
+            a = block.beta(x)
             if not a.requires_grad:  # the lowest layer: nothing below it is differentiated
                 a.requires_grad_()
             activations.append(a)
-            x = x + a
+            x = block.add_beta(x, a)
         grads = torch.autograd.grad(_log_p(run, x, run.labels), activations)
     return torch.stack([(beta.float() * g.float()).sum((0, 1))
                         for beta, g in zip(run.beta, grads)])
@@ -223,7 +225,7 @@ def _layer_path(run: _CleanRun, l: int, steps: int) -> Tensor:
     scale = torch.arange(1, steps, device=beta.device, dtype=beta.dtype) / steps
     with torch.enable_grad():
         a = (scale[:, None, None] * beta[:, None]).requires_grad_()  # [B, J, A, D]
-        x = (run.mid[l][:, None] + a).flatten(1, 2)  # [B, R, D]
+        x = run.model.layers[l].add_beta(run.mid[l][:, None], a).flatten(1, 2)  # [B, R, D]
         x = _upper_layers(run, l, x, run.pos.repeat(1, J))
         grad, = torch.autograd.grad(_log_p(run, x, run.labels.repeat(1, J)), a)
     return (beta.float()[:, None] * grad.float()).sum((0, 1, 2))
@@ -242,7 +244,8 @@ def _neuron_path(run: _CleanRun, l: int, steps: int, rows: int = 4096) -> Tensor
         with torch.enable_grad():
             a = (scale[:, None] * b).requires_grad_()  # [B, C, J, A]
             unit = F.one_hot(neurons, D).to(beta.dtype)[:, None, None]  # [C, 1, 1, D]
-            x = (run.mid[l] + beta)[:, None, None] + (a - b)[..., None] * unit  # [B, C, J, A, D]
+            whole = beta[:, None, None] + (a - b)[..., None] * unit  # [B, C, J, A, D]
+            x = run.model.layers[l].add_beta(run.mid[l][:, None, None], whole)
             x = _upper_layers(run, l, x.flatten(1, 3), run.pos.repeat(1, C * J))
             grad, = torch.autograd.grad(_log_p(run, x, run.labels.repeat(1, C * J)), a)
         scores[neurons] += (b.float() * grad.float()).sum((0, 2, 3))
@@ -370,7 +373,7 @@ class Moving:
     master: Tensor
     m: Tensor
     h: Tensor
-    decayed: bool
+    decayed: bool  # matrices are; norms and biases are not [D7]
 
 
 @contextmanager
@@ -383,7 +386,8 @@ def moving_weights(model: Transformer, method: str, mask: Tensor | None, state: 
         p.requires_grad_(method != "simu")
     if method == "simu":
         for block, critical in zip(model.layers, mask):
-            block.self_attn.requires_grad_(True)
+            for name in ("q_proj", "k_proj", "v_proj", "o_proj"):  # with biases; no norm moves
+                getattr(block.self_attn, name).requires_grad_(True)
             if critical.any():
                 rows = CriticalRows(block.mlp.down_proj, critical)
                 stand_ins.append((block.mlp, block.mlp.down_proj, rows))
@@ -394,7 +398,7 @@ def moving_weights(model: Transformer, method: str, mask: Tensor | None, state: 
             full = p.dtype == torch.float32 or state == torch.bfloat16
             master = p.detach() if full else p.detach().float()
             moving.append(Moving(name, p, master, torch.zeros_like(master, dtype=state),
-                                 torch.zeros_like(master, dtype=state), "norm" not in name))
+                                 torch.zeros_like(master, dtype=state), p.dim() == 2))
     try:
         yield moving
     finally:
@@ -789,6 +793,7 @@ def unlearn_stage(s: Settings):
         unlearn(model, encoded["forget"], encoded["retain"], mask, s, folder / "log.jsonl", after)
         model.save_pretrained(folder)
         data.copy_tokenizer(s.run / "original", folder)
+        write_card(folder, s, dataclasses.asdict(s))
 
 
 def _evaluator(model, bench, s: Settings, folder: Path):

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Attribution, unlearning and decoding at LLaMA2-7B and OLMo-1B size with random weights, in one
 # call of under ten minutes on one large GPU; nothing is downloaded. The log goes to the file named.
+# A 7B checkpoint through the stages themselves is a call of its own: benchmarks/checkpoint7b.py.
 #
 #   bash benchmarks/gpu.sh [LOG]        default: benchmarks/results/gpu.txt
 #   bash benchmarks/gpu.sh --tiny [LOG] the same commands at tiny size on the CPU: is it ready?

@@ -1,0 +1,535 @@
+"""The checkpoints people bring: LLaMA in all its spellings, OLMo in HF's and its original layout,
+Llama 3.2, Qwen2.5, OLMo-2. Each against transformers, each with its faults named; attribution and
+unlearning on them; and our own export read back by transformers, tokenizer and text included."""
+
+import copy
+import dataclasses
+import json
+import warnings
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import data
+import eval as evaluation
+import model as module
+import simu
+import stage
+from model import Config, Transformer, generate, save_tensors
+from stage import UserError
+from test_pipeline import MICRO, ROOT
+from test_simu import one_prefix_at_a_time, rows
+
+SHAPE = dict(vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+             num_attention_heads=4, max_position_embeddings=64)
+LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+              original_max_position_embeddings=16)
+OURS = {  # layout: what makes one of ours
+    "llama": dict(model_type="llama", num_key_value_heads=2),
+    "llama-3.2": dict(model_type="llama", num_key_value_heads=2, tie_word_embeddings=True,
+                      rope_theta=5e5, rope_scaling=LLAMA3),
+    "qwen2.5": dict(model_type="qwen2", num_key_value_heads=2, tie_word_embeddings=True),
+    "olmo": dict(model_type="olmo", clip_qkv=0.4),
+    "olmo2": dict(model_type="olmo2", num_key_value_heads=2),
+    "original olmo": dict(model_type="olmo", tie_word_embeddings=True),
+    "original olmo, untied": dict(model_type="olmo", clip_qkv=0.4, num_key_value_heads=1)}
+PROMPTS = [[5, 9, 27, 3], [11], [40, 2, 6, 18, 5, 33, 21, 90], [8, 8, 30]]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def hf():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        transformers = pytest.importorskip("transformers")
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    return transformers
+
+
+def randomize(model, seed=3):
+    """Weights, norms and biases with which every part of the model bites."""
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.normal_(std=0.3) if weight.dim() == 2 else weight.uniform_(0.5, 1.5)
+    return model
+
+
+def ours(kind, **changes) -> Transformer:
+    return randomize(Transformer(Config(**SHAPE | dict(eos_token_id=2) | OURS[kind] | changes)))
+
+
+def fuse(tensors: dict) -> dict:
+    """HF's OLMo tensors under the names, and in the fusions, of OLMo's own code."""
+    out = {"model.transformer.wte.weight": tensors["model.embed_tokens.weight"]}
+    if "lm_head.weight" in tensors:
+        out["model.transformer.ff_out.weight"] = tensors["lm_head.weight"]
+    i = 0
+    while f"model.layers.{i}.mlp.up_proj.weight" in tensors:
+        def get(name):
+            return tensors[f"model.layers.{i}.{name}_proj.weight"]
+        to = f"model.transformer.blocks.{i}."
+        out[to + "att_proj.weight"] = torch.cat([get(f"self_attn.{x}") for x in "qkv"])
+        out[to + "attn_out.weight"] = get("self_attn.o")
+        out[to + "ff_proj.weight"] = torch.cat([get("mlp.up"), get("mlp.gate")])
+        out[to + "ff_out.weight"] = get("mlp.down")
+        i += 1
+    return out
+
+
+def original_config(c: Config) -> dict:
+    """config.json as allenai/OLMo-1B has it."""
+    return dict(
+        activation_type="swiglu", alibi=False, alibi_bias_max=8.0,
+        architectures=["OLMoForCausalLM"], attention_dropout=0.0, attention_layer_norm=False,
+        attention_layer_norm_with_affine=False, bias_for_layer_norm=False,
+        auto_map={"AutoConfig": "configuration_olmo.OLMoConfig"},
+        block_group_size=1, block_type="sequential", clip_qkv=c.clip_qkv, d_model=c.hidden_size,
+        embedding_dropout=0.0, embedding_size=c.vocab_size, eos_token_id=c.eos_token_id,
+        include_bias=False, layer_norm_type="default", layer_norm_with_affine=False,
+        max_sequence_length=c.max_position_embeddings, mlp_ratio=4,
+        mlp_hidden_size=2 * c.intermediate_size, model_type="hf_olmo",
+        multi_query_attention=c.num_key_value_heads == 1, n_heads=c.num_attention_heads,
+        n_layers=c.num_hidden_layers, pad_token_id=1, precision="amp_bf16", rope=True,
+        rope_full_precision=True, scale_logits=False, vocab_size=c.vocab_size - 3,
+        weight_tying=c.tie_word_embeddings)
+
+
+def save(model, folder, kind):
+    model.save_pretrained(folder)
+    if kind.startswith("original"):
+        file = folder / "model.safetensors"
+        save_tensors(file, {k: t.clone() for k, t in fuse(load_file(file)).items()})
+        stage.write_json(folder / "config.json", original_config(model.config))
+    return folder
+
+
+def relative(a, b) -> float:
+    return ((a - b).abs().max() / b.abs().max()).item()
+
+
+def their_greedy(model, prompt, *, new, eos_id):
+    ids = torch.tensor([prompt])
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new,
+                         do_sample=False, eos_token_id=eos_id, pad_token_id=0)[0, len(prompt):]
+    out = out.tolist()
+    return out[:out.index(eos_id)] if eos_id in out else out
+
+
+def check_parity(mine, theirs, *, new=12):
+    ids = torch.tensor([PROMPTS[2] * 5])
+    with torch.no_grad():
+        assert relative(mine(ids), theirs(ids).logits) < 1e-5
+    free = generate(mine, PROMPTS, max_new_tokens=new, eos_id=None)
+    eos = free[0][new // 2]
+    assert generate(mine, PROMPTS, max_new_tokens=new, eos_id=eos) == [
+        their_greedy(theirs, p, new=new, eos_id=eos) for p in PROMPTS]
+
+
+# --------------------------------------------------------------------- parity with transformers
+
+
+def their_model(hf, kind):
+    """A random checkpoint of transformers' own class."""
+    wide = SHAPE | dict(num_key_value_heads=2, eos_token_id=2, pad_token_id=None)
+    make = {
+        "llama-3.2": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(
+            **wide, tie_word_embeddings=True, rope_parameters=LLAMA3 | {"rope_theta": 5e5})),
+        "qwen2.5": lambda: hf.Qwen2ForCausalLM(hf.Qwen2Config(
+            **wide, tie_word_embeddings=True, sliding_window=8, use_sliding_window=False)),
+        "qwen2.5, untied": lambda: hf.Qwen2ForCausalLM(hf.Qwen2Config(
+            **wide, rope_parameters={"rope_type": "default", "rope_theta": 1e6})),
+        "olmo2": lambda: hf.Olmo2ForCausalLM(hf.Olmo2Config(**wide)),
+        "olmo2, tied": lambda: hf.Olmo2ForCausalLM(hf.Olmo2Config(
+            **wide | dict(num_key_value_heads=4), tie_word_embeddings=True, rms_norm_eps=1e-6)),
+        "olmo, clipped": lambda: hf.OlmoForCausalLM(hf.OlmoConfig(**wide, clip_qkv=8.0))}
+    model = randomize(make[kind]().eval())
+    if "clip" in kind:
+        with torch.no_grad():
+            for layer in model.model.layers:
+                layer.self_attn.v_proj.weight *= 20  # so that 8, OLMo's own bound, bites
+    return model
+
+
+@pytest.mark.parametrize("kind", ["llama-3.2", "qwen2.5", "qwen2.5, untied", "olmo2",
+                                  "olmo2, tied", "olmo, clipped"])
+def test_parity_and_the_way_back(hf, kind, tmp_path):
+    theirs = their_model(hf, kind)
+    theirs.save_pretrained(tmp_path / "theirs")
+    mine = Transformer.from_pretrained(tmp_path / "theirs")
+    check_parity(mine, theirs)
+    mine.save_pretrained(tmp_path / "ours", shard_bytes=40_000)
+    assert Config.from_dir(tmp_path / "ours") == mine.config
+    again, report = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "ours",
+                                                            output_loading_info=True)
+    assert type(again) is type(theirs) and not any(report.values())
+    ids = torch.tensor([PROMPTS[2] * 5])
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, theirs(ids).logits)
+        if kind == "llama-3.2":  # the scaling is not for show
+            mine.config = dataclasses.replace(mine.config, rope_scaling=None)
+            assert relative(mine(ids), theirs(ids).logits) > 1e-3
+        if kind == "olmo, clipped":
+            for block in mine.layers:
+                block.self_attn.clip = None
+            assert relative(mine(ids), theirs(ids).logits) > 1e-3
+
+
+@pytest.mark.parametrize("tied, clip, kv", [(True, None, 4), (False, 0.4, 4), (True, 0.4, 1)])
+def test_original_olmo_layout_equals_transformers_olmo(hf, tied, clip, kv, tmp_path):
+    theirs = randomize(hf.OlmoForCausalLM(hf.OlmoConfig(
+        **SHAPE, tie_word_embeddings=tied, clip_qkv=clip, num_key_value_heads=kv,
+        eos_token_id=2)).eval())
+    theirs.save_pretrained(tmp_path)
+    config = Config.from_dir(tmp_path)
+    file = tmp_path / "model.safetensors"
+    save_tensors(file, fuse(load_file(file)))
+    stage.write_json(tmp_path / "config.json", original_config(config))
+    mine = Transformer.from_pretrained(tmp_path)
+    assert mine.config == dataclasses.replace(config, bos_token_id=None)
+    check_parity(mine, theirs)
+
+
+def in_shards(folder, count: int, change=lambda t: t):
+    """Cut a checkpoint into so many shards with an index, as hubs hold it."""
+    tensors = change(load_file(folder / "model.safetensors"))
+    (folder / "model.safetensors").unlink()
+    names = [sorted(tensors)[i::count] for i in range(count)]
+    where = {}
+    for i, part in enumerate(names, 1):
+        file = f"model-{i:05}-of-{count:05}.safetensors"
+        save_tensors(folder / file, {n: tensors[n].contiguous() for n in part})
+        where |= dict.fromkeys(part, file)
+    stage.write_json(folder / module.INDEX,
+                     {"metadata": {"total_size": 1}, "weight_map": where})
+
+
+@pytest.mark.parametrize("shards, dtype, old, pad_row", [
+    (1, torch.float16, True, False), (2, torch.float16, True, True),
+    (3, torch.bfloat16, False, True), (3, torch.float32, True, False)])
+def test_llama_as_hubs_hold_it(hf, shards, dtype, old, pad_row, tmp_path):
+    """old: inv_freq stored, and no rope_theta, kv heads or head_dim in the config."""
+    pad = dict(vocab_size=97, pad_token_id=96) if pad_row else {}
+    theirs = randomize(hf.LlamaForCausalLM(hf.LlamaConfig(**SHAPE | pad))).to(dtype).eval()
+    theirs.save_pretrained(tmp_path)
+
+    def older(tensors):
+        return tensors | {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(4)
+                          for i in range(2)}
+    if shards > 1:
+        in_shards(tmp_path, shards, older if old else lambda t: t)
+    if old:
+        raw = stage.read_json(tmp_path / "config.json")
+        for key in ("rope_parameters", "rope_theta", "num_key_value_heads", "head_dim"):
+            raw.pop(key, None)
+        stage.write_json(tmp_path / "config.json", raw)
+    mine = Transformer.from_pretrained(tmp_path)
+    assert mine.config.vocab_size == 96 + pad_row
+    # Not theirs.float(): casting that model has cast its RoPE frequencies too.
+    check_parity(mine, hf.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32))
+
+
+# --------------------------------------------------------------- faults, named in every layout
+
+VICTIM = {"llama": "model.layers.1.mlp.up_proj.weight",
+          "llama-3.2": "model.layers.0.self_attn.k_proj.weight",
+          "qwen2.5": "model.layers.1.self_attn.k_proj.bias", "olmo": "lm_head.weight",
+          "olmo2": "model.layers.0.self_attn.q_norm.weight",
+          "original olmo": "model.transformer.blocks.1.att_proj.weight",
+          "original olmo, untied": "model.transformer.ff_out.weight"}
+
+
+@pytest.mark.parametrize("kind", OURS)
+def test_every_layout_names_what_does_not_fit(kind, tmp_path):
+    folder, name = save(ours(kind), tmp_path, kind), VICTIM[kind]
+    model = Transformer.from_pretrained(folder)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), ours(kind).parameters()))
+    file = folder / "model.safetensors"
+    whole = load_file(file)
+    shape = list(whole[name].shape)
+    for change, told in [
+            ({name: None}, f"missing: {name};"),
+            ({"model.more": torch.ones(2)}, "unexpected: model.more;"),
+            ({name: torch.ones(shape[0] + 1, *shape[1:])}, f"misshapen: {name} "),
+            ({name: None, name + "s": whole[name]}, f"missing: {name}; unexpected: {name}s;"),
+            ({name: torch.full(shape, float("nan"))}, f"{name} holds NaN"),
+            ({name: whole[name].int()}, f"not float: {name} ")]:
+        damaged = {k: t for k, t in (whole | change).items() if t is not None}
+        save_tensors(file, damaged)
+        with pytest.raises(UserError) as e:
+            Transformer.from_pretrained(folder)
+        assert told in str(e.value) and "\n" not in str(e.value)
+
+
+def test_a_config_of_another_layout_than_the_weights(tmp_path):
+    folder = save(ours("original olmo"), tmp_path, "original olmo")
+    stage.write_json(folder / "config.json", ours("original olmo").config.to_hf(torch.float32))
+    with pytest.raises(UserError, match="missing: model.embed_tokens.*unexpected: model.transf"):
+        Transformer.from_pretrained(folder)
+
+
+def test_a_tied_original_head_may_be_stored(tmp_path):
+    folder = save(ours("original olmo"), tmp_path, "original olmo")
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    tensors[module.OLMO_HEAD] = tensors["model.transformer.wte.weight"].clone()
+    save_tensors(file, tensors)
+    Transformer.from_pretrained(folder)
+    tensors[module.OLMO_HEAD][3, 3] += 1
+    save_tensors(file, tensors)
+    with pytest.raises(UserError, match="ff_out.weight is not the embedding"):
+        Transformer.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("kind, change, told", [
+    ("qwen2.5", dict(use_sliding_window=True), "use_sliding_window = True is not supported"),
+    ("qwen2.5", dict(layer_types=["full_attention", "sliding_attention"]), "layer_types = "),
+    ("qwen2.5", dict(layer_types=3), "layer_types = 3 is not supported"),
+    ("llama", dict(model_type="mistral"), "model_type = 'mistral': must be llama or"),
+    ("llama", dict(attention_bias=True), "attention_bias = True is not supported"),
+    ("llama", dict(mlp_bias=True), "mlp_bias = True is not supported"),
+    ("llama", dict(rope_scaling={"type": "linear", "factor": 2}), "rope_scaling = .*linear"),
+    ("llama-3.2", dict(rope_scaling=LLAMA3 | {"factor": None}), "rope_scaling = .*with factor"),
+    ("llama-3.2", dict(rope_scaling=LLAMA3 | {"low_freq_factor": 4}), "the low below the high"),
+    ("olmo2", dict(attention_bias=True), "attention_bias = True is not supported"),
+    ("olmo2", dict(rms_norm_eps=None), "rms_norm_eps is missing"),
+    ("original olmo", dict(layer_norm_type="rms"), "layer_norm_type = 'rms' is not supported"),
+    ("original olmo", dict(layer_norm_with_affine=True), "layer_norm_with_affine = True is not"),
+    ("original olmo", dict(rope=False), "rope = False is not supported; only true is"),
+    ("original olmo", dict(alibi=True), "alibi = True is not supported"),
+    ("original olmo", dict(n_layers=None), "n_layers is missing"),
+    ("original olmo", dict(mlp_hidden_size=None, mlp_ratio="4"), "mlp_hidden_size, or mlp_ratio"),
+    ("original olmo", dict(mlp_hidden_size=7), "an even whole number"),
+    ("original olmo", dict(d_model="x"), "hidden_size = 'x': must be a whole number"),
+])
+def test_what_is_not_computed_here_is_refused(kind, change, told, tmp_path):
+    folder = save(ours(kind), tmp_path, kind)
+    raw = stage.read_json(folder / "config.json")
+    stage.write_json(folder / "config.json", raw | change)
+    with pytest.raises(UserError, match=told) as e:
+        Transformer.from_pretrained(folder)
+    assert "\n" not in str(e.value)
+
+
+# ------------------------------------------------------------------ the method on other models
+
+
+@pytest.mark.parametrize("kind", ["llama-3.2", "qwen2.5", "olmo2"])
+@pytest.mark.parametrize("path, steps", [("layer", 4), ("neuron", 2)])
+def test_attribution_equals_the_loop(kind, path, steps):
+    model, pairs = ours(kind), rows(2 if path == "layer" else 1, vocab=96)
+    want = sum(one_prefix_at_a_time(model, r, steps, path) for r in pairs)
+    got = simu.attribute(model, data.collate(pairs), steps=steps, path=path)
+    assert relative(got, want) < 2e-5
+
+
+@pytest.mark.parametrize("kind", ["qwen2.5", "olmo2"])
+def test_projections_and_their_biases_move_and_norms_do_not(kind, tmp_path):
+    model = ours(kind)
+    before = copy.deepcopy(dict(model.named_parameters()))
+    mask = torch.zeros(2, 32, dtype=torch.bool)
+    mask[0, 5] = True
+    with simu.moving_weights(model, "simu", mask, torch.float32) as moving:
+        names = {w.name: w.decayed for w in moving}
+    assert {n.split(".", 2)[2] for n in names if "self_attn" in n} == {
+        f"self_attn.{x}_proj.weight" for x in "qkvo"} | (
+        {f"self_attn.{x}_proj.bias" for x in "qkv"} if kind == "qwen2.5" else set())
+    assert [n for n in names if "self_attn" not in n] == ["layers.0.mlp.down_proj.rows"]
+    assert all(decayed == (not n.endswith("bias")) for n, decayed in names.items())
+    with simu.moving_weights(model, "fo", None, torch.float32) as moving:
+        assert {w.name for w in moving} == set(before)
+        assert {w.decayed for w in moving if "norm" in w.name or "bias" in w.name} == {False}
+    s = simu.resolve(dict(benchmark="demo", model="tiny-llama", epochs=1, batch=2, lr=1e-2))
+    simu.unlearn(model, rows(2, vocab=96), rows(2, seed=1, vocab=96), mask, s,
+                 tmp_path / "log.jsonl")
+    for name, now in model.named_parameters():
+        old = before[name]
+        if "_proj" in name and "self_attn" in name:
+            assert not torch.equal(now, old), name
+        elif name == "layers.0.mlp.down_proj.weight":
+            moved = (now != old).any(1)
+            assert moved.tolist() == mask[0].tolist()
+        else:
+            assert torch.equal(now, old), name
+
+
+def test_checkpointing_and_bfloat16_run_on_every_kind():
+    ids = torch.tensor([PROMPTS[2]])
+    for kind in OURS:
+        model = ours(kind)
+        with torch.no_grad():
+            want = model(ids)
+            assert relative(model.bfloat16()(ids), want) < 0.1, kind
+
+
+# ------------------------------------------------------------------------------- tokenizers
+
+
+def byte_level(folder, *, post=None, specials=(), names=None, **config):
+    """A small byte-level BPE with the special tokens and the post-processor of a real one."""
+    tokenizers = pytest.importorskip("tokenizers")
+    from tokenizers import decoders, models, pre_tokenizers, processors, trainers
+    tok = tokenizers.Tokenizer(models.BPE(ignore_merges=True))
+    tok.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(tokenizers.Regex(r"\s+|\p{N}{1,3}| ?[^\s\p{N}]+"), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tok.decoder = decoders.ByteLevel()
+    texts = [t for e in data.load_tofu(ROOT / "demo" / "tofu", "forget10")
+             for t in (e.question, e.answer)]
+    tok.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=400, show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    tok.add_special_tokens(list(specials))
+    processor = processors.ByteLevel(trim_offsets=True)
+    if post:
+        processor = processors.Sequence([processor, processors.TemplateProcessing(
+            single=f"{post} $A", special_tokens=[(post, tok.token_to_id(post))])])
+    tok.post_processor = processor
+    folder.mkdir(exist_ok=True)
+    tok.save(str(folder / "tokenizer.json"))
+    ids = {k: [tok.token_to_id(x) if isinstance(x, str) else x for x in v] for k, v in
+           config.items()}
+    stage.write_json(folder / "config.json",
+                     {k: v if len(v) > 1 else v[0] for k, v in ids.items()})
+    stage.write_json(folder / "tokenizer_config.json", data.PLAIN_IN_TRANSFORMERS | (names or {}))
+    return data.load_tokenizer(folder), tok.token_to_id
+
+
+BEGIN, END, TURN = "<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"
+
+
+def test_llama_3_tokenizer(hf, tmp_path):
+    names = dict(bos_token=BEGIN, eos_token=END)
+    tok, find = byte_level(tmp_path / "base", post=BEGIN, specials=(BEGIN, END, TURN), names=names,
+                           eos_token_id=[END])
+    assert (tok.bos_id, tok.eos_id) == (find(BEGIN), find(END))
+    theirs = hf.AutoTokenizer.from_pretrained(tmp_path / "base")
+    for text in ("Question: Who is it?\nAnswer:", " a  b\n\n", "naïve 日本 🙂 1234567"):
+        ids = tok.encode(text, bos=True)
+        assert theirs(text)["input_ids"] == ids and ids.count(tok.bos_id) == 1
+        assert tok.decode(ids + [tok.eos_id]) == text
+        plain, ends = tok.ends(text)
+        assert plain == ids[1:] and ends[-1] == len(text.encode())
+    # Spaces belong to the prompt they end, whatever the post-processor trims.
+    row = data.encode(data.Example("a  \n\n", "b"), tok, "raw")
+    assert tok.decode(row.ids[:row.n_prompt]) in ("a", "a  \n\n")
+    chat, _ = byte_level(tmp_path / "chat", post=BEGIN, specials=(BEGIN, END, TURN),
+                         names=names | dict(eos_token={"content": TURN}), eos_token_id=[END, TURN])
+    assert chat.eos_id == find(TURN)  # of the model's several ends, the tokenizer's
+
+
+@pytest.mark.parametrize("names, config, bos, eos", [
+    (dict(eos_token="<|im_end|>", bos_token=None, add_bos_token=False), ["<|im_end|>"],
+     None, "<|im_end|>"),  # Qwen2.5
+    (dict(eos_token="<|im_end|>"), ["<|endoftext|>"], None, "<|endoftext|>"),  # the model decides
+    (dict(eos_token="<|im_end|>"), [None], None, "<|im_end|>"),
+    ({}, [None], None, "<|endoftext|>"),
+    (dict(add_bos_token=True, bos_token="<|im_end|>"), [None], "<|im_end|>", "<|endoftext|>")])
+def test_where_bos_and_eos_come_from(names, config, bos, eos, tmp_path):
+    tok, find = byte_level(tmp_path / "t", specials=("<|endoftext|>", "<|im_end|>"), names=names,
+                           eos_token_id=config)
+    assert tok.eos_id == find(eos) and tok.bos_id == (bos and find(bos))
+
+
+def test_a_post_processors_bos_may_be_switched_off(tmp_path):
+    tok, _ = byte_level(tmp_path / "t", post=BEGIN, specials=(BEGIN, END), eos_token_id=[END],
+                        names=dict(add_bos_token=False))
+    assert tok.bos_id is None
+    (tmp_path / "t" / "tokenizer_config.json").write_text("[]")
+    with pytest.raises(UserError, match="tokenizer_config.json .* must hold a JSON object"):
+        data.load_tokenizer(tmp_path / "t")
+
+
+# ----------------------------------------------------------------------------------- export
+
+
+def unlearned(out, name, *options):
+    """The stages up to a report, SIMU alone, in this process."""
+    words = ["demo", name, "--out", str(out), *MICRO, "--data", str(ROOT / "demo"),
+             *"--forget-groups 1 --retain-groups 4 --learn-epochs 6 --max-total-tokens 96".split(), *options]
+    for command in ("original", "attribute", "mask", "unlearn"):
+        simu.main([command, *words])
+    return out
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    return {name: unlearned(tmp_path_factory.mktemp(name) / "run", name)
+            for name in ("tiny-llama", "tiny-olmo")}
+
+
+def check_same_text(hf, folder, s, card: bool):
+    """From one string to the same greedy text: ours, and transformers' with its own defaults."""
+    tok, mine = data.load_tokenizer(folder), Transformer.from_pretrained(folder)
+    their_tok = hf.AutoTokenizer.from_pretrained(folder)
+    theirs = hf.AutoModelForCausalLM.from_pretrained(folder)
+    lengths = {} if card else dict(max_length=s.max_total_tokens)
+    said = []
+    for e in data.load_benchmark(s).retain[:40:10]:
+        text = f"Question: {e.question}\nAnswer: {e.answer[:len(e.answer) // 2]}"
+        prompt = data.encode_prompt(text, tok, "raw")
+        given = their_tok(text, return_tensors="pt")
+        assert given["input_ids"].tolist() == [prompt]
+        with torch.no_grad():
+            assert relative(mine(torch.tensor([prompt])), theirs(**given).logits) < 1e-5
+        out = theirs.generate(**given, **lengths)[0].tolist()
+        got, = generate(mine, [prompt], eos_id=tok.eos_id, max_total_tokens=s.max_total_tokens)
+        assert got == [i for i in out[len(prompt):] if i != tok.eos_id]
+        assert their_tok.decode(out, skip_special_tokens=True) == tok.decode(prompt + got)
+        said += got
+    assert len(set(said)) > 1
+
+
+@pytest.mark.parametrize("name", ["tiny-llama", "tiny-olmo"])
+def test_transformers_says_what_we_say(hf, runs, name):
+    if name == "tiny-llama":
+        pytest.importorskip("google.protobuf")
+    s = stage.read_settings(runs[name])
+    check_same_text(hf, runs[name] / "original", s, card=False)
+    check_same_text(hf, runs[name] / "simu-graddiff", s, card=True)
+
+
+def test_the_card_says_what_was_done_and_then_what_came_of_it(runs):
+    out = runs["tiny-llama"]
+    folder = out / "simu-graddiff"
+    before = (folder / "stage.json").read_bytes()
+    card = (folder / "README.md").read_text()
+    assert "Not evaluated yet" in card and "| epochs " in card and str(out) not in card
+    made = stage.read_stage(out / "mask")
+    assert f"{made['critical']} of {made['total']}" in card
+    evaluation.main(["evaluate", str(out), "original", "simu-graddiff", "--limit", "4"])
+    evaluation.main(["report", str(out)])
+    card = (folder / "README.md").read_text()
+    assert "Not evaluated yet" not in card and "SIMU-GradDiff (partial: " in card
+    assert "| Original" in card and "Licence" in card
+    assert (folder / "stage.json").read_bytes() == before
+    assert not (out / "original" / "README.md").exists()
+    config = json.loads((folder / "generation_config.json").read_text())
+    assert config["do_sample"] is False and config["max_length"] == 96
+
+
+def test_a_run_from_the_original_olmo_layout(hf, runs, tmp_path):
+    """The same weights under other names give the same scores; the export has no remote code."""
+    made, source = runs["tiny-olmo"], tmp_path / "hub"
+    model = Transformer.from_pretrained(made / "original")
+    save(model, source, "original olmo")
+    data.copy_tokenizer(made / "original", source)
+    config = stage.read_json(source / "tokenizer_config.json")
+    stage.write_json(source / "tokenizer_config.json", config | dict(
+        auto_map={"AutoTokenizer": ["x.X", "x.X"]}, tokenizer_class="OLMoTokenizer"))
+    out = unlearned(tmp_path / "run", "tiny-olmo", "--weights", str(source))
+    scores = [(run / "attribution" / "scores.safetensors").read_bytes() for run in (made, out)]
+    assert scores[0] == scores[1]
+    check_same_text(hf, out / "simu-graddiff", stage.read_settings(out), card=True)
+    kept = (out / "simu-graddiff" / "tokenizer_config.json").read_text()
+    assert "auto_map" not in kept and "OLMoTokenizer" not in kept
+    assert "Base: hub." in (out / "simu-graddiff" / "README.md").read_text()
