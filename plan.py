@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 import data
+import hub
 import simu
 import stage
 from data import Encoded
@@ -109,8 +110,11 @@ class Need:
 
 def need(s: Settings, config: Config, name: str, method: str | None = None, *, dtype: torch.dtype,
          critical: int, longest: int, answer: int) -> Need:
-    """Of stage `name` ("attribute", "unlearn" with a method, "evaluate"), were every row `longest`
-    tokens and every answer `answer` tokens long. Traces every layer: about 2 s for 7B."""
+    """Of stage `name` ("learn", "attribute", "unlearn" with a method, "evaluate"), were every row
+    `longest` tokens and every answer `answer` tokens long. Traces every layer: about 2 s for 7B."""
+    if name == "learn":  # fine-tuning moves every weight, as FO does
+        return _unlearning(replace(s, batch=s.learn_batch), config, "fo", dtype, critical, longest,
+                           answer)
     if name == "unlearn":
         n = _unlearning(s, config, method, dtype, critical, longest, answer)
         if s.eval_epochs:
@@ -349,8 +353,9 @@ def plan_command(s: Settings):
     heads = zip(("weights", "gradients", "state", "activations", "peak"), COLUMNS)
     print(f"{unit:10}{''.join(f'{head:>{w}}' for head, w in heads)}  fits")
     hints = []
-    for name, method in STAGES:
-        own = _for_method(s, method)
+    fine_tuned = hub.original_sources(s)[1]
+    for name, method in ((("learn", None),) if fine_tuned else ()) + STAGES:
+        own = simu.learning(s) if name == "learn" else _for_method(s, method)
         n = need(own, config, name, method, **given)
         parts = (n.weights, n.gradients, n.state, n.activations, n.peak)
         cells = (f"{x / size:{w}.2f}" for x, w in zip(parts, COLUMNS))
@@ -385,7 +390,8 @@ def _work(s: Settings, config: Config, longest: int) -> list[str]:
 
 def _sizes(s: Settings) -> tuple[int, int, int]:
     """Forget rows, retain rows, questions: of the data where it is at hand, else as published."""
-    if s.benchmark == "demo" or s.data or os.environ.get("SIMU_DATA"):
+    source = hub.wanted_data(s)
+    if not source or hub.have(source):
         b = data.load_benchmark(s)
         asked = b.forget + b.retain_eval
         again = sum(bool(e.paraphrased_question) for e in asked)
