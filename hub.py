@@ -344,16 +344,16 @@ def _print_files(source: Source):
         return print(f"\n{page(source)}: already in {folder}")
     try:
         commit, files = listing(source)
-        sizes, about = {f.name: f.size for f in files}, ""
+        sizes, about = {f.name: f.size for f in files}, " "
     except UserError as e:
-        commit, sizes, about = source.revision, source.files, "about "
-        print(f"\n{' '.join(str(e).split())}\nas last seen:", end="")
+        commit, sizes, about = source.revision, source.files, "~"
+        print(f"\n{' '.join(str(e).split())}\nas last seen, sizes rounded:", end="")
     name = (f"{source.repo.replace('/', '--')}@{commit[:12]}" if source.kind == "model" else
             f"data/{next(n for n, x in DATA.items() if x.repo == source.repo)}")
     print(f"\n{page(source)} at {commit}, to {downloads() / name}:")
     for file, size in sorted(sizes.items()):
-        print(f"  {about}{size:>14,} bytes  {file}")
-    print(f"  {about}{sum(sizes.values()) / 1e9:.2f} GB in {len(sizes)} files; the disk has "
+        print(f" {about}{size:>14,} bytes  {file}")
+    print(f" {about}{sum(sizes.values()) / 1e9:.2f} GB in {len(sizes)} files; the disk has "
           f"{_free(downloads()) / 1e9:.2f} GB left")
 
 

@@ -58,20 +58,21 @@ LUME = dict(max_total_tokens=0, max_new_tokens=256, template="raw")
 # So that at 7B SIMU fits 48 GB, and the baselines, which move everything, one card of 80 GB.
 FIT_7B = dict(micro_tokens=512, fo=dict(lam=0.3, state="bfloat16"),
               so=dict(lam=2.0, state="bfloat16"))
-# As TOFU made its own: 5 epochs at its rate for a model of this size (phi-1.5), the first of them
-# warm-up, 32 rows per update. How LUME's authors trained is not published: more epochs, as its rows
-# are to be known by heart.
+# As TOFU made its own: 5 epochs, the first of them warm-up, 32 rows per update, at the rate of its
+# model of this size, phi-1.5. How LUME's was made is not known to us: the rate of TOFU's 7B, and more
+# epochs, as its rows are to be known by heart.
 LEARN_TOFU = dict(learn_lr=2e-5, learn_epochs=5, learn_batch=32,
                   original=dict(weight_decay=0.01, warmup=0.2))
 LEARN_LUME = LEARN_TOFU | dict(learn_lr=1e-5, learn_epochs=10,
-                               original=dict(weight_decay=0.01, warmup=0.1, state="bfloat16"))
+                               original=dict(weight_decay=0.01, warmup=0.1))
 RECIPES = {
     ("tofu", "llama2-7b"): PAPER | TOFU | FIT_7B | dict(threshold=0.3, steps=5, lr=5e-6, epochs=5,
                                                         template="llama2"),
     ("tofu", "olmo-1b"): PAPER | TOFU | LEARN_TOFU | dict(threshold=0.1, steps=5, lr=5e-6,
                                                        epochs=20),
-    ("lume", "llama2-7b"): PAPER | LUME | FIT_7B | LEARN_LUME | dict(threshold=0.1, steps=3,
-                                                                     lr=9e-6, epochs=20),
+    ("lume", "llama2-7b"): PAPER | LUME | FIT_7B | LEARN_LUME | dict(
+        threshold=0.1, steps=3, lr=9e-6, epochs=20,
+        original=LEARN_LUME["original"] | dict(state="bfloat16")),
     ("lume", "olmo-1b"): PAPER | LUME | LEARN_LUME | dict(threshold=0.3, steps=5, lr=5e-6,
                                                           epochs=10, fo=dict(lam=0.3, epochs=5)),
 }
