@@ -166,8 +166,9 @@ def _told(e: Exception, source: Source, name: str = "") -> UserError:
     local = ("pass --weights DIR, a folder in Hugging Face layout" if source.kind == "model" else
              "point --data or SIMU_DATA at a folder that holds the files")
     if status in (401, 403) and source.kind != "github":
-        return NoAccess(f"{where} may not be read ({status}): ask for access on that page, and "
-                        "give the token of your account: HF_TOKEN=... or `hf auth login`")
+        who = "with the token given" if _hub().get_token() else "no token given"
+        return NoAccess(f"{where} may not be read ({status}, {who}): ask for access on that page, "
+                        "and give a token of your account: HF_TOKEN=... or `hf auth login`")
     if status == 404:
         what = f"{name} of {where}" if name else where
         return NoAccess(f"{what}, revision {source.revision}, is not there, or private (404); look "
@@ -190,13 +191,17 @@ def _told(e: Exception, source: Source, name: str = "") -> UserError:
 # -------------------------------------------------------------------------------------- fetching
 
 
+def place(source: Source, commit: str) -> Path:
+    """Where a source is kept: data as --data wants it, models by commit."""
+    if source.kind == "model":
+        return downloads() / f"{source.repo.replace('/', '--')}@{commit[:12]}"
+    return downloads() / "data" / next(n for n, s in DATA.items() if s.repo == source.repo)
+
+
 def have(source: Source) -> Path | None:
     """The folder of a source that is already here, whole."""
-    if source.kind != "model":
-        found = [downloads() / "data" / name for name, s in DATA.items() if s.repo == source.repo]
-    else:
-        found = sorted(downloads().glob(source.repo.replace("/", "--") + "@*"))
-    for folder in found:
+    like = place(source, 12 * "?")
+    for folder in sorted(like.parent.glob(like.name)):
         if (folder / "SOURCE").is_file():
             made = stage.read_json(folder / "SOURCE")
             if made["repo"] == source.repo and source.revision in (made["revision"],
@@ -215,9 +220,7 @@ def download(source: Source) -> Path:
         if folder := have(source):
             return folder
         commit, files = listing(source)
-        model = downloads() / f"{source.repo.replace('/', '--')}@{commit[:12]}"
-        data = {s.repo: downloads() / "data" / name for name, s in DATA.items()}
-        folder = model if source.kind == "model" else data[source.repo]
+        folder = place(source, commit)
         if folder.exists() and not (folder / "SOURCE").is_file():
             raise UserError(f"{folder} is in the way of a download; move it, or point --data at it")
         partial = folder.with_name(folder.name + ".partial")
@@ -233,15 +236,16 @@ def download(source: Source) -> Path:
 
 
 def _check_room(folder: Path, files: list[File]):
-    def here(name):
-        return sum((folder / n).stat().st_size for n in (name, name + ".incomplete")
-                   if (folder / n).is_file())
-    missing = sum(max(0, f.size - here(f.name)) for f in files)
-    free = shutil.disk_usage(folder).free
-    if missing > free:
-        raise UserError(f"{missing / 1e9:.2f} GB are to be fetched and the disk of {downloads()} "
-                        f"has {free / 1e9:.2f} GB left; free space, or point SIMU_DOWNLOADS at "
-                        "another")
+    missing = sum(f.size for f in files) - sum(p.stat().st_size for p in folder.iterdir())
+    if missing > _free(folder):
+        raise UserError(f"{missing / 1e9:.2f} GB are to be fetched and the disk of {folder} has "
+                        f"{_free(folder) / 1e9:.2f} GB left; free space, or point SIMU_DOWNLOADS "
+                        "at another")
+
+
+def _free(folder: Path) -> int:
+    """Bytes left on the disk that a folder is or would be on."""
+    return shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.is_dir())).free
 
 
 def _fetch(source: Source, file: File, folder: Path) -> str:
@@ -348,15 +352,8 @@ def _print_files(source: Source):
     except UserError as e:
         commit, sizes, about = source.revision, source.files, "~"
         print(f"\n{' '.join(str(e).split())}\nas last seen, sizes rounded:", end="")
-    name = (f"{source.repo.replace('/', '--')}@{commit[:12]}" if source.kind == "model" else
-            f"data/{next(n for n, x in DATA.items() if x.repo == source.repo)}")
-    print(f"\n{page(source)} at {commit}, to {downloads() / name}:")
+    print(f"\n{page(source)} at {commit}, to {place(source, commit)}:")
     for file, size in sorted(sizes.items()):
         print(f" {about}{size:>14,} bytes  {file}")
     print(f" {about}{sum(sizes.values()) / 1e9:.2f} GB in {len(sizes)} files; the disk has "
           f"{_free(downloads()) / 1e9:.2f} GB left")
-
-
-def _free(folder: Path) -> int:
-    """Bytes left on the disk that a folder is or would be on."""
-    return shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.is_dir())).free
