@@ -298,7 +298,7 @@ def disk_fills(server, monkeypatch):
     monkeypatch.setattr("huggingface_hub.file_download.http_get", no_space)
 
 
-GATE = "ask for access on that page, and give the token of your account: HF_TOKEN=..."
+GATE = "with the token given): ask for access on that page, and give a token of your account: HF_T"
 
 
 @pytest.mark.parametrize("fault, told", [
