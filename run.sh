@@ -75,7 +75,7 @@ done
 pipeline() { # pipeline RUN [--seed K]
     local simu=("$python" "$here/simu.py") at
     at=("$benchmark" "$model" ${options[@]+"${options[@]}"} --out "$@")
-    [[ -z $dry ]] || { "${simu[@]}" files "${at[@]}"; echo; }
+    [[ -z $dry ]] || { "${simu[@]}" files "${at[@]}"; echo; "${simu[@]}" plan "${at[@]}"; echo; }
     $dry "${simu[@]}" original "${at[@]}"
     $dry "$python" "$here/eval.py" check "$1"
     $dry "${simu[@]}" attribute "${at[@]}"
@@ -84,7 +84,6 @@ pipeline() { # pipeline RUN [--seed K]
     $dry "${simu[@]}" unlearn "${at[@]}" --method so
     $dry "${simu[@]}" unlearn "${at[@]}" --method simu
     $dry "$python" "$here/eval.py" evaluate "$1"
-    [[ -z $dry ]] || { echo; "${simu[@]}" plan "${at[@]}"; echo; }
 }
 { # read whole before it starts, so that editing this file does not derail a run
     pipeline "$run"

@@ -469,9 +469,9 @@ def test_run_sh_dry(server, tmp_path):
                            tmp_path / "run"], capture_output=True, text=True,
                           env=os.environ | dict(PATH=path))
     assert done.returncode == 0, done.stderr
-    order = ["/lume-llm-unlearning at ", "simu.py original lume", "eval.py check",
+    order = ["/lume-llm-unlearning at ", "peak  fits", "simu.py original lume", "eval.py check",
              "simu.py attribute", "simu.py mask", "--method fo", "--method so", "--method simu",
-             "eval.py evaluate", "activations    peak  fits", "eval.py report"]
+             "eval.py evaluate", "eval.py report"]
     at = [done.stdout.index(x) for x in order]
     assert at == sorted(at)
     assert not (tmp_path / "run").exists() and not (tmp_path / "downloads").exists()
