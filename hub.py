@@ -258,13 +258,17 @@ def _fetch(source: Source, file: File, folder: Path) -> str:
     headers = {} if source.kind == "github" else build_hf_headers()
     if part.is_file() and part.stat().st_size > file.size:
         part.unlink()
-    try:
+    while True:
         with open(part, "ab") as out:
-            http_get(file.url, out, resume_size=out.tell(), expected_size=file.size,
-                     headers=headers | {"Accept-Encoding": "identity"},
-                     displayed_filename=file.name)
-    except Exception as e:  # as above
-        raise _told(e, source, file.name) from None
+            start = out.tell()
+            try:
+                http_get(file.url, out, resume_size=start, expected_size=file.size,
+                         headers=headers | {"Accept-Encoding": "identity"},
+                         displayed_filename=file.name)
+                break
+            except Exception as e:  # as above
+                if out.tell() <= start:  # nothing came: trying again would not help
+                    raise _told(e, source, file.name) from None
     known = _verified(part, file)
     if not known:
         part.unlink()
