@@ -447,8 +447,9 @@ def _lume_benchmark(s: Settings) -> Benchmark:
         kept = set(documents[:count])
         held_out += [r for r in rest if r.group in kept]
     source = "seeded hold-out documents of the open release, never trained on"
-    if s.weights:
-        held_out, source = [], ("none: which documents --weights was trained on is unknown; the "
+    # A log says that the original was trained here, so that what it never saw is known.
+    if s.weights or not (s.tiny or (s.run / "original" / "log.jsonl").is_file()):
+        held_out, source = [], ("none: which documents the original was trained on is unknown; the "
                                 "gated SemEval non-members are needed")
     return Benchmark("lume", sampled["forget"], sampled["retain"], sampled["retain"], [], [],
                      held_out, source, _shared(sampled["forget"], sampled["retain"]))

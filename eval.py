@@ -667,13 +667,17 @@ def check_fresh(run: Path, s: Settings, folder: Path, evaluation: Path):
 
 def main(argv=None):
     parser = stage.parser("eval.py", "Evaluate the models of a run, and lay them side by side.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="evaluate|report")
+    commands = parser.add_subparsers(dest="command", required=True,
+                                     metavar="evaluate|check|report")
     one = commands.add_parser("evaluate", help="metrics.json and generations.jsonl of stages")
     one.add_argument("run", type=Path)
     one.add_argument("stages", nargs="*", metavar="STAGE",
                      help="e.g. original simu-graddiff; default: every model of the run")
     one.add_argument("--limit", type=int, default=0,
                      help="at most so many rows of each split: a quick look, marked as partial")
+    check = commands.add_parser("check", help="evaluate the original; stop unless it knows the "
+                                              "forget set (--must-know)")
+    check.add_argument("run", type=Path)
     two = commands.add_parser("report", help="report.md and report.json of a run")
     two.add_argument("run", type=Path)
     two.add_argument("--runs", type=Path, nargs="+", default=[], metavar="RUN",
@@ -687,6 +691,10 @@ def main(argv=None):
         from report import report  # builds on this module
         return report(args.run, others=args.runs, retain_only=args.retain_only,
                       recompute=args.recompute)
+    if args.command == "check":
+        from report import check_original
+        evaluate(args.run, "original")
+        return check_original(args.run)
     if args.limit < 0:
         raise UserError(f"--limit is {args.limit}; it must be 0 (all rows) or more")
     stages = args.stages or sorted(p.parent.name for p in args.run.glob("*/config.json")

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 import data
+import hub
 import simu
 import stage
 from data import Encoded
@@ -109,8 +110,11 @@ class Need:
 
 def need(s: Settings, config: Config, name: str, method: str | None = None, *, dtype: torch.dtype,
          critical: int, longest: int, answer: int) -> Need:
-    """Of stage `name` ("attribute", "unlearn" with a method, "evaluate"), were every row `longest`
-    tokens and every answer `answer` tokens long. Traces every layer: about 2 s for 7B."""
+    """Of stage `name` ("learn", "attribute", "unlearn" with a method, "evaluate"), were every row
+    `longest` tokens and every answer `answer` tokens long. Traces every layer: about 2 s for 7B."""
+    if name == "learn":  # fine-tuning moves every weight, as FO does
+        return _unlearning(replace(s, batch=s.learn_batch), config, "fo", dtype, critical, longest,
+                           answer)
     if name == "unlearn":
         n = _unlearning(s, config, method, dtype, critical, longest, answer)
         if s.eval_epochs:
@@ -348,15 +352,17 @@ def plan_command(s: Settings):
     heads = zip(("weights", "gradients", "state", "activations", "peak"), COLUMNS)
     print(f"{unit:10}{''.join(f'{head:>{w}}' for head, w in heads)}  fits")
     hints = []
-    for name, method in STAGES:
-        own = _for_method(s, method)
+    fine_tuned = hub.original_sources(s)[1]
+    for name, method in ((("learn", None),) if fine_tuned else ()) + STAGES:
+        own = simu.learning(s) if name == "learn" else _for_method(s, method)
         n = need(own, config, name, method, **given)
         parts = (n.weights, n.gradients, n.state, n.activations, n.peak)
         cells = (f"{x / size:{w}.2f}" for x, w in zip(parts, COLUMNS))
         print(f"{method or name:10}{''.join(cells)}  {'yes' if n.peak <= free else 'no'}")
         if n.peak > free:
             hints.append(f"{method or name}: {_advice(own, config, name, method, free, given)}")
-    print("", *hints, *_work(s, config, given["longest"]), _disk(s, config, count, dtype), sep="\n")
+    work = _work(s, config, given["longest"], fine_tuned)
+    print("", *hints, *work, _disk(s, config, count, dtype, fine_tuned), sep="\n")
 
 
 def _for_method(s: Settings, method: str | None) -> Settings:
@@ -368,12 +374,16 @@ def _for_method(s: Settings, method: str | None) -> Settings:
     return simu.resolve(cell | dict(method=method or s.method) | changed)
 
 
-def _work(s: Settings, config: Config, longest: int) -> list[str]:
+def _work(s: Settings, config: Config, longest: int, fine_tuned) -> list[str]:
     """A line per stage: how often the model runs."""
     forget, retain, questions = _sizes(s)
     each = 1 + (s.steps - 1) * (config.num_hidden_layers - 1) / 2
-    lines = [f"attribute: {forget + min(forget, retain)} pairs, {each:.1f} forward-backward passes "
-             "of a pair's answer rows each"]
+    lines = []
+    if fine_tuned:
+        updates = s.learn_epochs * -(-(forget + retain) // s.learn_batch)
+        lines.append(f"learn: {updates} updates, {s.learn_batch} rows each")
+    lines.append(f"attribute: {forget + min(forget, retain)} pairs, {each:.1f} forward-backward "
+                 "passes of a pair's answer rows each")
     for _, method in STAGES[1:4]:
         own = _for_method(s, method)
         passes = 2 * -(-own.batch // max(1, own.micro_tokens // longest))
@@ -384,7 +394,8 @@ def _work(s: Settings, config: Config, longest: int) -> list[str]:
 
 def _sizes(s: Settings) -> tuple[int, int, int]:
     """Forget rows, retain rows, questions: of the data where it is at hand, else as published."""
-    if s.benchmark == "demo" or s.data or os.environ.get("SIMU_DATA"):
+    source = hub.wanted_data(s)
+    if not source or hub.have(source):
         b = data.load_benchmark(s)
         asked = b.forget + b.retain_eval
         again = sum(bool(e.paraphrased_question) for e in asked)
@@ -397,10 +408,11 @@ def _sizes(s: Settings) -> tuple[int, int, int]:
     return forget, 4000 - forget, 2 * (forget + TOFU_RETAIN_EVAL) + TOFU_FACTS
 
 
-def _disk(s: Settings, config: Config, count: int, dtype: torch.dtype) -> str:
+def _disk(s: Settings, config: Config, count: int, dtype: torch.dtype, fine_tuned) -> str:
     first = count * FILE_BYTES.get(s.model, 4)
-    made = 3 * count * dtype.itemsize
+    models = 4 if fine_tuned else 3
+    made = models * count * dtype.itemsize
     scores = config.num_hidden_layers * config.hidden_size * 9  # two float32 and a bool
-    return (f"disk: {(first + made + scores) / GB:.2f} GB (original {first / GB:.2f}, three "
-            f"unlearned models {made / GB:.2f}); a model made again needs "
-            f"{made / 3 / GB:.2f} more meanwhile")
+    return (f"disk: {(first + made + scores) / GB:.2f} GB ({'base' if fine_tuned else 'original'} "
+            f"{first / GB:.2f}, {models} models made here {made / GB:.2f}); a model made again "
+            f"needs {made / models / GB:.2f} more meanwhile")

@@ -367,6 +367,22 @@ def _mask_line(run: Path, s: Settings) -> str:
 # ------------------------------------------------------------------------------------------- report
 
 
+def check_original(run: Path):
+    """Print the evaluated original beside the paper's; UserError unless it knows the forget set,
+    for then there is nothing to unlearn and every number after it means nothing."""
+    s, metrics = stage.read_settings(run), stage.read_json(run / "original/eval/metrics.json")
+    columns = COLUMNS[metrics["benchmark"]]
+    published = PUBLISHED.get((s.benchmark, s.model), {})
+    print(_table_of(columns, [dict(label=LABELS["original"], metrics=metrics)],
+                    {k: v for k, v in published.items() if k == "Original"}), flush=True)
+    known = metrics["values"]["forget.rouge_l"]
+    if known is not None and known < s.must_know:
+        raise UserError(
+            f"the original does not know the forget set: ROUGE-L {known:.4f}, less than "
+            f"--must-know {s.must_know}; see {run}/original/eval/generations.jsonl: another "
+            "--template, --weights or more --learn-epochs may be needed; --must-know 0 goes on")
+
+
 def report(run: Path, *, others: list[Path] = (), retain_only: Path | None = None,
            recompute: bool = False):
     """RUN/report.md and RUN/report.json, and the main table on stdout."""

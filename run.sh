@@ -5,8 +5,8 @@
 #   bash run.sh tofu|lume MODEL [--option value ...]  MODEL: llama2-7b, olmo-1b, tiny-llama, tiny-olmo
 #   bash run.sh test                                  the test suite
 #
-# Options are those of `python simu.py original --help`, and --seeds N to run seeds 0 to N-1.
-# A finished stage is skipped.
+# Options are those of `python simu.py original --help`, --seeds N to run seeds 0 to N-1, and
+# --dry-run to see the downloads, the stages and the memory plan only. A finished stage is skipped.
 set -euo pipefail
 # Waiting threads sleep: on a machine that is busy with something else, spinning ones can make a
 # small model three times slower.
@@ -51,16 +51,20 @@ tofu | lume)
 *) usage ;;
 esac
 
-case "$model" in *olmo*) set_up tokenizers ;; *) set_up ;; esac
+needs=()
+case "$model" in *olmo*) needs+=(tokenizers) ;; esac
+[[ "$benchmark" == demo || -n "${SIMU_DATA:-}" && "$model" == tiny* ]] || needs+=(huggingface_hub)
+set_up ${needs[@]+"${needs[@]}"}
 
 # --out and --seeds are needed here; every other option goes to simu.py as it is.
-run="$here/runs/$benchmark-$model" seeds=1 options=()
+run="$here/runs/$benchmark-$model" seeds=1 options=() dry=""
 while [[ $# -gt 0 ]]; do
     case "$1" in
     -h | --help) exec "$python" "$here/simu.py" original --help ;;
     --out=* | --seeds=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" ;;
     --out) [[ -n "${2:-}" ]] || usage; run="$2"; shift 2 ;;
     --seeds) [[ "${2:-}" =~ ^[1-9][0-9]{0,3}$ ]] || usage; seeds="$2"; shift 2 ;;
+    --dry-run) dry=echo; shift ;;
     *) options+=("$1"); shift ;;
     esac
 done
@@ -72,17 +76,19 @@ done
 pipeline() { # pipeline RUN [--seed K]
     local simu=("$python" "$here/simu.py") at
     at=("$benchmark" "$model" ${options[@]+"${options[@]}"} --out "$@")
-    "${simu[@]}" original "${at[@]}"
-    "${simu[@]}" attribute "${at[@]}"
-    "${simu[@]}" mask "${at[@]}"
-    "${simu[@]}" unlearn "${at[@]}" --method fo
-    "${simu[@]}" unlearn "${at[@]}" --method so
-    "${simu[@]}" unlearn "${at[@]}" --method simu
-    "$python" "$here/eval.py" evaluate "$1"
+    [[ -z $dry ]] || { "${simu[@]}" files "${at[@]}"; echo; "${simu[@]}" plan "${at[@]}"; echo; }
+    $dry "${simu[@]}" original "${at[@]}"
+    $dry "$python" "$here/eval.py" check "$1"
+    $dry "${simu[@]}" attribute "${at[@]}"
+    $dry "${simu[@]}" mask "${at[@]}"
+    $dry "${simu[@]}" unlearn "${at[@]}" --method fo
+    $dry "${simu[@]}" unlearn "${at[@]}" --method so
+    $dry "${simu[@]}" unlearn "${at[@]}" --method simu
+    $dry "$python" "$here/eval.py" evaluate "$1"
 }
 { # read whole before it starts, so that editing this file does not derail a run
     pipeline "$run"
     for ((k = 1; k < seeds; k++)); do pipeline "$run-seed$k" --seed "$k"; done
-    "$python" "$here/eval.py" report "$run"
+    $dry "$python" "$here/eval.py" report "$run"
     exit
 }

@@ -42,6 +42,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import data
+import hub
 from card import write_card
 from data import IGNORE, Batch, Encoded, collate
 from eval import evaluate_model
@@ -50,21 +51,31 @@ from stage import Settings, Stage, UserError
 
 # ----------------------------------------------------------------------------------------- recipes
 
-# Tables 3 and 4. A key naming a method ("fo", "so", "simu") holds what only that method overrides.
+# Tables 3 and 4. A key naming a method ("fo", "so", "simu") holds what only that method overrides,
+# and "original" what fine-tuning one overrides, where nobody published it (hub.ORIGINALS).
 PAPER = dict(batch=16, fo=dict(lam=0.3), so=dict(lam=2.0), simu=dict(lam=2.0))
 TOFU = dict(max_total_tokens=200, max_new_tokens=0)
 LUME = dict(max_total_tokens=0, max_new_tokens=256, template="raw")
 # So that at 7B SIMU fits 48 GB, and the baselines, which move everything, one card of 80 GB.
 FIT_7B = dict(micro_tokens=512, fo=dict(lam=0.3, state="bfloat16"),
               so=dict(lam=2.0, state="bfloat16"))
+# As TOFU made its own: 5 epochs, the first of them warm-up, 32 rows per update, at the rate of its
+# model of this size, phi-1.5. How LUME's was made is not known to us: the rate of TOFU's 7B, and more
+# epochs, as its rows are to be known by heart.
+LEARN_TOFU = dict(learn_lr=2e-5, learn_epochs=5, learn_batch=32,
+                  original=dict(weight_decay=0.01, warmup=0.2))
+LEARN_LUME = LEARN_TOFU | dict(learn_lr=1e-5, learn_epochs=10,
+                               original=dict(weight_decay=0.01, warmup=0.1))
 RECIPES = {
     ("tofu", "llama2-7b"): PAPER | TOFU | FIT_7B | dict(threshold=0.3, steps=5, lr=5e-6, epochs=5,
                                                         template="llama2"),
-    ("tofu", "olmo-1b"): PAPER | TOFU | dict(threshold=0.1, steps=5, lr=5e-6, epochs=20),
-    ("lume", "llama2-7b"): PAPER | LUME | FIT_7B | dict(threshold=0.1, steps=3, lr=9e-6,
-                                                        epochs=20),
-    ("lume", "olmo-1b"): PAPER | LUME | dict(threshold=0.3, steps=5, lr=5e-6, epochs=10,
-                                             fo=dict(lam=0.3, epochs=5)),
+    ("tofu", "olmo-1b"): PAPER | TOFU | LEARN_TOFU | dict(threshold=0.1, steps=5, lr=5e-6,
+                                                       epochs=20),
+    ("lume", "llama2-7b"): PAPER | LUME | FIT_7B | LEARN_LUME | dict(
+        threshold=0.1, steps=3, lr=9e-6, epochs=20,
+        original=LEARN_LUME["original"] | dict(state="bfloat16")),
+    ("lume", "olmo-1b"): PAPER | LUME | LEARN_LUME | dict(threshold=0.3, steps=5, lr=5e-6,
+                                                          epochs=10, fo=dict(lam=0.3, epochs=5)),
 }
 # Tiny models, made here on a CPU. Their learning rates come from the grid in benchmarks/.
 TINY = PAPER | dict(threshold=0.6, steps=5, epochs=40, batch=4, eval_tokens=8192,
@@ -84,12 +95,12 @@ def resolve(given: dict) -> Settings:
     """Settings from defaults, then the recipe, then the recipe's method, then what was given."""
     base = Settings(**{k: given[k] for k in ("benchmark", "model", "method") if k in given})
     recipe = RECIPES[base.benchmark, base.model]
-    common = {k: v for k, v in recipe.items() if k not in stage.METHODS}
+    common = {k: v for k, v in recipe.items() if k not in (*stage.METHODS, "original")}
     values = common | recipe.get(base.method, {}) | given
     if base.benchmark != "demo" and not values.get("data"):
-        values["data"] = os.environ.get("SIMU_DATA", "")
+        values["data"] = os.environ.get("SIMU_DATA") or hub.default_data()
     for place in ("data", "weights"):  # a run must be readable from any folder
-        if values.get(place):
+        if values.get(place) and not values[place].startswith("hf:"):
             values[place] = str(Path(values[place]).expanduser().absolute())
     return Settings(**values)
 
@@ -554,7 +565,8 @@ def learn(model: Transformer, epochs: list[list[Encoded]], s: Settings, *, lr: f
     """AdamW on the mean answer loss. epochs: for each epoch, its rows in order."""
     order = [rows[i:i + s.learn_batch] for rows in epochs
              for i in range(0, len(rows), s.learn_batch)]
-    with moving_weights(model, "fo", None, torch.float32) as moving:
+    state = torch.float32 if s.tiny else getattr(torch, s.state)
+    with moving_weights(model, "fo", None, state) as moving:
         train(model, moving, order,
               lambda rows: dict(loss=backward_mean_nll(model, rows, 1.0, s.micro_tokens)),
               adamw(s), s=s, lr=lr, warmup=s.warmup, log=log, title=title)
@@ -607,6 +619,31 @@ def make_original(s: Settings, bench: data.Benchmark, retain_only: Path, folder:
     data.copy_tokenizer(retain_only, folder)
 
 
+# -------------------------------------------------------- the originals that nobody published
+
+
+def learning(s: Settings) -> Settings:
+    """The settings with which the original is fine-tuned: the recipe's "original" over s."""
+    return dataclasses.replace(s, **RECIPES[s.benchmark, s.model].get("original", {}))
+
+
+def fine_tune(s: Settings, bench: data.Benchmark, job: Stage, base: Path, folder: Path):
+    """A model that never saw the benchmark, taught its forget and retain rows in one go."""
+    from plan import check  # the plan runs this module's code without data
+    tokenizer, config = data.load_tokenizer(base), Config.from_dir(base)
+    rows = data.encode_all(bench.forget + bench.retain, tokenizer, s.template,
+                           context=config.max_position_embeddings, vocab=config.vocab_size)
+    job.notes["predicted_bytes"] = check(s, config, "learn", rows=rows)
+    model = Transformer.from_pretrained(base, dtype=stage.choose_dtype(s),
+                                        device=stage.choose_device(s))
+    model.checkpoint = s.checkpointing
+    rng = random.Random(s.seed)
+    learn(model, [rng.sample(rows, len(rows)) for _ in range(s.learn_epochs)], s, lr=s.learn_lr,
+          log=folder / "log.jsonl", title="learn the forget and the retain set")
+    model.save_pretrained(folder)
+    data.copy_tokenizer(base, folder)
+
+
 # ------------------------------------------------------------------------------------------ stages
 
 SLICE = ("benchmark", "model", "seed", "device", "dtype", "forget_split", "retain_split",
@@ -615,6 +652,7 @@ SLICE = ("benchmark", "model", "seed", "device", "dtype", "forget_split", "retai
 LEARN = SLICE + ("learn_batch", "micro_tokens", "beta1", "adam_beta2", "adam_eps", "weight_decay",
                  "clip", "warmup", "vocab", "width", "depth", "context", "learn_lr", "learn_epochs")
 LIGHT = LEARN + ("light_lr", "light_epochs", "light_retain")
+FINE_TUNE = LEARN + ("state", "checkpointing")
 ATTRIBUTE = SLICE + ("steps", "path", "attribution_tokens")
 UNLEARN = SLICE + ("method", "lr", "epochs", "batch", "micro_tokens", "lam", "beta1", "beta2",
                    "gamma", "eps", "adam_beta2", "adam_eps", "weight_decay", "clip", "warmup",
@@ -623,16 +661,30 @@ CODE = ("data", "model", "simu")
 
 
 def original_stage(s: Settings):
-    """original/, and retain-only/ where the original is made here."""
+    """original/, and retain-only/ where a tiny one is made here. Downloads what is not at hand."""
+    if source := hub.wanted_data(s):
+        hub.download(source)
     bench, digests = data.load_benchmark(s), data.data_digests(s)
-    if s.weights:
-        link_original(s)
-    elif s.tiny:
+    if s.tiny and not s.weights:
         make_tiny(s, bench, digests)
     else:
-        raise UserError(f"{s.benchmark} {s.model} needs the weights of its original model; pass "
-                        "--weights DIR, a folder in Hugging Face layout")
+        folder, source, ready = hub.find_original(s)
+        if ready:
+            link_original(s, folder, source)
+        else:
+            make_fine_tuned(s, bench, digests, folder, source)
     stage.write_json(s.run / "settings.json", dataclasses.asdict(s))
+
+
+def make_fine_tuned(s: Settings, bench: data.Benchmark, digests: dict, base: Path, source: dict):
+    """original/ of a real model of which no original was published."""
+    s = learning(s)
+    job = Stage(s.run / "original", settings=s, fields=FINE_TUNE, modules=CODE,
+                inputs=source["sha256"] | digests)
+    job.notes["source"] = source
+    if not job.done:
+        with job as folder:
+            fine_tune(s, bench, job, base, folder)
 
 
 def make_tiny(s: Settings, bench: data.Benchmark, digests: dict):
@@ -648,11 +700,11 @@ def make_tiny(s: Settings, bench: data.Benchmark, digests: dict):
             make_original(s, bench, first.folder, folder)
 
 
-def link_original(s: Settings):
-    """original/ as links to the files of --weights."""
-    source = Path(s.weights).resolve()
+def link_original(s: Settings, source: Path, origin: dict):
+    """original/ as links to the files of a folder; origin: its SOURCE, if it was downloaded."""
     if not source.is_dir():
-        raise UserError(f"--weights {s.weights} is not a folder")
+        raise UserError(f"--weights {s.weights} is not a folder; a model of the Hugging Face hub "
+                        "is named hf:OWNER/NAME[@REVISION]")
     Config.from_dir(source)
     weight_files(source)
     data.load_tokenizer(source)
@@ -660,8 +712,10 @@ def link_original(s: Settings):
         raise UserError(f"{s.run} holds a retain-only model that is not of --weights; choose "
                         "another --out, or delete that folder")
     names = [p for p in sorted(source.iterdir()) if p.suffix in (".json", ".safetensors", ".model")]
-    inputs = {p.name: f"{p.stat().st_size} {p.stat().st_mtime_ns}" for p in names}
+    inputs = origin.get("sha256") or {
+        p.name: f"{p.stat().st_size} {p.stat().st_mtime_ns}" for p in names}
     job = Stage(s.run / "original", settings=s, fields=("weights",), inputs=inputs, modules=())
+    job.notes["source"] = origin
     if not job.done:
         with job as folder:
             for p in names:
@@ -816,8 +870,13 @@ def plan_stage(s: Settings):
     plan_command(s)
 
 
-STAGES = {"plan": plan_stage, "original": original_stage, "attribute": attribute_stage,
-          "mask": mask_stage, "unlearn": unlearn_stage}
+def files_stage(s: Settings):
+    """Every file that a run would download, with its size. Downloads none."""
+    hub.files_command(s)
+
+
+STAGES = {"files": files_stage, "plan": plan_stage, "original": original_stage,
+          "attribute": attribute_stage, "mask": mask_stage, "unlearn": unlearn_stage}
 
 
 def main(argv=None):

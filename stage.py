@@ -70,8 +70,10 @@ class Settings:
     model: str = option("tiny-llama", "what forgets it", choices=MODELS)
     seed: int = option(0, "seeds every draw: slice, initial weights, order, pairing",
                        **at_least(0))
-    data: str = option("", "folder holding tofu/ and lume/; default $SIMU_DATA, demo/ for the demo")
-    weights: str = option("", "HF folder of the original model; default: made here if tiny")
+    data: str = option("", "folder holding tofu/ and lume/; default $SIMU_DATA, else downloaded; "
+                       "demo/ for the demo")
+    weights: str = option("", "the original model: a folder in HF layout, or hf:OWNER/NAME"
+                          "[@REVISION]; default: as hub.ORIGINALS says, made here if tiny")
     out: str = option("", "run folder; default runs/<benchmark>-<model>")
     device: str = option("auto", "where to compute", choices=("auto", "cpu", "cuda"))
     dtype: str = option("auto", "of the weights; auto: bfloat16 for real models on a GPU",
@@ -133,6 +135,9 @@ class Settings:
     light_retain: int = option(2, "retain rows beside each forget row in it", **at_least(0))
 
     # Evaluation.
+    must_know: float = option(0.5, "least ROUGE-L of the original on the forget set, below which "
+                              "run.sh stops before unlearning; 0: go on with any",
+                              ok=lambda x: 0 <= x <= 1, must="in [0, 1]")
     max_new_tokens: int = option(0, "LUME: tokens generated at most; 0: no limit", **at_least(0))
     max_total_tokens: int = option(200, "TOFU: prompt and answer at most; 0: no limit [D16]",
                                    **at_least(0))

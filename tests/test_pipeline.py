@@ -288,7 +288,8 @@ def command(*words, **environment):
 ])
 def test_mistakes_end_in_one_line(tmp_path, words, told):
     out = [] if not words else ["--out", str(tmp_path / "run")]
-    done = command(sys.executable, "simu.py", *words.split(), *out, TQDM_DISABLE="1")
+    done = command(sys.executable, "simu.py", *words.split(), *out, TQDM_DISABLE="1",
+                   HF_ENDPOINT="http://127.0.0.1:9", SIMU_DOWNLOADS=str(tmp_path / "none"))
     assert done.returncode == 2, done.stderr
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
     assert told in done.stderr
