@@ -102,7 +102,7 @@ def find_evaluations(run: Path, s: Settings, *, recompute: bool = False) -> list
     """name, label, metrics, rows of every evaluated stage of a run, in the paper's order. A stage
     with only a partial evaluation stands there, marked."""
     names = {p.parent.parent.name for p in run.glob("*/eval*/metrics.json")
-             if not p.parent.name.endswith((".partial", ".old"))}
+             if not {p.parent.suffix, p.parent.parent.suffix} & {".partial", ".old"}}
     found = []
     for name in [n for n in LABELS if n in names] + sorted(names - set(LABELS)):
         folder = run / name
@@ -250,7 +250,8 @@ def _notes(found: list[dict]) -> str:
 
 def _costs(run: Path) -> list[dict]:
     """Wall time and peak memory of every finished stage, oldest first."""
-    made = sorted((p for p in run.rglob("stage.json") if ".partial" not in str(p)),
+    made = sorted((p for p in run.rglob("stage.json")
+                   if not {parent.suffix for parent in p.parents} & {".partial", ".old"}),
                   key=lambda p: p.stat().st_mtime_ns)
     return [dict(stage=str(p.parent.relative_to(run)), **{
         k: v for k, v in stage.read_json(p).items()

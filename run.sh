@@ -6,7 +6,7 @@
 #   bash run.sh test                                  the test suite
 #
 # Options are those of `python simu.py original --help`, and --seeds N to run seeds 0 to N-1.
-# A finished stage is skipped.
+# A finished stage is skipped (--force: made again), a killed one goes on from where it was.
 set -euo pipefail
 # Waiting threads sleep: on a machine that is busy with something else, spinning ones can make a
 # small model three times slower.
@@ -53,14 +53,15 @@ esac
 
 case "$model" in *olmo*) set_up tokenizers ;; *) set_up ;; esac
 
-# --out and --seeds are needed here; every other option goes to simu.py as it is.
-run="$here/runs/$benchmark-$model" seeds=1 options=()
+# --out, --seeds and --force are needed here; every other option goes to simu.py as it is.
+run="$here/runs/$benchmark-$model" seeds=1 options=() force=()
 while [[ $# -gt 0 ]]; do
     case "$1" in
     -h | --help) exec "$python" "$here/simu.py" original --help ;;
     --out=* | --seeds=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" ;;
     --out) [[ -n "${2:-}" ]] || usage; run="$2"; shift 2 ;;
     --seeds) [[ "${2:-}" =~ ^[1-9][0-9]*$ ]] || usage; seeds="$2"; shift 2 ;;
+    --force) force=(--force); shift ;;
     *) options+=("$1"); shift ;;
     esac
 done
@@ -70,14 +71,14 @@ done
 
 pipeline() { # pipeline RUN [--seed K]
     local simu=("$python" "$here/simu.py") at
-    at=("$benchmark" "$model" ${options[@]+"${options[@]}"} --out "$@")
+    at=("$benchmark" "$model" ${options[@]+"${options[@]}"} ${force[@]+"${force[@]}"} --out "$@")
     "${simu[@]}" original "${at[@]}"
     "${simu[@]}" attribute "${at[@]}"
     "${simu[@]}" mask "${at[@]}"
     "${simu[@]}" unlearn "${at[@]}" --method fo
     "${simu[@]}" unlearn "${at[@]}" --method so
     "${simu[@]}" unlearn "${at[@]}" --method simu
-    "$python" "$here/eval.py" evaluate "$1"
+    "$python" "$here/eval.py" evaluate "$1" ${force[@]+"${force[@]}"}
 }
 { # read whole before it starts, so that editing this file does not derail a run
     pipeline "$run"

@@ -1,6 +1,7 @@
 """The stages together, on the demo's data at a size that runs in seconds: what is made, what is
 skipped, what is made again, and how mistakes end."""
 
+import fcntl
 import json
 import os
 import shutil
@@ -313,7 +314,8 @@ def test_a_budget_that_cannot_hold_a_row(runs, tmp_path):
 def test_a_run_in_use_is_refused(runs, tmp_path):
     out = tmp_path / "run"
     shutil.copytree(runs["demo"], out)
-    with stage._lock(out):
+    with open(out / ".lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
         with pytest.raises(UserError, match="in use by another process"):
             simu.main(["mask", "demo", "tiny-llama", "--out", str(out), *MICRO, "--threshold",
                        "0.2", "--data", str(ROOT / "demo")])
