@@ -10,6 +10,7 @@ decides a step, such as its rows and its random bits, has to be a function of th
 import hashlib
 import json
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -29,7 +30,7 @@ class Checkpoints:
     def __init__(self, folder: Path | None, title: str, tensors: dict[str, Tensor], s: Settings):
         self.inside = folder is not None and (folder / RESUME).is_dir()
         self.folder, self.tensors, self.share = folder, tensors, s.resume_cost * self.inside
-        self.name = title.replace(" ", "-")
+        self.title, self.name = title, title.replace(" ", "-")
         self.newest = None  # path of the newest good one
         self.cost = sum(t.nbytes for t in tensors.values()) / DISK_RATE  # seconds for one
         self.since = time.monotonic()  # end of the last one
@@ -43,6 +44,7 @@ class Checkpoints:
         for path in sorted(self._files(), reverse=True):
             if found := self._read(path):
                 about, self.newest = found, path
+                print(f"{self.title} goes on after step {about['step']}", flush=True)
                 break
         for log in self.folder.glob("*.jsonl"):
             if log.name in about["logs"]:
@@ -64,7 +66,11 @@ class Checkpoints:
             flush(log)
         about = json.dumps(dict(step=step, logs={log.name: log.stat().st_size for log in logs}))
         path = self.folder / RESUME / f"{self.name}-{step:09}.safetensors"
-        save_tensors(path, self.tensors, dict(about=about, sha256=_digest(about, self.tensors)))
+        try:
+            save_tensors(path, self.tensors, dict(about=about, sha256=_digest(about, self.tensors)))
+        except OSError as e:  # the stage itself may need no more room, so it goes on
+            self.share = 0
+            return print(f"no more checkpoints: {path}: {e.strerror}", file=sys.stderr, flush=True)
         self.newest, self.since = path, time.monotonic()
         self.cost = self.since - start
 
