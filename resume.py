@@ -20,7 +20,7 @@ from torch import Tensor
 from model import raw, save_tensors
 from stage import RESUME, Settings, flush
 
-DISK_RATE = 1e9  # bytes written in a second, assumed until the first checkpoint has been timed
+DISK_RATE = 5e8  # bytes digested and written in a second, until the first checkpoint is timed
 
 
 class Checkpoints:

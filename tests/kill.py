@@ -23,6 +23,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -95,9 +96,12 @@ class Child:
             status, operations = 1, die_at(operation, run)
             try:
                 work(run)
-                print("operations", operations[0], flush=True)
+                print("operations", operations[0])
                 status = 0
+            except BaseException:
+                traceback.print_exc(file=sys.stdout)
             finally:
+                sys.stdout.flush()
                 os._exit(status)
         os.close(write)
         self.lines, self.told = os.fdopen(read, encoding="utf-8"), []
@@ -171,7 +175,7 @@ def disturb(work, run: Path, number: int, names, seconds, operations, rng):
             child = Child(work, run, operation=rng.randint(1, max(1, int(operations * left))))
         if child.end(kill=way == "clock"):
             hits.append((way, names[len(child.made)]))
-        left = 1 - len(child.made) / len(names)
+        left = 0.8 * (1 - len(child.made) / len(names))  # so that most second kills come
         on += [line for line in child.told if " goes on " in line]
     last = Child(work, run)
     last.end()
@@ -189,14 +193,14 @@ def timed_stage(run: Path):
 
     def told_update(*a, **k):
         out = apply_updates(*a, **k)
-        print("update", flush=True)
+        print("update")
         return out
 
     def told_keep(self, step):
         start, newest = time.monotonic(), self.newest
         keep(self, step)
         if self.newest != newest:
-            print("kept", time.monotonic() - start, flush=True)
+            print("kept", time.monotonic() - start)
 
     simu.apply_updates, resume.Checkpoints.keep = told_update, told_keep
     stages(run, *COST)
@@ -233,6 +237,7 @@ def cost(run: Path, rng, kills: int = 3):
 
 
 def main():
+    sys.stdout.reconfigure(line_buffering=True)  # a fork must find nothing unwritten
     short, rng = sys.argv[1:] == ["--short"], random.Random(0)
     count = 1 if short else int(sys.argv[1]) if len(sys.argv) > 1 else 30
     work = short_pipeline if short else pipeline
@@ -240,7 +245,7 @@ def main():
         run, begin = Path(folder) / "run", time.monotonic()
         names, seconds, operations = undisturbed(work, run)
         print(f"undisturbed: {sum(seconds):.1f} s, {len(names)} stages, {operations} operations "
-              "on files", flush=True)
+              "on files")
         wanted, good, kills = snapshot(run), 0, []
         for number in range(count):
             shutil.rmtree(run)
@@ -249,7 +254,7 @@ def main():
             good, kills = good + (not differ), kills + hits
             print(f"{number + 1:3}  {', '.join(f'{where} ({way})' for way, where in hits)}; "
                   f"{'; '.join(on) or 'no checkpoint needed'}; "
-                  f"{'DIFFERENT: ' + ' '.join(differ) if differ else 'same bytes'}", flush=True)
+                  f"{'DIFFERENT: ' + ' '.join(differ) if differ else 'same bytes'}")
         met = [where for _, where in kills]
         print(f"kills by stage: {', '.join(f'{name} {met.count(name)}' for name in names)}")
         print(f"{len(wanted)} files equal after {len(kills)} kills: {good} of {count} runs; "
