@@ -175,7 +175,7 @@ def disturb(work, run: Path, number: int, names, seconds, operations, rng):
             child = Child(work, run, operation=rng.randint(1, max(1, int(operations * left))))
         if child.end(kill=way == "clock"):
             hits.append((way, names[len(child.made)]))
-        left = 0.8 * (1 - len(child.made) / len(names))  # so that most second kills come
+        left = 0.5 * (1 - len(child.made) / len(names))  # so that most second kills come
         on += [line for line in child.told if " goes on " in line]
     last = Child(work, run)
     last.end()
