@@ -607,9 +607,9 @@ def _inputs(model_folder: Path, s: Settings) -> dict[str, str]:
     return dict(model=stage.fingerprint(model_folder), **data.data_digests(s))
 
 
-def evaluate(run: Path, name: str, *, limit: int = 0):
+def evaluate(run: Path, name: str, *, limit: int = 0, force: bool = False):
     """RUN/STAGE/eval (eval-limit-N for a quick look): metrics.json and generations.jsonl."""
-    s = stage.read_settings(run)
+    s = dataclasses.replace(stage.read_settings(run), force=force)
     if Path(name).name != name:
         raise UserError(f"{name} is not the bare name of a stage in {run}, such as original")
     folder = run / name
@@ -617,16 +617,15 @@ def evaluate(run: Path, name: str, *, limit: int = 0):
                 inputs=_inputs(folder, s), modules=("data", "model", "eval"))
     if job.done:
         return
-    benchmark, tokenizer = data.load_benchmark(s), data.load_tokenizer(folder)
-    model = Transformer.from_pretrained(folder, dtype=stage.choose_dtype(s),
-                                        device=stage.choose_device(s))
     with job as made:
-        so_far = made / "generations-so-far.jsonl"
+        benchmark, tokenizer = data.load_benchmark(s), data.load_tokenizer(folder)
+        model = Transformer.from_pretrained(folder, dtype=stage.choose_dtype(s),
+                                            device=stage.choose_device(s))
+        so_far = made / stage.RESUME / "generations.jsonl"
         metrics, rows = evaluate_model(model, tokenizer, benchmark, s, limit=limit, resume=so_far)
         lines = (json.dumps(row, ensure_ascii=False) for row in rows)
         stage.write_text(made / "generations.jsonl", "\n".join(lines) + "\n")
         stage.write_json(made / "metrics.json", metrics)
-        so_far.unlink()
 
 
 def read_rows(folder: Path) -> list[dict]:
@@ -678,6 +677,7 @@ def main(argv=None):
     check = commands.add_parser("check", help="evaluate the original; stop unless it knows the "
                                               "forget set (--must-know)")
     check.add_argument("run", type=Path)
+    one.add_argument("--force", action="store_true", help="evaluate again what is evaluated")
     two = commands.add_parser("report", help="report.md and report.json of a run")
     two.add_argument("run", type=Path)
     two.add_argument("--runs", type=Path, nargs="+", default=[], metavar="RUN",
@@ -698,11 +698,13 @@ def main(argv=None):
     if args.limit < 0:
         raise UserError(f"--limit is {args.limit}; it must be 0 (all rows) or more")
     stages = args.stages or sorted(p.parent.name for p in args.run.glob("*/config.json")
-                                   if (p.parent / "stage.json").is_file())
+                                   if (p.parent / "stage.json").is_file()
+                                   and not p.parent.name.endswith((".partial", ".old")))
     if not stages:
         raise UserError(f"{args.run} holds no finished model; `bash run.sh demo` makes one")
-    for name in stages:
-        evaluate(args.run, name, limit=args.limit)
+    with stage.lock(args.run):
+        for name in stages:
+            evaluate(args.run, name, limit=args.limit, force=args.force)
 
 
 if __name__ == "__main__":

@@ -627,6 +627,11 @@ def _split(tensors: dict, limit: int) -> list[dict]:
     return shards
 
 
+def raw(t: torch.Tensor):
+    """The bytes of a contiguous CPU tensor, not copied: the caller must keep the tensor."""
+    return (ctypes.c_ubyte * t.nbytes).from_address(t.data_ptr()) if t.nbytes else b""
+
+
 def save_tensors(path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None):
     """Write a safetensors file, one tensor at a time and whole or not at all. (The safetensors
     package would copy each shard and needs numpy: the format is 8 bytes of header length, a JSON
@@ -646,8 +651,7 @@ def save_tensors(path, tensors: dict[str, torch.Tensor], metadata: dict[str, str
             file.write(len(text).to_bytes(8, "little") + text)
             for _, t in ordered:
                 t = t.detach().to("cpu").contiguous()
-                if t.nbytes:
-                    file.write((ctypes.c_ubyte * t.nbytes).from_address(t.data_ptr()))
+                file.write(raw(t))
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)

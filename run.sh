@@ -6,7 +6,8 @@
 #   bash run.sh test                                  the test suite
 #
 # Options are those of `python simu.py original --help`, --seeds N to run seeds 0 to N-1, and
-# --dry-run to see the downloads, the stages and the memory plan only. A finished stage is skipped.
+# --dry-run to see the downloads, the stages and the memory plan only. A finished stage is skipped
+# (--force: made again), a killed one goes on from where it was.
 set -euo pipefail
 # Waiting threads sleep: on a machine that is busy with something else, spinning ones can make a
 # small model three times slower.
@@ -56,8 +57,8 @@ case "$model" in *olmo*) needs+=(tokenizers) ;; esac
 [[ "$benchmark" == demo || -n "${SIMU_DATA:-}" && "$model" == tiny* ]] || needs+=(huggingface_hub)
 set_up ${needs[@]+"${needs[@]}"}
 
-# --out and --seeds are needed here; every other option goes to simu.py as it is.
-run="$here/runs/$benchmark-$model" seeds=1 options=() dry=""
+# These are needed here; every other option goes to simu.py as it is.
+run="$here/runs/$benchmark-$model" seeds=1 options=() force=() dry=""
 while [[ $# -gt 0 ]]; do
     case "$1" in
     -h | --help) exec "$python" "$here/simu.py" original --help ;;
@@ -65,6 +66,7 @@ while [[ $# -gt 0 ]]; do
     --out) [[ -n "${2:-}" ]] || usage; run="$2"; shift 2 ;;
     --seeds) [[ "${2:-}" =~ ^[1-9][0-9]{0,3}$ ]] || usage; seeds="$2"; shift 2 ;;
     --dry-run) dry=echo; shift ;;
+    --force) force=(--force); shift ;;
     *) options+=("$1"); shift ;;
     esac
 done
@@ -75,7 +77,7 @@ done
 
 pipeline() { # pipeline RUN [--seed K]
     local simu=("$python" "$here/simu.py") at
-    at=("$benchmark" "$model" ${options[@]+"${options[@]}"} --out "$@")
+    at=("$benchmark" "$model" ${options[@]+"${options[@]}"} ${force[@]+"${force[@]}"} --out "$@")
     [[ -z $dry ]] || { "${simu[@]}" files "${at[@]}"; echo; "${simu[@]}" plan "${at[@]}"; echo; }
     $dry "${simu[@]}" original "${at[@]}"
     $dry "$python" "$here/eval.py" check "$1"
@@ -84,7 +86,7 @@ pipeline() { # pipeline RUN [--seed K]
     $dry "${simu[@]}" unlearn "${at[@]}" --method fo
     $dry "${simu[@]}" unlearn "${at[@]}" --method so
     $dry "${simu[@]}" unlearn "${at[@]}" --method simu
-    $dry "$python" "$here/eval.py" evaluate "$1"
+    $dry "$python" "$here/eval.py" evaluate "$1" ${force[@]+"${force[@]}"}
 }
 { # read whole before it starts, so that editing this file does not derail a run
     pipeline "$run"

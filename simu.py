@@ -30,7 +30,7 @@ import json
 import os
 import random
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import stage  # before torch: it silences a warning of torch's import
@@ -47,6 +47,7 @@ from card import write_card
 from data import IGNORE, Batch, Encoded, collate
 from eval import evaluate_model
 from model import Config, Transformer, causal_attention, save_tensors, weight_files
+from resume import Checkpoints
 from stage import Settings, Stage, UserError
 
 # ----------------------------------------------------------------------------------------- recipes
@@ -469,18 +470,24 @@ def train(model, moving: list[Moving], order: list, backward, update, *, s: Sett
           warmup: float, log: Path, title: str, after=None):
     """Run one update per item of `order`. backward(item) leaves gradients and returns the losses
     by name; update(param, grad, m, h, lr, decayed, step) is a step of one weight; after(step) is
-    called when it is done. A line per update goes to `log`."""
+    called when it is done. A line per update goes to `log`. In a killed stage's folder it goes on
+    from the last checkpoint: items, rates and random bits depend on the step alone."""
     total, count = len(order), sum(w.master.numel() for w in moving)
     generator = torch.Generator(moving[0].master.device)
     rows = [m for m in model.modules() if isinstance(m, CriticalRows)]
-    with open(log, "w", encoding="utf-8") as file, tqdm(total=total, desc=title) as bar:
-        for step, item in enumerate(order, 1):
+    kept = Checkpoints(log.parent, title, {f"{w.name}.{k}": getattr(w, k) for w in moving
+                                           for k in ("master", "m", "h")}, s)
+    if done := kept.restore():
+        read_masters(moving, rows)
+    with (open(log, "a" if done else "w", encoding="utf-8") as file,
+          tqdm(total=total, initial=done, desc=title) as bar):
+        for step, item in enumerate(order[done:], done + 1):
             losses = backward(item)
             norms = torch.stack([w.weight.grad.float().norm() for w in moving])
             norm = norms.norm().item()
             if not all(map(_finite, (norm, *losses.values()))):
                 raise UserError(f"{title}: loss or gradient is not finite at update {step} of "
-                                f"{total}; lower --lr")
+                                f"{total}; lower --lr{kept.told()}")
             rate = learning_rate(step, total, lr, warmup)
             generator.manual_seed(s.seed * 1_000_003 + step)
             clipped = apply_updates(
@@ -494,6 +501,18 @@ def train(model, moving: list[Moving], order: list, backward, update, *, s: Sett
             bar.update()
             if after:
                 after(step)
+            file.flush()
+            kept.keep(step)
+
+
+@torch.no_grad()
+def read_masters(moving: list[Moving], rows: list[CriticalRows]):
+    """Bring what the model computes with up to its masters."""
+    for w in moving:
+        if w.master.dtype != w.weight.dtype:
+            w.weight.copy_(w.master)
+    for module in rows:
+        module.refresh()
 
 
 def _finite(x: float) -> bool:
@@ -673,7 +692,7 @@ def original_stage(s: Settings):
             link_original(s, folder, source)
         else:
             make_fine_tuned(s, bench, digests, folder, source)
-    stage.write_json(s.run / "settings.json", dataclasses.asdict(s))
+    stage.write_json(s.run / "settings.json", dataclasses.asdict(s) | dict(force=False))
 
 
 def make_fine_tuned(s: Settings, bench: data.Benchmark, digests: dict, base: Path, source: dict):
@@ -786,23 +805,30 @@ def attribute_stage(s: Settings):
     encoded["retain"] = random.Random(s.seed).sample(encoded["retain"], count)
     with job as folder:
         model = load_original(s, job, "attribute", encoded)
-        scores = {name: attribute_rows(model, rows, s, title=f"attribute {name}").cpu()
-                  for name, rows in encoded.items()}
+        scores = {name: attribute_rows(model, rows, s, title=f"attribute {name}",
+                                       folder=folder).cpu() for name, rows in encoded.items()}
         _need_finite(torch.stack([*scores.values()]))
         save_tensors(folder / "scores.safetensors", scores)
 
 
-def attribute_rows(model, rows: list[Encoded], s: Settings, *, title: str) -> Tensor:
-    """Att summed over rows, in batches of like length: float32 [L, D]."""
+def attribute_rows(model, rows: list[Encoded], s: Settings, *, title: str,
+                   folder: Path | None = None) -> Tensor:
+    """Att summed over rows, in batches of like length: float32 [L, D]. folder: of the stage, whose
+    partial sums a killed one goes on from."""
     device = model.embed_tokens.weight.device
     total = torch.zeros(len(model.layers), model.config.hidden_size, device=device)
     # Every path node but the last is a row of the second stream.
     budget = s.attribution_tokens // max(1, s.steps - 1)
-    with tqdm(total=len(rows), desc=title, unit="pair") as bar:
-        for part in data.batches_by_length(rows, budget):
+    parts = data.batches_by_length(rows, budget)
+    kept = Checkpoints(folder, title, {"sum": total}, s)
+    done = kept.restore()
+    with tqdm(total=len(rows), desc=title, unit="pair",
+              initial=sum(map(len, parts[:done]))) as bar:
+        for n, part in enumerate(parts[done:], done + 1):
             batch = collate([rows[i] for i in part], device)
             total += attribute(model, batch, steps=s.steps, path=s.path)
             bar.update(len(part))
+            kept.keep(n)
     return total
 
 
@@ -854,7 +880,6 @@ def _evaluator(model, bench, s: Settings, folder: Path):
     """after(step) for `train`: a line of metrics in epochs.jsonl at the end of every epoch."""
     tokenizer = data.load_tokenizer(s.run / "original")
     ends = {e * len(bench.forget) // s.batch: e for e in range(1, s.epochs + 1)}
-    (folder / "epochs.jsonl").unlink(missing_ok=True)
 
     def after(step):
         if step in ends:
@@ -888,8 +913,9 @@ def main(argv=None):
         command.add_argument("model", choices=stage.MODELS)
         stage.add_options(command, skip=("benchmark", "model"))
     given = vars(parser.parse_args(argv))
-    run = STAGES[given.pop("stage")]
-    run(resolve(given))
+    run, s = STAGES[given.pop("stage")], resolve(given)
+    with stage.lock(s.run) if run is not plan_stage else nullcontext():
+        run(s)
 
 
 if __name__ == "__main__":

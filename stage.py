@@ -3,7 +3,8 @@
 Nothing of the method is here. A *stage* (original, attribution, mask, an unlearned model, an
 evaluation) is one folder. It is made under a temporary name and renamed when it is whole, beside a
 `stage.json` that says what made it: settings, inputs, code, time, memory. A stage whose fingerprint
-(all of those but the last two) is unchanged is skipped; any other is made again.
+(all of those but the last two) is unchanged is skipped; any other is made again. A killed stage
+leaves its unfinished folder, and goes on from what resume.py kept there.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import os
 import re
 import resource
 import shutil
+import signal
 import sys
 import time
 import tokenize
@@ -34,6 +36,7 @@ NO_TEXT = re.compile("[\0\ud800-\udfff]")  # what no file name or UTF-8 file can
 MOST = 2**31  # a number from here on is a slip of the hand, and overflows some kernel
 LONGEST = 1000  # characters of an error message, which may quote a damaged file
 HASHED = 1 << 25  # bytes: up to here a stage's file is known by sha256, above by its size alone
+RESUME = "resume"  # in an unfinished stage: what a killed one goes on from; not part of the result
 
 
 class UserError(Exception):
@@ -78,6 +81,13 @@ class Settings:
     device: str = option("auto", "where to compute", choices=("auto", "cpu", "cuda"))
     dtype: str = option("auto", "of the weights; auto: bfloat16 for real models on a GPU",
                         choices=("auto", "float32", "bfloat16"))
+    deterministic: bool = option(False, "on a GPU: only kernels that give the same bits each time, "
+                                 "slower; an operation that has none stops the run")
+    force: bool = option(False, "make again what is already made")
+    resume_cost: float = option(
+        0.03, "share of a training's or attribution's time spent on checkpoints from which a killed "
+        "one goes on; 1: one after every update; 0: none",
+        ok=lambda x: 0 <= x <= 1, must="from 0 to 1")
 
     # What is forgotten and kept.
     forget_split: str = option("forget10", "TOFU: file of the forget set")
@@ -222,6 +232,13 @@ def choose_dtype(s: Settings) -> torch.dtype:
     return torch.bfloat16 if real else torch.float32
 
 
+def be_deterministic():
+    """--deterministic, for this process."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the first matmul on a GPU
+    torch.backends.cudnn.benchmark = False
+    torch.use_deterministic_algorithms(True)
+
+
 def resolved(s: Settings, names: tuple[str, ...]) -> dict:
     """The named settings, with "auto" replaced by what it means on this machine."""
     auto = dict(device=lambda: choose_device(s).type, dtype=lambda: str(choose_dtype(s))[6:])
@@ -269,6 +286,13 @@ def read_json(path: Path):
     except (ValueError, RecursionError) as e:
         what = str(e).splitlines()[0]
         raise UserError(f"{path} is not valid JSON ({what}); fetch or make it again") from None
+
+
+def flush(path: Path):
+    """Have the disk hold a file; a folder or a link says nothing of its own."""
+    if path.is_file() and not path.is_symlink():
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
 
 
 def sha256(path: Path) -> str:
@@ -357,12 +381,14 @@ class Stage:
 
     @property
     def done(self) -> bool:
+        self._recover()
         if not (self.folder / "stage.json").is_file():
             return False
-        changed = self._changed()
+        changed, force = self._changed(), self.settings.force
         print(f"[{self.name}] " + (f"made again: {' and '.join(changed)} changed" if changed else
+                                   "made again: --force" if force else
                                    "already made; skipped"), flush=True)
-        return not changed
+        return not (changed or force)
 
     def _changed(self) -> list[str]:
         """Which of settings, inputs and code differ from what made the folder, and whether any of
@@ -383,40 +409,53 @@ class Stage:
 
     def __enter__(self) -> Path:
         self.folder.parent.mkdir(parents=True, exist_ok=True)
-        self._lock = _lock(self.settings.run)
-        mark = self.partial / "fingerprint"
+        self._lock = contextlib.ExitStack()
+        self._lock.enter_context(lock(self.settings.run))
+        mark = self.partial / RESUME / "fingerprint"
         if not (mark.is_file() and mark.read_bytes() == self.fingerprint.encode()):
             shutil.rmtree(self.partial, ignore_errors=True)
-            self.partial.mkdir()
+            mark.parent.mkdir(parents=True)
             write_text(mark, self.fingerprint)
+        if self.settings.deterministic:
+            be_deterministic()
         self._start = time.monotonic()
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         return self.partial
 
     def __exit__(self, kind, error, trace):
-        with self._lock:  # closing the file frees the lock
+        with self._lock:
             if kind is not None:
                 if isinstance(error, OSError) and not error.filename:  # a full disk names no file
                     error.filename = str(self.partial)
                 return
             seconds, memory = time.monotonic() - self._start, peak_memory()
-            (self.partial / "fingerprint").unlink()
+            for path in self.partial.iterdir():
+                flush(path)
             write_stage(self.partial, dict(
                 fingerprint=self.fingerprint, why=self.why,
                 settings=dataclasses.asdict(self.settings), seconds=round(seconds, 3), **memory,
                 torch=torch.__version__, threads=torch.get_num_threads(), **self.notes,
                 files=seal(self.partial)))
-            old = self.folder.with_name(self.folder.name + ".old")
-            shutil.rmtree(old, ignore_errors=True)
-            if self.folder.exists():
-                os.replace(self.folder, old)
-            os.replace(self.partial, self.folder)
-            shutil.rmtree(old, ignore_errors=True)
+            self._recover()
         peak = ", ".join(f"peak {k.split('_')[1]} {v / 2**30:.2f} GiB" for k, v in memory.items())
         if "peak_gpu_bytes" in memory and "predicted_bytes" in self.notes:
             peak += f" (predicted {self.notes['predicted_bytes'] / 2**30:.2f})"
         print(f"[{self.name}] {seconds:.1f} s, {peak}", flush=True)
+
+    def _recover(self):
+        """Put a whole unfinished folder in its place: at a stage's end, or where a kill came after
+        its stage.json. Each line may be the last one reached."""
+        old = self.folder.with_name(self.folder.name + ".old")
+        whole = (self.partial / "stage.json").is_file()
+        if whole and fingerprint(self.partial) == self.fingerprint:
+            shutil.rmtree(self.partial / RESUME, ignore_errors=True)
+            if self.folder.exists():
+                shutil.rmtree(old, ignore_errors=True)
+                os.replace(self.folder, old)
+            os.replace(self.partial, self.folder)
+        if self.folder.exists():
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def peak_memory() -> dict[str, int]:
@@ -428,15 +467,28 @@ def peak_memory() -> dict[str, int]:
     return memory
 
 
-def _lock(run: Path):
-    """An open file that holds the run's lock; the system frees it even if the process is killed."""
-    file = open(run / ".lock", "w")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        file.close()
-        raise UserError(f"{run} is in use by another process; wait for it, or use --out") from None
-    return file
+_locked = set()  # run folders this process holds
+
+
+@contextlib.contextmanager
+def lock(run: Path):
+    """Hold a run folder, if it is there, against other processes. The system lets go of it even if
+    this one is killed. A command holds it throughout; its stages' own holds are then no-ops."""
+    run = Path(run).resolve()
+    if run in _locked or not run.is_dir():
+        yield
+        return
+    with open(run / ".lock", "w") as file:  # closing it frees the lock
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{run} is in use by another process; wait for it, or use "
+                            "--out") from None
+        _locked.add(run)
+        try:
+            yield
+        finally:
+            _locked.remove(run)
 
 
 # -------------------------------------------------------------------------------------------- main
@@ -453,12 +505,13 @@ def run_cli(main):
     """Run a command line: what the user can put right ends in one line and exit status 2."""
     with contextlib.suppress(AttributeError):  # a replaced stdout (tests, notebooks) has none
         sys.stdout.reconfigure(line_buffering=True)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # clusters send it: as Ctrl-C
     try:
         main()
     except UserError as e:
         _stop(str(e), 2)
     except KeyboardInterrupt:
-        _stop("stopped; the same command goes on from the last finished stage", 130)
+        _stop("stopped; the same command goes on from where it stopped", 130)
     except (torch.OutOfMemoryError, MemoryError):
         _stop(OUT_OF_MEMORY, 2)
     except RuntimeError as e:

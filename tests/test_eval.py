@@ -546,7 +546,8 @@ def test_a_killed_evaluation_goes_on(run, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         ev.evaluate(run, "original")
     assert not folder.exists()
-    with open(run / "original" / "eval.partial" / "generations-so-far.jsonl", "a") as file:
+    kept = run / "original" / "eval.partial" / "resume" / "generations.jsonl"
+    with open(kept, "a") as file:
         file.write('["torn')
     asked.clear()
     monkeypatch.setattr(ev, "generate", lambda model, prompts, **k: asked.append(len(prompts))

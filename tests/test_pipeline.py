@@ -2,6 +2,7 @@
 skipped, what is made again, and how mistakes end."""
 
 import dataclasses
+import fcntl
 import json
 import os
 import shutil
@@ -315,7 +316,8 @@ def test_a_budget_that_cannot_hold_a_row(runs, tmp_path):
 def test_a_run_in_use_is_refused(runs, tmp_path):
     out = tmp_path / "run"
     shutil.copytree(runs["demo"], out)
-    with stage._lock(out):
+    with open(out / ".lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
         with pytest.raises(UserError, match="in use by another process"):
             simu.main(["mask", "demo", "tiny-llama", "--out", str(out), *MICRO, "--threshold",
                        "0.2", "--data", str(ROOT / "demo")])
@@ -367,7 +369,7 @@ DEPENDENTS = dict(
     method="unlearn", lr="unlearn", epochs="unlearn", batch="unlearn", lam="unlearn",
     beta2="unlearn", gamma="unlearn", eps="unlearn", state="unlearn", checkpointing="unlearn",
     eval_epochs="unlearn", max_new_tokens="eval", max_total_tokens="eval",
-    data="", out="", eval_tokens="")
+    data="", out="", eval_tokens="", force="", deterministic="", resume_cost="", must_know="")
 
 
 def test_every_setting_makes_the_right_stages_again():

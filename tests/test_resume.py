@@ -1,0 +1,282 @@
+"""What a killed stage goes on from, and that it ends with the bytes of an undisturbed one. The whole
+pipeline under SIGKILL is tests/kill.py, of which a short version runs here."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import simu
+import stage
+from resume import Checkpoints
+from stage import Settings, Stage, UserError
+from test_simu import rows, settings, tiny
+
+CASES = {  # method, optimiser state, weights
+    "AdamW in float32": ("fo", "float32", torch.float32),
+    "Sophia, bfloat16 state": ("so", "bfloat16", torch.bfloat16),
+    "critical rows, float32 masters": ("simu", "float32", torch.bfloat16)}
+
+
+class Killed(BaseException):
+    """Not caught by anything on its way, as SIGKILL is not."""
+
+
+def unlearned(folder, case="AdamW in float32", *, at=0, **changes):
+    """The bytes of a training of 9 updates, and the steps made; killed in update `at`, after its
+    line in the log and before its checkpoint."""
+    method, state, dtype = CASES[case]
+    model, steps = tiny(sharp=2.0).to(dtype), []
+    mask = torch.arange(3 * 32).view(3, 32) % 5 == 0
+    (folder / stage.RESUME).mkdir(parents=True, exist_ok=True)
+
+    def after(step):
+        steps.append(step)
+        with open(folder / "epochs.jsonl", "a") as file:
+            file.write(f"{step}\n")
+        if step == at:
+            raise Killed
+
+    s = settings(method=method, state=state, epochs=6, resume_cost=1.0, **changes)
+    simu.unlearn(model, rows(6), rows(10, seed=1), mask, s, folder / "log.jsonl", after)
+    weights = {n: p.detach().float() for n, p in model.named_parameters()}
+    return weights, [(folder / n).read_bytes() for n in ("log.jsonl", "epochs.jsonl")], steps
+
+
+def same(a, b) -> bool:
+    return a[1] == b[1] and all(torch.equal(a[0][n], b[0][n]) for n in a[0])
+
+
+def killed(folder, *args, **options) -> list[Path]:
+    """Checkpoints that a killed training leaves, the newest first."""
+    with pytest.raises(Killed):
+        unlearned(folder, *args, **options)
+    return sorted((folder / stage.RESUME).glob("*"), reverse=True)
+
+
+# -------------------------------------------------------------------------------------- trainings
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_killed_training_ends_with_the_same_bytes(tmp_path, case):
+    whole = unlearned(tmp_path / "a", case)
+    left = killed(tmp_path / "b", case, at=5)
+    assert [p.name[-13:] for p in left] == ["4.safetensors", "3.safetensors"]
+    again = killed(tmp_path / "b", case, at=8)
+    assert len(again) == 2
+    on = unlearned(tmp_path / "b", case)
+    assert whole[2] == list(range(1, 10)) and on[2] == [8, 9]
+    assert same(whole, on)
+
+
+def flip(path: Path, byte: int):
+    content = bytearray(path.read_bytes())
+    content[byte] ^= 1
+    path.write_bytes(content)
+
+
+TORN = {"cut": lambda p: os.truncate(p, p.stat().st_size // 2),
+        "empty": lambda p: os.truncate(p, 0), "a bit of a tensor": lambda p: flip(p, -5),
+        "its step": lambda p: p.write_bytes(
+            p.read_bytes().replace(b'\\"step\\": 4', b'\\"step\\": 5')),
+        "longer logs": lambda p: [os.truncate(log, 9) for log in p.parents[1].glob("epochs.*")]}
+
+
+@pytest.mark.parametrize("what", TORN)
+def test_a_torn_checkpoint_is_passed_over(tmp_path, what):
+    whole = unlearned(tmp_path / "a")
+    newest, older = killed(tmp_path / "b", at=5)
+    before = newest.read_bytes()
+    TORN[what](newest)
+    assert before != newest.read_bytes() or "logs" in what
+    on = unlearned(tmp_path / "b")
+    assert on[2][0] == (4 if what != "longer logs" else 5) and same(whole, on)
+
+
+def test_without_a_good_checkpoint_it_starts_over(tmp_path):
+    whole = unlearned(tmp_path / "a")
+    for path in killed(tmp_path / "b", at=5):
+        os.truncate(path, 100)
+    (tmp_path / "b" / "epochs.jsonl").write_text("of before\n")
+    on = unlearned(tmp_path / "b")
+    assert on[2][0] == 1 and same(whole, on)
+
+
+def test_a_loss_that_is_not_finite_names_the_last_good_checkpoint(tmp_path, monkeypatch):
+    newest, _ = killed(tmp_path, at=5)
+    monkeypatch.setattr(simu, "backward_mean_nll", lambda *a: float("nan"))
+    monkeypatch.setattr(simu, "apply_updates", None)
+    model = tiny(sharp=2.0)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    with pytest.raises(UserError, match=f"at update 5 of 9.*{newest.name}"):
+        simu.unlearn(model, rows(6), rows(10, seed=1), None,
+                     settings(method="fo", epochs=6, resume_cost=1.0), tmp_path / "log.jsonl")
+    assert newest.is_file()
+
+
+def test_no_share_of_the_time_means_no_checkpoint_and_a_small_one_few(tmp_path):
+    s = Settings(resume_cost=0.0)
+    (tmp_path / stage.RESUME).mkdir()
+    tensors = {"x": torch.zeros(3)}
+    Checkpoints(tmp_path, "loop", tensors, s).keep(1)
+    assert not list((tmp_path / stage.RESUME).iterdir())
+    kept = Checkpoints(tmp_path, "loop", tensors, Settings(resume_cost=0.1))
+    kept.cost, now = 2.0, kept.since
+    for age, due in ((17.9, False), (18.1, True)):  # 2 of 20 seconds
+        kept.since = now - age
+        kept.keep(1)
+        assert bool(kept.newest) == due
+    assert Checkpoints(tmp_path, "another loop", tensors, s).restore() == 0
+    assert Checkpoints(tmp_path, "loop", {"x": torch.zeros(4)}, s).restore() == 0
+    assert Checkpoints(tmp_path, "loop", tensors, s).restore() == 1
+
+
+def test_a_full_disk_ends_the_checkpoints_and_not_the_stage(tmp_path, monkeypatch, capsys):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    whole = unlearned(tmp_path / "a")
+    monkeypatch.setattr("resume.save_tensors", full)
+    assert same(whole, unlearned(tmp_path / "b"))
+    assert capsys.readouterr().err.count("No space left on device") == 1
+
+
+# ------------------------------------------------------------------------------------ attribution
+
+
+def test_a_killed_attribution_ends_with_the_same_bytes(tmp_path, monkeypatch):
+    model, s = tiny(), settings(attribution_tokens=60, resume_cost=1.0)
+    attribute, calls = simu.attribute, []
+    whole = simu.attribute_rows(model, rows(9), s, title="a")
+
+    def counted(*args, **options):
+        calls.append(1)
+        if len(calls) == 4:
+            raise Killed
+        return attribute(*args, **options)
+
+    monkeypatch.setattr(simu, "attribute", counted)
+    (tmp_path / stage.RESUME).mkdir()
+    with pytest.raises(Killed):
+        simu.attribute_rows(model, rows(9), s, title="a", folder=tmp_path)
+    calls[:] = [1] * 4
+    on = simu.attribute_rows(model, rows(9), s, title="a", folder=tmp_path)
+    assert torch.equal(on, whole)
+    parts = len(simu.data.batches_by_length(rows(9), 60 // (s.steps - 1)))
+    assert len(calls) - 4 == parts - 3
+
+
+# ----------------------------------------------------------------------------------- stage folders
+
+
+def job(run: Path, seed=0, **changes):
+    return Stage(run / "work", settings=Settings(out=str(run), seed=seed, **changes),
+                 fields=("seed",), inputs={}, modules=())
+
+
+def make(run: Path, text: str, **changes):
+    this = job(run, **changes)
+    if not this.done:
+        with this as folder:
+            (folder / "result").write_text(text)
+
+
+def test_what_was_kept_of_other_settings_is_not_used(tmp_path):
+    for seed, found in ((0, False), (0, True), (1, False)):
+        with pytest.raises(Killed):
+            with job(tmp_path, seed) as folder:
+                kept = folder / stage.RESUME / "kept"
+                assert kept.exists() == found
+                kept.touch()
+                raise Killed
+
+
+@pytest.mark.parametrize("event", ["os.rename", "shutil.rmtree"])
+@pytest.mark.parametrize("before", [False, True], ids=["new", "made again"])
+def test_a_stage_killed_at_its_end_is_neither_lost_nor_made_again(tmp_path, event, before,
+                                                                  monkeypatch):
+    """Before each of the renames and removals of its end in turn, until none is left."""
+    module, name = event.split(".")
+    module = {"os": os, "shutil": stage.shutil}[module]
+    plain = getattr(module, "replace" if name == "rename" else name)
+    for at in range(1, 9):
+        run = tmp_path / str(at)
+        if before:
+            make(run, "old", seed=1)
+        count = []
+
+        def dies(*args, **options):
+            whole = (run / "work.partial" / "stage.json").is_file() or count
+            count.extend([1] * bool(whole))
+            if len(count) == at:
+                raise Killed
+            return plain(*args, **options)
+
+        with monkeypatch.context() as m:
+            m.setattr(module, "replace" if name == "rename" else name, dies)
+            try:
+                make(run, "new")
+            except Killed:
+                died = True
+            else:
+                died = False
+        make(run, "made again")
+        assert (run / "work" / "result").read_text() == "new"
+        assert sorted(p.name for p in run.iterdir()) == [".lock", "work"]
+        assert sorted(p.name for p in (run / "work").iterdir()) == ["result", "stage.json"]
+        if not died:
+            break
+    assert at > 1
+
+
+def test_force_makes_again_what_is_made(tmp_path, capsys):
+    make(tmp_path, "first")
+    make(tmp_path, "second")
+    assert (tmp_path / "work" / "result").read_text() == "first"
+    make(tmp_path, "third", force=True)
+    assert (tmp_path / "work" / "result").read_text() == "third"
+    assert "[work] made again: --force\n" in capsys.readouterr().out
+    make(tmp_path, "fourth")  # it leaves no trace in the fingerprint
+    assert (tmp_path / "work" / "result").read_text() == "third"
+
+
+# --------------------------------------------------------------------------------------- the rest
+
+
+def test_sigterm_stops_like_ctrl_c(capsys):
+    before = [signal.getsignal(x) for x in (signal.SIGTERM, signal.SIGINT)]
+    try:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            with pytest.raises(SystemExit) as e:
+                stage.run_cli(lambda: signal.raise_signal(number))
+            assert e.value.code == 130
+            assert "goes on from where it stopped" in capsys.readouterr().err
+    finally:
+        signal.signal(signal.SIGTERM, before[0])
+        signal.signal(signal.SIGINT, before[1])
+
+
+def test_deterministic_is_switched_on_by_a_stage_and_changes_nothing_on_a_cpu(tmp_path,
+                                                                              monkeypatch):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    plain = unlearned(tmp_path / "a")
+    try:
+        make(tmp_path / "run", "x", deterministic=True)
+        assert torch.are_deterministic_algorithms_enabled()
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+        assert same(plain, unlearned(tmp_path / "b"))
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_a_killed_pipeline_ends_with_the_same_bytes():
+    done = subprocess.run([sys.executable, Path(__file__).with_name("kill.py"), "--short"],
+                          capture_output=True, text=True)
+    told = done.stdout + done.stderr
+    assert done.returncode == 0 and re.search("after [12] kills: 1 of 1 runs", told), told
