@@ -61,10 +61,8 @@ SHOTS = (1, 3)  # retain rows before the question
 PREFIXES = ("Sure, here is the answer:", "Of course.")
 LEAKS = (1, 2, 4, 8)  # tokens of the answer given away
 BITS = (8, 4)
-RELEARN_BATCH = 4
-# Peak rates of relearning. Tiny models: the lowest of 1, 2, 5 times 10^n at which the thin refusal
-# layer of tests/test_attack.py gives way. Real ones: TOFU's own fine-tuning rate.
-RELEARN_LR = {True: 1e-3, False: 1e-5}  # by Settings.tiny
+RELEARN_BATCH = 1  # the most updates that one epoch has
+RELEARN_LR = 1e-5  # of real models, as TOFU taught them; tiny ones: light_lr, likewise
 LEAST = 0.05  # a gap to the original that is too small to divide by
 INPUTS = ("paraphrase", "shots", "prefix", "format")
 WEIGHTS = (*(f"int{bits}" for bits in BITS), "relearn-half", "relearn-retain")
@@ -168,8 +166,8 @@ def relearn(model: Transformer, rows: list[data.Encoded], s: Settings, log: Path
     with simu.moving_weights(model, "fo", None, model.embed_tokens.weight.dtype) as moving:
         simu.train(model, moving, batches,
                    lambda part: dict(loss=simu.backward_mean_nll(model, part, 1.0, s.micro_tokens)),
-                   simu.adamw(s), s=s, lr=RELEARN_LR[s.tiny], warmup=s.warmup, log=log,
-                   title="relearn")
+                   simu.adamw(s), s=s, lr=s.light_lr if s.tiny else RELEARN_LR,
+                   warmup=s.warmup, log=log, title="relearn")
 
 
 def change(model: Transformer, attack: str, bench: data.Benchmark, tokenizer, s: Settings,
@@ -190,7 +188,7 @@ def change(model: Transformer, attack: str, bench: data.Benchmark, tokenizer, s:
 # ------------------------------------------------------------------------------------------- stages
 
 DEPENDS = (*evaluation.DEPENDS, "device", "micro_tokens", "beta1", "adam_beta2", "adam_eps",
-           "weight_decay", "clip", "warmup")
+           "weight_decay", "clip", "warmup", "light_lr")
 MODULES = ("data", "model", "simu", "eval", "attack")
 
 
