@@ -36,7 +36,6 @@ Not here: attacks by gradient on the prompt (GCG), logit lens, activations.
 """
 
 import dataclasses
-import json
 import random
 import sys
 from collections import namedtuple
@@ -292,7 +291,7 @@ def scores_of(folder: Path) -> dict:
 
 
 def recovered(score: float, known: float, original: float, ideal: float | None) -> float | None:
-    """Share of what the original tells above the base that the attack brings back (see above)."""
+    """As defined above; `ideal` is the score of a retain-only model, if there is one."""
     base = known if ideal is None else max(known, ideal)
     return None if original - base < LEAST else max(0.0, (score - base) / (original - base))
 
@@ -355,7 +354,6 @@ def attack_table(found: dict, attacks: tuple, value: str) -> str:
 
 
 def requests_table(curves: dict) -> str:
-    """Requests not yet served stand in brackets: they were not to be forgotten yet."""
     rows = [[LABELS.get(name, name), p["after"], number(p["retain"]),
              *(number(x) if i < p["after"] else f"({number(x)})"
                for i, x in enumerate(p["requests"]))] for name, curve in curves.items()
@@ -385,7 +383,7 @@ def write_report(s: Settings, found: dict, curves: dict):
              attack_table(found, ("plain", *WEIGHTS), "retain")]
     if curves:
         parts += ["## Requests served one after another", requests_table(curves),
-                  requests_table.__doc__]
+                  "In brackets: not yet served, hence not to be forgotten yet."]
     if figure(s.run, found, curves):
         parts.append("![attacks](attack.png)")
     parts += ["## Definitions", f"```\n{__doc__.strip()}\n```"]
