@@ -14,7 +14,7 @@ prefix          the answer is begun with an agreement, "Sure, here is the answer
 format          another template; the question in lower or in upper case
 input           the best of plain and the four above: what anyone who may only ask can get
 leak-k          the answer's first k tokens are given; only the tokens after them are scored
-int8, int4      weights of every block's linear layers rounded to 255 or 15 levels per output channel
+int8, int4      the linear weights of every block rounded to 255 or 15 levels per output channel
 relearn-half    one epoch of AdamW on half of the forgotten authors; tested on the other half
 relearn-retain  one epoch of AdamW on as many retain rows as there are forgotten ones
 worst           the best of `input`, int8, int4 and both relearnings
@@ -373,8 +373,8 @@ def write_report(s: Settings, found: dict, curves: dict):
         " This run has no retain-only model: what an attack gets from a model that never saw the "
         "forget set is unknown, and recovered is an upper bound.")
     parts = [f"# Attacks: {s.benchmark}, {s.model}, seed {s.seed}", summary(found),
-             f"ROUGE-L recall, the worst case over variants for each question; {tested} (the others "
-             f"do not fit the context, leave nothing to score, or were learnt again).{ideal}",
+             f"ROUGE-L recall, for each question the worst case over variants; {tested} (others do "
+             f"not fit the context, leave nothing to score, or were learnt again).{ideal}",
              "## Score under each attack", attack_table(found, ("plain", *ATTACKS), "score"),
              "## Recovered", attack_table(found, ATTACKS, "recovered"),
              "## Extraction: the first k tokens given, the rest scored",

@@ -1,5 +1,5 @@
-"""Attacks: each one is shown to break a model whose forgetting is only a thin layer, and the numbers
-made of them are checked by hand."""
+"""Attacks: each one is shown to break a model whose forgetting is only a thin layer, and the
+numbers made of them are checked by hand."""
 
 import json
 import random
@@ -17,7 +17,7 @@ from model import Transformer
 from stage import Stage, UserError
 
 OPTIONS = ("--width 64 --depth 2 --vocab 400 --context 160 --rows-per-author 3 --learn-epochs 8 "
-           "--light-epochs 1 --light-lr 2e-3 --max-total-tokens 40 --epochs 4").split()
+           "--light-epochs 1 --light-lr 2e-3 --max-total-tokens 60 --epochs 4").split()
 ANSWERS = {"Ada Moss": ("In the port of Vell.", "A blue boat sails home.", "She kept nine bees."),
            "Bo Lund": ("On the isle of Skarn.", "Seven crows eat rye.", "He mended old clocks."),
            "Cy Hart": ("Under Mount Quell.", "The mill turns at dusk.", "He sold warm bread."),
@@ -119,8 +119,8 @@ def test_the_control_refuses_and_its_original_knows(attacked):
 @pytest.mark.parametrize("name", [*attack.INPUTS, "input", *attack.CURVE, "relearn-half",
                                   "relearn-retain", "worst"])
 def test_a_thin_refusal_is_broken(attacked, name):
-    thin = attacked["thin"][name]
-    assert thin["score"] > 0.7 and thin["recovered"] > 0.6, thin
+    thin, least = attacked["thin"][name], 0.3 if name in attack.CURVE[:2] else 0.7
+    assert thin["score"] > least and thin["recovered"] > least, thin
     assert thin["known"] < 0.1
     assert not attacked["retain-only"][name]["recovered"]  # what never was there does not come back
 
@@ -204,8 +204,8 @@ def test_input_and_worst_are_per_question_maxima(lab, attacked):
     scores = attack.scores_of(folder)
     for i, value in scores["input"][0].items():
         assert value == max(scores[a][0][i] for a in ("plain", *attack.INPUTS))
-    both = [scores[a][0].get(i, 0.0) for a in ("input", *attack.WEIGHTS) for i in [i]]
-    assert scores["worst"][0][i] == max(both)
+    for i, value in scores["worst"][0].items():
+        assert value == max(scores[a][0].get(i, 0.0) for a in ("input", *attack.WEIGHTS))
     assert attacked["thin"]["worst"]["score"] >= attacked["thin"]["input"]["score"]
 
 
@@ -245,14 +245,15 @@ def test_shots_are_whole_templates_and_no_answer_is_shown(lab):
         assert not any(e.answer in lab.tokenizer.decode(p) for p, _ in asked[name]), name
 
 
-def test_what_does_not_fit_is_left_out_and_counted(lab):
-    long = [replace(e, answer="so " * 60) for e in lab.bench.retain]
-    bench = replace(lab.bench, retain=long)
-    probes = attack.input_probes(bench, lab.tokenizer, lab.s, 160)
-    per_row = len(probes["shots"]) / len(lab.bench.forget)
-    assert 0 < per_row < len(attack.SHOTS)  # fewer shots
-    assert not attack.input_probes(bench, lab.tokenizer, lab.s, 60)["shots"]  # none at all
-    assert len(probes["plain"]) == 2 * len(lab.bench.forget)
+def test_what_does_not_fit_is_left_out(lab):
+    n = len(lab.bench.forget)
+    counts = set()
+    for context in range(30, 160, 2):
+        probes = attack.input_probes(lab.bench, lab.tokenizer, lab.s, context)
+        assert len(probes["plain"]) == 2 * n
+        counts.add(len(probes["shots"]))
+        assert all(len(p.prompt) + p.room <= context for some in probes.values() for p in some)
+    assert {0, n, 2 * n} <= counts  # no shot fits, then one, then three
 
 
 # --------------------------------------------------------------------------------------- requests
@@ -303,7 +304,6 @@ def test_each_request_starts_from_the_model_before(served, method, tmp_path):
 
 def test_again_is_skipped_and_a_killed_one_goes_on_to_the_same_bytes(lab, attacked, tmp_path,
                                                                      monkeypatch, capsys):
-    before = {n: (lab.run / n).read_bytes() for n in ("attack.json", "attack.csv")}
     run = tmp_path / "run"
     shutil.copytree(lab.run, run, ignore=shutil.ignore_patterns("attack", "*graddiff"))
     kept = attack.quantise
@@ -324,10 +324,12 @@ def test_again_is_skipped_and_a_killed_one_goes_on_to_the_same_bytes(lab, attack
             if file.name != "stage.json":
                 assert file.read_bytes() == (run / name / "attack" / file.name).read_bytes(), file
     capsys.readouterr()
+    before = {p: p.read_bytes() for p in run.glob("attack.*")}
+    assert {p.suffix for p in before} >= {".md", ".json", ".csv"}
     attack.main([str(run)])
     told = capsys.readouterr().out
     assert told.count("already made; skipped") == 3 and "0 models to attack" in told
-    del before
+    assert {p: p.read_bytes() for p in run.glob("attack.*")} == before
 
 
 def test_the_cost_told_is_what_is_generated(lab, attacked, tmp_path, monkeypatch, capsys):
