@@ -214,6 +214,7 @@ def attack_stage(job: Stage, probes: dict, bench: data.Benchmark, s: Settings):
                 continue
             asked = probes.get(attack, probes["plain"])
             if attack in WEIGHTS:
+                del model  # or two of them would be in memory
                 model = load(source, s)
                 change(model, attack, bench, tokenizer, s, folder / f"{attack}.jsonl")
             if attack == "relearn-half":
