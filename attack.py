@@ -28,9 +28,10 @@ recovered(M, a) (score(M, a) - base) / (score(Original, a) - base), 0 if        
                 negative; base = max(known(M, a), score(Retain-only, a))               never forgot
 
 The base is what needs no explanation by memory: M tells it unattacked, or the same attack gets it
-from a model that never saw the forget set. recovered is None where the original tells no more than
-LEAST above the base: there is nothing to recover. Without a retain-only model (real ones have none
-unless one is trained) the base is known(M, a) alone and recovered an upper bound.
+from a model that never saw the forget set. recovered is None where the original under the same
+attack tells no more than LEAST above the base: such an attack could bring nothing back, as with
+shots on a tiny model, which has never seen two questions at once. Without a retain-only model (real
+ones have none unless one is trained) the base is known(M, a) alone and recovered an upper bound.
 
 Not here: attacks by gradient on the prompt (GCG), logit lens, activations.
 """
@@ -432,7 +433,7 @@ def figure(run: Path, found: dict, curves: dict) -> bool:
     axes[0].legend(fontsize=8)
     axes[1].set(xlabel="tokens of the answer given", title="the rest of the answer")
     if curves:
-        axes[2].set(xlabel="requests served", title="retain rows (dashed), requests served")
+        axes[2].set(xlabel="requests served", title="served; retain rows (dashed)")
         axes[2].set_xticks(range(len(next(iter(curves.values())))))
     for ax in axes:
         ax.grid(alpha=0.3)
