@@ -421,6 +421,8 @@ def _compose(run: Path, s: Settings, found, main_table: str, seeds, examples, co
     kind = metrics["benchmark"]
     parts = [f"# {s.benchmark}, {s.model}, seed {s.seed}", main_table, READING[kind],
              _notes(found)]
+    if (run / "attack.md").is_file():
+        parts.append("What comes back when these models are attacked: [attack.md](attack.md).")
     if seeds:
         parts += [f"## Mean ± standard deviation over seeds {', '.join(map(str, seeds['seeds']))}",
                   _seeds_table(COLUMNS[kind], seeds, found)]

@@ -3,6 +3,7 @@
 #
 #   bash run.sh demo [MODEL] [--option value ...]     the embedded benchmark, offline, on a CPU
 #   bash run.sh tofu|lume MODEL [--option value ...]  MODEL: llama2-7b, olmo-1b, tiny-llama, tiny-olmo
+#   bash run.sh attack RUN [STAGE ...] [--requests K] what of it stays forgotten under attack
 #   bash run.sh test                                  the test suite
 #
 # Options are those of `python simu.py original --help`, --seeds N to run seeds 0 to N-1, and
@@ -14,7 +15,7 @@ set -euo pipefail
 export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 
-usage() { sed -n '4,6s/^# *//p' "${BASH_SOURCE[0]}" >&2; exit 2; }
+usage() { sed -n '4,7s/^# *//p' "${BASH_SOURCE[0]}" >&2; exit 2; }
 
 # The active Python if it has the packages named, else a .venv made here once.
 has() {
@@ -41,6 +42,10 @@ test)
     cd "$here"
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"  # the models are too small to share
     exec "$python" -m pytest -q "${@:2}" ;;
+attack)
+    [[ $# -ge 2 && "$2" != --* ]] || usage
+    set_up
+    exec "$python" "$here/attack.py" "${@:2}" ;;
 demo)
     model=tiny-llama
     shift
