@@ -276,7 +276,7 @@ def config_of(s: Settings) -> Config:
 
 def critical_count(s: Settings, config: Config) -> int:
     """Critical neurons: of the run's mask, else Table 5's, else all."""
-    made = s.run / "mask" / "stage.json"
+    made = s.run / simu.mask_name(s) / "stage.json"
     if made.is_file():
         return stage.read_json(made)["critical"]
     return CRITICAL.get((s.benchmark, s.model), config.num_hidden_layers * config.hidden_size)
