@@ -6,7 +6,7 @@ A *point* is one unlearned model: an arm (method, mask, objective) with its sett
 every row of the slice by what the frontier needs and then dropped. Its line in points.jsonl is
 never computed twice, unless what it depends on changed. seed<k>/ is a run like any other (original,
 attribution); seed<k>-m<m>/ is the same original attributed with m nodes. At the end sweep.csv lists
-the points and scores.csv the first seed's scores: all that figures.py reads.
+the points, scores.csv the first seed's scores, settings.json the rest: all that figures.py reads.
 """
 
 import argparse
@@ -35,7 +35,8 @@ from model import Transformer
 from stage import MASKS, OBJECTIVES, Settings, UserError
 
 ARMS = ("fo", "so", "simu", "simu-random")
-FACTORS = (0.125, 0.25, 0.5, 1, 2)  # of the recipe's learning rate for the arm's method
+FACTORS = tuple(2.0 ** -k for k in range(5, -1, -1))  # of the recipe's rate for the arm's method
+VARIANT = 0.0625  # the same for m, t and masks: forgetting is partial there, and shows what they do
 STEPS = (2, 3, 5, 8, 10)  # m of Figure 2
 THRESHOLDS = tuple(i / 10 for i in range(1, 11))  # t of Figure 3
 BASELINES = ("original", "retain-only")
@@ -49,32 +50,34 @@ DEPENDS = simu.UNLEARN + ("threshold", "steps", "path", "mask", "max_new_tokens"
 
 def arm_settings(arm: str) -> dict:
     """method, mask and objective of an arm's name: simu, so-npo, simu-random, simu-soft-npo."""
-    method, _, rest = arm.partition("-")
-    for mask, objective in itertools.product(MASKS, OBJECTIVES):
-        names = [n for n, usual in ((mask, "dual"), (objective, "graddiff")) if n != usual]
-        if rest == "-".join(names) and method in stage.METHODS and (
-                mask == "dual" or method == "simu"):
+    for method, mask, objective in itertools.product(stage.METHODS, MASKS, OBJECTIVES):
+        names = [n for n in (method, mask, objective) if n not in ("dual", "graddiff")]
+        if arm == "-".join(names) and (mask == "dual" or method == "simu"):
             return dict(method=method, mask=mask, objective=objective)
     raise UserError(f"arm {arm!r} is unknown; an arm is fo, so or simu, for simu with a mask "
                     f"({', '.join(MASKS[1:])}), and an objective ({', '.join(OBJECTIVES[1:])})")
 
 
-def plan_points(given: dict, arms, factors, seeds: int, variants: bool) -> list[dict]:
-    """sweep, arm and settings of every point; one point may stand in several sweeps."""
+def plan_points(given: dict, arms, factors, seeds: int, variants: bool,
+                earlier: list[dict]) -> list[dict]:
+    """sweep, arm and settings of every point; one point may stand in several sweeps. earlier:
+    lines of points.jsonl; where they still hold, they stand in the frontier with the new ones."""
     def point(sweep, arm, seed, factor=1.0, **changed):
         kind = {} if arm in BASELINES else arm_settings(arm)
         s = simu.resolve(given | kind | changed | dict(seed=seed))
         steps = f"-m{s.steps}" if "steps" in changed else ""
         s = dataclasses.replace(s, lr=s.lr * factor, out=str(s.run / f"seed{seed}{steps}"))
-        return dict(sweep=sweep, arm=arm, settings=s)
+        return dict(sweep=sweep, arm=arm, settings=s, wanted=True)
 
     points = [point("baseline", arm, k) for k in range(seeds) for arm in BASELINES]
     points += [point("frontier", arm, k, f) for k in range(seeds) for arm in arms for f in factors]
     if variants:
-        points += [point("m", "simu", 0, steps=m) for m in STEPS]
-        points += [point("t", "simu", 0, threshold=t) for t in THRESHOLDS]
-        points += [point("mask", "simu" if m == "dual" else f"simu-{m}", 0) for m in MASKS]
-    return points
+        points += [point("m", "simu", 0, VARIANT, steps=m) for m in STEPS]
+        points += [point("t", "simu", 0, VARIANT, threshold=t) for t in THRESHOLDS]
+        points += [point("mask", "simu" if m == "dual" else f"simu-{m}", 0, VARIANT)
+                   for m in MASKS]
+    return points + [point("frontier", x["arm"], x["seed"], lr=x["lr"]) | dict(wanted=False)
+                     for x in earlier if x["arm"] not in BASELINES and x["seed"] < seeds]
 
 
 def prepare(s: Settings):
@@ -157,8 +160,9 @@ def _each(function, items: list, jobs: int, title: str):
                 bar.update()
 
 
-def sweep(out: Path, points: list[dict], jobs: int):
-    """Make what is missing of `points` in `out`; sweep.csv and scores.csv; the table."""
+def sweep(out: Path, points: list[dict], lines: list[dict], jobs: int):
+    """Make what is missing of `points` in `out`; sweep.csv, scores.csv, settings.json; the table.
+    lines: those of points.jsonl."""
     runs = {p["settings"].run: p["settings"] for p in points}
     seeds = [s for run, s in runs.items() if "-m" not in run.name]
     for some in (seeds, [s for s in runs.values() if s not in seeds]):  # seeds first
@@ -167,17 +171,22 @@ def sweep(out: Path, points: list[dict], jobs: int):
     digests, code = data.data_digests(seeds[0]), stage.code_digest(simu.CODE + ("eval", "sweep"))
     for p in points:
         p["fingerprint"] = fingerprint(p["arm"], p["settings"], digests, code)
-    path = out / "points.jsonl"
-    lines = {x["fingerprint"]: x for x in evaluation._whole_lines(path)}
+    made = {x["fingerprint"]: x for x in lines}
+    points = {(p["sweep"], p["fingerprint"]): p for p in reversed(points)  # the wanted ones win
+              if p["wanted"] or p["fingerprint"] in made}
+    points = list(reversed(points.values()))
     missing = {p["fingerprint"]: (p["fingerprint"], p["arm"], p["settings"]) for p in points
-               if p["fingerprint"] not in lines}
+               if p["fingerprint"] not in made}
     print(f"{len({p['fingerprint'] for p in points})} points, {len(missing)} to make", flush=True)
-    with open(path, "a", encoding="ascii") as file:
+    with open(out / "points.jsonl", "a", encoding="ascii") as file:
         for line in _each(run_point, list(missing.values()), jobs, "points"):
-            lines[line["fingerprint"]] = line
+            made[line["fingerprint"]] = line
             file.write(json.dumps(line) + "\n")
             file.flush()
-    rows = [table_row(p, lines[p["fingerprint"]]) for p in points]
+    rows = [table_row(p, made[p["fingerprint"]]) for p in points]
+    about = dataclasses.asdict(seeds[0])  # what the points have in common, for figures.py
+    stage.write_json(out / "settings.json", {k: v for k, v in about.items() if k not in (
+        "seed", "method", "mask", "objective", "lr", "lam", "data", "weights", "out")})
     write_csv(out / "sweep.csv", COLUMNS, rows)
     scores = simu.read_tensors(seeds[0].run / "attribution" / "scores.safetensors",
                                ("forget", "retain"))
@@ -248,9 +257,10 @@ def main(argv: list[str]):
     out = Path(given.get("out") or stage.HERE / "runs" / f"sweep-{given['benchmark']}-"
                f"{given['model']}").expanduser().absolute()
     out.mkdir(parents=True, exist_ok=True)
-    points = plan_points(given | dict(out=str(out)), own["arms"], own["factors"], own["seeds"],
-                         own["variants"])
     tiny = given["model"].startswith("tiny-")
     jobs = own["jobs"] or ((os.cpu_count() or 1) if tiny else 1)
     with stage._lock(out):
-        sweep(out, points, jobs)
+        lines = evaluation._whole_lines(out / "points.jsonl")
+        points = plan_points(given | dict(out=str(out)), own["arms"], own["factors"],
+                             own["seeds"], own["variants"], lines)
+        sweep(out, points, lines, jobs)

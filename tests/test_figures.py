@@ -3,7 +3,6 @@
 import builtins
 import json
 import math
-import sys
 from pathlib import Path
 
 import pytest
@@ -157,3 +156,188 @@ def test_npo_refers_to_the_model_before_it_moved(tmp_path):
     log = [json.loads(x) for x in (tmp_path / "log").read_text().splitlines()]
     assert log[0]["loss_npo"] == pytest.approx(2 / s.npo_beta * math.log(2), rel=1e-4)
     assert log[-1]["loss_npo"] < log[0]["loss_npo"]
+
+
+# ------------------------------------------------------------------------------------------- sweep
+
+
+def test_arms():
+    assert sweep.arm_settings("so") == dict(method="so", mask="dual", objective="graddiff")
+    assert sweep.arm_settings("simu-forget-only-npo") == dict(method="simu", mask="forget-only",
+                                                              objective="npo")
+    assert sweep.arm_settings("fo-retain")["objective"] == "retain"
+    for bad in ("sophia", "fo-random", "simu-", "simu-graddiff-npo"):
+        with pytest.raises(UserError, match="arm"):
+            sweep.arm_settings(bad)
+
+
+def test_points_share_what_coincides():
+    given = dict(benchmark="demo", model="tiny-llama", out="x")
+    points = sweep.plan_points(given, ("simu", "so"), (0.5, 1), 2, True, [])
+    assert [p["sweep"] for p in points].count("frontier") == 8
+    assert len({p["settings"].run for p in points}) == 2 + len(sweep.STEPS)
+    by = {(p["sweep"], p["arm"], p["settings"].lr) for p in points if p["settings"].seed == 1}
+    assert ("frontier", "so", 0.5e-4) in by and ("frontier", "simu", 8e-4) in by
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory):
+    out = tmp_path_factory.mktemp("sweep") / "s"
+    words = ["sweep", "demo", "tiny-llama", "--out", str(out), "--data", str(ROOT / "demo"),
+             "--seeds", "1", "--arms", "simu", "--no-variants", "--jobs", "1", *MICRO]
+    simu.main([*words, "--factors", "1"])
+    return out, words
+
+
+def test_a_sweep_goes_on_where_it_stopped_and_computes_nothing_twice(swept, monkeypatch):
+    out, words = swept
+    path = out / "points.jsonl"
+    first = path.read_text()
+    assert len(first.splitlines()) == 3  # original, retain-only, simu
+    table = (out / "sweep.csv").read_text()
+    real, made = sweep.run_point, []
+    monkeypatch.setattr(sweep, "run_point", lambda job: made.append(job[1:]) or real(job))
+    simu.main([*words, "--factors", "1"])
+    assert not made and path.read_text() == first and (out / "sweep.csv").read_text() == table
+    path.write_text(first[:-20])  # killed while it wrote the last line
+    simu.main([*words, "--factors", "1", "2"])
+    assert sorted(s.lr for _, s in made) == [8e-4, 1.6e-3]
+    assert table.splitlines()[-1] in (out / "sweep.csv").read_text().splitlines()
+    made.clear()
+    simu.main([*words, "--factors", "2"])  # earlier points stay in the table
+    assert not made and len((out / "sweep.csv").read_text().splitlines()) == 1 + 4
+    simu.main([*words, "--factors", "1", "--epochs", "2"])  # another setting: another point
+    assert [s.epochs for _, s in made] == [2, 2, 2]
+    assert len((out / "sweep.csv").read_text().splitlines()) == 1 + 3
+
+
+def test_a_point_is_what_the_stages_make(swept, tmp_path):
+    """A line of the sweep against the same unlearning and evaluation by the ordinary stages."""
+    import eval as evaluation
+    out, words = swept
+    line = json.loads((out / "points.jsonl").read_text().splitlines()[2])
+    own = [w for w in words[1:-2 - len(MICRO)] if w not in (
+        "--seeds", "1", "--arms", "simu", "--no-variants", "--jobs")]
+    own[own.index("--out") + 1] = str(out / "seed0")
+    for command in ("mask", "unlearn"):
+        simu.main([command, *own, *MICRO])
+    evaluation.main(["evaluate", str(out / "seed0"), "simu-graddiff"])
+    values = stage.read_json(out / "seed0/simu-graddiff/eval/metrics.json")["values"]
+    for name, value in line["values"].items():
+        assert values[name] == pytest.approx(value, abs=1e-6), name
+
+
+def test_a_diverged_point_is_told_and_does_not_end_the_sweep(swept, monkeypatch):
+    s = simu.resolve(dict(benchmark="demo", model="tiny-llama", out=str(swept[0] / "seed0"),
+                          data=str(ROOT / "demo"), max_total_tokens=40, lr=1e30, epochs=1,
+                          width=64, depth=2, vocab=500, context=160))
+    line = sweep.run_point(("f", "simu", s))
+    assert line["error"] == "diverged" and line["values"] == {}
+    row = sweep.table_row(dict(sweep="frontier", arm="simu", settings=s), line)
+    assert len(row) == len(sweep.COLUMNS) and row[-1] == "diverged"
+    sweep.print_table([row])
+
+
+# ----------------------------------------------------------------------------------------- figures
+
+
+def test_the_frontier_by_hand():
+    import figures
+    front = figures.pareto([(0.9, 1.0), (0.5, 0.6), (0.5, 0.7), (0.6, 0.65), (0.1, 0.5)])
+    assert front == [(0.1, 0.5), (0.5, 0.7), (0.9, 1.0)]
+    assert figures.utility_at(front, 0.3) == pytest.approx(0.6)
+    assert figures.utility_at(front, 0.05) is None and figures.utility_at(front, 2.0) == 1.0
+    mean, half = figures.interval([1.0, 2.0, 3.0])
+    assert mean == 2 and half == pytest.approx(4.303 / math.sqrt(3))
+    assert math.isnan(figures.interval([1.0])[1])
+    fronts = {"simu": {"0": [(0.0, 0.9)], "1": [(0.0, 0.8)]},
+              "so": {"0": [(0.0, 0.7)], "1": [(0.2, 0.7)]}}
+    told = figures.equal_forgetting(fronts, {"x": {"0": 0.1, "1": 0.1}})
+    assert told[0][:3] == ["x", "simu", 2] and told[1][:4] == ["x", "so", 1, 0.7]
+    assert told[1][5] == pytest.approx(0.2)  # of the one seed that both reach
+
+
+def stored(folder, D=40):
+    """A folder as a sweep leaves it, with numbers that only have to be drawn."""
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.rand(2, 3, D, generator=generator).tolist()
+    sweep.write_csv(folder / "scores.csv", ("layer", "neuron", "forget", "retain"),
+                    [(l, k, scores[0][l][k], scores[1][l][k]) for l in range(3) for k in range(D)])
+    stage.write_json(folder / "settings.json", dict(benchmark="tofu", model="tiny-llama",
+                                                    threshold=0.6, steps=5))
+    rows = []
+
+    def add(kind, arm, seed, forget, utility, **changed):
+        row = dict.fromkeys(sweep.COLUMNS, 0.5) | dict(
+            sweep=kind, arm=arm, seed=seed, forget=forget, utility=utility, error="",
+            critical=7) | changed
+        rows.append([row[c] for c in sweep.COLUMNS])
+
+    for seed in range(3):
+        add("baseline", "original", seed, 0.95, 0.99)
+        add("baseline", "retain-only", seed, 0.1, 0.99)
+        for i, arm in enumerate(sweep.ARMS):
+            for f in (0.05, 0.4):
+                add("frontier", arm, seed, f, 0.9 - 0.1 * i - 0.1 * (f < 0.1) + 0.01 * seed)
+        add("frontier", "so", seed, "", "", error="diverged")
+    for m in sweep.STEPS:
+        add("m", "simu", 0, 0.1, 0.8, steps=m)
+    for t in sweep.THRESHOLDS:
+        add("t", "simu", 0, 0.1, 0.8, threshold=t)
+    for kind in stage.MASKS:
+        add("mask", "simu" if kind == "dual" else f"simu-{kind}", 0, 0.1, 0.8)
+    sweep.write_csv(folder / "sweep.csv", sweep.COLUMNS, rows)
+
+
+def test_every_figure_from_stored_numbers(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    import figures
+    stored(tmp_path)
+    figures.main(["all", str(tmp_path)])
+    made = {p.name for p in (tmp_path / "figures").iterdir()}
+    names = {"figure2", "figure3", "figure4", "figure5", "figure6", "frontier"}
+    assert made == {f"{n}.{e}" for n in names for e in ("png", "csv")} | {"table5.csv",
+                                                                         "equal-forgetting.csv"}
+    told = capsys.readouterr().out
+    row = next(x for x in told.splitlines() if "forget = 0.3" in x and "random" in x)
+    assert "+0.1000 ± 0.0000" in row and "| 3 " in row
+    before = (tmp_path / "figures" / "frontier.png").read_bytes()
+    figures.main(["frontier", str(tmp_path)])
+    assert (tmp_path / "figures" / "frontier.png").read_bytes() == before
+
+
+def test_a_heat_map_of_a_7b_model_is_put_together(tmp_path):
+    import figures
+    mask = torch.zeros(2, 4096, dtype=torch.bool)
+    mask[0, 8:12] = True
+    shown = figures.binned(mask, 8)
+    assert len(shown[0]) == 512 and shown[0][1] == 0.5 and sum(map(sum, shown)) == 0.5
+
+
+def test_without_matplotlib_one_line_says_what_to_install(tmp_path, monkeypatch):
+    import figures
+    stored(tmp_path)
+    real = builtins.__import__
+
+    def blocked(name, *args, **kwargs):
+        if name.split(".")[0] == "matplotlib":
+            raise ImportError(name)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", blocked)
+    for what in figures.FIGURES:
+        with pytest.raises(UserError, match="pip install matplotlib"):
+            figures.main([what, str(tmp_path)])
+
+
+@pytest.mark.parametrize("spoil, told", [
+    (lambda f: (f / "sweep.csv").unlink(), "sweep.csv is missing"),
+    (lambda f: (f / "sweep.csv").write_text("sweep,arm\nfrontier,so\n"), "lacks columns"),
+    (lambda f: (f / "sweep.csv").write_text(",".join(sweep.COLUMNS) + "\n"), "no rows"),
+    (lambda f: (f / "settings.json").unlink(), "settings.json is missing")])
+def test_what_is_not_there_is_told(tmp_path, spoil, told):
+    import figures
+    stored(tmp_path)
+    spoil(tmp_path)
+    with pytest.raises(UserError, match=told):
+        figures.main(["frontier", str(tmp_path)])
