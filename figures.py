@@ -135,22 +135,18 @@ def figure6(folder: Path, about: dict, forget, retain):
         ax.set_title(f"{name}: {int(mask.sum())} of {L * D}", loc="left", fontsize=10)
     if width > 1:
         figure.colorbar(image, ax=axes[:3, 0], label=f"share of {width} neighbours")
-    kind = f.int() + 2 * r.int()  # 0 neither, 1 forget, 2 retain, 3 both
-    from matplotlib.colors import ListedColormap
+    from matplotlib.colors import to_rgb
     from matplotlib.patches import Patch
-    # Of neighbours put together the rarest kind is shown, so that nothing is hidden.
-    rank = sorted((1, 2, 3), key=lambda k: int((kind == k).sum()))
-    shown = [[next((k for k in rank if k in part), 0) for part in (
-        p.tolist() for p in row.split(width))] for row in kind]
-    colours, ax = ("#FFFFFF", RED, SKY, BLACK), axes[3, 0]
-    ax.imshow(shown, aspect="auto", cmap=ListedColormap(colours), vmin=-0.5, vmax=3.5,
-              interpolation="nearest", extent=(0, D, L - 0.5, -0.5))
-    ax.set_title("(d) overlap", loc="left", fontsize=10)
-    ax.legend(handles=[Patch(facecolor=colours[k], edgecolor=BLACK, label=f"{name} "
-                             f"({int((kind == k).sum())})") for k, name in
-                       ((1, "forget alone"), (2, "retain alone"), (3, "both"), (0, "neither"))],
-              ncols=4, fontsize=9, loc="upper center",
-              bbox_to_anchor=(0.5, -0.45 if L < 8 else -0.2))
+    kinds = ((RED, "forget alone", f & ~r), (SKY, "retain alone", r & ~f), (BLACK, "both", f & r),
+             ("#FFFFFF", "neither", ~f & ~r))
+    shares = [binned(mask, width) for _, _, mask in kinds]  # a cell's colour is their mixture
+    colours = torch.tensor([to_rgb(colour) for colour, _, _ in kinds])  # [4, 3]
+    axes[3, 0].imshow((torch.tensor(shares).movedim(0, -1) @ colours).clamp(0, 1).tolist(),
+                      aspect="auto", interpolation="nearest", extent=(0, D, L - 0.5, -0.5))
+    axes[3, 0].set_title("(d) overlap", loc="left", fontsize=10)
+    figure.legend(handles=[Patch(facecolor=colour, edgecolor=BLACK, label=f"{name} "
+                                 f"({int(mask.sum())})") for colour, name, mask in kinds],
+                  ncols=4, fontsize=9, loc="outside lower center")
     for ax in axes[:, 0]:
         ax.grid(False)
         ax.set_ylabel("layer")
@@ -225,7 +221,7 @@ def lines(folder: Path, about: dict, rows: list[dict], sweep: str, x: str, name:
         if len(panel) > 1:
             ax.legend(fontsize=9)
     critical = [r["critical"] for r in own]
-    figure.suptitle(f"{name.capitalize()}: {title_of(about)}, SIMU, seed {own[0]['seed']}; "
+    figure.suptitle(f"Figure {name[-1]}: {title_of(about)}, SIMU, seed {own[0]['seed']}; "
                     f"{critical[0]} to {critical[-1]} critical neurons", fontsize=11)
     save(figure, folder / "figures" / f"{name}.png")
     columns = [x, "critical", *(v for panel in PANELS for v, _ in panel)]
@@ -326,34 +322,55 @@ def equal_forgetting(fronts: dict, levels: dict) -> list[list]:
     return out
 
 
+def seed_by_seed(fronts: dict, forget: float) -> dict:
+    """{seed: utility} of the seeds whose frontier reaches so far."""
+    return {seed: u for seed, front in fronts.items()
+            if (u := utility_at(front, forget)) is not None}
+
+
+def band(ax, curve: list[tuple[float, float, float]], look: dict, label: str):
+    """A line of (forget, mean, half interval) with its band."""
+    x = [1 - c[0] for c in curve]
+    ax.plot(x, [c[1] for c in curve], label=label, **look)
+    ax.fill_between(x, [c[1] - c[2] for c in curve], [c[1] + c[2] for c in curve],
+                    color=look["color"], alpha=0.13, lw=0)
+
+
 def frontier(folder: Path, about: dict):
     """Retained utility against forgetting, a curve per arm, and utility at equal forgetting."""
     rows = read_csv(folder / "sweep.csv", COLUMNS)
     fronts, base = frontiers(rows)
     seeds = list(base["original"])
-    figure, axes = canvas(1, 1, (7.5, 5))
-    ax, grid, curve_rows = axes[0, 0], [i / 200 for i in range(201)], []
+    figure, axes = canvas(1, 2, (12.5, 5))
+    (ax, beside), grid, curve_rows = axes[0], [i / 200 for i in range(201)], []
     for i, (arm, own) in enumerate(fronts.items()):
-        colour, marker = STYLES.get(arm, (list(STYLES.values())[i % len(STYLES)]))
-        at = [(x, [u for f in own.values() if (u := utility_at(f, x)) is not None]) for x in grid]
-        at = [(x, *interval(us)) for x, us in at if len(us) == len(own)]
-        curve_rows += [(arm, f"{x:.3f}", f"{mean:.5f}", f"{half:.5f}") for x, mean, half in at]
-        x = [1 - a[0] for a in at]
-        ax.plot(x, [a[1] for a in at], color=colour, lw=1.8, marker=marker, markevery=(5 * i, 40),
-                ms=7, label=NAMES.get(arm, arm))
-        ax.fill_between(x, [a[1] - a[2] for a in at], [a[1] + a[2] for a in at], color=colour,
-                        alpha=0.15, lw=0)
+        colour, marker = STYLES.get(arm, list(STYLES.values())[i % len(STYLES)])
+        look = dict(color=colour, lw=1.8, marker=marker, markevery=(4 * i, 40), ms=7)
+        curve = [(x, u) for x in grid if len(u := seed_by_seed(own, x)) == len(own)]
+        band(ax, [(x, *interval(list(u.values()))) for x, u in curve], look, NAMES.get(arm, arm))
+        curve_rows += [(arm, f"{x:.3f}", *(f"{v:.5f}" for v in interval(list(u.values()))))
+                       for x, u in curve]
         dots = [r for r in rows if r["sweep"] == "frontier" and r["arm"] == arm and not r["error"]]
         ax.scatter([1 - number(r, "forget") for r in dots], [number(r, "utility") for r in dots],
                    color=colour, marker=marker, s=10, alpha=0.5, lw=0)
+        if arm != "simu" and "simu" in fronts:
+            other = fronts["simu"]
+            gap = [(x, [theirs[k] - u[k] for k in u]) for x, u in curve
+                   if len(theirs := seed_by_seed(other, x)) == len(u)]
+            band(beside, [(x, *interval(d)) for x, d in gap], look,
+                 f"minus {NAMES.get(arm, arm)}")
     for name, marker in (("original", "*"), ("retain-only", "p")):
         if name in base:
             ax.scatter([1 - x for x, _ in base[name].values()], [y for _, y in base[name].values()],
                        color=BLACK, marker=marker, s=45, label=name, zorder=5)
-    ax.set(xlabel="forgetting: 1 - what is left of the forget set", xlim=(-0.02, 1.02),
-           ylabel="retained utility", ylim=(None, 1.02),
-           title=f"Utility against forgetting: {title_of(about)}, {len(seeds)} seeds")
-    ax.legend(fontsize=9, loc="lower left")
+    beside.axhline(0, color=BLACK, lw=0.8)
+    ax.set(ylabel="retained utility", ylim=(None, 1.02), title="mean over seeds")
+    beside.set(ylabel="difference in utility", title="SIMU (critical mask) minus another, by seed")
+    for one in (ax, beside):
+        one.set(xlabel="forgetting: 1 - what is left of the forget set", xlim=(-0.02, 1.02))
+        one.legend(fontsize=9, loc="lower left")
+    figure.suptitle(f"Utility against forgetting, 95% bands: {title_of(about)}, {len(seeds)} seeds",
+                    fontsize=11)
     save(figure, folder / "figures" / "frontier.png")
     write_csv(folder / "figures" / "frontier.csv", ("arm", "forget", "utility", "half_interval"),
               curve_rows)
