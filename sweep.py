@@ -69,7 +69,8 @@ def plan_points(given: dict, arms, factors, seeds: int, variants: bool,
         s = dataclasses.replace(s, lr=s.lr * factor, out=str(s.run / f"seed{seed}{steps}"))
         return dict(sweep=sweep, arm=arm, settings=s, wanted=True)
 
-    points = [point("baseline", arm, k) for k in range(seeds) for arm in BASELINES]
+    bases = BASELINES[:1] if given.get("weights") else BASELINES  # no retain-only of --weights
+    points = [point("baseline", arm, k) for k in range(seeds) for arm in bases]
     points += [point("frontier", arm, k, f) for k in range(seeds) for arm in arms for f in factors]
     if variants:
         points += [point("m", "simu", 0, VARIANT, steps=m) for m in STEPS]

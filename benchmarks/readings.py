@@ -28,7 +28,7 @@ from data import IGNORE, collate  # noqa: E402
 from model import Transformer  # noqa: E402
 from report import table  # noqa: E402
 
-RATES = (2.5e-5, 5e-5, 1e-4)
+RATES = (5e-5, 7e-5, 1e-4)
 LEVEL = 0.2  # of forget, where utilities are compared
 
 
