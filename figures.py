@@ -44,7 +44,7 @@ NAMES = {"fo": "FO-GradDiff", "so": "SO-GradDiff", "simu": "SIMU (critical mask)
          "simu-all": "SIMU, all of down_proj"}
 # Upper 2.5% points of Student's t for 1 to 9 degrees of freedom; the last serves for more.
 T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-LEVELS = (0.05, 0.1, 0.2, 0.3, 0.5)  # of forget: where utilities are compared
+LEVELS = (0.02, 0.05, 0.1, 0.2, 0.5)  # of forget: where utilities are compared
 CELLS = 512  # of a heat map at most: more neurons are put together
 T_GRID = tuple(i / 20 for i in range(1, 21))
 
@@ -345,7 +345,7 @@ def frontier(folder: Path, about: dict):
     (ax, beside), grid, curve_rows = axes[0], [i / 200 for i in range(201)], []
     for i, (arm, own) in enumerate(fronts.items()):
         colour, marker = STYLES.get(arm, list(STYLES.values())[i % len(STYLES)])
-        look = dict(color=colour, lw=1.8, marker=marker, markevery=(4 * i, 40), ms=7)
+        look = dict(color=colour, lw=1.8, marker=marker, markevery=(2 * i, 20), ms=6)
         curve = [(x, u) for x in grid if len(u := seed_by_seed(own, x)) == len(own)]
         band(ax, [(x, *interval(list(u.values()))) for x, u in curve], look, NAMES.get(arm, arm))
         curve_rows += [(arm, f"{x:.3f}", *(f"{v:.5f}" for v in interval(list(u.values()))))
@@ -366,8 +366,8 @@ def frontier(folder: Path, about: dict):
     beside.axhline(0, color=BLACK, lw=0.8)
     ax.set(ylabel="retained utility", ylim=(None, 1.02), title="mean over seeds")
     beside.set(ylabel="difference in utility", title="SIMU (critical mask) minus another, by seed")
-    for one in (ax, beside):
-        one.set(xlabel="forgetting: 1 - what is left of the forget set", xlim=(-0.02, 1.02))
+    for one, left in ((ax, -0.02), (beside, 0.5)):
+        one.set(xlabel="forgetting: 1 - what is left of the forget set", xlim=(left, 1.01))
         one.legend(fontsize=9, loc="lower left")
     figure.suptitle(f"Utility against forgetting, 95% bands: {title_of(about)}, {len(seeds)} seeds",
                     fontsize=11)

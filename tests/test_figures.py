@@ -299,7 +299,7 @@ def test_every_figure_from_stored_numbers(tmp_path, capsys):
     assert made == {f"{n}.{e}" for n in names for e in ("png", "csv")} | {"table5.csv",
                                                                          "equal-forgetting.csv"}
     told = capsys.readouterr().out
-    row = next(x for x in told.splitlines() if "forget = 0.3" in x and "random" in x)
+    row = next(x for x in told.splitlines() if "forget = 0.2" in x and "random" in x)
     assert "+0.1000 ± 0.0000" in row and "| 3 " in row
     before = (tmp_path / "figures" / "frontier.png").read_bytes()
     figures.main(["frontier", str(tmp_path)])
