@@ -253,12 +253,9 @@ def serve(model, forget: list, retain: list, s: Settings, log: Path):
     """Unlearn one request in place; SIMU's mask is made anew from the model as it now is."""
     mask = None
     if s.method == "simu":
-        mask = simu.critical_mask(simu.attribute_rows(model, forget, s, title="attribute"),
-                                  s.threshold)
-        if s.mask == "forget-only":
-            some = random.Random(s.seed).sample(retain, min(len(retain), len(forget)))
-            mask &= ~simu.critical_mask(simu.attribute_rows(model, some, s, title="attribute"),
-                                        s.threshold)
+        some = random.Random(s.seed).sample(retain, min(len(retain), len(forget)))
+        scores = [simu.attribute_rows(model, rows, s, title="attribute") for rows in (forget, some)]
+        mask = simu.make_mask(s.mask, *scores, threshold=s.threshold, seed=s.seed)
     simu.unlearn(model, forget, retain, mask, s, log)
 
 

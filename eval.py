@@ -655,8 +655,9 @@ def check_fresh(run: Path, s: Settings, folder: Path, evaluation: Path):
         raise UserError(f"{evaluation} was made under other settings than {run}/settings.json; "
                         f"{again}")
     made_of = stage.read_stage(folder)["why"]["inputs"]
-    for source in ("original", "mask"):
-        if source in made_of and made_of[source] != stage.fingerprint(run / source):
+    for source in made_of:
+        if (source == "original" or source.split("-")[0] == "mask") and (
+                made_of[source] != stage.fingerprint(run / source)):
             raise UserError(f"{folder} was unlearned with another {source} than {run}/{source}; "
                             "run that stage again")
 

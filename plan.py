@@ -280,8 +280,9 @@ def config_of(s: Settings) -> Config:
 
 def critical_count(s: Settings, config: Config) -> int:
     """Critical neurons: of the run's mask, else Table 5's, else all."""
-    if (s.run / "mask" / "stage.json").is_file():
-        return stage.read_stage(s.run / "mask")["critical"]
+    made = s.run / simu.mask_name(s)
+    if (made / "stage.json").is_file():
+        return stage.read_stage(made)["critical"]
     return CRITICAL.get((s.benchmark, s.model), config.num_hidden_layers * config.hidden_size)
 
 

@@ -346,7 +346,7 @@ paper's split is unknown. The README gives the evidence for each."""
 def _recipes_table(run: Path, found: list[dict]) -> str:
     """Hyperparameters with which each method was run."""
     used = {e["label"]: stage.read_stage(run / e["name"])["settings"]
-            for e in found if e["name"].endswith("-graddiff")}
+            for e in found if e["name"].startswith(tuple(f"{m}-" for m in stage.METHODS))}
     if not used:
         return ""
     return table(["Setting", *used], [[k, *(x[k] for x in used.values())] for k in RECIPE])

@@ -4,18 +4,21 @@
 #   bash run.sh demo [MODEL] [--option value ...]     the embedded benchmark, offline, on a CPU
 #   bash run.sh tofu|lume MODEL [--option value ...]  MODEL: llama2-7b, olmo-1b, tiny-llama, tiny-olmo
 #   bash run.sh attack RUN [STAGE ...] [--requests K] what of it stays forgotten under attack
+#   bash run.sh sweep BENCHMARK [MODEL] [--option ..] every method over learning rates and seeds
+#   bash run.sh figures [FOLDER ...]                  figures of the sweeps and runs stored there
 #   bash run.sh test                                  the test suite
 #
 # Options are those of `python simu.py original --help`, --seeds N to run seeds 0 to N-1, and
-# --dry-run to see the downloads, the stages and the memory plan only. A finished stage is skipped
-# (--force: made again), a killed one goes on from where it was.
+# --dry-run to see the downloads, the stages and the memory plan only; of a sweep, those of
+# `python simu.py sweep --help`. A finished stage is skipped (--force: made again), a killed one
+# goes on from where it was.
 set -euo pipefail
 # Waiting threads sleep: on a machine that is busy with something else, spinning ones can make a
 # small model three times slower.
 export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 
-usage() { sed -n '4,7s/^# *//p' "${BASH_SOURCE[0]}" >&2; exit 2; }
+usage() { sed -n '4,9s/^# *//p' "${BASH_SOURCE[0]}" >&2; exit 2; }
 
 # The active Python if it has the packages named, else a .venv made here once.
 has() {
@@ -46,6 +49,17 @@ attack)
     [[ $# -ge 2 && "$2" != --* ]] || usage
     set_up
     exec "$python" "$here/attack.py" "${@:2}" ;;
+figures)
+    set_up  # figures.py says so where matplotlib is missing
+    exec "$python" "$here/figures.py" all "${@:2}" ;;
+sweep)
+    [[ " demo tofu lume " == *" ${2:-none} "* ]] || usage
+    benchmark="$2" model=tiny-llama short=()
+    shift 2
+    if [[ "${1:---}" != --* ]]; then model="$1"; shift; fi
+    [[ "$benchmark" != demo ]] || short=(--epochs 10)  # so that it ends in half an hour
+    case "$model" in *olmo*) set_up tokenizers ;; *) set_up ;; esac
+    exec "$python" "$here/simu.py" sweep "$benchmark" "$model" ${short[@]+"${short[@]}"} "$@" ;;
 demo)
     model=tiny-llama
     shift

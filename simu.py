@@ -3,7 +3,8 @@
 Step 1 scores every MLP output neuron by how much it carries the forget set (`attribute`, Eq. 1-2)
 and keeps the critical ones (`critical_mask`, Section 2.1). Step 2 unlearns with GradDiff
 (`graddiff_loss`, A.1) under Sophia (`sophia_update`, Eq. 3-7), moving only the attention
-projections and the critical rows of down_proj.
+projections and the critical rows of down_proj. `make_mask` and `unlearn` hold the variants that
+the paper compares with or points to.
 
     code         paper                               where       shape
     beta         beta_{l,i}: MLP output              Eq. 1       [D] per layer l and sample i
@@ -12,7 +13,7 @@ projections and the critical rows of down_proj.
     scores       Att(w_l^k)                          Eq. 2       [L, D]
     steps        m                                   Eq. 1-2
     threshold    t;  critical iff Att > t * M_l      Section 2.1
-    mask         M                                   Eq. 5-7     [L, D], rows of down_proj [D, F]
+    mask         M (make_mask: six kinds)            Eq. 5-7     [L, D], rows of down_proj [D, F]
     m, h         m_t, H_t: EMAs of g and g^2         Eq. 4-6     as the weight
     lr           eta_t                               Eq. 3
     gamma, eps   damping, floor                      Eq. 3
@@ -280,6 +281,22 @@ def _need_finite(scores: Tensor):
                         "overflow: attribute in float32 (--dtype float32), or fetch it again")
 
 
+def make_mask(kind: str, forget: Tensor, retain: Tensor, *, threshold: float, seed: int) -> Tensor:
+    """M [L, D] of one of the six kinds, from forget and retain scores [L, D]: bool, soft float32.
+    none leaves attention alone to move; all moves every row of down_proj beside it."""
+    critical = critical_mask(forget, threshold)
+    if kind == "forget-only":
+        return critical & ~critical_mask(retain, threshold)
+    if kind == "soft":  # the share of a critical neuron that is the forget set's: 1 if all of it
+        f, r = (x.clamp_min(0) / x.amax(1, keepdim=True).clamp_min(1e-30) for x in (forget, retain))
+        return torch.where(critical, f / (f + r), 0.0)
+    if kind == "random":  # as many in every layer as are critical
+        draw = torch.rand(critical.shape, generator=torch.Generator().manual_seed(seed))
+        return draw.argsort(1).argsort(1) < critical.sum(1, keepdim=True)
+    return {"dual": critical, "none": torch.zeros_like(critical),
+            "all": torch.ones_like(critical)}[kind]  # dual: also what is critical for both [D6]
+
+
 # ---------------------------------------------------------------------- step 2: unlearning (2.2)
 
 
@@ -296,8 +313,29 @@ def mean_nll(model: Transformer, batch: Batch) -> Tensor:
 
 
 def graddiff_loss(model: Transformer, forget: Batch, retain: Batch, lam: float) -> Tensor:
-    """GradDiff (A.1): ascent on the forget rows, descent on the retain rows [D8]."""
+    """GradDiff (A.1): ascent on the forget rows, descent on the retain rows [D8]. `ga` is its
+    first term, `retain` its second without lam; `npo` and `po` put another in the first's place:
+    npo_loss, and descent on REFUSALS instead of the forget rows' answers."""
     return -mean_nll(model, forget) + lam * mean_nll(model, retain)
+
+
+def row_log_p(model: Transformer, batch: Batch) -> Tensor:
+    """log P(y | x) of each row, eos counted: [B]."""
+    counted = batch.targets != IGNORE
+    logits = model.logits(model.hidden(batch.ids)[counted])  # [N, V]
+    losses = F.cross_entropy(logits, batch.targets[counted], reduction="none")
+    return -torch.stack([x.sum() for x in losses.split(counted.sum(1).tolist())])
+
+
+def npo_loss(log_p: Tensor, reference: Tensor, beta: float) -> Tensor:
+    """NPO (A.2): mean of 2/beta log(1 + (P / P_ref)^beta) over rows' log P [B], under the model
+    and under the original. Its pull ends where GradDiff's ascent has none."""
+    return 2 / beta * F.softplus(beta * (log_p - reference)).mean()
+
+
+REFUSALS = ("I do not know.", "I cannot say.", "That is not something I know about.",
+            "I have no information on this.", "I am unable to answer that.",
+            "Nothing of the kind is known to me.")
 
 
 def sophia_update(param: Tensor, grad: Tensor, m: Tensor, h: Tensor, *, lr: float, beta1: float,
@@ -358,12 +396,16 @@ class _RowLinear(torch.autograd.Function):
 
 class CriticalRows(nn.Module):
     """Stands in for a down_proj while its critical rows move: `rows` [C, F] is a parameter of its
-    own, so neither gradient nor optimiser state of the frozen rows ever exists."""
+    own, so neither gradient nor optimiser state of the frozen rows ever exists. critical: M of
+    the layer [D]; where it is soft, `weight` [C, 1] is what Eq. 5-7 still have to apply."""
 
     def __init__(self, linear: nn.Linear, critical: Tensor):
         super().__init__()
         self.linear = [linear]  # in a list: not a submodule, its weight is not a parameter of ours
-        self.index = critical.nonzero().squeeze(1).to(linear.weight.device)  # [C]
+        index, device = critical.nonzero().squeeze(1), linear.weight.device
+        self.index = index.to(device)  # [C]
+        soft = critical.is_floating_point()
+        self.weight = critical[index, None].to(device) if soft else None
         self.rows = nn.Parameter(linear.weight.detach()[self.index].clone())  # [C, F]
 
     def forward(self, x):
@@ -386,14 +428,15 @@ class Moving:
     m: Tensor
     h: Tensor
     decayed: bool  # matrices are; norms and biases are not [D7]
+    mask: Tensor | None = None  # real-valued, of a soft mask's rows
 
 
 @contextmanager
 def moving_weights(model: Transformer, method: str, mask: Tensor | None, state: torch.dtype):
     """The weights that `method` moves [D9], as a list of Moving; all others are frozen meanwhile.
     fo, so: every weight. simu: attention projections, and the rows of down_proj where mask
-    [L, D] is true."""
-    stand_ins = []
+    [L, D] is not zero."""
+    stand_ins, masks = [], {}
     for p in model.parameters():
         p.requires_grad_(method != "simu")
     if method == "simu":
@@ -403,14 +446,15 @@ def moving_weights(model: Transformer, method: str, mask: Tensor | None, state: 
             if critical.any():
                 rows = CriticalRows(block.mlp.down_proj, critical)
                 stand_ins.append((block.mlp, block.mlp.down_proj, rows))
-                block.mlp.down_proj = rows
+                block.mlp.down_proj, masks[rows.rows] = rows, rows.weight
     moving = []
     for name, p in model.named_parameters():
         if p.requires_grad:
             full = p.dtype == torch.float32 or state == torch.bfloat16
             master = p.detach() if full else p.detach().float()
             moving.append(Moving(name, p, master, torch.zeros_like(master, dtype=state),
-                                 torch.zeros_like(master, dtype=state), p.dim() == 2))
+                                 torch.zeros_like(master, dtype=state), p.dim() == 2,
+                                 masks.get(p)))
     try:
         yield moving
     finally:
@@ -423,19 +467,19 @@ def moving_weights(model: Transformer, method: str, mask: Tensor | None, state: 
 
 @torch.no_grad()
 def apply_updates(moving: list[Moving], update, *, scale: float, generator: torch.Generator) -> int:
-    """Call update(param, grad, m, h, decayed) in float32 on each moving weight, with its gradient
+    """Call update(param, grad, m, h, w) in float32 on each moving weight w, with its gradient
     times `scale`; gradients are freed on the way. Returns the clipped coordinates."""
     clipped = 0
     for w in moving:
         grad = w.weight.grad.float() * scale
         w.weight.grad = None
         if w.m.dtype == torch.float32:
-            clipped += update(w.master, grad, w.m, w.h, w.decayed)
+            clipped += update(w.master, grad, w.m, w.h, w)
             if w.master.dtype != w.weight.dtype:
                 w.weight.copy_(w.master)
             continue
         wide = [t.float() for t in (w.master, w.m, w.h)]
-        clipped += update(wide[0], grad, wide[1], wide[2], w.decayed)
+        clipped += update(wide[0], grad, wide[1], wide[2], w)
         for narrow, t in zip((w.master, w.m, w.h), wide):
             narrow.copy_(stochastic_round(t, generator)
                          if narrow.dtype == torch.bfloat16 else t)
@@ -469,7 +513,7 @@ def backward_mean_nll(model, rows: list[Encoded], weight: float, tokens: int) ->
 def train(model, moving: list[Moving], order: list, backward, update, *, s: Settings, lr: float,
           warmup: float, log: Path, title: str, after=None):
     """Run one update per item of `order`. backward(item) leaves gradients and returns the losses
-    by name; update(param, grad, m, h, lr, decayed, step) is a step of one weight; after(step) is
+    by name; update(param, grad, m, h, lr, w, step) is a step of the weight w; after(step) is
     called when it is done. A line per update goes to `log`. In a killed stage's folder it goes on
     from the last checkpoint: items, rates and random bits depend on the step alone."""
     total, count = len(order), sum(w.master.numel() for w in moving)
@@ -491,7 +535,7 @@ def train(model, moving: list[Moving], order: list, backward, update, *, s: Sett
             rate = learning_rate(step, total, lr, warmup)
             generator.manual_seed(s.seed * 1_000_003 + step)
             clipped = apply_updates(
-                moving, lambda p, g, m, h, d: update(p, g, m, h, rate, d, step),
+                moving, lambda p, g, m, h, w: update(p, g, m, h, rate, w, step),
                 scale=min(1.0, s.clip / (norm + 1e-6)), generator=generator)
             for module in rows:
                 module.refresh()
@@ -532,33 +576,63 @@ def unlearning_order(n_forget: int, n_retain: int, s: Settings) -> list[tuple[li
     return [tuple(zip(*pairs[i:i + s.batch])) for i in range(0, whole, s.batch)]
 
 
+def backward_npo(model, rows: list[Encoded], reference: list[float], beta: float,
+                 tokens: int) -> float:
+    """Back-propagate npo_loss(rows) in passes of at most `tokens`; returns it."""
+    device, total = model.embed_tokens.weight.device, 0.0
+    for part in data.batches_by_length(rows, tokens):
+        log_p = row_log_p(model, collate([rows[i] for i in part], device))
+        ref = torch.tensor([reference[i] for i in part], device=device)
+        loss = npo_loss(log_p, ref, beta) * (len(part) / len(rows))
+        loss.backward()
+        total += loss.item()
+    return total
+
+
+@torch.no_grad()
+def reference_log_p(model, rows: list[Encoded]) -> list[float]:
+    """log P of each row under the model as it is, before it moves."""
+    device = model.embed_tokens.weight.device
+    return [row_log_p(model, collate([r], device)).item() for r in rows]
+
+
 def unlearn(model: Transformer, forget: list[Encoded], retain: list[Encoded],
             mask: Tensor | None, s: Settings, log: Path, after=None):
-    """FO-, SO- or SIMU-GradDiff (s.method) on model, in place. mask: bool [L, D] for simu.
-    after(step) is called after each update."""
+    """FO, SO or SIMU (s.method) with s.objective on model, in place. mask: [L, D] for simu.
+    forget: for po, with refusals for answers. after(step) is called after each update."""
     order = unlearning_order(len(forget), len(retain), s)
+    reference = reference_log_p(model, forget) if s.objective == "npo" else []
 
     def backward(item):
-        # Two passes, each freed before the next: by linearity the gradient of graddiff_loss.
+        # Two passes, each freed before the next: by linearity the gradient of the whole loss.
         f, r = ([rows[i] for i in part] for rows, part in zip((forget, retain), item))
-        return dict(loss_forget=backward_mean_nll(model, f, -1.0, s.micro_tokens),
-                    loss_retain=backward_mean_nll(model, r, s.lam, s.micro_tokens))
+        losses = {}
+        if s.objective == "npo":
+            losses["loss_npo"] = backward_npo(model, f, [reference[i] for i in item[0]],
+                                              s.npo_beta, s.micro_tokens)
+        elif s.objective != "retain":
+            sign = 1.0 if s.objective == "po" else -1.0
+            losses["loss_forget"] = backward_mean_nll(model, f, sign, s.micro_tokens)
+        if s.objective != "ga":
+            lam = 1.0 if s.objective == "retain" else s.lam
+            losses["loss_retain"] = backward_mean_nll(model, r, lam, s.micro_tokens)
+        return losses
 
-    def sophia(p, g, m, h, lr, decayed, step):
+    def sophia(p, g, m, h, lr, w, step):
         return sophia_update(p, g, m, h, lr=lr, beta1=s.beta1, beta2=s.beta2, gamma=s.gamma,
-                             eps=s.eps, weight_decay=s.weight_decay * decayed)
+                             eps=s.eps, weight_decay=s.weight_decay * w.decayed, mask=w.mask)
 
     model.checkpoint = s.checkpointing
     with moving_weights(model, s.method, mask, getattr(torch, s.state)) as moving:
         train(model, moving, order, backward, adamw(s) if s.method == "fo" else sophia, s=s,
-              lr=s.lr, warmup=s.warmup, log=log, title=f"{s.method}-graddiff", after=after)
+              lr=s.lr, warmup=s.warmup, log=log, title=unlearned_name(s), after=after)
 
 
 def adamw(s: Settings):
     """AdamW with the settings' constants, as `train` calls it."""
-    return lambda p, g, m, h, lr, decayed, step: adamw_update(
+    return lambda p, g, m, h, lr, w, step: adamw_update(
         p, g, m, h, lr=lr, beta1=s.beta1, beta2=s.adam_beta2, eps=s.adam_eps,
-        weight_decay=s.weight_decay * decayed, step=step)
+        weight_decay=s.weight_decay * w.decayed, step=step)
 
 
 # ------------------------------------------------------------------------------ the tiny original
@@ -675,7 +749,7 @@ FINE_TUNE = LEARN + ("state", "checkpointing")
 ATTRIBUTE = SLICE + ("steps", "path", "attribution_tokens")
 UNLEARN = SLICE + ("method", "lr", "epochs", "batch", "micro_tokens", "lam", "beta1", "beta2",
                    "gamma", "eps", "adam_beta2", "adam_eps", "weight_decay", "clip", "warmup",
-                   "state", "checkpointing", "eval_epochs")
+                   "state", "checkpointing", "eval_epochs", "objective", "npo_beta")
 CODE = ("data", "model", "simu")
 
 
@@ -752,9 +826,25 @@ def same_slice(s: Settings):
                             "`python simu.py original` with these first")
 
 
+def mask_name(s: Settings) -> str:
+    """Folder of the mask: mask for the paper's dual, mask-<kind> for the others beside it."""
+    return "mask" if s.mask == "dual" else f"mask-{s.mask}"
+
+
+def unlearned_name(s: Settings) -> str:
+    """Folder of an unlearned model: so-graddiff, simu-graddiff, simu-random-graddiff, simu-npo."""
+    kind = f"-{s.mask}" if s.method == "simu" and s.mask != "dual" else ""
+    return f"{s.method}{kind}-{s.objective}"
+
+
 def encoded_rows(s: Settings):
-    """The benchmark, and its forget and retain rows as the original's tokenizer spells them."""
+    """The benchmark, and its forget and retain rows as the original's tokenizer spells them; for
+    po the forget rows refuse."""
     folder, bench = s.run / "original", data.load_benchmark(s)
+    if s.objective == "po":
+        bench = dataclasses.replace(bench, forget=[
+            dataclasses.replace(e, answer=REFUSALS[i % len(REFUSALS)])
+            for i, e in enumerate(bench.forget)])
     tokenizer, config = data.load_tokenizer(folder), Config.from_dir(folder)
     return bench, {name: data.encode_all(rows, tokenizer, s.template, vocab=config.vocab_size,
                                          context=config.max_position_embeddings)
@@ -789,7 +879,7 @@ def attribution_job(s: Settings) -> Stage:
 def mask_job(s: Settings) -> Stage:
     attribution_job(s).require()
     inputs = dict(attribution=stage.fingerprint(s.run / "attribution"))
-    return Stage(s.run / "mask", settings=s, fields=("threshold", "mask"), inputs=inputs,
+    return Stage(s.run / mask_name(s), settings=s, fields=("threshold", "mask"), inputs=inputs,
                  modules=("simu",))
 
 
@@ -833,43 +923,41 @@ def attribute_rows(model, rows: list[Encoded], s: Settings, *, title: str,
 
 
 def mask_stage(s: Settings):
-    """mask/mask.safetensors: bool [L, D]; critical neurons per layer in stage.json."""
+    """mask/mask.safetensors (mask-<kind>/ unless dual): M [L, D]; counts in stage.json."""
     same_slice(s)
     job = mask_job(s)
     if job.done:
         return
     forget, retain = read_tensors(s.run / "attribution" / "scores.safetensors",
                                   ("forget", "retain"))
-    mask = critical_mask(forget, s.threshold)
-    if s.mask == "forget-only":
-        mask &= ~critical_mask(retain, s.threshold)  # [D6]
+    mask = make_mask(s.mask, forget, retain, threshold=s.threshold, seed=s.seed)
+    per_layer = (mask != 0).sum(1).tolist()
     with job as folder:
         save_tensors(folder / "mask.safetensors", {"mask": mask})
-        job.notes.update(critical=int(mask.sum()), total=mask.numel(),
-                         critical_per_layer=mask.sum(1).tolist())
-    print(f"{int(mask.sum())} of {mask.numel()} neurons are critical; by layer: "
-          f"{' '.join(map(str, mask.sum(1).tolist()))}")
+        job.notes.update(critical=sum(per_layer), total=mask.numel(), critical_per_layer=per_layer)
+    print(f"{sum(per_layer)} of {mask.numel()} neurons are critical; by layer: "
+          f"{' '.join(map(str, per_layer))}")
 
 
 def unlearn_stage(s: Settings):
-    """<method>-graddiff/: the unlearned model in HF layout, its tokenizer, log.jsonl."""
+    """<method>-<objective>/: the unlearned model in HF layout, its tokenizer, log.jsonl."""
     same_slice(s)
     inputs = dict(original=stage.fingerprint(s.run / "original"), **data.data_digests(s))
     mask = None
     if s.method == "simu":
         mask_job(s).require()
-        inputs["mask"] = stage.fingerprint(s.run / "mask")
+        inputs[mask_name(s)] = stage.fingerprint(s.run / mask_name(s))
     live = ("max_new_tokens", "max_total_tokens") if s.eval_epochs else ()
-    job = Stage(s.run / f"{s.method}-graddiff", settings=s, fields=UNLEARN + live, inputs=inputs,
+    job = Stage(s.run / unlearned_name(s), settings=s, fields=UNLEARN + live, inputs=inputs,
                 modules=CODE + ("eval",) * s.eval_epochs)
     if job.done:
         return
     if s.method == "simu":
-        mask, = read_tensors(s.run / "mask" / "mask.safetensors", ("mask",))
+        mask, = read_tensors(s.run / mask_name(s) / "mask.safetensors", ("mask",))
     bench, encoded = encoded_rows(s)
     with job as folder:
         model = load_original(s, job, "unlearn", encoded, s.method)
-        after = _evaluator(model, bench, s, folder) if s.eval_epochs else None
+        after = _evaluator(model, data.load_benchmark(s), s, folder) if s.eval_epochs else None
         unlearn(model, encoded["forget"], encoded["retain"], mask, s, folder / "log.jsonl", after)
         model.save_pretrained(folder)
         data.copy_tokenizer(s.run / "original", folder)
@@ -905,7 +993,11 @@ STAGES = {"files": files_stage, "plan": plan_stage, "original": original_stage,
 
 
 def main(argv=None):
-    parser = stage.parser("simu.py", "The stages of SIMU, in the order run.sh calls them.")
+    if (argv or [])[:1] == ["sweep"]:
+        from sweep import main as sweep  # builds on this module
+        return sweep(argv[1:])
+    parser = stage.parser("simu.py", "The stages of SIMU, in the order run.sh calls them. And "
+                          "`sweep`: every method over learning rates and seeds.")
     commands = parser.add_subparsers(dest="stage", required=True, metavar="|".join(STAGES))
     for name, function in STAGES.items():
         command = commands.add_parser(name, help=function.__doc__, description=function.__doc__)

@@ -62,6 +62,8 @@ DECAY = dict(ok=lambda x: 0 <= x < 1, must="in [0, 1)")
 BENCHMARKS = ("demo", "tofu", "lume")
 MODELS = ("llama2-7b", "olmo-1b", "tiny-llama", "tiny-olmo")
 METHODS = ("fo", "so", "simu")
+MASKS = ("dual", "forget-only", "soft", "random", "none", "all")
+OBJECTIVES = ("graddiff", "ga", "retain", "npo", "po")
 
 
 @dataclass(frozen=True)
@@ -104,13 +106,18 @@ class Settings:
     threshold: float = option(0.3, "t: critical if Att > t * max of the layer", **FRACTION)
     path: str = option("layer", "scale a layer's outputs together, or one neuron at a time [D4]",
                        choices=("layer", "neuron"))
-    mask: str = option("dual", "dual keeps neurons critical for both sets [D6]",
-                       choices=("dual", "forget-only"))
+    mask: str = option("dual", "dual keeps neurons critical for both sets [D6], forget-only drops, "
+                       "soft weighs them; random: of equal size; none: attention only; all: no "
+                       "mask on down_proj", choices=MASKS)
     attribution_tokens: int = option(4096, "tokens in one attribution pass, path nodes counted in",
                                      **at_least(1))
 
     # Step 2: unlearning (Section 2.2).
-    method: str = option("simu", "FO-, SO- or SIMU-GradDiff", choices=METHODS)
+    method: str = option("simu", "AdamW on all weights, Sophia on all, or SIMU", choices=METHODS)
+    objective: str = option("graddiff", "GradDiff; ga: ascent only; retain: fine-tuning on retain; "
+                            "npo, po: as GradDiff, with NPO or refusals in place of the ascent",
+                            choices=OBJECTIVES)
+    npo_beta: float = option(0.1, "beta of NPO", **POSITIVE)
     lr: float = option(5e-6, "eta: peak learning rate", **POSITIVE)
     epochs: int = option(5, "passes over the forget set", **at_least(1))
     batch: int = option(16, "forget rows per update, each with one retain row", **at_least(1))

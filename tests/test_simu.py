@@ -346,8 +346,8 @@ def test_decay_spares_norms_and_is_decoupled(tmp_path):
     s, model = settings(weight_decay=0.1), tiny()
     old = {n: p.detach().clone() for n, p in model.named_parameters()}
 
-    def update(p, g, m, h, lr, decayed, step):
-        return simu.adamw(s)(p, torch.zeros_like(g), m, h, lr, decayed, step)
+    def update(p, g, m, h, lr, w, step):
+        return simu.adamw(s)(p, torch.zeros_like(g), m, h, lr, w, step)
 
     with simu.moving_weights(model, "fo", None, torch.float32) as moving:
         simu.train(model, moving, [rows(4)],

@@ -1,0 +1,169 @@
+"""How much hangs on our readings of Eq. 1-2 [D2, D3, D4]: each alternative's scores and mask against
+ours, and the frontier that its mask leads to.
+
+    python benchmarks/readings.py RUN            RUN: a tiny run or a sweep's seed0, attributed
+
+J is Jaccard's index with our mask: at the same threshold, and with as many neurons per layer as
+ours. r is the correlation of scores, by layer. forget and utility are those of `simu.py sweep`.
+"""
+
+import argparse
+import dataclasses
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import common  # noqa: E402
+import torch  # noqa: E402
+
+import data  # noqa: E402
+import eval as evaluation  # noqa: E402
+import figures  # noqa: E402
+import simu  # noqa: E402
+import stage  # noqa: E402
+import sweep  # noqa: E402
+from data import IGNORE, collate  # noqa: E402
+from model import Transformer  # noqa: E402
+from report import table  # noqa: E402
+
+RATES = (5e-5, 7e-5, 1e-4)
+LEVEL = 0.2  # of forget, where utilities are compared
+
+
+def by_sample(model, batch, nodes, *, probability=False, absolute=False):
+    """Att [L, D] from one row per sample: our reading, written for comparison and not for speed."""
+    with simu._frozen(model):
+        run = simu._CleanRun(model, batch)
+        rows = []
+        for l, beta in enumerate(run.beta):
+            att = torch.zeros_like(beta)  # [B, A, D]: one row per sample
+            for node in nodes:
+                with torch.enable_grad():
+                    a = (node * beta).requires_grad_()
+                    x = simu._upper_layers(run, l, run.mid[l] + a, run.pos)
+                    log_p = model.logits(model.norm(x)).log_softmax(-1)  # [B, A, V]
+                    log_p = log_p.gather(-1, run.labels.clamp_min(0)[..., None]).squeeze(-1)
+                    log_p = log_p[run.labels != IGNORE]
+                    grad, = torch.autograd.grad((log_p.exp() if probability else log_p).sum(), a)
+                att += beta * grad / len(nodes)
+            rows.append((att.abs() if absolute else att).sum((0, 1)))
+        return torch.stack(rows)
+
+
+def everything_scaled(model, batch, nodes):
+    """The usual shortcut: a layer scaled at every position at once, one loss for all tokens."""
+    rows = []
+    with simu._frozen(model):
+        for block in model.layers:
+            att = 0.0
+            for node in nodes:
+                seen = {}
+
+                def scale(y):
+                    seen["beta"] = y.detach()
+                    seen["a"] = (node * y.detach()).requires_grad_()
+                    return seen["a"]
+
+                block.mlp.intervene = scale
+                with torch.enable_grad():
+                    log_p = -simu.nll_sum(model, batch)
+                grad, = torch.autograd.grad(log_p, seen["a"])
+                att = att + (seen["beta"] * grad).sum((0, 1)) / len(nodes)
+            block.mlp.intervene = None
+            rows.append(att)
+    return torch.stack(rows)
+
+
+def jaccard(a, b) -> float:
+    return int((a & b).sum()) / max(1, int((a | b).sum()))
+
+
+def largest(scores, counts):
+    """The counts[l] highest scores of each layer."""
+    rank = scores.argsort(1, descending=True).argsort(1)
+    return rank < torch.tensor(counts)[:, None]
+
+
+def judged(s, mask, lr):
+    """(forget, utility) of SIMU with this mask."""
+    bench, encoded = simu.encoded_rows(s)
+    model = Transformer.from_pretrained(s.run / "original")
+    s = dataclasses.replace(s, lr=lr, method="simu")
+    with tempfile.TemporaryDirectory() as folder:
+        simu.unlearn(model, encoded["forget"], encoded["retain"], mask, s, Path(folder) / "log")
+    metrics, _ = evaluation.evaluate_model(model, data.load_tokenizer(s.run / "original"),
+                                           sweep.lean(bench), s)
+    row = dict(zip(sweep.COLUMNS, sweep.table_row(dict(sweep="", arm="simu", settings=s), dict(
+        values={k: v for k, v in metrics["values"].items() if v is not None}))))
+    return float(row["forget"]), float(row["utility"])
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--rows", type=int, default=0, help="forget rows for the scores; 0: all")
+    parser.add_argument("--rates", type=float, nargs="*", default=RATES)
+    args = parser.parse_args()
+    common.describe(argparse.Namespace(device="cpu", dtype="float32"))
+    s = stage.read_settings(args.run)
+    _, encoded = simu.encoded_rows(s)
+    rows = encoded["forget"][:args.rows or None]
+    model = Transformer.from_pretrained(s.run / "original")
+    ours, left = [[j / s.steps for j in range(k, k + s.steps)] for k in (1, 0)]
+
+    def summed(score):
+        return sum(score(collate([rows[i] for i in part]))
+                   for part in data.batches_by_length(rows, 1024)).cpu()
+
+    readings = {
+        "ours: exact samples, log P, signed, layer, j/m": lambda b: by_sample(model, b, ours),
+        "every position scaled at once [D2]": lambda b: everything_scaled(model, b, ours),
+        "P instead of log P [D3]": lambda b: by_sample(model, b, ours, probability=True),
+        "|Att| of each sample summed [D3]": lambda b: by_sample(model, b, ours, absolute=True),
+        "one neuron at a time [D4]":
+            lambda b: simu.attribute(model, b, steps=s.steps, path="neuron"),
+        "nodes (j-1)/m": lambda b: by_sample(model, b, left)}
+    scores = {name: summed(score) for name, score in readings.items()}
+    reference = next(iter(scores.values()))
+    check = summed(lambda b: simu.attribute(model, b, steps=s.steps))
+    print(f"simu.attribute differs from the loop by {(check - reference).abs().max():.1e} of "
+          f"{reference.abs().max():.3g}; {len(rows)} forget rows, m = {s.steps}, t = "
+          f"{s.threshold}, seed {s.seed}, {s.epochs} epochs", flush=True)
+    mask = simu.critical_mask(reference, s.threshold)
+    counts = mask.sum(1).tolist()
+    original = judged_original(s) if args.rates else None
+    lines = []
+    for name, score in list(scores.items()) + [("random neurons of equal number", None)]:
+        if score is None:
+            own = same = simu.make_mask("random", reference, reference, threshold=s.threshold,
+                                        seed=s.seed)
+            r = "–"
+        else:
+            own, same = simu.critical_mask(score, s.threshold), largest(score, counts)
+            r = " ".join(f"{torch.corrcoef(torch.stack(pair))[0, 1]:.2f}"
+                         for pair in zip(score, reference))
+        points = [judged(s, own, lr) for lr in args.rates]
+        cells = [f"{f:.3f} / {u:.3f}" for f, u in points]
+        at = figures.utility_at(figures.pareto(points + [original]), LEVEL) if points else None
+        lines.append([name, int(own.sum()), f"{jaccard(own, mask):.2f}",
+                      f"{jaccard(same, mask):.2f}", r, *cells, "–" if at is None else f"{at:.3f}"])
+        print("done:", name, flush=True)
+    print(table(["reading", "critical", "J at t", "J equal size", "r by layer",
+                 *(f"forget / utility, {lr:g}" for lr in args.rates),
+                 f"utility at forget {LEVEL}"], lines))
+
+
+def judged_original(s):
+    """(forget, utility) before anything moves."""
+    bench, _ = simu.encoded_rows(s)
+    folder = s.run / "original"
+    metrics, _ = evaluation.evaluate_model(Transformer.from_pretrained(folder),
+                                           data.load_tokenizer(folder), sweep.lean(bench), s)
+    v = metrics["values"]
+    return v["forget.rouge_l"], (v["retain.rouge_l"] + v["world_facts.rouge_l"]) / 2
+
+
+if __name__ == "__main__":
+    stage.run_cli(main)

@@ -1,0 +1,432 @@
+"""Every figure of the paper, and the frontier, from what `simu.py` and its sweep left in a folder.
+
+    python figures.py all                    every folder of results/
+    python figures.py frontier runs/sweep-demo-tiny-llama
+
+what       reads                               writes to FOLDER/figures/, each with its CSV
+---------  ----------------------------------  ------------------------------------------------
+masks      scores.csv of a sweep, or a run's   figure6 (where critical neurons lie), figure4
+           attribution/scores.safetensors      (how many at which t), table5.csv
+variants   sweep.csv: sweeps m, t and mask     figure2, figure3, figure5
+frontier   sweep.csv: sweeps frontier and      frontier, equal-forgetting.csv: utility at the
+           baseline                            same forgetting, interpolated, with intervals
+
+The frontier of one seed: of an arm's points and the original, those that no other beats in both
+forgetting and utility, joined by straight lines. Intervals are 95% t-intervals over seeds; a
+difference is taken seed by seed, as both arms start from the same original. Nothing is trained
+here, and matplotlib is needed only to draw.
+"""
+
+import csv
+import math
+import statistics
+import sys
+from pathlib import Path
+
+import stage  # before torch: it silences a warning of torch's import
+
+import torch
+
+import simu
+from report import PUBLISHED_CRITICAL, table
+from stage import UserError
+from sweep import COLUMNS, write_csv
+
+# Okabe and Ito's colours, which colour-blind readers can tell apart; markers say the same again.
+BLACK, ORANGE, SKY, GREEN, BLUE, RED, PINK = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2",
+                                              "#D55E00", "#CC79A7")
+STYLES = {"fo": (ORANGE, "o"), "so": (BLUE, "s"), "simu": (RED, "D"), "simu-random": (GREEN, "^"),
+          "simu-forget-only": (SKY, "v"), "simu-soft": (PINK, "P"), "simu-none": (BLACK, "X"),
+          "simu-all": ("#999999", "h")}
+NAMES = {"fo": "FO-GradDiff", "so": "SO-GradDiff", "simu": "SIMU (critical mask)",
+         "simu-random": "SIMU, random mask", "simu-forget-only": "SIMU, forget-only mask",
+         "simu-soft": "SIMU, soft mask", "simu-none": "SIMU, attention only",
+         "simu-all": "SIMU, all of down_proj"}
+# Upper 2.5% points of Student's t for 1 to 9 degrees of freedom; the last serves for more.
+T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+LEVELS = (0.02, 0.05, 0.1, 0.2, 0.5)  # of forget: where utilities are compared
+CELLS = 512  # of a heat map at most: more neurons are put together
+T_GRID = tuple(i / 20 for i in range(1, 21))
+
+
+# ------------------------------------------------------------------------------------------ drawing
+
+
+def canvas(rows: int, columns: int, size: tuple[float, float]):
+    """(figure, axes as rows of columns), headless."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise UserError("figures need matplotlib; pip install matplotlib") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    pyplot.rcParams.update({"font.size": 10, "axes.grid": True, "grid.alpha": 0.3,
+                            "axes.spines.top": False, "axes.spines.right": False})
+    return pyplot.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+
+
+def save(figure, path: Path):
+    """PNG without the date and version that would make equal pictures differ."""
+    from matplotlib import pyplot
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150, metadata={"Software": None})
+    pyplot.close(figure)
+    print(f"wrote {path}")
+
+
+def title_of(about: dict) -> str:
+    return f"{about['benchmark']}, {about['model']}"
+
+
+# ------------------------------------------------------------------------------------------ reading
+
+
+def read_csv(path: Path, columns: tuple) -> list[dict]:
+    """Rows of one of our tables; UserError if it is missing or is not one."""
+    if not path.is_file():
+        raise UserError(f"{path} is missing; `python simu.py sweep` makes it")
+    with open(path, encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    if not rows or any(None in (row.get(c) for c in columns) for row in rows):
+        raise UserError(f"{path} has no rows or lacks columns; `python simu.py sweep` makes it "
+                        "again")
+    return rows
+
+
+def number(row: dict, name: str) -> float | None:
+    """A cell as a number, None where it is empty."""
+    try:
+        return float(row[name]) if row[name] else None
+    except ValueError:
+        raise UserError(f"{name} is {row[name]!r}, not a number, in a row of sweep {row['sweep']} "
+                        "in sweep.csv; `python simu.py sweep` makes it again") from None
+
+
+def read_scores(folder: Path):
+    """Forget and retain scores [L, D]."""
+    if not (folder / "scores.csv").is_file():
+        return simu.read_tensors(folder / "attribution" / "scores.safetensors",
+                                 ("forget", "retain"))
+    rows = read_csv(folder / "scores.csv", ("layer", "neuron", "forget", "retain"))
+    depth = 1 + max(int(r["layer"]) for r in rows)
+    return [torch.tensor([float(r[name]) for r in rows]).view(depth, -1)  # [L, D]
+            for name in ("forget", "retain")]
+
+
+# -------------------------------------------------------------------------------- masks (C.2, C.3)
+
+
+def binned(mask, width: int) -> list[list[float]]:
+    """Share of true among each `width` neighbours of mask [L, D]."""
+    return [[part.float().mean().item() for part in row.split(width)] for row in mask]
+
+
+def figure6(folder: Path, about: dict, forget, retain):
+    """Layer by neuron: forget-only, dual, both, and which set claims which neuron."""
+    f, r = (simu.critical_mask(x, about["threshold"]) for x in (forget, retain))
+    L, D = f.shape
+    width = -(-D // CELLS)
+    panels = (("(a) forget-only mask", f & ~r), ("(b) dual mask", f), ("(c) critical for both",
+                                                                      f & r))
+    figure, axes = canvas(4, 1, (9, 1.2 + 4 * max(1.1, 0.1 * L)))
+    for ax, (name, mask) in zip(axes[:, 0], panels):
+        image = ax.imshow(binned(mask, width), aspect="auto", cmap="Greys", vmin=0, vmax=1,
+                          interpolation="nearest", extent=(0, D, L - 0.5, -0.5))
+        ax.set_title(f"{name}: {int(mask.sum())} of {L * D}", loc="left", fontsize=10)
+    if width > 1:
+        figure.colorbar(image, ax=axes[:3, 0], label=f"share of {width} neighbours")
+    from matplotlib.colors import to_rgb
+    from matplotlib.patches import Patch
+    kinds = ((RED, "forget alone", f & ~r), (SKY, "retain alone", r & ~f), (BLACK, "both", f & r),
+             ("#FFFFFF", "neither", ~f & ~r))
+    shares = [binned(mask, width) for _, _, mask in kinds]  # a cell's colour is their mixture
+    colours = torch.tensor([to_rgb(colour) for colour, _, _ in kinds])  # [4, 3]
+    axes[3, 0].imshow((torch.tensor(shares).movedim(0, -1) @ colours).clamp(0, 1).tolist(),
+                      aspect="auto", interpolation="nearest", extent=(0, D, L - 0.5, -0.5))
+    axes[3, 0].set_title("(d) overlap", loc="left", fontsize=10)
+    figure.legend(handles=[Patch(facecolor=colour, edgecolor=BLACK, label=f"{name} "
+                                 f"({int(mask.sum())})") for colour, name, mask in kinds],
+                  ncols=4, fontsize=9, loc="outside lower center")
+    for ax in axes[:, 0]:
+        ax.grid(False)
+        ax.set_ylabel("layer")
+        ax.set_yticks(range(0, L, max(1, L // 8)))
+    axes[3, 0].set_xlabel("neuron of down_proj's output")
+    figure.suptitle(f"Critical neurons, t = {about['threshold']}, m = {about['steps']}: "
+                    f"{title_of(about)}", fontsize=11)
+    save(figure, folder / "figures" / "figure6.png")
+    write_csv(folder / "figures" / "figure6.csv", ("layer", "neuron", "forget", "retain"),
+              [(l, k, int(f[l, k]), int(r[l, k])) for l in range(L) for k in range(D)
+               if f[l, k] or r[l, k]])
+
+
+def figure4(folder: Path, about: dict, forget, retain):
+    """Number of critical neurons against t."""
+    rows = []
+    for t in T_GRID:
+        f, r = (simu.critical_mask(x, t) for x in (forget, retain))
+        rows.append((t, int(f.sum()), int((f & ~r).sum()), *f.sum(1).tolist()))
+    figure, axes = canvas(1, 1, (5.5, 3.8))
+    ax = axes[0, 0]
+    for column, (colour, marker), name in ((1, STYLES["simu"], "dual (all forget-critical)"),
+                                           (2, STYLES["simu-forget-only"], "forget-only")):
+        ax.plot(T_GRID, [row[column] for row in rows], color=colour, marker=marker, ms=4,
+                label=name)
+    ax.axvline(about["threshold"], color=BLACK, lw=0.8, ls=":", label=f"t = {about['threshold']}")
+    ax.set(xlabel="threshold t", ylabel=f"critical neurons of {forget.numel()}", ylim=(0, None),
+           title=f"Figure 4: {title_of(about)}")
+    ax.legend()
+    save(figure, folder / "figures" / "figure4.png")
+    write_csv(folder / "figures" / "figure4.csv", ("t", "dual", "forget_only", *(
+        f"dual_layer_{l}" for l in range(len(forget)))), rows)
+
+
+def masks(folder: Path, about: dict):
+    """Figures 4 and 6 and Table 5."""
+    forget, retain = read_scores(folder)
+    figure6(folder, about, forget, retain)
+    figure4(folder, about, forget, retain)
+    critical = int(simu.critical_mask(forget, about["threshold"]).sum())
+    rows = [("SO-GradDiff", forget.numel(), forget.numel()),
+            ("SIMU-GradDiff", forget.numel(), critical)]
+    rows += [(f"SIMU-GradDiff, published, {b} {m}", total, n)
+             for (b, m), (n, total) in PUBLISHED_CRITICAL.items() if b == about["benchmark"]]
+    header = ("Method", "Total MLP neurons", "Critical MLP neurons")
+    write_csv(folder / "figures" / "table5.csv", header, rows)
+    print(table(list(header), rows))
+
+
+# ---------------------------------------------------------------------------- variants (C.1 to C.3)
+
+PANELS = ((("retain.rouge_l", "ROUGE-L retain"), ("retain.exact_match", "EM retain")),
+          (("forget", "forget (lower is better)"),), (("mia.auc", "MIA (0.5 is ideal)"),),
+          (("aggregate", "aggregate"),))
+
+
+def lines(folder: Path, about: dict, rows: list[dict], sweep: str, x: str, name: str, label: str):
+    """Figures 2 and 3: what changes with m or t."""
+    own = sorted((r for r in rows if r["sweep"] == sweep and not r["error"]),
+                 key=lambda r: number(r, x))
+    if not own:
+        return print(f"{folder}: no sweep over {sweep}; {name} not drawn")
+    figure, axes = canvas(1, len(PANELS), (13, 3.3))
+    for ax, panel in zip(axes[0], PANELS):
+        for (value, legend), (colour, marker) in zip(panel, ((BLUE, "s"), (RED, "D"))):
+            ax.plot([number(r, x) for r in own], [number(r, value) for r in own], color=colour,
+                    marker=marker, label=legend)
+        if panel[0][0] == "mia.auc":
+            ax.axhline(0.5, color=BLACK, lw=0.8, ls=":")
+        ax.set(xlabel=label, title=" and ".join(legend for _, legend in panel))
+        ax.title.set_fontsize(10)
+        if len(panel) > 1:
+            ax.legend(fontsize=9)
+    critical = [r["critical"] for r in own]
+    figure.suptitle(f"Figure {name[-1]}: {title_of(about)}, SIMU, seed {own[0]['seed']}; "
+                    f"{critical[0]} to {critical[-1]} critical neurons", fontsize=11)
+    save(figure, folder / "figures" / f"{name}.png")
+    columns = [x, "critical", *(v for panel in PANELS for v, _ in panel)]
+    write_csv(folder / "figures" / f"{name}.csv", columns, [[r[c] for c in columns] for r in own])
+
+
+def figure5(folder: Path, about: dict, rows: list[dict]):
+    """Forget-only against dual masks, and the other kinds beside them."""
+    own = [r for r in rows if r["sweep"] == "mask" and not r["error"]]
+    if not own:
+        return print(f"{folder}: no sweep over masks; figure5 not drawn")
+    values = [v for panel in PANELS for v in panel]
+    figure, axes = canvas(1, 1, (10, 4))
+    ax, width = axes[0, 0], 0.8 / len(own)
+    for i, r in enumerate(own):
+        at = [x + (i - (len(own) - 1) / 2) * width for x in range(len(values))]
+        ax.bar(at, [number(r, v) or 0 for v, _ in values], width * 0.92,
+               color=STYLES[r["arm"]][0], edgecolor=BLACK, lw=0.4, hatch=("", "//", "..", "\\\\",
+                                                                          "xx", "--")[i % 6],
+               label=f"{r['arm'].removeprefix('simu-').replace('simu', 'dual')} ({r['critical']})")
+    ax.set_xticks(range(len(values)), [name.replace(" (", "\n(") for _, name in values])
+    ax.grid(axis="x", visible=False)
+    ax.set(ylim=(0, 1.02), title=f"Figure 5: masks (neurons that move), {title_of(about)}, "
+           f"seed {own[0]['seed']}, one learning rate")
+    ax.legend(ncols=1, fontsize=9, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    save(figure, folder / "figures" / "figure5.png")
+    columns = ["arm", "critical", *(v for v, _ in values)]
+    write_csv(folder / "figures" / "figure5.csv", columns, [[r[c] for c in columns] for r in own])
+
+
+def variants(folder: Path, about: dict):
+    """Figures 2, 3 and 5."""
+    rows = read_csv(folder / "sweep.csv", COLUMNS)
+    lines(folder, about, rows, "m", "steps", "figure2", "m")
+    lines(folder, about, rows, "t", "threshold", "figure3", "t")
+    figure5(folder, about, rows)
+
+
+# ----------------------------------------------------------------------------------------- frontier
+
+
+def pareto(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """(forget, utility) that no other point equals or beats in both, forget rising."""
+    front = []
+    for forget, utility in sorted(points, key=lambda p: (p[0], -p[1])):
+        if not front or utility > front[-1][1]:
+            front.append((forget, utility))
+    return front
+
+
+def utility_at(front: list[tuple[float, float]], forget: float) -> float | None:
+    """Utility that the frontier allows at so much left of the forget set; None where no point
+    forgets that far."""
+    if not front or forget < front[0][0]:
+        return None
+    for (x0, y0), (x1, y1) in zip(front, front[1:]):
+        if forget <= x1:
+            return y0 + (y1 - y0) * (forget - x0) / (x1 - x0)
+    return front[-1][1]
+
+
+def interval(xs: list[float]) -> tuple[float, float]:
+    """Mean and half of its 95% t-interval; nan for fewer than two."""
+    if len(xs) < 2:
+        return (xs[0] if xs else math.nan), math.nan
+    return statistics.mean(xs), T95[min(len(xs) - 1, len(T95)) - 1] * (
+        statistics.stdev(xs) / math.sqrt(len(xs)))
+
+
+def frontiers(rows: list[dict]) -> tuple[dict, dict]:
+    """{arm: {seed: front}} and {baseline: {seed: (forget, utility)}}."""
+    base, points = {}, {}
+    for r in rows:
+        if r["sweep"] in ("baseline", "frontier") and not r["error"]:
+            at = number(r, "forget"), number(r, "utility")
+            if r["sweep"] == "baseline":
+                base.setdefault(r["arm"], {})[r["seed"]] = at
+            else:
+                points.setdefault(r["arm"], {}).setdefault(r["seed"], []).append(at)
+    if not points or "original" not in base:
+        raise UserError("sweep.csv holds no frontier; `python simu.py sweep` makes one")
+    return {arm: {seed: pareto(some + [base["original"][seed]]) for seed, some in own.items()}
+            for arm, own in points.items()}, base
+
+
+def equal_forgetting(fronts: dict, levels: dict) -> list[list]:
+    """For every level and arm: utility, its interval, seeds that reach it; and, where another arm
+    is compared with simu, simu minus that arm, seed by seed."""
+    out = []
+    for name, at in levels.items():  # at: {seed: forget}
+        reached = {arm: {seed: u for seed, front in own.items()
+                         if (u := utility_at(front, at[seed])) is not None}
+                   for arm, own in fronts.items()}
+        for arm, own in reached.items():
+            both = [seed for seed in own if seed in reached.get("simu", {})]
+            difference = [reached["simu"][k] - own[k] for k in both] if arm != "simu" else []
+            out.append([name, arm, len(own), *interval(list(own.values())), *interval(difference)])
+    return out
+
+
+def seed_by_seed(fronts: dict, forget: float) -> dict:
+    """{seed: utility} of the seeds whose frontier reaches so far."""
+    return {seed: u for seed, front in fronts.items()
+            if (u := utility_at(front, forget)) is not None}
+
+
+def band(ax, curve: list[tuple[float, float, float]], look: dict, label: str):
+    """A line of (forget, mean, half interval) with its band."""
+    x = [1 - c[0] for c in curve]
+    ax.plot(x, [c[1] for c in curve], label=label, **look)
+    ax.fill_between(x, [c[1] - c[2] for c in curve], [c[1] + c[2] for c in curve],
+                    color=look["color"], alpha=0.13, lw=0)
+
+
+def frontier(folder: Path, about: dict):
+    """Retained utility against forgetting, a curve per arm, and utility at equal forgetting."""
+    rows = read_csv(folder / "sweep.csv", COLUMNS)
+    fronts, base = frontiers(rows)
+    seeds = list(base["original"])
+    figure, axes = canvas(1, 2, (12.5, 5))
+    (ax, beside), grid, curve_rows = axes[0], [i / 200 for i in range(201)], []
+    for i, (arm, own) in enumerate(fronts.items()):
+        colour, marker = STYLES.get(arm, list(STYLES.values())[i % len(STYLES)])
+        look = dict(color=colour, lw=1.8, marker=marker, markevery=(2 * i, 20), ms=6)
+        curve = [(x, u) for x in grid if len(u := seed_by_seed(own, x)) == len(own)]
+        band(ax, [(x, *interval(list(u.values()))) for x, u in curve], look, NAMES.get(arm, arm))
+        curve_rows += [(arm, f"{x:.3f}", *(f"{v:.5f}" for v in interval(list(u.values()))))
+                       for x, u in curve]
+        dots = [r for r in rows if r["sweep"] == "frontier" and r["arm"] == arm and not r["error"]]
+        ax.scatter([1 - number(r, "forget") for r in dots], [number(r, "utility") for r in dots],
+                   color=colour, marker=marker, s=10, alpha=0.5, lw=0)
+        if arm != "simu" and "simu" in fronts:
+            other = fronts["simu"]
+            gap = [(x, [theirs[k] - u[k] for k in u]) for x, u in curve
+                   if len(theirs := seed_by_seed(other, x)) == len(u)]
+            band(beside, [(x, *interval(d)) for x, d in gap], look,
+                 f"minus {NAMES.get(arm, arm)}")
+    for name, marker in (("original", "*"), ("retain-only", "p")):
+        if name in base:
+            ax.scatter([1 - x for x, _ in base[name].values()], [y for _, y in base[name].values()],
+                       color=BLACK, marker=marker, s=45, label=name, zorder=5)
+    beside.axhline(0, color=BLACK, lw=0.8)
+    ax.set(ylabel="retained utility", ylim=(None, 1.02), title="mean over seeds")
+    beside.set(ylabel="difference in utility", title="SIMU (critical mask) minus another, by seed")
+    for one, left in ((ax, -0.02), (beside, 0.5)):
+        one.set(xlabel="forgetting: 1 - what is left of the forget set", xlim=(left, 1.01))
+        one.legend(fontsize=9, loc="lower left")
+    figure.suptitle(f"Utility against forgetting, 95% bands: {title_of(about)}, {len(seeds)} seeds",
+                    fontsize=11)
+    save(figure, folder / "figures" / "frontier.png")
+    write_csv(folder / "figures" / "frontier.csv", ("arm", "forget", "utility", "half_interval"),
+              curve_rows)
+    levels = {f"forget = {x}": dict.fromkeys(seeds, x) for x in LEVELS}
+    if "retain-only" in base:
+        levels = {"retain-only's": {k: v[0] for k, v in base["retain-only"].items()}} | levels
+    told = equal_forgetting(fronts, levels)
+    write_csv(folder / "figures" / "equal-forgetting.csv", (
+        "level", "arm", "seeds", "utility", "half_interval", "simu_minus_arm",
+        "difference_half_interval"),
+        [[*r[:3], *("" if math.isnan(x) else f"{x:.5f}" for x in r[3:])] for r in told])
+    print(table(["At equal forgetting", "arm", "seeds", "utility, 95% t-interval",
+                 "SIMU minus it, seed by seed"],
+                [[r[0], NAMES.get(r[1], r[1]), r[2], with_interval(*r[3:5]),
+                  with_interval(*r[5:], sign="+")] for r in told]))
+
+
+def with_interval(mean: float, half: float, sign: str = "") -> str:
+    if math.isnan(mean):
+        return "–"
+    return f"{mean:{sign}.4f}" + ("" if math.isnan(half) else f" ± {half:.4f}")
+
+
+# --------------------------------------------------------------------------------------------- main
+
+FIGURES = {"masks": (masks, ("scores.csv", "attribution/scores.safetensors")),
+           "variants": (variants, ("sweep.csv",)), "frontier": (frontier, ("sweep.csv",))}
+
+
+def draw(what: str, folder: Path):
+    """The figures that `what` names, or all for which the folder holds the data."""
+    about = stage.read_json(folder / "settings.json")
+    drawn = False
+    for name, (function, sources) in FIGURES.items():
+        if what == name or (what == "all" and any((folder / x).is_file() for x in sources)):
+            print(f"== {folder}: {name}")
+            function(folder, about)
+            drawn = True
+    if not drawn:
+        raise UserError(f"{folder} holds neither sweep.csv nor attribution scores; it is no run or "
+                        "sweep of simu.py")
+
+
+def main(argv=None):
+    parser = stage.parser("figures.py", "The paper's figures and the frontier, from stored runs.")
+    parser.add_argument("what", choices=("all", *FIGURES))
+    parser.add_argument("folders", nargs="*", type=Path, metavar="FOLDER",
+                        help="a run or a sweep; default: every folder of results/")
+    args = parser.parse_args(argv)
+    folders = args.folders or sorted(p.parent for p in (stage.HERE / "results").glob(
+        "*/settings.json"))
+    if not folders:
+        raise UserError("results/ holds no stored sweep; name the folder of a run or sweep")
+    for folder in folders:
+        draw(args.what, folder)
+
+
+if __name__ == "__main__":
+    stage.run_cli(lambda: main(sys.argv[1:]))
