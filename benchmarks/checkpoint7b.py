@@ -10,6 +10,7 @@ About 45 GB of disk in --folder, a temporary one unless given.
 """
 
 import argparse
+import os
 import shutil
 import subprocess
 import sys
@@ -47,7 +48,9 @@ def write_checkpoint(a, folder: Path) -> int:
 def step(folder: Path, *words):
     """Run one of our command lines; its last lines on stdout, without this machine's paths."""
     def plain(text):
-        return text.replace(str(folder), "FOLDER").replace(str(HERE), ".")
+        for path, name in ((folder, "FOLDER"), (os.path.relpath(folder), "FOLDER"), (HERE, ".")):
+            text = text.replace(str(path), name)
+        return text
 
     print(plain(f"$ python {' '.join(words)}"), flush=True)
     start = time.perf_counter()

@@ -323,8 +323,9 @@ def test_what_is_not_computed_here_is_refused(kind, change, told, tmp_path):
 # ------------------------------------------------------------------ the method on other models
 
 
-@pytest.mark.parametrize("kind", ["llama-3.2", "qwen2.5", "olmo2"])
-@pytest.mark.parametrize("path, steps", [("layer", 4), ("neuron", 2)])
+@pytest.mark.parametrize("kind, path, steps", [
+    ("llama-3.2", "layer", 4), ("qwen2.5", "layer", 4), ("olmo2", "layer", 4),
+    ("olmo2", "neuron", 2)])
 def test_attribution_equals_the_loop(kind, path, steps):
     model, pairs = ours(kind), rows(2 if path == "layer" else 1, vocab=96)
     want = sum(one_prefix_at_a_time(model, r, steps, path) for r in pairs)
