@@ -62,8 +62,8 @@ LUME = dict(max_total_tokens=0, max_new_tokens=256, template="raw")
 FIT_7B = dict(micro_tokens=512, fo=dict(lam=0.3, state="bfloat16"),
               so=dict(lam=2.0, state="bfloat16"))
 # As TOFU made its own: 5 epochs, the first of them warm-up, 32 rows per update, at the rate of its
-# model of this size, phi-1.5. How LUME's was made is not known to us: the rate of TOFU's 7B, and more
-# epochs, as its rows are to be known by heart.
+# model of this size, phi-1.5. How LUME's was made is not known to us: the rate of TOFU's 7B, and
+# more epochs, as its rows are to be known by heart.
 LEARN_TOFU = dict(learn_lr=2e-5, learn_epochs=5, learn_batch=32,
                   original=dict(weight_decay=0.01, warmup=0.2))
 LEARN_LUME = LEARN_TOFU | dict(learn_lr=1e-5, learn_epochs=10,

@@ -356,14 +356,16 @@ MICRO = ("--forget-groups 1 --retain-groups 2 --epochs 1 --batch 2 --max-total-t
 def test_run_sh_from_the_hub_to_the_report(server, tmp_path):
     """Data and weights fetched, one file broken off, one run of everything, a report."""
     dataset = server.repos["datasets", "locuslab/TOFU"]
+    for name in ("world_facts_perturbed.json", "world_facts.json"):
+        dataset[name] = b"\n".join(dataset[name].split(b"\n")[:2])
     dataset["full.json"] *= 400  # more than the 10 MB that are written at once
     server.cut["full.json"] = 11_000_000
     run = tmp_path / "run"
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     done = subprocess.run(
         ["bash", ROOT / "run.sh", "tofu", "tiny-llama", "--out", run, "--weights", "hf:me/tiny",
-         "--must-know", "0", *MICRO], capture_output=True, text=True, cwd=tmp_path,
-        env=os.environ | dict(PATH=path))
+         "--must-know", "0", "--rows-per-author", "2", *MICRO], capture_output=True, text=True,
+        cwd=tmp_path, env=os.environ | dict(PATH=path))
     assert done.returncode == 0, done.stderr
     assert TOKEN not in done.stdout + done.stderr
     assert [h.get("Range") for h in server.gets("full.json")] == [None, f"bytes={10 << 20}-"]
@@ -403,7 +405,7 @@ def test_an_original_nobody_published_is_fine_tuned_here(server, tmp_path, monke
              "--learn-epochs", "3", "--learn-lr", "3e-3", "--learn-batch", "4"]
     simu.main(["original", *words])
     told = capfd.readouterr().out
-    assert "them/gated may not be read (401)" in told and "me/tiny is fine-tuned here" in told
+    assert "them/gated may not be read (401, " in told and "me/tiny is fine-tuned here" in told
     folder = tmp_path / "run" / "original"
     log = [json.loads(x) for x in (folder / "log.jsonl").read_text().splitlines()]
     assert log[-1]["loss"] < 0.8 * log[0]["loss"]
