@@ -580,7 +580,7 @@ def test_ctrl_c_at_the_keyboard(w):
         time.sleep(0.05)
     time.sleep(0.3)  # well into the training
     run.send_signal(signal.SIGINT)
-    stderr = run.communicate()[1]
+    stderr = run.communicate(timeout=60)[1]
     assert fuzz.told(run.returncode, stderr, 130), stderr
     assert not listing(w / "out")
 
