@@ -536,8 +536,10 @@ def test_ctrl_c(w, monkeypatch):
 
 def program(*words, **environment):
     env = {k: v for k, v in os.environ.items() if k != "SIMU_DATA"} | environment
+    # A suite run in the background of a script ignores Ctrl-C, and its children with it.
     return subprocess.Popen([str(x) for x in words], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            text=True, cwd=ROOT, env=env | {"TQDM_DISABLE": "1"})
+                            text=True, cwd=ROOT, env=env | {"TQDM_DISABLE": "1"},
+                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
 
 
 def as_program(w, command: str) -> list:
