@@ -208,6 +208,7 @@ def attack_stage(job: Stage, probes: dict, bench: data.Benchmark, s: Settings):
     source = job.folder.parent
     tokenizer, (_, tested) = data.load_tokenizer(source), halves(bench.forget, s.seed)
     with job as folder:
+        (folder / "logs").mkdir(exist_ok=True)
         model = load(source, s)
         for attack in (*probes, *WEIGHTS):
             file = folder / f"{attack}.json"
@@ -217,7 +218,7 @@ def attack_stage(job: Stage, probes: dict, bench: data.Benchmark, s: Settings):
             if attack in WEIGHTS:
                 del model  # or two of them would be in memory
                 model = load(source, s)
-                change(model, attack, bench, tokenizer, s, folder / f"{attack}.jsonl")
+                change(model, attack, bench, tokenizer, s, folder / "logs" / f"{attack}.jsonl")
             if attack == "relearn-half":
                 asked = [p for p in asked if p.split == "retain" or p.id in tested]
             stage.write_json(file, say(model, tokenizer, asked, s, f"{source.name}: {attack}"))
@@ -239,12 +240,15 @@ def requests_stage(job: Stage, probes: dict, parts: list, bench: data.Benchmark,
     tokenizer, model = data.load_tokenizer(s.run / "original"), load(s.run / "original", s)
     name, c = job.folder.parent.name, model.config
     with job as folder:
+        # Apart from the stage's own folder, where `train` would look for checkpoints: several
+        # trainings share this stage, and none may go on from another's.
+        (folder / "logs").mkdir(exist_ok=True)
         for i in range(len(parts) + 1):
             if i:
                 forget, retain = (data.encode_all(
                     x, tokenizer, s.template, context=c.max_position_embeddings,
                     vocab=c.vocab_size) for x in (parts[i - 1], bench.retain))
-                serve(model, forget, retain, s, folder / f"log-{i}.jsonl")
+                serve(model, forget, retain, s, folder / "logs" / f"{i}.jsonl")
             stage.write_json(folder / f"after-{i}.json", say(model, tokenizer, probes["plain"], s,
                                                              f"{name}: {i} requests"))
 

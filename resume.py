@@ -10,7 +10,6 @@ decides a step, such as its rows and its random bits, has to be a function of th
 import hashlib
 import json
 import os
-import sys
 import time
 from pathlib import Path
 
@@ -70,7 +69,7 @@ class Checkpoints:
             save_tensors(path, self.tensors, dict(about=about, sha256=_digest(about, self.tensors)))
         except OSError as e:  # the stage itself may need no more room, so it goes on
             self.share = 0
-            return print(f"no more checkpoints: {path}: {e.strerror}", file=sys.stderr, flush=True)
+            return print(f"no more checkpoints: {path}: {e.strerror}", flush=True)
         self.newest, self.since = path, time.monotonic()
         self.cost = self.since - start
 

@@ -80,8 +80,12 @@ class Lab:
                    lr=lr, log=self.run / "log.jsonl", title="teach")
 
     def save(self, name):
-        if name == "original":
-            return self.model.save_pretrained(self.run / name)
+        if name == "original":  # in the place of the one that was made, and sealed as it was
+            folder = self.run / name
+            self.model.save_pretrained(folder)
+            made = stage.read_json(folder / "stage.json")
+            del made["sha256"]
+            return stage.write_stage(folder, made | dict(files=stage.seal(folder)))
         with Stage(self.run / name, settings=self.s, fields=(), inputs={}, modules=()) as folder:
             self.model.save_pretrained(folder)
             data.copy_tokenizer(self.run / "original", folder)
@@ -287,10 +291,10 @@ def test_each_request_starts_from_the_model_before(served, method, tmp_path):
     retain, model = encode(served.bench.retain), served.load()
     for i, part in enumerate(parts, 1):
         attack.serve(model, part, retain, s, tmp_path / f"{i}")
-        assert (tmp_path / f"{i}").read_text() == (folder / f"log-{i}.jsonl").read_text()
+        assert (tmp_path / f"{i}").read_text() == (folder / "logs" / f"{i}.jsonl").read_text()
     fresh = served.load()
     attack.serve(fresh, parts[1], retain, s, tmp_path / "fresh")
-    assert (tmp_path / "fresh").read_text() != (folder / "log-2.jsonl").read_text()
+    assert (tmp_path / "fresh").read_text() != (folder / "logs" / "2.jsonl").read_text()
     curve = stage.read_json(served.run / "attack.json")["requests"][f"{method}-graddiff"]
     assert [p["after"] for p in curve] == [0, 1, 2]
     assert curve[2]["requests"] == [
