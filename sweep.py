@@ -19,6 +19,7 @@ import json
 import multiprocessing
 import os
 import signal
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -142,6 +143,7 @@ def fingerprint(arm: str, s: Settings, digests: dict, code: str) -> str:
 
 def _start_worker(threads: int):
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent says it once
+    sys.stderr = open(os.devnull, "w")  # bars of its own; what it raises, the parent shows
     torch.set_num_threads(threads)
 
 
@@ -153,13 +155,14 @@ def _each(function, items: list, jobs: int, title: str):
                 yield function(item)
                 bar.update()
             return
-        os.environ["TQDM_DISABLE"] = "1"  # the workers' own bars
         context = multiprocessing.get_context("spawn")
         threads = max(1, (os.cpu_count() or 1) // jobs)
         with context.Pool(min(jobs, len(items)), _start_worker, (threads,)) as pool:
             for result in pool.imap_unordered(function, items):
                 yield result
                 bar.update()
+            pool.close()
+            pool.join()
 
 
 def sweep(out: Path, points: list[dict], lines: list[dict], jobs: int):
