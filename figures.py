@@ -211,9 +211,13 @@ def lines(folder: Path, about: dict, rows: list[dict], sweep: str, x: str, name:
         return print(f"{folder}: no sweep over {sweep}; {name} not drawn")
     figure, axes = canvas(1, len(PANELS), (13, 3.3))
     for ax, panel in zip(axes[0], PANELS):
-        for (value, legend), (colour, marker) in zip(panel, ((BLUE, "s"), (RED, "D"))):
-            ax.plot([number(r, x) for r in own], [number(r, value) for r in own], color=colour,
-                    marker=marker, label=legend)
+        for (value, legend), look in zip(panel, (dict(color=BLUE, marker="s", ms=9, mfc="none"),
+                                                 dict(color=RED, marker="D", ms=5))):
+            ax.plot([number(r, x) for r in own], [number(r, value) for r in own], label=legend,
+                    **look)
+        low, high = ax.get_ylim()
+        spare = max(0, 0.1 - (high - low)) / 2  # so that noise does not fill the picture
+        ax.set_ylim(low - spare, high + spare)
         if panel[0][0] == "mia.auc":
             ax.axhline(0.5, color=BLACK, lw=0.8, ls=":")
         ax.set(xlabel=label, title=" and ".join(legend for _, legend in panel))

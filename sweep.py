@@ -19,6 +19,7 @@ import json
 import multiprocessing
 import os
 import signal
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -35,8 +36,9 @@ from model import Transformer
 from stage import MASKS, OBJECTIVES, Settings, UserError
 
 ARMS = ("fo", "so", "simu", "simu-random")
-FACTORS = tuple(2.0 ** -k for k in range(5, -1, -1))  # of the recipe's rate for the arm's method
-VARIANT = 0.0625  # the same for m, t and masks: forgetting is partial there, and shows what they do
+# Of the recipe's rate for the arm's method: close where forgetting sets in, and far beyond it.
+FACTORS = (0.0625, 0.0884, 0.125, 0.177, 0.25, 0.354, 0.5, 1)
+VARIANT = 0.0884  # for m, t and masks: there forgetting is not yet complete, and shows what they do
 STEPS = (2, 3, 5, 8, 10)  # m of Figure 2
 THRESHOLDS = tuple(i / 10 for i in range(1, 11))  # t of Figure 3
 BASELINES = ("original", "retain-only")
@@ -141,6 +143,7 @@ def fingerprint(arm: str, s: Settings, digests: dict, code: str) -> str:
 
 def _start_worker(threads: int):
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent says it once
+    sys.stderr = open(os.devnull, "w")  # bars of its own; what it raises, the parent shows
     torch.set_num_threads(threads)
 
 
@@ -152,19 +155,21 @@ def _each(function, items: list, jobs: int, title: str):
                 yield function(item)
                 bar.update()
             return
-        os.environ["TQDM_DISABLE"] = "1"  # the workers' own bars
         context = multiprocessing.get_context("spawn")
         threads = max(1, (os.cpu_count() or 1) // jobs)
         with context.Pool(min(jobs, len(items)), _start_worker, (threads,)) as pool:
             for result in pool.imap_unordered(function, items):
                 yield result
                 bar.update()
+            pool.close()
+            pool.join()
 
 
 def sweep(out: Path, points: list[dict], lines: list[dict], jobs: int):
     """Make what is missing of `points` in `out`; sweep.csv, scores.csv, settings.json; the table.
     lines: those of points.jsonl."""
-    runs = {p["settings"].run: p["settings"] for p in points}
+    runs = {p["settings"].run: p["settings"] for p in reversed(points)}  # the baseline's settings
+    runs = dict(reversed(runs.items()))
     seeds = [s for run, s in runs.items() if "-m" not in run.name]
     for some in (seeds, [s for s in runs.values() if s not in seeds]):  # seeds first
         for _ in _each(prepare, some, jobs, "originals and attribution"):
@@ -246,7 +251,7 @@ def main(argv: list[str]):
     parser.add_argument("--factors", nargs="+", type=float, default=FACTORS, metavar="X",
                         help="learning rates, as multiples of the recipe's for the arm's method")
     parser.add_argument("--variants", action=argparse.BooleanOptionalAction, default=True,
-                        help="also m, t and masks at the recipe's rate, on seed 0")
+                        help=f"also m, t and masks at {VARIANT} of the rate, on seed 0")
     parser.add_argument("--jobs", type=int, default=0, help="processes; default: one per core for "
                         "tiny models, else one")
     stage.add_options(parser, skip=("benchmark", "model", "seed", "method", "mask", "objective",
@@ -255,6 +260,8 @@ def main(argv: list[str]):
     own = {k: given.pop(k) for k in ("seeds", "arms", "factors", "variants", "jobs")}
     if own["seeds"] < 1 or own["jobs"] < 0 or not all(0 < f < 1e6 for f in own["factors"]):
         raise UserError("--seeds must be 1 or more, --jobs 0 or more, --factors positive")
+    for arm in own["arms"]:
+        arm_settings(arm)  # refuses before anything is made
     out = Path(given.get("out") or stage.HERE / "runs" / f"sweep-{given['benchmark']}-"
                f"{given['model']}").expanduser().absolute()
     out.mkdir(parents=True, exist_ok=True)

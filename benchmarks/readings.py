@@ -1,5 +1,5 @@
-"""How much hangs on our readings of Eq. 1-2 [D2, D3, D4]: each alternative's scores and mask against
-ours, and the frontier that its mask leads to.
+"""How much hangs on our readings of Eq. 1-2 [D2, D3, D4]: the scores and mask of each alternative
+beside ours, and the frontier that its mask leads to.
 
     python benchmarks/readings.py RUN            RUN: a tiny run or a sweep's seed0, attributed
 
@@ -90,7 +90,7 @@ def judged(s, mask, lr):
     """(forget, utility) of SIMU with this mask."""
     bench, encoded = simu.encoded_rows(s)
     model = Transformer.from_pretrained(s.run / "original")
-    s = dataclasses.replace(s, lr=lr, method="simu")
+    s = dataclasses.replace(s, lr=lr)
     with tempfile.TemporaryDirectory() as folder:
         simu.unlearn(model, encoded["forget"], encoded["retain"], mask, s, Path(folder) / "log")
     metrics, _ = evaluation.evaluate_model(model, data.load_tokenizer(s.run / "original"),
@@ -107,7 +107,9 @@ def main():
     parser.add_argument("--rates", type=float, nargs="*", default=RATES)
     args = parser.parse_args()
     common.describe(argparse.Namespace(device="cpu", dtype="float32"))
-    s = stage.read_settings(args.run)
+    of_run = dataclasses.asdict(stage.read_settings(args.run))
+    s = simu.resolve({k: v for k, v in of_run.items() if k not in ("lr", "lam")}
+                     | dict(method="simu", mask="dual", objective="graddiff"))
     _, encoded = simu.encoded_rows(s)
     rows = encoded["forget"][:args.rows or None]
     model = Transformer.from_pretrained(s.run / "original")
@@ -147,8 +149,9 @@ def main():
         points = [judged(s, own, lr) for lr in args.rates]
         cells = [f"{f:.3f} / {u:.3f}" for f, u in points]
         at = figures.utility_at(figures.pareto(points + [original]), LEVEL) if points else None
-        lines.append([name, int(own.sum()), f"{jaccard(own, mask):.2f}",
-                      f"{jaccard(same, mask):.2f}", r, *cells, "–" if at is None else f"{at:.3f}"])
+        overlaps = [f"{jaccard(x, mask):.2f}" for x in (own, same)]
+        lines.append([name, int(own.sum()), *overlaps, r, *cells,
+                      "–" if at is None else f"{at:.3f}"])
         print("done:", name, flush=True)
     print(table(["reading", "critical", "J at t", "J equal size", "r by layer",
                  *(f"forget / utility, {lr:g}" for lr in args.rates),
