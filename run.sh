@@ -44,6 +44,7 @@ test)
     set_up pytest tokenizers
     cd "$here"
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"  # the models are too small to share
+    [[ $# -gt 1 ]] || exec "$python" tests/all.py
     exec "$python" -m pytest -q "${@:2}" ;;
 attack)
     [[ $# -ge 2 && "$2" != --* ]] || usage
