@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 import data
 import hub
+import original
 import simu
 import stage
 from data import Encoded
@@ -273,7 +274,7 @@ def config_of(s: Settings) -> Config:
         if folder and os.path.isfile(os.path.join(folder, "config.json")):
             return Config.from_dir(folder)
     if s.tiny:
-        return simu.tiny_config(s, SimpleNamespace(vocab_size=s.vocab, bos_id=1, eos_id=2))
+        return original.tiny_config(s, SimpleNamespace(vocab_size=s.vocab, bos_id=1, eos_id=2))
     newer = s.benchmark == "lume" and s.model == "olmo-1b"
     return CONFIGS[s.model + "-0724" if newer else s.model]
 
@@ -355,7 +356,7 @@ def plan_command(s: Settings):
     hints = []
     fine_tuned = hub.original_sources(s)[1]
     for name, method in ((("learn", None),) if fine_tuned else ()) + STAGES:
-        own = simu.learning(s) if name == "learn" else _for_method(s, method)
+        own = original.learning(s) if name == "learn" else _for_method(s, method)
         n = need(own, config, name, method, **given)
         parts = (n.weights, n.gradients, n.state, n.activations, n.peak)
         cells = (f"{x / size:{w}.2f}" for x, w in zip(parts, COLUMNS))

@@ -391,11 +391,10 @@ class Stage:
         self._recover()
         if not (self.folder / "stage.json").is_file():
             return False
-        changed, force = self._changed(), self.settings.force
-        print(f"[{self.name}] " + (f"made again: {' and '.join(changed)} changed" if changed else
-                                   "made again: --force" if force else
+        changed = ["--force"] if self.settings.force else [f"{x} changed" for x in self._changed()]
+        print(f"[{self.name}] " + (f"made again: {' and '.join(changed)}" if changed else
                                    "already made; skipped"), flush=True)
-        return not (changed or force)
+        return not changed
 
     def _changed(self) -> list[str]:
         """Which of settings, inputs and code differ from what made the folder, and whether any of

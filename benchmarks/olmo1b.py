@@ -21,6 +21,7 @@ import stage  # noqa: E402  before torch
 import torch  # noqa: E402
 
 import data  # noqa: E402
+import original  # noqa: E402
 import simu  # noqa: E402
 from model import Transformer  # noqa: E402
 from plan import CONFIGS  # noqa: E402
@@ -60,15 +61,15 @@ def main():
                           **given))
     bench, tokenizer = data.load_benchmark(s), data.load_tokenizer(args.tokenizer)
     known, forget = (data.encode_all(rows, tokenizer, s.template, context=2048, vocab=50304)
-                     for rows in (simu.known_rows(bench),
-                                  bench.forget + simu.paraphrased(bench.forget)))
+                     for rows in (original.known_rows(bench),
+                                  bench.forget + original.paraphrased(bench.forget)))
     rng, dtype = random.Random(s.seed), stage.choose_dtype(s)
     first, last = args.out / "retain-only", args.out / "weights"
     if not first.is_dir():
         torch.manual_seed(s.seed)
         model = Transformer(config_for(tokenizer, args.tiny)).to(args.device, dtype)
         args.out.mkdir(parents=True, exist_ok=True)
-        simu.learn(model, [rng.sample(known, len(known)) for _ in range(s.learn_epochs)], s,
+        original.learn(model, [rng.sample(known, len(known)) for _ in range(s.learn_epochs)], s,
                    lr=s.learn_lr, log=args.out / "learn.jsonl", title="learn the retain set")
         save(model, args.tokenizer, first)
         del model
@@ -76,7 +77,7 @@ def main():
         model = Transformer.from_pretrained(first, device=args.device, dtype=dtype)
         mixed = [forget + rng.sample(known, min(len(known), s.light_retain * len(forget)))
                  for _ in range(s.light_epochs)]
-        simu.learn(model, [rng.sample(rows, len(rows)) for rows in mixed], s, lr=s.light_lr,
+        original.learn(model, [rng.sample(rows, len(rows)) for rows in mixed], s, lr=s.light_lr,
                    log=args.out / "light.jsonl", title="learn the forget set")
         save(model, args.tokenizer, last)
 

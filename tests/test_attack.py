@@ -11,9 +11,9 @@ import torch
 
 import attack
 import data
+import original
 import simu
 import stage
-from model import Transformer
 from stage import Stage, UserError
 
 OPTIONS = ("--width 64 --depth 2 --vocab 400 --context 160 --rows-per-author 3 --learn-epochs 8 "
@@ -76,7 +76,7 @@ class Lab:
             ids = self.tokenizer.encode(answer, bos=False)
             encoded.append(data.Encoded(prompt + ids + [self.tokenizer.eos_id], len(prompt)))
         rng = random.Random(0)
-        simu.learn(self.model, [rng.sample(encoded, len(encoded)) for _ in range(epochs)], self.s,
+        original.learn(self.model, [rng.sample(encoded, len(encoded)) for _ in range(epochs)], self.s,
                    lr=lr, log=self.run / "log.jsonl", title="teach")
 
     def save(self, name):

@@ -4,7 +4,6 @@ with status 2, without a traceback, and with nothing new under a final name.
 The commands run in this process, through the same stage.run_cli as on the command line; a few run
 as programs of their own. fuzz.py holds the small world they spoil, and spoils it at random."""
 
-import contextlib
 import errno
 import json
 import os

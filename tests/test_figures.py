@@ -13,7 +13,7 @@ import simu
 import stage
 import sweep
 from data import IGNORE, collate
-from stage import Settings, UserError
+from stage import UserError
 from test_simu import rows, run, settings, tiny
 
 ROOT = Path(simu.__file__).parent

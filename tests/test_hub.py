@@ -18,6 +18,7 @@ import torch
 import data
 import eval as evaluation
 import hub
+import original
 import simu
 import stage
 from hub import Source
@@ -124,7 +125,7 @@ def checkpoint(tmp_path_factory):
     texts = [t for e in data.load_benchmark(s).retain for t in (e.question, e.answer)]
     data.train_tokenizer(texts, folder, llama=True, vocab=s.vocab)
     torch.manual_seed(0)
-    Transformer(simu.tiny_config(s, data.load_tokenizer(folder))).save_pretrained(folder)
+    Transformer(original.tiny_config(s, data.load_tokenizer(folder))).save_pretrained(folder)
     return folder
 
 
@@ -259,7 +260,7 @@ def test_a_killed_download_goes_on_where_it_was(server, checkpoint, tmp_path):
     assert not server.gets("config.json")
 
 
-def original(*words):
+def make_original(*words):
     """`simu.py original`, as a user meets it."""
     stage.run_cli(lambda: simu.main(["original", "tofu", "tiny-llama", *words]))
 
@@ -315,7 +316,7 @@ GATE = "with the token given): ask for access on that page, and give a token of 
 def test_each_fault_is_one_line(server, tmp_path, capfd, monkeypatch, fault, told):
     fault(server, monkeypatch)
     with pytest.raises(SystemExit) as end:
-        original("--data", str(ROOT / "demo"), "--weights", "hf:me/tiny", "--out",
+        make_original("--data", str(ROOT / "demo"), "--weights", "hf:me/tiny", "--out",
                  str(tmp_path / "run"))
     said = capfd.readouterr()
     assert end.value.code == 2
@@ -343,7 +344,7 @@ def test_after_a_fault_the_same_command_goes_on(server, tmp_path, checkpoint):
 def test_names_that_are_none(server, tmp_path, capfd, words, told):
     server.refuse["revision/.."] = (404, "RevisionNotFound")
     with pytest.raises(SystemExit):
-        original(*words.split(), "--data", str(ROOT / "demo"), "--out", str(tmp_path / "run"))
+        make_original(*words.split(), "--data", str(ROOT / "demo"), "--out", str(tmp_path / "run"))
     assert told in capfd.readouterr().err
 
 
@@ -439,7 +440,7 @@ def test_every_cell_of_the_paper_has_an_original(cell):
         assert any(hub.WANTED.fullmatch(n) and n.endswith(".safetensors") for n in source.files)
         assert source.revision == "main" or re.fullmatch("[0-9a-f]{40}", source.revision)
     s = simu.resolve(dict(benchmark=cell[0], model=cell[1]))
-    assert simu.learning(s).weight_decay == (0.01 if base else 0.1)
+    assert original.learning(s).weight_decay == (0.01 if base else 0.1)
 
 
 # ----------------------------------------------------------------------------------------- dry runs

@@ -16,6 +16,7 @@ from safetensors import safe_open
 
 import data
 import eval as evaluation
+import original
 import simu
 import stage
 from stage import UserError
@@ -375,7 +376,7 @@ DEPENDENTS = dict(
 def test_every_setting_makes_the_right_stages_again():
     assert set(DEPENDENTS) == {f.name for f in dataclasses.fields(stage.Settings)}
     stages = dict(zip(("retain-only", "original", "attribution", "mask", "unlearn", "eval"),
-                      (simu.LEARN, simu.LIGHT, simu.ATTRIBUTE, ("threshold", "mask"),
+                      (original.LEARN, original.LIGHT, simu.ATTRIBUTE, ("threshold", "mask"),
                        simu.UNLEARN, evaluation.DEPENDS)))
     for name, first in DEPENDENTS.items():
         hit = [k for k, fields in stages.items() if name in fields]

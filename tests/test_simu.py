@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import original
 import simu
 from data import IGNORE, Encoded, collate
 from model import Config, Transformer
@@ -393,7 +394,7 @@ def test_unlearning_forgets_and_keeps(tmp_path):
     loss; without unlearning neither moves (the control is the loss before)."""
     model, forget, retain = tiny(sharp=1.0), rows(6), rows(10, seed=1)
     epochs = [forget + retain] * 60
-    simu.learn(model, epochs, settings(learn_batch=16), lr=1e-2, log=tmp_path / "log",
+    original.learn(model, epochs, settings(learn_batch=16), lr=1e-2, log=tmp_path / "log",
                title="know")
     scores = simu.attribute(model, collate(forget))
     mask = simu.critical_mask(scores, 0.3)
