@@ -215,11 +215,11 @@ def lines(folder: Path, about: dict, rows: list[dict], sweep: str, x: str, name:
                                                  dict(color=RED, marker="D", ms=5))):
             ax.plot([number(r, x) for r in own], [number(r, value) for r in own], label=legend,
                     **look)
+        if panel[0][0] == "mia.auc":
+            ax.axhline(0.5, color=BLACK, lw=0.8, ls=":")
         low, high = ax.get_ylim()
         spare = max(0, 0.1 - (high - low)) / 2  # so that noise does not fill the picture
         ax.set_ylim(low - spare, high + spare)
-        if panel[0][0] == "mia.auc":
-            ax.axhline(0.5, color=BLACK, lw=0.8, ls=":")
         ax.set(xlabel=label, title=" and ".join(legend for _, legend in panel))
         ax.title.set_fontsize(10)
         if len(panel) > 1:

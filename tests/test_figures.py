@@ -211,20 +211,29 @@ def test_a_sweep_goes_on_where_it_stopped_and_computes_nothing_twice(swept, monk
     assert len((out / "sweep.csv").read_text().splitlines()) == 1 + 3
 
 
-def test_a_point_is_what_the_stages_make(swept, tmp_path):
-    """A line of the sweep against the same unlearning and evaluation by the ordinary stages."""
+def test_a_point_is_what_the_stages_make_and_variants_lie_beside_it(swept):
+    """A line of the sweep against the same unlearning and evaluation by the ordinary stages; a
+    random mask and po beside them in one report, until their mask is made again."""
     import eval as evaluation
+    from report import report
     out, words = swept
     line = json.loads((out / "points.jsonl").read_text().splitlines()[2])
-    own = [w for w in words[1:-2 - len(MICRO)] if w not in (
-        "--seeds", "1", "--arms", "simu", "--no-variants", "--jobs")]
-    own[own.index("--out") + 1] = str(out / "seed0")
-    for command in ("mask", "unlearn"):
-        simu.main([command, *own, *MICRO])
-    evaluation.main(["evaluate", str(out / "seed0"), "simu-graddiff"])
-    values = stage.read_json(out / "seed0/simu-graddiff/eval/metrics.json")["values"]
+    run = out / "seed0"
+    own = ["demo", "tiny-llama", "--out", str(run), "--data", str(ROOT / "demo"), *MICRO]
+    variant = ["--mask", "random", "--objective", "po"]
+    for command, more in (("mask", []), ("unlearn", []), ("mask", variant), ("unlearn", variant)):
+        simu.main([command, *own, *more])
+    evaluation.main(["evaluate", str(run), "simu-graddiff", "simu-random-po"])
+    values = stage.read_json(run / "simu-graddiff/eval/metrics.json")["values"]
     for name, value in line["values"].items():
         assert values[name] == pytest.approx(value, abs=1e-6), name
+    report(run)
+    made = stage.read_json(run / "report.json")["evaluations"]
+    assert [e["name"] for e in made] == ["simu-graddiff", "simu-random-po"]
+    assert stage.read_stage(run / "simu-random-po")["settings"]["objective"] == "po"
+    simu.main(["mask", *own, *variant, "--threshold", "0.9"])
+    with pytest.raises(UserError, match="unlearned with another mask-random"):
+        report(run)
 
 
 def test_a_diverged_point_is_told_and_does_not_end_the_sweep(swept, monkeypatch):

@@ -239,7 +239,7 @@ def test_forget_only_drops_what_the_retain_set_needs(runs, tmp_path):
                str(ROOT / "demo"), "--mask", "forget-only", "--threshold", "0.3"])
     forget, retain = simu.read_tensors(out / "attribution" / "scores.safetensors",
                                        ("forget", "retain"))
-    mask, = simu.read_tensors(out / "mask" / "mask.safetensors", ("mask",))
+    mask, = simu.read_tensors(out / "mask-forget-only" / "mask.safetensors", ("mask",))
     dual, other = simu.critical_mask(forget, 0.3), simu.critical_mask(retain, 0.3)
     assert torch.equal(mask, dual & ~other) and (dual & other).any()
     assert not torch.equal(forget, retain)
