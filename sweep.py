@@ -267,7 +267,7 @@ def main(argv: list[str]):
     out.mkdir(parents=True, exist_ok=True)
     tiny = given["model"].startswith("tiny-")
     jobs = own["jobs"] or ((os.cpu_count() or 1) if tiny else 1)
-    with stage._lock(out):
+    with stage.lock(out):
         lines = evaluation._whole_lines(out / "points.jsonl")
         points = plan_points(given | dict(out=str(out)), own["arms"], own["factors"],
                              own["seeds"], own["variants"], lines)
