@@ -1,8 +1,8 @@
 """What an unlearned model's folder needs beside weights and tokenizer, to be used by others: how it
 was made to speak (generation_config.json) and where it comes from (README.md, the model card).
 
-`simu.py unlearn` writes both, `eval.py report` again with the metrics. Neither is part of what a
-stage's fingerprint covers.
+`simu.py unlearn` writes both, `eval.py report` the card again with the metrics: a stage answers for
+all its files but that one.
 """
 
 from pathlib import Path
@@ -32,20 +32,19 @@ print(tokenizer.decode(model.generate(**ids)[0], skip_special_tokens=True))
 ```"""
 
 
-def generation_config(s: Settings, config: Config, eos_id: int) -> dict:
-    """transformers' settings for what our evaluation did: greedy, one eos, as many tokens [D16]."""
+def write_generation_config(folder: Path, s: Settings):
+    """transformers' settings for what our evaluation does: greedy, one eos, as many tokens [D16]."""
+    config, eos_id = Config.from_dir(folder), data.load_tokenizer(folder).eos_id
     length = dict(max_new_tokens=s.max_new_tokens) if s.max_new_tokens else dict(
         max_length=s.max_total_tokens or config.max_position_embeddings)
     ids = {key: getattr(config, key) for key in TOKEN_IDS} | dict(eos_token_id=eos_id)
-    return dict(do_sample=False, **length) | {k: v for k, v in ids.items() if v is not None}
+    stage.write_json(folder / "generation_config.json", dict(do_sample=False, **length) | {
+        k: v for k, v in ids.items() if v is not None})
 
 
 def write_card(folder: Path, s: Settings, recipe: dict, found: list[dict] = ()):
-    """generation_config.json and README.md of a model unlearned in run s with the settings in
-    `recipe`; found: evaluations of it and of its original, as report.find_evaluations gives them"""
-    eos_id = data.load_tokenizer(folder).eos_id
-    stage.write_json(folder / "generation_config.json",
-                     generation_config(s, Config.from_dir(folder), eos_id))
+    """README.md of a model unlearned in run s with the settings in `recipe`; found: evaluations of
+    it and of its original, as report.find_evaluations gives them."""
     kind = "lume" if s.benchmark == "lume" else "tofu"
     before, after, _ = data.TEMPLATES[s.template]
     simu = recipe["method"] == "simu"

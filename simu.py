@@ -44,7 +44,7 @@ from tqdm import tqdm
 
 import data
 import hub
-from card import write_card
+from card import write_card, write_generation_config
 from data import IGNORE, Batch, Encoded, collate
 from eval import evaluate_model
 from model import Config, Transformer, causal_attention, save_tensors
@@ -798,6 +798,7 @@ def unlearn_stage(s: Settings):
         unlearn(model, encoded["forget"], encoded["retain"], mask, s, folder / "log.jsonl", after)
         model.save_pretrained(folder)
         data.copy_tokenizer(s.run / "original", folder)
+        write_generation_config(folder, s)
         write_card(folder, s, dataclasses.asdict(s))
 
 

@@ -643,9 +643,9 @@ def test_mean_and_deviation_over_seeds(run):
     assert seeds["seeds"] == [0, 1] and set(seeds["values"]) == {"original", "retain-only"}
     assert seeds["values"]["original"]["retain.rouge_l"] == [1, 0]
     assert "0.5000 ± 0.7071" in (run / "report.md").read_text("utf-8")
-    made = stage.read_json(folder.parent / "stage.json")
+    made = stage.read_stage(folder.parent)
     made["why"]["settings"]["lr"] = 1.0
-    stage.write_json(folder.parent / "stage.json", made)
+    stage.write_stage(folder.parent, made)
     with pytest.raises(stage.UserError, match="made with other lr"):
         ev.main(["report", str(run)])
     settings = stage.read_json(run / "settings.json")

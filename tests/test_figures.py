@@ -238,8 +238,13 @@ def test_a_point_is_what_the_stages_make_and_variants_lie_beside_it(swept):
 
 def test_a_diverged_point_is_told_and_does_not_end_the_sweep(swept, monkeypatch):
     s = simu.resolve(dict(benchmark="demo", model="tiny-llama", out=str(swept[0] / "seed0"),
-                          data=str(ROOT / "demo"), max_total_tokens=40, lr=1e30, epochs=1,
+                          data=str(ROOT / "demo"), max_total_tokens=40, epochs=1,
                           width=64, depth=2, vocab=500, context=160))
+
+    def diverge(*_):
+        raise UserError("simu-graddiff: loss or gradient is not finite at update 1 of 10")
+
+    monkeypatch.setattr(simu, "unlearn", diverge)
     line = sweep.run_point(("f", "simu", s))
     assert line["error"] == "diverged" and line["values"] == {}
     row = sweep.table_row(dict(sweep="frontier", arm="simu", settings=s), line)

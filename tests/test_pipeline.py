@@ -203,7 +203,7 @@ def test_transformers_reads_the_tokenizer_as_we_do(runs):
 
 def stale(out, *words):
     with pytest.raises(UserError) as e:
-        simu.main([*words, "--out", str(out), *MICRO, "--data", str(ROOT / "demo")])
+        simu.main([words[0], *MICRO, *words[1:], "--out", str(out), "--data", str(ROOT / "demo")])
     return str(e.value)
 
 

@@ -144,7 +144,7 @@ def test_a_full_disk_ends_the_checkpoints_and_not_the_stage(tmp_path, monkeypatc
     whole = unlearned(tmp_path / "a")
     monkeypatch.setattr("resume.save_tensors", full)
     assert same(whole, unlearned(tmp_path / "b"))
-    assert capsys.readouterr().err.count("No space left on device") == 1
+    assert capsys.readouterr().out.count("No space left on device") == 1
 
 
 # ------------------------------------------------------------------------------------ attribution
