@@ -33,7 +33,7 @@ print(tokenizer.decode(model.generate(**ids)[0], skip_special_tokens=True))
 
 
 def write_generation_config(folder: Path, s: Settings):
-    """transformers' settings for what our evaluation does: greedy, one eos, as many tokens [D16]."""
+    """How our evaluation generates, for transformers: greedy, one eos, as many tokens [D16]."""
     config, eos_id = Config.from_dir(folder), data.load_tokenizer(folder).eos_id
     length = dict(max_new_tokens=s.max_new_tokens) if s.max_new_tokens else dict(
         max_length=s.max_total_tokens or config.max_position_embeddings)

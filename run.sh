@@ -2,7 +2,7 @@
 # The whole pipeline, a line per stage.
 #
 #   bash run.sh demo [MODEL] [--option value ...]     the embedded benchmark, offline, on a CPU
-#   bash run.sh tofu|lume MODEL [--option value ...]  MODEL: llama2-7b, olmo-1b, tiny-llama, tiny-olmo
+#   bash run.sh tofu|lume MODEL [--option value ...]  llama2-7b, olmo-1b, tiny-llama or tiny-olmo
 #   bash run.sh attack RUN [STAGE ...] [--requests K] what of it stays forgotten under attack
 #   bash run.sh sweep BENCHMARK [MODEL] [--option ..] every method over learning rates and seeds
 #   bash run.sh figures [FOLDER ...]                  figures of the sweeps and runs stored there
@@ -13,9 +13,6 @@
 # `python simu.py sweep --help`. A finished stage is skipped (--force: made again), a killed one
 # goes on from where it was.
 set -euo pipefail
-# Waiting threads sleep: on a machine that is busy with something else, spinning ones can make a
-# small model three times slower.
-export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 
 usage() { sed -n '4,9s/^# *//p' "${BASH_SOURCE[0]}" >&2; exit 2; }
@@ -32,7 +29,8 @@ set_up() {
     python="$here/.venv/bin/python"
     has "$python" "${packages[@]}" && return
     echo "making .venv from requirements.txt (once; torch is large)" >&2
-    python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))' && python3 -m venv "$here/.venv" &&
+    python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))' &&
+        python3 -m venv "$here/.venv" &&
         "$python" -m pip install --quiet --disable-pip-version-check -r "$here/requirements.txt" ||
         { echo "error: no Python environment: $here needs python3 >= 3.10 with venv, and the" \
             "packages of requirements.txt; install them and run again" >&2; exit 2; }

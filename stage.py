@@ -87,8 +87,8 @@ class Settings:
                                  "slower; an operation that has none stops the run")
     force: bool = option(False, "make again what is already made")
     resume_cost: float = option(
-        0.03, "share of a training's or attribution's time spent on checkpoints from which a killed "
-        "one goes on; 1: one after every update; 0: none",
+        0.03, "share of a training's or attribution's time spent on checkpoints from which a "
+        "killed one goes on; 1: one after every update; 0: none",
         ok=lambda x: 0 <= x <= 1, must="from 0 to 1")
 
     # What is forgotten and kept.
@@ -424,6 +424,8 @@ class Stage:
             write_text(mark, self.fingerprint)
         if self.settings.deterministic:
             be_deterministic()
+        if self.settings.tiny and "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(1)  # no slower on matrices so small; same bytes anywhere
         self._start = time.monotonic()
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()

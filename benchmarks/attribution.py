@@ -111,8 +111,8 @@ def compare(a):
         print(f"  {name:9}{mean[name]:10.4f} s{counts[name]:12.3e} FLOP")
     ratios = sorted(x / y for x, y in zip(seconds["loop"], seconds["fast"]))
     print(f"  fast against loop: {mean['loop'] / mean['fast']:.0f} times faster (by turn: "
-          f"{ratios[0]:.0f} to {ratios[-1]:.0f}), {counts['loop'] / counts['fast']:.0f} times fewer "
-          "FLOP")
+          f"{ratios[0]:.0f} to {ratios[-1]:.0f}), {counts['loop'] / counts['fast']:.0f} times "
+          "fewer FLOP")
     exact, top = scores["loop"], scores["loop"].abs().max()
     print(f"  fast against loop: largest difference {(scores['fast'] - exact).abs().max():.1e} "
           f"where scores reach {top:.2g}")

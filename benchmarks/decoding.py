@@ -8,7 +8,8 @@ like TOFU's forget10 answers (18 to 95 tokens, mean 43); LUME's, whose few long 
 batch waiting, are `--answer_min 1 --answer_mean 19 --answer_max 154 --new 200`. A second
 comparison lets every row run to the end, where only the cost of a step counts. `--learn 0` keeps
 random weights: for large models. transformers gets one batch, padded on the left, its key/value
-cache and sdpa attention. The two take turns; times are the fastest of `--repeats`, and tokens are compared.
+cache and sdpa attention. The two take turns; times are the fastest of `--repeats`, and tokens are
+compared.
 """
 
 import argparse

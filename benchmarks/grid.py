@@ -1,6 +1,6 @@
 """The learning-rate grid behind the tiny recipes: every method at every rate, judged alike.
 
-    python benchmarks/grid.py demo tiny-llama            # after: python simu.py original|attribute|mask ...
+    python benchmarks/grid.py demo tiny-llama   # after simu.py original, attribute and mask
 
 For each method the rate kept is the one with the highest utility (mean of the ROUGE-L columns other
 than forget, as the paper's Table 1 counts retain and world facts) among those that forget:
@@ -53,7 +53,8 @@ def main(benchmark, name, *options):
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
     print(f"command: python benchmarks/grid.py {' '.join(sys.argv[1:])}\ncommit: "
           f"{commit.stdout.strip()}\ntorch {torch.__version__}, {torch.get_num_threads()} threads")
-    print(f"critical neurons: {int(mask.sum())} of {mask.numel()}; seed {s.seed}; {s.epochs} epochs")
+    print(f"critical neurons: {int(mask.sum())} of {mask.numel()}; "
+          f"seed {s.seed}; {s.epochs} epochs")
     print("| model | lr | " + " | ".join(f"ROUGE-L {k}" for k in sets) + " |")
     print("|---|---|" + "---|" * len(sets))
     baseline = None
@@ -75,7 +76,8 @@ def main(benchmark, name, *options):
             with tempfile.TemporaryDirectory() as folder:
                 simu.unlearn(model, *rows, mask, m, Path(folder) / "log.jsonl")
             got = [rouge(model, tokenizer, e, s) for e in sets.values()]
-            print(f"| {method} | {lr:g} | " + " | ".join(f"{g:.3f}" for g in got) + " |", flush=True)
+            cells = " | ".join(f"{g:.3f}" for g in got)
+            print(f"| {method} | {lr:g} | {cells} |", flush=True)
             utility = sum(got[1:]) / len(got[1:])
             if got[0] <= baseline + SLACK and (kept is None or utility > kept[1]):
                 kept = (lr, utility)

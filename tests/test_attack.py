@@ -76,8 +76,8 @@ class Lab:
             ids = self.tokenizer.encode(answer, bos=False)
             encoded.append(data.Encoded(prompt + ids + [self.tokenizer.eos_id], len(prompt)))
         rng = random.Random(0)
-        original.learn(self.model, [rng.sample(encoded, len(encoded)) for _ in range(epochs)], self.s,
-                   lr=lr, log=self.run / "log.jsonl", title="teach")
+        order = [rng.sample(encoded, len(encoded)) for _ in range(epochs)]
+        original.learn(self.model, order, self.s, lr=lr, log=self.run / "log.jsonl", title="teach")
 
     def save(self, name):
         if name == "original":  # in the place of the one that was made, and sealed as it was

@@ -26,11 +26,11 @@ GOLDEN = Path(__file__).parent / "golden" / "text_metrics.json"
 # ------------------------------------------------------------------------------- text for the tests
 
 ROOTS = """abil agree allow angular archae author bat bled born caress cease city class conflat
-control decis depend die differ digit earn east electr enjoy fail fall feed fil fizz fly form general
-geo goodn hap happi hesit hiss hop hope kin know lady life lovel mark meet motor nation news observ
-old oper play please poem pon possess predic prob rat relat replac revis rival roll sad sens sing siz
-sky snow spy stud sub tann theo tie toy trav triplic trouble try univers use vill vis vow watch week
-win work writ year yellow yoy zeal""".split()
+control decis depend die differ digit earn east electr enjoy fail fall feed fil fizz fly form
+general geo goodn hap happi hesit hiss hop hope kin know lady life lovel mark meet motor nation
+news observ old oper play please poem pon possess predic prob rat relat replac revis rival roll sad sens sing
+siz sky snow spy stud sub tann theo tie toy trav triplic trouble try univers use vill vis vow
+watch week win work writ year yellow yoy zeal""".split()
 ENDINGS = """ s es ies ied ed eed ing ings ingly y ily ly ally bly entally eli ently ously ational
 tional ation ations ator ency ancy izer ize ized ization alism iveness fulness ousness ality ivity
 bility fully logy logi icate ative alize icity ical ful ness al ance ence er ers ic able ible ant
@@ -208,7 +208,8 @@ def test_task_aggregate():
 def from_columns(kind: str, numbers) -> tuple[float, float]:
     """A published row's aggregate, as printed and as it follows from the row's other columns."""
     names = [n for _, _, some in report.COLUMNS[kind] for n in some]
-    row, em = dict(zip(names, numbers, strict=True)), "accuracy" if kind == "tofu" else "exact_match"
+    row = dict(zip(names, numbers, strict=True))
+    em = "accuracy" if kind == "tofu" else "exact_match"
     return row["aggregate"], ev.aggregate(
         em_forget=row[f"forget.{em}"], rouge_forget=row["forget.rouge_l"], mia=row["mia.auc"],
         em_retain=row[f"retain.{em}"], rouge_retain=row["retain.rouge_l"])
@@ -354,7 +355,8 @@ def micro_tofu(folder: Path):
                    "paraphrased_answer": f"{PEOPLE[i]} gathers {THINGS[i]}.",
                    "perturbed_answer": wrong}
 
-    facts = [{"question": f"What rhymes with {a}?", "answer": b, "perturbed_answer": ["x", "y", "z"]}
+    wrong = ["x", "y", "z"]
+    facts = [{"question": f"What rhymes with {a}?", "answer": b, "perturbed_answer": wrong}
              for a, b in [("cat", "Hat"), ("dog", "Log"), ("hen", "Ten"), ("fox", "Box")]]
     plain = lambda some: [{k: r[k] for k in ("question", "answer")} for r in some]
     files = {"forget10": plain(rows(0, 4)), "forget10_perturbed": rows(0, 4),

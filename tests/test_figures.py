@@ -1,4 +1,4 @@
-"""Mask variants and objectives by hand, the sweep's resume, and every figure from a small fixture."""
+"""Mask variants and objectives by hand, the sweep's resume, every figure from a small fixture."""
 
 import builtins
 import json

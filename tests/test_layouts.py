@@ -456,7 +456,8 @@ def test_a_post_processors_bos_may_be_switched_off(tmp_path):
 def unlearned(out, name, *options):
     """The stages up to a report, SIMU alone, in this process."""
     words = ["demo", name, "--out", str(out), *MICRO, "--data", str(ROOT / "demo"),
-             *"--forget-groups 1 --retain-groups 4 --learn-epochs 6 --max-total-tokens 96".split(), *options]
+             *"--forget-groups 1 --retain-groups 4 --learn-epochs 6 --max-total-tokens 96".split(),
+             *options]
     for command in ("original", "attribute", "mask", "unlearn"):
         simu.main([command, *words])
     return out

@@ -575,7 +575,7 @@ def test_old_and_new_configs_agree(folder):
 
 
 @pytest.mark.parametrize("key, value, told", [
-    ("model_type", "gpt2", "model_type = 'gpt2': must be llama or olmo or olmo2 or qwen2; no other"),
+    ("model_type", "gpt2", "model_type = 'gpt2': must be llama or olmo or olmo2 or qwen2"),
     ("model_type", None, "model_type is missing"),
     ("vocab_size", None, "vocab_size is missing"),
     ("rms_norm_eps", None, "rms_norm_eps is missing"),
@@ -604,7 +604,8 @@ def test_old_and_new_configs_agree(folder):
     ("partial_rotary_factor", 0.5, "partial_rotary_factor = 0.5 is not supported"),
     ("quantization_config", {"bits": 4}, "quantization_config = .* is not supported"),
     ("rope_scaling", {"type": "linear", "factor": 2.0}, "rope_scaling = .*only plain RoPE"),
-    ("rope_scaling", {"rope_type": "llama3"}, "rope_scaling = .*must be null, or llama3's with factor"),
+    ("rope_scaling", {"rope_type": "llama3"},
+     "rope_scaling = .*must be null, or llama3's with factor"),
     ("rope_scaling", "linear", "rope_scaling = 'linear': must be null or an object"),
     ("rope_parameters", {"rope_type": "yarn"}, "rope_parameters = .*only plain RoPE"),
 ])

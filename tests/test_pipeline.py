@@ -369,7 +369,8 @@ DEPENDENTS = dict(
     threshold="mask", mask="mask",
     method="unlearn", lr="unlearn", epochs="unlearn", batch="unlearn", lam="unlearn",
     beta2="unlearn", gamma="unlearn", eps="unlearn", state="unlearn", checkpointing="unlearn",
-    eval_epochs="unlearn", objective="unlearn", npo_beta="unlearn", max_new_tokens="eval", max_total_tokens="eval",
+    eval_epochs="unlearn", objective="unlearn", npo_beta="unlearn",
+    max_new_tokens="eval", max_total_tokens="eval",
     data="", out="", eval_tokens="", force="", deterministic="", resume_cost="", must_know="")
 
 

@@ -1,5 +1,5 @@
-"""What a killed stage goes on from, and that it ends with the bytes of an undisturbed one. The whole
-pipeline under SIGKILL is tests/kill.py, of which a short version runs here."""
+"""What a killed stage goes on from, and that it ends with the bytes of an undisturbed one. The
+whole pipeline under SIGKILL is tests/kill.py, of which a short version runs here."""
 
 import os
 import re
