@@ -28,9 +28,9 @@ GOLDEN = Path(__file__).parent / "golden" / "text_metrics.json"
 ROOTS = """abil agree allow angular archae author bat bled born caress cease city class conflat
 control decis depend die differ digit earn east electr enjoy fail fall feed fil fizz fly form
 general geo goodn hap happi hesit hiss hop hope kin know lady life lovel mark meet motor nation
-news observ old oper play please poem pon possess predic prob rat relat replac revis rival roll sad
-sens sing siz sky snow spy stud sub tann theo tie toy trav triplic trouble try univers use vill vis vow
-watch week win work writ year yellow yoy zeal""".split()
+news observ old oper play please poem pon possess predic prob rat relat replac revis rival roll
+sad sens sing siz sky snow spy stud sub tann theo tie toy trav triplic trouble try univers use
+vill vis vow watch week win work writ year yellow yoy zeal""".split()
 ENDINGS = """ s es ies ied ed eed ing ings ingly y ily ly ally bly entally eli ently ously ational
 tional ation ations ator ency ancy izer ize ized ization alism iveness fulness ousness ality ivity
 bility fully logy logi icate ative alize icity ical ful ness al ance ence er ers ic able ible ant
