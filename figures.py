@@ -340,11 +340,8 @@ def band(ax, curve: list[tuple[float, float, float]], look: dict, label: str):
                     color=look["color"], alpha=0.13, lw=0)
 
 
-def frontier(folder: Path, about: dict):
-    """Retained utility against forgetting, a curve per arm, and utility at equal forgetting."""
-    rows = read_csv(folder / "sweep.csv", COLUMNS)
-    fronts, base = frontiers(rows)
-    seeds = list(base["original"])
+def draw_frontier(folder: Path, about: dict, rows: list[dict], fronts: dict, base: dict):
+    """Retained utility against forgetting, and simu's minus the other arms', a curve per arm."""
     figure, axes = canvas(1, 2, (12.5, 5))
     (ax, beside), grid, curve_rows = axes[0], [i / 200 for i in range(201)], []
     for i, (arm, own) in enumerate(fronts.items()):
@@ -373,11 +370,19 @@ def frontier(folder: Path, about: dict):
     for one, left in ((ax, -0.02), (beside, 0.5)):
         one.set(xlabel="forgetting: 1 - what is left of the forget set", xlim=(left, 1.01))
         one.legend(fontsize=9, loc="lower left")
-    figure.suptitle(f"Utility against forgetting, 95% bands: {title_of(about)}, {len(seeds)} seeds",
-                    fontsize=11)
+    figure.suptitle(f"Utility against forgetting, 95% bands: {title_of(about)}, "
+                    f"{len(base['original'])} seeds", fontsize=11)
     save(figure, folder / "figures" / "frontier.png")
     write_csv(folder / "figures" / "frontier.csv", ("arm", "forget", "utility", "half_interval"),
               curve_rows)
+
+
+def frontier(folder: Path, about: dict):
+    """The frontier's picture, and utility at equal forgetting."""
+    rows = read_csv(folder / "sweep.csv", COLUMNS)
+    fronts, base = frontiers(rows)
+    draw_frontier(folder, about, rows, fronts, base)
+    seeds = list(base["original"])
     levels = {f"forget = {x}": dict.fromkeys(seeds, x) for x in LEVELS}
     if "retain-only" in base:
         levels = {"retain-only's": {k: v[0] for k, v in base["retain-only"].items()}} | levels
