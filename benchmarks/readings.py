@@ -100,6 +100,25 @@ def judged(s, mask, lr):
     return float(row["forget"]), float(row["utility"])
 
 
+def summed(rows: list, score):
+    """score(batch) over all rows: [L, D]."""
+    return sum(score(collate([rows[i] for i in part]))
+               for part in data.batches_by_length(rows, 1024)).cpu()
+
+
+def all_readings(model: Transformer, rows: list, m: int) -> dict:
+    """{reading: scores [L, D]}, ours first."""
+    ours, left = [[j / m for j in range(k, k + m)] for k in (1, 0)]
+    readings = {
+        "ours: exact samples, log P, signed, layer, j/m": lambda b: by_sample(model, b, ours),
+        "every position scaled at once [D2]": lambda b: everything_scaled(model, b, ours),
+        "P instead of log P [D3]": lambda b: by_sample(model, b, ours, probability=True),
+        "|Att| of each sample summed [D3]": lambda b: by_sample(model, b, ours, absolute=True),
+        "one neuron at a time [D4]": lambda b: simu.attribute(model, b, steps=m, path="neuron"),
+        "nodes (j-1)/m": lambda b: by_sample(model, b, left)}
+    return {name: summed(rows, score) for name, score in readings.items()}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", type=Path)
@@ -113,23 +132,9 @@ def main():
     _, encoded = simu.encoded_rows(s)
     rows = encoded["forget"][:args.rows or None]
     model = Transformer.from_pretrained(s.run / "original")
-    ours, left = [[j / s.steps for j in range(k, k + s.steps)] for k in (1, 0)]
-
-    def summed(score):
-        return sum(score(collate([rows[i] for i in part]))
-                   for part in data.batches_by_length(rows, 1024)).cpu()
-
-    readings = {
-        "ours: exact samples, log P, signed, layer, j/m": lambda b: by_sample(model, b, ours),
-        "every position scaled at once [D2]": lambda b: everything_scaled(model, b, ours),
-        "P instead of log P [D3]": lambda b: by_sample(model, b, ours, probability=True),
-        "|Att| of each sample summed [D3]": lambda b: by_sample(model, b, ours, absolute=True),
-        "one neuron at a time [D4]":
-            lambda b: simu.attribute(model, b, steps=s.steps, path="neuron"),
-        "nodes (j-1)/m": lambda b: by_sample(model, b, left)}
-    scores = {name: summed(score) for name, score in readings.items()}
+    scores = all_readings(model, rows, s.steps)
     reference = next(iter(scores.values()))
-    check = summed(lambda b: simu.attribute(model, b, steps=s.steps))
+    check = summed(rows, lambda b: simu.attribute(model, b, steps=s.steps))
     print(f"simu.attribute differs from the loop by {(check - reference).abs().max():.1e} of "
           f"{reference.abs().max():.3g}; {len(rows)} forget rows, m = {s.steps}, t = "
           f"{s.threshold}, seed {s.seed}, {s.epochs} epochs", flush=True)
