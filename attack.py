@@ -462,8 +462,7 @@ def print_cost(jobs: list, probes: dict, n_requests: int, chains: list):
 def attack(run: Path, names: list[str], k: int):
     """Attack the named models of a run (default: all), and lay them side by side."""
     s = stage.read_settings(run)
-    there = [p.parent.name for p in sorted(run.glob("*/config.json"))
-             if (p.parent / "stage.json").is_file()]
+    there = stage.finished_models(run)
     if unknown := sorted(set(names) - set(there)):
         raise UserError(f"{run} holds no finished model {' or '.join(unknown)}; it has "
                         f"{', '.join(there) or 'none'}")
@@ -497,7 +496,7 @@ def attack(run: Path, names: list[str], k: int):
 def main(argv=None):
     parser = stage.parser("attack.py", "Does it stay forgotten? Attacks on the models of a run.")
     parser.add_argument("run", type=Path)
-    parser.add_argument("stages", nargs="*", metavar="STAGE",
+    parser.add_argument("stages", nargs="*", default=[], metavar="STAGE",
                         help="e.g. simu-graddiff; default: every model of the run")
     parser.add_argument("--requests", type=int, default=0, metavar="K",
                         help="also serve the forget set in K requests, author by author, each from "

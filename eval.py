@@ -644,7 +644,9 @@ def read_rows(folder: Path) -> list[dict]:
 
 def check_fresh(run: Path, s: Settings, folder: Path, evaluation: Path):
     """Refuse numbers of another model, other data or other settings than the folder now holds."""
-    again = f"run `python eval.py evaluate {run} {folder.name}` again"
+    limit = evaluation.name.partition("limit-")[2]
+    again = f"run `python eval.py evaluate {run} {folder.name}" + (
+        f" --limit {limit}` again" if limit else "` again")
     made = stage.read_stage(evaluation)["why"]
     now = _inputs(folder, s)
     for name in made["inputs"] | now:
@@ -671,14 +673,14 @@ def main(argv=None):
                                      metavar="evaluate|check|report")
     one = commands.add_parser("evaluate", help="metrics.json and generations.jsonl of stages")
     one.add_argument("run", type=Path)
-    one.add_argument("stages", nargs="*", metavar="STAGE",
+    one.add_argument("stages", nargs="*", default=[], metavar="STAGE",
                      help="e.g. original simu-graddiff; default: every model of the run")
     one.add_argument("--limit", type=int, default=0,
                      help="at most so many rows of each split: a quick look, marked as partial")
+    one.add_argument("--force", action="store_true", help="evaluate again what is evaluated")
     check = commands.add_parser("check", help="evaluate the original; stop unless it knows the "
                                               "forget set (--must-know)")
     check.add_argument("run", type=Path)
-    one.add_argument("--force", action="store_true", help="evaluate again what is evaluated")
     two = commands.add_parser("report", help="report.md and report.json of a run")
     two.add_argument("run", type=Path)
     two.add_argument("--runs", type=Path, nargs="+", default=[], metavar="RUN",
@@ -698,9 +700,7 @@ def main(argv=None):
         return check_original(args.run)
     if args.limit < 0:
         raise UserError(f"--limit is {args.limit}; it must be 0 (all rows) or more")
-    stages = args.stages or sorted(p.parent.name for p in args.run.glob("*/config.json")
-                                   if (p.parent / "stage.json").is_file()
-                                   and not p.parent.name.endswith((".partial", ".old")))
+    stages = args.stages or stage.finished_models(args.run)
     if not stages:
         raise UserError(f"{args.run} holds no finished model; `bash run.sh demo` makes one")
     with stage.lock(args.run):

@@ -224,7 +224,7 @@ def lines(folder: Path, about: dict, rows: list[dict], sweep: str, x: str, name:
         ax.title.set_fontsize(10)
         if len(panel) > 1:
             ax.legend(fontsize=9)
-    critical = [r["critical"] for r in own]
+    critical = sorted(int(r["critical"]) for r in own)
     figure.suptitle(f"Figure {name[-1]}: {title_of(about)}, SIMU, seed {own[0]['seed']}; "
                     f"{critical[0]} to {critical[-1]} critical neurons", fontsize=11)
     save(figure, folder / "figures" / f"{name}.png")
@@ -426,7 +426,7 @@ def draw(what: str, folder: Path):
 def main(argv=None):
     parser = stage.parser("figures.py", "The paper's figures and the frontier, from stored runs.")
     parser.add_argument("what", choices=("all", *FIGURES))
-    parser.add_argument("folders", nargs="*", type=Path, metavar="FOLDER",
+    parser.add_argument("folders", nargs="*", default=[], type=Path, metavar="FOLDER",
                         help="a run or a sweep; default: every folder of results/")
     args = parser.parse_args(argv)
     folders = args.folders or sorted(p.parent for p in (stage.HERE / "results").glob(

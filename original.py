@@ -179,6 +179,10 @@ def link_original(s: Settings, source: Path, origin: dict):
     if not source.is_dir():
         raise UserError(f"--weights {s.weights} is not a folder; a model of the Hugging Face hub "
                         "is named hf:OWNER/NAME[@REVISION]")
+    run = s.run.resolve()
+    if any(p.resolve().is_relative_to(run) for p in (source, *source.iterdir())):
+        raise UserError(f"--weights {s.weights} lies in {s.run}, whose stages are to be made from "
+                        "it and would replace it; choose another --out")
     Config.from_dir(source)
     weight_files(source)
     data.load_tokenizer(source)

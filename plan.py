@@ -210,7 +210,7 @@ def _trace_pass(model, s, longest, answer):
 
 def _one_update(s, method):
     """The update `train` would make; its count is dropped, for meta tensors have no values."""
-    def update(p, g, m, h, decayed):
+    def update(p, g, m, h, moving):
         if method == "fo":
             simu.adamw_update(p, g, m, h, lr=s.lr, beta1=s.beta1, beta2=s.adam_beta2,
                               eps=s.adam_eps, weight_decay=s.weight_decay, step=1)

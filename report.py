@@ -148,6 +148,9 @@ def _quality_statistics(rows: list[dict]) -> dict[str, float]:
 
 def _reference_rows(folder: Path, s: Settings) -> list[dict]:
     """Rows of a retain-only model evaluated in another run: as its folder now is, on our data."""
+    if not (folder / "eval" / "stage.json").is_file():
+        raise UserError(f"--retain-only {folder} is no evaluated model; it takes RUN/STAGE of a run "
+                        "of ours, after `python eval.py evaluate RUN STAGE`")
     t = stage.read_settings(folder.resolve().parent)
     check_fresh(folder.resolve().parent, t, folder, folder / "eval")
     data_of = [stage.resolved(x, ("benchmark", "model", "template")) | data.data_digests(x)

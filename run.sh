@@ -13,14 +13,15 @@
 # `python simu.py sweep --help`. A finished stage is skipped (--force: made again), a killed one
 # goes on from where it was.
 set -euo pipefail
-here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+here="$(cd "$(dirname "$(realpath "${BASH_SOURCE[0]}")")" && pwd)"
 
-usage() { sed -n '4,9s/^# *//p' "${BASH_SOURCE[0]}" >&2; exit 2; }
+die() { echo "error: $*; see: bash run.sh --help" >&2; exit 2; }
 
-# The active Python if it has the packages named, else a .venv made here once.
+# The active Python if it has torch 2.5 or later and the packages named, else a .venv made here once.
 has() {
-    "$1" -c 'import sys, importlib.util as u
-sys.exit(sys.version_info < (3, 10) or any(u.find_spec(m) is None for m in sys.argv[1:]))' "${@:2}"
+    "$1" -c 'import sys, importlib.metadata as m, importlib.util as u
+sys.exit(sys.version_info < (3, 10) or any(u.find_spec(x) is None for x in sys.argv[1:])
+         or tuple(map(int, m.version("torch").split(".")[:2])) < (2, 5))' "${@:2}"
 } 2>/dev/null
 set_up() {
     local packages=(torch sentencepiece safetensors tqdm "$@")
@@ -45,14 +46,14 @@ test)
     [[ $# -gt 1 ]] || exec "$python" tests/all.py
     exec "$python" -m pytest -q "${@:2}" ;;
 attack)
-    [[ $# -ge 2 && "$2" != --* ]] || usage
+    [[ $# -ge 2 ]] || die "attack: name the folder of a run"
     set_up
     exec "$python" "$here/attack.py" "${@:2}" ;;
 figures)
     set_up  # figures.py says so where matplotlib is missing
     exec "$python" "$here/figures.py" all "${@:2}" ;;
 sweep)
-    [[ " demo tofu lume " == *" ${2:-none} "* ]] || usage
+    [[ " demo tofu lume " == *" ${2:-none} "* ]] || die "sweep: name demo, tofu or lume"
     benchmark="$2" model=tiny-llama short=()
     shift 2
     if [[ "${1:---}" != --* ]]; then model="$1"; shift; fi
@@ -64,10 +65,11 @@ demo)
     shift
     if [[ "${1:---}" != --* ]]; then model="$1"; shift; fi ;;
 tofu | lume)
-    [[ $# -ge 2 && "$2" != --* ]] || usage
+    [[ "${2:---}" != --* ]] || die "$1: name a model: llama2-7b, olmo-1b, tiny-llama or tiny-olmo"
     model="$2"
     shift 2 ;;
-*) usage ;;
+-h | --help) sed -n '2,15s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit ;;
+*) die "'$benchmark' is not something to run: name demo, tofu, lume, attack, sweep, figures or test" ;;
 esac
 
 needs=()
@@ -81,8 +83,9 @@ while [[ $# -gt 0 ]]; do
     case "$1" in
     -h | --help) exec "$python" "$here/simu.py" original --help ;;
     --out=* | --seeds=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" ;;
-    --out) [[ -n "${2:-}" ]] || usage; run="$2"; shift 2 ;;
-    --seeds) [[ "${2:-}" =~ ^[1-9][0-9]{0,3}$ ]] || usage; seeds="$2"; shift 2 ;;
+    --out) [[ -n "${2:-}" ]] || die "--out: name a folder"; run="$2"; shift 2 ;;
+    --seeds) [[ "${2:-}" =~ ^[1-9][0-9]{0,3}$ ]] || die "--seeds must be 1 to 9999"
+        seeds="$2"; shift 2 ;;
     --dry-run) dry=echo; shift ;;
     --force) force=(--force); shift ;;
     *) options+=("$1"); shift ;;

@@ -115,8 +115,8 @@ def attribute(model: Transformer, batch: Batch, *, steps: int = 5, path: str = "
 
     A sample is one answer token with the prefix before it; beta is the MLP output at the last
     position of that prefix, and only that position is scaled [D2]. The exact scores cost about
-    L*m/2 forward-backward passes per *pair*, however many tokens its answer has: the clean pass is
-    run once and keeps every layer's keys and values, then all samples and nodes of a pair go
+    L*(m-1)/2 forward-backward passes per *pair*, however many tokens its answer has: the clean pass
+    is run once and keeps every layer's keys and values, then all samples and nodes of a pair go
     through the upper layers together. path="neuron" scales one neuron at a time, to the letter of
     Eq. 1, at D times the cost [D4]: for tiny models.
     """

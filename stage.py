@@ -32,6 +32,7 @@ warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
 import torch  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
+OLDEST_TORCH = (2, 5)  # the first with enable_gqa; run.sh asks for it too
 NO_TEXT = re.compile("[\0\ud800-\udfff]")  # what no file name or UTF-8 file can hold
 MOST = 2**31  # a number from here on is a slip of the hand, and overflows some kernel
 LONGEST = 1000  # characters of an error message, which may quote a damaged file
@@ -183,13 +184,17 @@ class Settings:
 
 
 class _Parser(argparse.ArgumentParser):
+    """One whose errors are UserErrors, as are those of its subcommands."""
+
+    def __init__(self, **given):
+        super().__init__(**{"allow_abbrev": False} | given)
+
     def error(self, message):
         raise UserError(f"{message}; see: python {self.prog} --help")
 
 
 def parser(prog: str, description: str) -> argparse.ArgumentParser:
-    """An argument parser whose errors are UserErrors."""
-    return _Parser(prog=prog, description=description, allow_abbrev=False)
+    return _Parser(prog=prog, description=description)
 
 
 def add_options(to: argparse.ArgumentParser, *, skip: tuple = ()):
@@ -368,6 +373,13 @@ def read_stage(folder: Path, *, files: bool = True) -> dict:
     return made
 
 
+def finished_models(run: Path) -> list[str]:
+    """Names of the stage folders of a run that hold a model."""
+    return sorted(p.parent.name for p in run.glob("*/config.json")
+                  if (p.parent / "stage.json").is_file()
+                  and not p.parent.name.endswith((".partial", ".old")))
+
+
 class Stage:
     """One stage folder. `done` says whether it is already there; as a context manager it gives the
     folder to write into, and makes it final when the block ends well.
@@ -390,6 +402,9 @@ class Stage:
     def done(self) -> bool:
         self._recover()
         if not (self.folder / "stage.json").is_file():
+            if self.folder.exists() and any(self.folder.iterdir()):
+                raise UserError(f"{self.folder} is in the way: it is no finished stage; move or "
+                                "delete it, or choose another --out")
             return False
         changed = ["--force"] if self.settings.force else [f"{x} changed" for x in self._changed()]
         print(f"[{self.name}] " + (f"made again: {' and '.join(changed)}" if changed else
@@ -515,6 +530,9 @@ def run_cli(main):
         sys.stdout.reconfigure(line_buffering=True)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # clusters send it: as Ctrl-C
     try:
+        if tuple(map(int, torch.__version__.split(".")[:2])) < OLDEST_TORCH:
+            raise UserError(f"torch {torch.__version__} is too old; install "
+                            f"{'.'.join(map(str, OLDEST_TORCH))} or later")
         main()
     except UserError as e:
         _stop(str(e), 2)
@@ -526,6 +544,9 @@ def run_cli(main):
         if not any(said in str(e) for said in NO_MEMORY):
             raise
         _stop(OUT_OF_MEMORY, 2)
+    except BrokenPipeError:  # as other tools end whose reader, say `head`, has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
     except OSError as e:  # disk full, no permission, read-only
         where = f"{e.filename}: " if e.filename else ""
         _stop(f"{where}{e.strerror or e}; free space there, see to its permissions, or choose "

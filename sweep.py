@@ -36,12 +36,14 @@ from model import Transformer
 from stage import MASKS, OBJECTIVES, Settings, UserError
 
 ARMS = ("fo", "so", "simu", "simu-random")
-# Of the recipe's rate for the arm's method: close where forgetting sets in, and far beyond it.
-FACTORS = (0.0625, 0.0884, 0.125, 0.177, 0.25, 0.354, 0.5, 1)
+# Of the recipe's rate for the arm's method: close where forgetting sets in, and far beyond it, where
+# FO and SO, whose recipes are lower, can be at their best again.
+FACTORS = (0.0625, 0.0884, 0.125, 0.177, 0.25, 0.354, 0.5, 1, 2, 4)
 VARIANT = 0.0884  # for m, t and masks: there forgetting is not yet complete, and shows what they do
 STEPS = (2, 3, 5, 8, 10)  # m of Figure 2
 THRESHOLDS = tuple(i / 10 for i in range(1, 11))  # t of Figure 3
 BASELINES = ("original", "retain-only")
+SWEEPS = ("baseline", "frontier", "m", "t", "mask")
 VALUES = ("forget.rouge_l", "forget.exact_match", "retain.rouge_l", "retain.exact_match",
           "world_facts.rouge_l", "world_facts.exact_match", "mia.auc")
 COLUMNS = ("sweep", "arm", "seed", "lr", "epochs", "threshold", "steps", "critical", "forget",
@@ -63,7 +65,7 @@ def arm_settings(arm: str) -> dict:
 def plan_points(given: dict, arms, factors, seeds: int, variants: bool,
                 earlier: list[dict]) -> list[dict]:
     """sweep, arm and settings of every point; one point may stand in several sweeps. earlier:
-    lines of points.jsonl; where they still hold, they stand in the frontier with the new ones."""
+    lines of points.jsonl; those of a frontier that still hold stand in it with the new ones."""
     def point(sweep, arm, seed, factor=1.0, **changed):
         kind = {} if arm in BASELINES else arm_settings(arm)
         s = simu.resolve(given | kind | changed | dict(seed=seed))
@@ -80,7 +82,7 @@ def plan_points(given: dict, arms, factors, seeds: int, variants: bool,
         points += [point("mask", "simu" if m == "dual" else f"simu-{m}", 0, VARIANT)
                    for m in MASKS]
     return points + [point("frontier", x["arm"], x["seed"], lr=x["lr"]) | dict(wanted=False)
-                     for x in earlier if x["arm"] not in BASELINES and x["seed"] < seeds]
+                     for x in earlier if x.get("frontier") and x["seed"] < seeds]
 
 
 def prepare(s: Settings):
@@ -184,11 +186,16 @@ def sweep(out: Path, points: list[dict], lines: list[dict], jobs: int):
     missing = {p["fingerprint"]: (p["fingerprint"], p["arm"], p["settings"]) for p in points
                if p["fingerprint"] not in made}
     print(f"{len({p['fingerprint'] for p in points})} points, {len(missing)} to make", flush=True)
+    frontier = {p["fingerprint"] for p in points if p["sweep"] == "frontier"}
     with open(out / "points.jsonl", "a", encoding="ascii") as file:
         for line in _each(run_point, list(missing.values()), jobs, "points"):
+            line["frontier"] = line["fingerprint"] in frontier
             made[line["fingerprint"]] = line
             file.write(json.dumps(line) + "\n")
             file.flush()
+    arms = list(dict.fromkeys(p["arm"] for p in points))
+    points.sort(key=lambda p: (SWEEPS.index(p["sweep"]), arms.index(p["arm"]),
+                               p["settings"].seed, p["settings"].lr))
     rows = [table_row(p, made[p["fingerprint"]]) for p in points]
     about = dataclasses.asdict(seeds[0])  # what the points have in common, for figures.py
     stage.write_json(out / "settings.json", {k: v for k, v in about.items() if k not in (
@@ -258,8 +265,8 @@ def main(argv: list[str]):
                                     "eval_epochs"))
     given = vars(parser.parse_args(argv))
     own = {k: given.pop(k) for k in ("seeds", "arms", "factors", "variants", "jobs")}
-    if own["seeds"] < 1 or own["jobs"] < 0 or not all(0 < f < 1e6 for f in own["factors"]):
-        raise UserError("--seeds must be 1 or more, --jobs 0 or more, --factors positive")
+    if not 1 <= own["seeds"] < 10000 or own["jobs"] < 0 or not all(0 < f < 1e6 for f in own["factors"]):
+        raise UserError("--seeds must be 1 to 9999, --jobs 0 or more, --factors positive")
     for arm in own["arms"]:
         arm_settings(arm)  # refuses before anything is made
     out = Path(given.get("out") or stage.HERE / "runs" / f"sweep-{given['benchmark']}-"

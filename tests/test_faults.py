@@ -339,7 +339,7 @@ FAULTS = {
         lambda w: [shutil.rmtree(p) for p in (w / "run-tofu").glob("*/eval")], REPORT,
         "holds no evaluation"),
     "retain-only: not evaluated": (
-        nothing, ["report run-tofu --retain-only @/run-tofu/mask"], "not a finished stage"),
+        nothing, ["report run-tofu --retain-only @/run-tofu/mask"], "mask is no evaluated model"),
     "too few rows for a batch": (nothing, ["unlearn run-tofu --batch 50"], "lower --batch"),
     # Files of a run.
     "settings: null": (put("run-tofu/settings.json", None), MASK, "settings.json is not the sett"),
@@ -419,6 +419,25 @@ def test_overlap_is_counted_warned_of_and_reported(w, capsys):
     for command in ("evaluate out original", "report out"):
         assert fuzz.cli(*words_of(w, command)) == (0, "")
     assert "1 of these rows are in the retain set too" in (w / "out/report.md").read_text("utf-8")
+
+
+def test_weights_are_not_taken_from_the_run_they_are_for(w):
+    """Or the stages made from them would replace them."""
+    refused(w, ["original run-tofu --weights @/run-tofu/original"], "lies in .*run-tofu.*--out")
+    (w / "mine").mkdir()
+    for p in (w / "run-tofu/original").iterdir():  # the same through links
+        (w / "mine" / p.name).symlink_to(p)
+    refused(w, ["original run-tofu --weights @/mine"], "lies in .*run-tofu.*--out")
+
+
+def test_a_folder_that_is_no_stage_is_left_alone(w):
+    (w / "out/original").mkdir(parents=True)
+    assert fuzz.cli(*words_of(w, "original weights-tofu")) == (0, "")  # empty: taken
+    shutil.rmtree(w / "out")
+    (w / "out/original").mkdir(parents=True)
+    (w / "out/original/thesis.txt").write_text("the only copy")
+    refused(w, ["original weights-tofu"], "out/original is in the way: it is no finished stage")
+    refused(w, ["original weights-tofu --force"], "out/original is in the way")
 
 
 def test_a_stage_without_its_files_is_made_again(w, capsys):

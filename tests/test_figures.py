@@ -178,6 +178,11 @@ def test_points_share_what_coincides():
     assert len({p["settings"].run for p in points}) == 2 + len(sweep.STEPS)
     by = {(p["sweep"], p["arm"], p["settings"].lr) for p in points if p["settings"].seed == 1}
     assert ("frontier", "so", 0.5e-4) in by and ("frontier", "simu", 8e-4) in by
+    # Of what is there already, only what was made for a frontier joins it.
+    earlier = [dict(arm=arm, seed=0, lr=1e-5, frontier=arm == "fo")
+               for arm in ("original", "fo", "simu-soft")]
+    more = sweep.plan_points(given, ("simu", "so"), (0.5, 1), 2, True, earlier)
+    assert [p["arm"] for p in more[len(points):]] == ["fo"]
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ import dataclasses
 import fcntl
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -326,10 +327,31 @@ def test_a_run_in_use_is_refused(runs, tmp_path):
                "--data", str(ROOT / "demo")])
 
 
-@pytest.mark.parametrize("words", ["", "nonsense", "tofu", "tofu --seed 1", "demo --seeds x"])
-def test_run_sh_shows_its_usage(words):
+@pytest.mark.parametrize("words, says", [
+    ("", "'' is not"), ("nonsense", "'nonsense' is not"), ("tofu", "tofu: name a model"),
+    ("lume --seed 1", "lume: name a model"), ("demo --seeds x", "--seeds must be"),
+    ("demo --seeds", "--seeds must be"), ("demo --seeds 0", "--seeds must be"),
+    ("demo --out", "--out: name"), ("demo --out=", "--out: name"), ("sweep", "sweep: name"),
+    ("attack", "attack: name"), ("demo --ou x", "--ou x"), ("demo --seeds 2 --see 1", "--see 1")])
+def test_run_sh_says_what_is_wrong_in_one_line(words, says):
     done = command("bash", "run.sh", *words.split())
-    assert done.returncode == 2 and "bash run.sh demo" in done.stderr
+    assert done.returncode == 2 and done.stdout == ""
+    assert re.fullmatch(rf"error: .*{re.escape(says)}.*\n", done.stderr), done.stderr
+
+
+def test_run_sh_shows_its_help_and_may_be_a_link(tmp_path):
+    (tmp_path / "link.sh").symlink_to(ROOT / "run.sh")
+    done = command("bash", str(tmp_path / "link.sh"), "--help")
+    assert done.returncode == 0 and "bash run.sh demo" in done.stdout and done.stderr == ""
+    done = command("bash", str(tmp_path / "link.sh"), "demo", "--dry-run")
+    assert done.returncode == 0 and f"{ROOT}/simu.py original demo tiny-llama" in done.stdout
+
+
+def test_a_reader_that_has_gone_is_no_fault_of_the_disk():
+    done = subprocess.run(["bash", "-c", f"{sys.executable} simu.py plan demo tiny-llama | true; "
+                                         "exit ${PIPESTATUS[0]}"],
+                          cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode in (0, 141) and done.stderr == ""
 
 
 BLOCKED = """
