@@ -33,7 +33,6 @@ OLMO_EPS = 1e-5  # not in OLMo's config.json: its released code and transformers
 INIT_STD = 0.02  # GPT-2's, which LLaMA's and OLMo's published configs share
 SHARD_BYTES = 5_000_000_000  # above this a checkpoint is split, as transformers does
 PREFILL_ROWS = 16  # prompts read at once: less padding, smaller activations
-EVICT_SHARE = 1 / 8  # dropping rows copies the cache, about one step's reading: worth it from here
 INDEX = "model.safetensors.index.json"
 WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 HEAD, OLMO_HEAD = "lm_head.weight", "model.transformer.ff_out.weight"  # HF's, original OLMo's
@@ -696,9 +695,13 @@ class Cache:
         return y.reshape(q.shape[0], 1, -1)  # [B, 1, H*hd]
 
     def keep(self, rows):
-        """Drop all rows but these (int64 indices)."""
-        for layer in range(len(self.k)):
-            self.k[layer], self.v[layer] = self.k[layer][rows], self.v[layer][rows]
+        """Drop all rows but these (distinct int64 indices), which take this order. Those among
+        the first len(rows) should stand at their own place: they are not copied."""
+        moved = (rows != torch.arange(len(rows), device=rows.device)).nonzero()[:, 0]
+        for kept in (self.k, self.v):
+            for layer, x in enumerate(kept):
+                x[moved, :, : self.end] = x[rows[moved], :, : self.end]
+                kept[layer] = x[: len(rows)]
         self.mask = None if self.mask is None else self.mask[rows]
 
 
@@ -774,18 +777,22 @@ def _decode(model, prompts: list[list[int]], limits: list[int], eos_id) -> list[
         h = _run(model, ids, cos[:own], sin[:own], partial(cache.prefill, rows))  # [b, own, D]
         x.append(h[torch.arange(len(h), device=device), position[rows] - 1])
     x = torch.cat(x)  # [B, D], at each row's last token
-    out, alive, done = [[] for _ in prompts], list(range(len(prompts))), set()
+    out, alive = [[] for _ in prompts], list(range(len(prompts)))
     for step in range(1, steps + 1):
         token = model.logits(model.norm(x)).argmax(-1)  # [B]
-        for row, new in zip(alive, token.tolist()):
-            if row not in done and new != eos_id:
+        left = []
+        for j, (row, new) in enumerate(zip(alive, token.tolist())):
+            if new != eos_id:
                 out[row].append(new)
-            if new == eos_id or step >= limits[row]:
-                done.add(row)
-        left = [j for j, row in enumerate(alive) if row not in done]
+                if step < limits[row]:
+                    left.append(j)
         if not left:
             break
-        if len(alive) - len(left) >= EVICT_SHARE * len(alive):
+        if len(left) < len(alive):
+            # Survivors from the end fill the places of the finished: few rows are copied.
+            stay = set(left)
+            last = [j for j in left if j >= len(left)]
+            left = [j if j in stay else last.pop() for j in range(len(left))]
             rows = torch.tensor(left, device=device)
             cache.keep(rows)
             token, position, alive = token[rows], position[rows], [alive[j] for j in left]
