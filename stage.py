@@ -453,8 +453,11 @@ class Stage:
                     error.filename = str(self.partial)
                 return
             seconds, memory = time.monotonic() - self._start, peak_memory()
-            for path in self.partial.iterdir():
-                flush(path)
+            for path in list(self.partial.iterdir()):
+                if path.name.startswith(".") and path.suffix == ".partial":
+                    path.unlink()  # a killed process was writing it
+                else:
+                    flush(path)
             write_stage(self.partial, dict(
                 fingerprint=self.fingerprint, why=self.why,
                 settings=dataclasses.asdict(self.settings), seconds=round(seconds, 3), **memory,

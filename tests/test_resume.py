@@ -197,6 +197,24 @@ def test_what_was_kept_of_other_settings_is_not_used(tmp_path):
                 raise Killed
 
 
+def test_a_file_whose_writing_was_killed_is_no_part_of_the_result(tmp_path, monkeypatch):
+    """Killed after stage.json was written beside, and before it had its name."""
+    plain = os.replace
+
+    def dies(source, target):
+        if Path(target).name == "stage.json":
+            raise Killed
+        plain(source, target)
+
+    with monkeypatch.context() as m, pytest.raises(Killed):
+        m.setattr(os, "replace", dies)
+        make(tmp_path, "old")
+    assert (tmp_path / "work.partial" / ".stage.json.partial").is_file()
+    make(tmp_path, "new")
+    assert list(stage.read_stage(tmp_path / "work")["files"]) == ["result"]
+    assert job(tmp_path).done
+
+
 @pytest.mark.parametrize("event", ["os.rename", "shutil.rmtree"])
 @pytest.mark.parametrize("before", [False, True], ids=["new", "made again"])
 def test_a_stage_killed_at_its_end_is_neither_lost_nor_made_again(tmp_path, event, before,
