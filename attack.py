@@ -245,20 +245,22 @@ def requests_stage(job: Stage, probes: dict, parts: list, bench: data.Benchmark,
         (folder / "logs").mkdir(exist_ok=True)
         for i in range(len(parts) + 1):
             if i:
-                forget, retain = (data.encode_all(
-                    x, tokenizer, s.template, context=c.max_position_embeddings,
-                    vocab=c.vocab_size) for x in (parts[i - 1], bench.retain))
-                serve(model, forget, retain, s, folder / "logs" / f"{i}.jsonl")
+                part = parts[i - 1]
+                rows = (data.encode_all(x, tokenizer, s.template, vocab=c.vocab_size,
+                                        context=c.max_position_embeddings)
+                        for x in (part, simu.to_unlearn(part, s.objective), bench.retain))
+                serve(model, *rows, s, folder / "logs" / f"{i}.jsonl")
             stage.write_json(folder / f"after-{i}.json", say(model, tokenizer, probes["plain"], s,
                                                              f"{name}: {i} requests"))
 
 
-def serve(model, forget: list, retain: list, s: Settings, log: Path):
-    """Unlearn one request in place; SIMU's mask is made anew from the model as it now is."""
+def serve(model, known: list, forget: list, retain: list, s: Settings, log: Path):
+    """Unlearn one request in place; SIMU's mask is made anew from the model as it now is. known:
+    the request's rows, which the mask is made from; forget: as the objective's loss takes them."""
     mask = None
     if s.method == "simu":
-        some = random.Random(s.seed).sample(retain, min(len(retain), len(forget)))
-        scores = [simu.attribute_rows(model, rows, s, title="attribute") for rows in (forget, some)]
+        some = random.Random(s.seed).sample(retain, min(len(retain), len(known)))
+        scores = [simu.attribute_rows(model, rows, s, title="attribute") for rows in (known, some)]
         mask = simu.make_mask(s.mask, *scores, threshold=s.threshold, seed=s.seed)
     simu.unlearn(model, forget, retain, mask, s, log)
 

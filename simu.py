@@ -599,7 +599,7 @@ def reference_log_p(model, rows: list[Encoded]) -> list[float]:
 def unlearn(model: Transformer, forget: list[Encoded], retain: list[Encoded],
             mask: Tensor | None, s: Settings, log: Path, after=None):
     """FO, SO or SIMU (s.method) with s.objective on model, in place. mask: [L, D] for simu.
-    forget: for po, with refusals for answers. after(step) is called after each update."""
+    forget: as to_unlearn gives them. after(step) is called after each update."""
     order = unlearning_order(len(forget), len(retain), s)
     reference = reference_log_p(model, forget) if s.objective == "npo" else []
 
@@ -674,18 +674,23 @@ def unlearned_name(s: Settings) -> str:
     return f"{s.method}{kind}-{s.objective}"
 
 
-def encoded_rows(s: Settings):
-    """The benchmark, and its forget and retain rows as the original's tokenizer spells them; for
-    po the forget rows refuse."""
+def to_unlearn(forget: list[data.Example], objective: str) -> list[data.Example]:
+    """The forget rows as the objective's loss takes them: for po with refusals for answers."""
+    if objective != "po":
+        return forget
+    return [dataclasses.replace(e, answer=REFUSALS[i % len(REFUSALS)])
+            for i, e in enumerate(forget)]
+
+
+def encoded_rows(s: Settings, *, objective: str = "graddiff"):
+    """The benchmark, and its forget rows, as the objective's loss takes them, and retain rows as
+    the original's tokenizer spells them."""
     folder, bench = s.run / "original", data.load_benchmark(s)
-    if s.objective == "po":
-        bench = dataclasses.replace(bench, forget=[
-            dataclasses.replace(e, answer=REFUSALS[i % len(REFUSALS)])
-            for i, e in enumerate(bench.forget)])
     tokenizer, config = data.load_tokenizer(folder), Config.from_dir(folder)
+    every = dict(forget=to_unlearn(bench.forget, objective), retain=bench.retain)
     return bench, {name: data.encode_all(rows, tokenizer, s.template, vocab=config.vocab_size,
                                          context=config.max_position_embeddings)
-                   for name, rows in (("forget", bench.forget), ("retain", bench.retain))}
+                   for name, rows in every.items()}
 
 
 def read_tensors(path: Path, names: tuple[str, ...]) -> list[Tensor]:
@@ -791,10 +796,10 @@ def unlearn_stage(s: Settings):
         return
     if s.method == "simu":
         mask, = read_tensors(s.run / mask_name(s) / "mask.safetensors", ("mask",))
-    bench, encoded = encoded_rows(s)
+    bench, encoded = encoded_rows(s, objective=s.objective)
     with job as folder:
         model = load_original(s, job, "unlearn", encoded, s.method)
-        after = _evaluator(model, data.load_benchmark(s), s, folder) if s.eval_epochs else None
+        after = _evaluator(model, bench, s, folder) if s.eval_epochs else None
         unlearn(model, encoded["forget"], encoded["retain"], mask, s, folder / "log.jsonl", after)
         model.save_pretrained(folder)
         data.copy_tokenizer(s.run / "original", folder)

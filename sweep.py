@@ -112,7 +112,7 @@ def run_point(job: tuple[str, str, Settings]) -> dict:
     """Unlearn and judge one point: the line of points.jsonl."""
     fingerprint, arm, s = job
     start = time.monotonic()
-    bench, encoded = simu.encoded_rows(s)
+    bench, encoded = simu.encoded_rows(s, objective=s.objective)
     folder = s.run / (arm if arm in BASELINES else "original")
     model = Transformer.from_pretrained(folder, dtype=stage.choose_dtype(s),
                                         device=stage.choose_device(s))
@@ -131,8 +131,7 @@ def run_point(job: tuple[str, str, Settings]) -> dict:
             if "not finite" not in str(e):
                 raise
             return line | dict(error="diverged", values={})
-    metrics, _ = evaluation.evaluate_model(model, data.load_tokenizer(folder),
-                                           lean(data.load_benchmark(s)), s)
+    metrics, _ = evaluation.evaluate_model(model, data.load_tokenizer(folder), lean(bench), s)
     return line | dict(values={k: v for k, v in metrics["values"].items() if v is not None},
                        seconds=round(time.monotonic() - start, 1))
 

@@ -1,6 +1,7 @@
 """Attacks: each one is shown to break a model whose forgetting is only a thin layer, and the
 numbers made of them are checked by hand."""
 
+import contextlib
 import json
 import random
 import shutil
@@ -290,10 +291,10 @@ def test_each_request_starts_from_the_model_before(served, method, tmp_path):
     parts = [encode(x) for x in attack.split_requests(served.bench.forget, 2)]
     retain, model = encode(served.bench.retain), served.load()
     for i, part in enumerate(parts, 1):
-        attack.serve(model, part, retain, s, tmp_path / f"{i}")
+        attack.serve(model, part, part, retain, s, tmp_path / f"{i}")
         assert (tmp_path / f"{i}").read_text() == (folder / "logs" / f"{i}.jsonl").read_text()
     fresh = served.load()
-    attack.serve(fresh, parts[1], retain, s, tmp_path / "fresh")
+    attack.serve(fresh, parts[1], parts[1], retain, s, tmp_path / "fresh")
     assert (tmp_path / "fresh").read_text() != (folder / "logs" / "2.jsonl").read_text()
     curve = stage.read_json(served.run / "attack.json")["requests"][f"{method}-graddiff"]
     assert [p["after"] for p in curve] == [0, 1, 2]
@@ -304,6 +305,18 @@ def test_each_request_starts_from_the_model_before(served, method, tmp_path):
 
 
 # ----------------------------------------------------------------------------------------- the run
+
+
+def test_a_request_to_po_refuses_and_its_mask_is_made_from_the_answers(lab, tmp_path, monkeypatch):
+    s, seen = replace(lab.s, objective="po"), []
+    monkeypatch.setattr(attack, "serve", lambda model, known, forget, *_: seen.append(
+        [[lab.tokenizer.decode(r.ids[r.n_prompt:-1]).strip() for r in x] for x in (known, forget)]))
+    monkeypatch.setattr(attack, "say", lambda *_: [])
+    parts, job = attack.split_requests(lab.bench.forget, 2), contextlib.nullcontext(tmp_path)
+    job.folder = tmp_path / "simu-po" / "requests-2"
+    attack.requests_stage(job, {"plain": []}, parts, lab.bench, s)
+    assert [known for known, _ in seen] == [[e.answer for e in part] for part in parts]
+    assert all(set(told) <= set(simu.REFUSALS) for _, told in seen)
 
 
 def test_again_is_skipped_and_a_killed_one_goes_on_to_the_same_bytes(lab, attacked, tmp_path,

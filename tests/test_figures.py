@@ -241,6 +241,18 @@ def test_a_point_is_what_the_stages_make_and_variants_lie_beside_it(swept):
         report(run)
 
 
+def test_po_refuses_where_it_unlearns_and_nowhere_else(swept):
+    run = swept[0] / "seed0"
+    own = ["demo", "tiny-llama", "--out", str(run), "--data", str(ROOT / "demo"), *MICRO]
+    scores = (run / "attribution/scores.safetensors").read_bytes()
+    simu.main(["attribute", *own, "--objective", "po", "--force"])
+    assert (run / "attribution/scores.safetensors").read_bytes() == scores
+    s = stage.read_settings(run)
+    (_, rows), (bench, refused) = (simu.encoded_rows(s, objective=x) for x in ("npo", "po"))
+    assert rows["retain"] == refused["retain"] and rows["forget"] != refused["forget"]
+    assert not {e.answer for e in bench.forget} & set(simu.REFUSALS)  # what evaluation asks for
+
+
 def test_a_diverged_point_is_told_and_does_not_end_the_sweep(swept, monkeypatch):
     s = simu.resolve(dict(benchmark="demo", model="tiny-llama", out=str(swept[0] / "seed0"),
                           data=str(ROOT / "demo"), max_total_tokens=40, epochs=1,
