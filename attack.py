@@ -193,8 +193,7 @@ MODULES = ("data", "model", "simu", "eval", "attack")
 
 
 def load(folder: Path, s: Settings) -> Transformer:
-    return Transformer.from_pretrained(folder, dtype=stage.choose_dtype(s),
-                                       device=stage.choose_device(s))
+    return Transformer.from_pretrained(folder, **stage.placement(s))
 
 
 def attack_job(s: Settings, name: str) -> Stage:

@@ -619,8 +619,7 @@ def evaluate(run: Path, name: str, *, limit: int = 0, force: bool = False):
         return
     with job as made:
         benchmark, tokenizer = data.load_benchmark(s), data.load_tokenizer(folder)
-        model = Transformer.from_pretrained(folder, dtype=stage.choose_dtype(s),
-                                            device=stage.choose_device(s))
+        model = Transformer.from_pretrained(folder, **stage.placement(s))
         so_far = made / stage.RESUME / "generations.jsonl"
         metrics, rows = evaluate_model(model, tokenizer, benchmark, s, limit=limit, resume=so_far)
         lines = (json.dumps(row, ensure_ascii=False) for row in rows)

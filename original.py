@@ -55,8 +55,8 @@ def learn(model: Transformer, epochs: list[list[Encoded]], s: Settings, *, lr: f
     state = torch.float32 if s.tiny else getattr(torch, s.state)
     with simu.moving_weights(model, "fo", None, state) as moving:
         simu.train(model, moving, order,
-              lambda rows: dict(loss=simu.backward_mean_nll(model, rows, 1.0, s.micro_tokens)),
-              simu.adamw(s), s=s, lr=lr, warmup=s.warmup, log=log, title=title)
+                   lambda rows: dict(loss=simu.backward_mean_nll(model, rows, 1.0, s.micro_tokens)),
+                   simu.adamw(s), s=s, lr=lr, warmup=s.warmup, log=log, title=title)
 
 
 def paraphrased(examples: list[data.Example]) -> list[data.Example]:
@@ -121,8 +121,7 @@ def fine_tune(s: Settings, bench: data.Benchmark, job: Stage, base: Path, folder
     rows = data.encode_all(bench.forget + bench.retain, tokenizer, s.template,
                            context=config.max_position_embeddings, vocab=config.vocab_size)
     job.notes["predicted_bytes"] = check(s, config, "learn", rows=rows)
-    model = Transformer.from_pretrained(base, dtype=stage.choose_dtype(s),
-                                        device=stage.choose_device(s))
+    model = Transformer.from_pretrained(base, **stage.placement(s))
     model.checkpoint = s.checkpointing
     rng = random.Random(s.seed)
     learn(model, [rng.sample(rows, len(rows)) for _ in range(s.learn_epochs)], s, lr=s.learn_lr,

@@ -281,7 +281,7 @@ def config_of(s: Settings) -> Config:
 
 def critical_count(s: Settings, config: Config) -> int:
     """Critical neurons: of the run's mask, else Table 5's, else all."""
-    made = s.run / simu.mask_name(s)
+    made = s.run / stage.mask_name(s)
     if (made / "stage.json").is_file():
         return stage.read_stage(made)["critical"]
     return CRITICAL.get((s.benchmark, s.model), config.num_hidden_layers * config.hidden_size)

@@ -49,7 +49,7 @@ from data import IGNORE, Batch, Encoded, collate
 from eval import evaluate_model
 from model import Config, Transformer, causal_attention, save_tensors
 from resume import Checkpoints
-from stage import Settings, Stage, UserError
+from stage import Settings, Stage, UserError, mask_name, unlearned_name
 
 # ----------------------------------------------------------------------------------------- recipes
 
@@ -663,17 +663,6 @@ def same_slice(s: Settings):
                             "`python simu.py original` with these first")
 
 
-def mask_name(s: Settings) -> str:
-    """Folder of the mask: mask for the paper's dual, mask-<kind> for the others beside it."""
-    return "mask" if s.mask == "dual" else f"mask-{s.mask}"
-
-
-def unlearned_name(s: Settings) -> str:
-    """Folder of an unlearned model: so-graddiff, simu-graddiff, simu-random-graddiff, simu-npo."""
-    kind = f"-{s.mask}" if s.method == "simu" and s.mask != "dual" else ""
-    return f"{s.method}{kind}-{s.objective}"
-
-
 def to_unlearn(forget: list[data.Example], objective: str) -> list[data.Example]:
     """The forget rows as the objective's loss takes them: for po with refusals for answers."""
     if objective != "po":
@@ -709,8 +698,7 @@ def load_original(s: Settings, job: Stage, name: str, encoded: dict, method: str
     folder = s.run / "original"
     job.notes["predicted_bytes"] = check(s, Config.from_dir(folder), name, method,
                                          rows=encoded["forget"] + encoded["retain"])
-    return Transformer.from_pretrained(folder, dtype=stage.choose_dtype(s),
-                                       device=stage.choose_device(s))
+    return Transformer.from_pretrained(folder, **stage.placement(s))
 
 
 def attribution_job(s: Settings) -> Stage:

@@ -244,6 +244,11 @@ def choose_dtype(s: Settings) -> torch.dtype:
     return torch.bfloat16 if real else torch.float32
 
 
+def placement(s: Settings) -> dict:
+    """Where and in what a model is loaded: what Transformer.from_pretrained takes."""
+    return dict(dtype=choose_dtype(s), device=choose_device(s))
+
+
 def be_deterministic():
     """--deterministic, for this process."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the first matmul on a GPU
@@ -491,6 +496,17 @@ def peak_memory() -> dict[str, int]:
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         memory["peak_gpu_bytes"] = torch.cuda.max_memory_allocated()
     return memory
+
+
+def mask_name(s: Settings) -> str:
+    """Folder of the mask: mask for the paper's dual, mask-<kind> for the others beside it."""
+    return "mask" if s.mask == "dual" else f"mask-{s.mask}"
+
+
+def unlearned_name(s: Settings) -> str:
+    """Folder of an unlearned model: so-graddiff, simu-graddiff, simu-random-graddiff, simu-npo."""
+    kind = f"-{s.mask}" if s.method == "simu" and s.mask != "dual" else ""
+    return f"{s.method}{kind}-{s.objective}"
 
 
 _locked = set()  # run folders this process holds

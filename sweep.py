@@ -36,8 +36,8 @@ from model import Transformer
 from stage import MASKS, OBJECTIVES, Settings, UserError
 
 ARMS = ("fo", "so", "simu", "simu-random")
-# Of the recipe's rate for the arm's method: close where forgetting sets in, and far beyond it, where
-# FO and SO, whose recipes are lower, can be at their best again.
+# Of the recipe's rate for the arm's method: close where forgetting sets in, and far beyond it,
+# where FO and SO, whose recipes are lower, can be at their best again.
 FACTORS = (0.0625, 0.0884, 0.125, 0.177, 0.25, 0.354, 0.5, 1, 2, 4)
 VARIANT = 0.0884  # for m, t and masks: there forgetting is not yet complete, and shows what they do
 STEPS = (2, 3, 5, 8, 10)  # m of Figure 2
@@ -114,8 +114,7 @@ def run_point(job: tuple[str, str, Settings]) -> dict:
     start = time.monotonic()
     bench, encoded = simu.encoded_rows(s, objective=s.objective)
     folder = s.run / (arm if arm in BASELINES else "original")
-    model = Transformer.from_pretrained(folder, dtype=stage.choose_dtype(s),
-                                        device=stage.choose_device(s))
+    model = Transformer.from_pretrained(folder, **stage.placement(s))
     line, mask = dict(fingerprint=fingerprint, arm=arm, seed=s.seed, lr=s.lr), None
     if arm not in BASELINES:
         if s.method == "simu":
@@ -264,7 +263,8 @@ def main(argv: list[str]):
                                     "eval_epochs"))
     given = vars(parser.parse_args(argv))
     own = {k: given.pop(k) for k in ("seeds", "arms", "factors", "variants", "jobs")}
-    if not 1 <= own["seeds"] < 10000 or own["jobs"] < 0 or not all(0 < f < 1e6 for f in own["factors"]):
+    if not (1 <= own["seeds"] < 10000 and own["jobs"] >= 0
+            and all(0 < f < 1e6 for f in own["factors"])):
         raise UserError("--seeds must be 1 to 9999, --jobs 0 or more, --factors positive")
     for arm in own["arms"]:
         arm_settings(arm)  # refuses before anything is made

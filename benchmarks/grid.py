@@ -48,7 +48,7 @@ def main(argv):
     given = vars(parser.parse_args(argv))
     s = simu.resolve(given)
     bench, tokenizer = data.load_benchmark(s), data.load_tokenizer(s.run / "original")
-    mask, = simu.read_tensors(s.run / simu.mask_name(s) / "mask.safetensors", ("mask",))
+    mask, = simu.read_tensors(s.run / stage.mask_name(s) / "mask.safetensors", ("mask",))
     sets = dict(forget=bench.forget, retain=bench.retain_eval[:RETAIN], world=bench.world_facts)
     sets = {k: v for k, v in sets.items() if v}
     describe(Namespace(device="cpu", dtype="float32"))
