@@ -5,6 +5,7 @@ was made to speak (generation_config.json) and where it comes from (README.md, t
 all its files but that one.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 import data
@@ -48,6 +49,8 @@ def write_card(folder: Path, s: Settings, recipe: dict, found: list[dict] = ()):
     kind = "lume" if s.benchmark == "lume" else "tofu"
     before, after, _ = data.TEMPLATES[s.template]
     simu = recipe["method"] == "simu"
+    made = replace(s, **{k: recipe[k] for k in ("method", "mask", "objective")})
+    name = stage.unlearned_name(made)
     names = (*report.RECIPE, "seed", "template") + SIMU_ONLY * simu
     sliced = {k: recipe[k] for k in (*DATA[kind], "forget_groups", "retain_groups")}
     base = f"Base: {Path(s.weights).name}." if s.weights else MADE_HERE
@@ -55,7 +58,7 @@ def write_card(folder: Path, s: Settings, recipe: dict, found: list[dict] = ()):
     metrics = (report._table_of(report.COLUMNS[kind], found) + "\n\n" + report.READING[kind]
                if found else "Not evaluated yet: `python eval.py evaluate` and `report`.")
     parts = ["---\nlibrary_name: transformers\ntags: [unlearning]\n---",
-             f"# {s.benchmark} {s.model}, unlearned by {recipe['method'].upper()}-GradDiff",
+             f"# {s.benchmark} {s.model}, unlearned by {report.LABELS.get(name, name)}",
              f"{base} It was made to forget a part of {SOURCES[s.benchmark]}, and to keep the "
              "rest, by SIMU's reference implementation (arXiv 2510.07822). Forgetting is measured "
              "below, not guaranteed.",
@@ -63,7 +66,8 @@ def write_card(folder: Path, s: Settings, recipe: dict, found: list[dict] = ()):
              "## Metrics", metrics,
              "## Recipe", report.table(["Setting", "Value"], [[k, recipe[k]] for k in names]),
              "## Data", report.table(["Setting", "Value"], list(sliced.items())),
-             *(("## Critical neurons", report._mask_line(s.run, s)) if simu else ()),
+             *(("## Critical neurons", report.mask_line(s.run / stage.mask_name(made), s))
+               if simu else ()),
              "## Licence", f"{licence}. The licence of the base model binds this one too: if "
              "another base was given than this name says, it is that one's."]
     stage.write_text(folder / "README.md", "\n\n".join(parts) + "\n")
@@ -71,8 +75,7 @@ def write_card(folder: Path, s: Settings, recipe: dict, found: list[dict] = ()):
 
 def write_cards(run: Path, s: Settings, found: list[dict]):
     """Write the cards of a run's evaluated unlearned models again, now with metrics."""
-    for e in found:
-        if e["name"].endswith("-graddiff"):
-            recipe = stage.read_stage(run / e["name"])["settings"]
-            shown = [x for x in found if x["name"] in ("original", e["name"])]
-            write_card(run / e["name"], s, recipe, shown)
+    for e in report.unlearned(found):
+        recipe = stage.read_stage(run / e["name"])["settings"]
+        shown = [x for x in found if x["name"] in ("original", e["name"])]
+        write_card(run / e["name"], s, recipe, shown)

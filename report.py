@@ -133,6 +133,11 @@ def find_evaluations(run: Path, s: Settings, *, recompute: bool = False) -> list
     return found
 
 
+def unlearned(found: list[dict]) -> list[dict]:
+    """Those evaluations that are of a model some method unlearned."""
+    return [e for e in found if e["name"].startswith(tuple(f"{m}-" for m in stage.METHODS))]
+
+
 def _made_of(folder: Path, evaluation: Path) -> dict:
     """What must agree between seeds: the settings a model was made with, and the data files."""
     settings = stage.read_stage(folder)["why"]["settings"]
@@ -149,8 +154,8 @@ def _quality_statistics(rows: list[dict]) -> dict[str, float]:
 def _reference_rows(folder: Path, s: Settings) -> list[dict]:
     """Rows of a retain-only model evaluated in another run: as its folder now is, on our data."""
     if not (folder / "eval" / "stage.json").is_file():
-        raise UserError(f"--retain-only {folder} is no evaluated model; it takes RUN/STAGE of a run "
-                        "of ours, after `python eval.py evaluate RUN STAGE`")
+        raise UserError(f"--retain-only {folder} is no evaluated model; it takes RUN/STAGE of a "
+                        "run of ours, after `python eval.py evaluate RUN STAGE`")
     t = stage.read_settings(folder.resolve().parent)
     check_fresh(folder.resolve().parent, t, folder, folder / "eval")
     data_of = [stage.resolved(x, ("benchmark", "model", "template")) | data.data_digests(x)
@@ -348,17 +353,17 @@ paper's split is unknown. The README gives the evidence for each."""
 
 def _recipes_table(run: Path, found: list[dict]) -> str:
     """Hyperparameters with which each method was run."""
-    used = {e["label"]: stage.read_stage(run / e["name"])["settings"]
-            for e in found if e["name"].startswith(tuple(f"{m}-" for m in stage.METHODS))}
+    used = {e["label"]: stage.read_stage(run / e["name"])["settings"] for e in unlearned(found)}
     if not used:
         return ""
     return table(["Setting", *used], [[k, *(x[k] for x in used.values())] for k in RECIPE])
 
 
-def _mask_line(run: Path, s: Settings) -> str:
-    path, lines = run / "mask" / "stage.json", []
-    if path.is_file():
-        note = stage.read_stage(path.parent)
+def mask_line(mask: Path, s: Settings) -> str:
+    """What a mask's folder holds, beside the published count."""
+    lines = []
+    if (mask / "stage.json").is_file():
+        note = stage.read_stage(mask)
         per_layer = " ".join(map(str, note["critical_per_layer"]))
         lines.append(f"{note['critical']} of {note['total']}: "
                      f"{note['critical'] / note['total']:.2%}; by layer {per_layer}")
@@ -409,7 +414,7 @@ def report(run: Path, *, others: list[Path] = (), retain_only: Path | None = Non
     kept = [{k: v for k, v in e.items() if k not in ("rows", "made")} for e in found]
     stage.write_json(run / "report.json", dict(
         settings=dataclasses.asdict(s), evaluations=kept, columns=columns, published=published,
-        seeds=seeds, critical=_mask_line(run, s), costs=costs, qualitative=examples))
+        seeds=seeds, critical=mask_line(run / "mask", s), costs=costs, qualitative=examples))
     from card import write_cards  # builds on this module
     write_cards(run, s, found)
     print(main_table)
@@ -437,7 +442,7 @@ def _compose(run: Path, s: Settings, found, main_table: str, seeds, examples, co
               f"Members: {metrics['members']}. Non-members: {metrics['nonmembers']}. An attack "
               "that learns nothing has 0.5; the paper's 1 - AUC in the aggregate also rewards "
               "going below it. Retain-only's AUC need not be 0.5: the two sets differ as text.",
-              "## Critical neurons", _mask_line(run, s),
+              "## Critical neurons", mask_line(run / "mask", s),
               "## Same prompts, different models", _qualitative_text(examples, found),
               "## Time and memory", _costs_table(costs),
               "## Settings", _recipes_table(run, found),
