@@ -14,7 +14,7 @@ import stage
 import sweep
 from data import IGNORE, collate
 from stage import UserError
-from test_simu import rows, run, settings, tiny
+from test_simu import literal_update, rows, run, settings, tiny
 
 ROOT = Path(simu.__file__).parent
 MICRO = ("--width 64 --depth 2 --vocab 500 --learn-epochs 2 --light-epochs 2 --epochs 1 "
@@ -53,23 +53,7 @@ def test_lean_rows_of_a_soft_mask_equal_the_literal_masked_update(tmp_path):
     s = settings(epochs=3, lr=3e-3)
     got = run(tiny(), s, mask, tmp_path)
     binary = run(tiny(), s, mask > 0, tmp_path)
-    forget, retain, literal = rows(6), rows(10, seed=1), tiny()
-    masks = {n: mask[int(n.split(".")[1])][:, None].expand_as(p) if "down_proj" in n
-             else torch.full_like(p, float("self_attn" in n))
-             for n, p in literal.named_parameters()}
-    state = {n: (torch.zeros_like(p), torch.zeros_like(p)) for n, p in literal.named_parameters()}
-    order = simu.unlearning_order(len(forget), len(retain), s)
-    for step, (f, r) in enumerate(order, 1):
-        literal.zero_grad()
-        simu.graddiff_loss(literal, collate([forget[i] for i in f]),
-                           collate([retain[i] for i in r]), s.lam).backward()
-        norm = torch.cat([p.grad[masks[n] > 0] for n, p in literal.named_parameters()]).norm()
-        with torch.no_grad():
-            for n, p in literal.named_parameters():
-                simu.sophia_update(p, p.grad * min(1.0, s.clip / (norm + 1e-6)), *state[n],
-                                   lr=simu.learning_rate(step, len(order), s.lr, s.warmup),
-                                   beta1=s.beta1, beta2=s.beta2, gamma=s.gamma, eps=s.eps,
-                                   weight_decay=s.weight_decay, mask=masks[n])
+    literal, masks = literal_update(s, mask)
     start = dict(tiny().named_parameters())
     for n, p in literal.named_parameters():
         moved = (p.detach() - start[n].detach()).abs().max()
@@ -236,6 +220,8 @@ def test_a_point_is_what_the_stages_make_and_variants_lie_beside_it(swept):
     made = stage.read_json(run / "report.json")["evaluations"]
     assert [e["name"] for e in made] == ["simu-graddiff", "simu-random-po"]
     assert stage.read_stage(run / "simu-random-po")["settings"]["objective"] == "po"
+    card = (run / "simu-random-po" / "README.md").read_text()
+    assert "unlearned by simu-random-po" in card and "Not evaluated" not in card
     simu.main(["mask", *own, *variant, "--threshold", "0.9"])
     with pytest.raises(UserError, match="unlearned with another mask-random"):
         report(run)

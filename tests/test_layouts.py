@@ -37,14 +37,6 @@ OURS = {  # layout: what makes one of ours
 PROMPTS = [[5, 9, 27, 3], [11], [40, 2, 6, 18, 5, 33, 21, 90], [8, 8, 30]]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def hf():
     with warnings.catch_warnings():

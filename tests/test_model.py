@@ -22,15 +22,6 @@ SHAPE = dict(vocab_size=97, hidden_size=32, intermediate_size=44, num_hidden_lay
              num_attention_heads=4, max_position_embeddings=64)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Models this small only lose time to threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def relative(ours, theirs) -> float:
     return ((ours - theirs).abs().max() / theirs.abs().max()).item()
 
