@@ -1,43 +1,123 @@
-"""Text to tensors: tokenizers, TOFU, LUME, templates, encoding, batches.
+"""Rows to tensors: templates, encoding, batches; then where rows and tokenizers come from.
 
-A row of either benchmark is an `Example`. `encode` turns it into token ids with the prompt's end
-found in them, `collate` stacks rows into a `Batch` whose `targets` mark the tokens that count: the
-answer and one eos [D14]. Rows are padded on the right, to the longest of their batch only; under
-causal attention a token never sees what is right of it, so no attention mask is needed.
+A row is an `Example`. `encode` turns it into token ids with the prompt's end found in them,
+`collate` stacks rows into a `Batch` whose `targets` mark the tokens that count: the answer and one
+eos [D14]. Rows are padded on the right, to the longest of their batch only; under causal attention
+a token never sees what is right of it, so no attention mask is needed.
 
-Not here: chat histories, streaming, multi-process loading.
+Not here: tools in chats, streaming, multi-process loading.
 """
 
+import contextlib
+import hashlib
 import io
 import json
 import os
 import random
+import re
+import reprlib
 import shutil
-from dataclasses import dataclass, replace
+import unicodedata
+from dataclasses import dataclass, field, fields, replace
+from datetime import date
+from functools import lru_cache
 from pathlib import Path
 
 import sentencepiece
 import torch
 from torch import Tensor
 
-from stage import HERE, NO_TEXT, Settings, UserError, read_json, sha256, write_json
+from model import NO_TEXT, UserError, read_json, write_json, write_text
 
 IGNORE = -100  # a target that is not predicted; also cross_entropy's default
+LONGEST_TOKEN = 1024  # characters: longer than any tokenizer's
+
+# name: (before the question, after it, before the answer) [D14]. The prompt ends before the third.
+TEMPLATES = {
+    "llama2": ("[INST] ", " [/INST]", ""),
+    "qa": ("Question: ", "\nAnswer:", " "),
+    "raw": ("", "", " "),
+    "llama3": ("<|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: December 2023"
+               "\nToday Date: 10 Apr 2025\n\nYou are a helpful assistant.<|eot_id|>"
+               "<|start_header_id|>user<|end_header_id|>\n\n",
+               "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n", ""),
+    "chat": None,  # the model's own, in jinja: see `render_chat`
+}
+
+
+# ---------------------------------------------------------------------------------------- settings
+
+
+def option(default, effect: str, *, ok=None, must: str = "", choices: tuple = ()):
+    """A settings field: its default, its effect or unit, and what a value must satisfy."""
+    return field(default=default, metadata=dict(effect=effect, ok=ok, must=must, choices=choices))
+
+
+LIMIT = 2**31  # a number from here on is a slip of the hand, and overflows some kernel
+
+
+def at_least(low):
+    return dict(ok=lambda x: low <= x < LIMIT, must=f"at least {low}, and below 2**31")
+
+
+POSITIVE = dict(ok=lambda x: 0 < x < LIMIT, must="a positive number below 2**31")
+FRACTION = dict(ok=lambda x: 0 < x <= 1, must="in (0, 1]")
+DECAY = dict(ok=lambda x: 0 <= x < 1, must="in [0, 1)")
+
+
+def check_fields(settings):
+    """UserError if a field of a dataclass made of `option`s holds what it must not."""
+    for f in fields(settings):
+        value, meta = getattr(settings, f.name), f.metadata
+        name = "--" + f.name.replace("_", "-")
+        if f.type in (bool, int, float, str) and type(value) not in (
+                f.type, int if f.type is float else f.type):
+            raise UserError(f"{name} is {value!r}; it must be of type {f.type.__name__}")
+        if isinstance(value, str) and NO_TEXT.search(value):
+            raise UserError(f"{name} is {value!r}, which is not UTF-8 text; choose another")
+        if meta.get("choices") and value not in meta["choices"]:
+            raise UserError(f"{name} is {value!r}; choose {' or '.join(meta['choices'])}")
+        if meta.get("ok") and not meta["ok"](value):
+            raise UserError(f"{name} is {value}; it must be {meta['must']}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slice:
+    """Which rows are forgotten and kept, and how they are put to the model."""
+
+    seed: int = option(0, "seeds every draw: slice, initial weights, order, pairing",
+                       **at_least(0))
+    forget_split: str = option("forget10", "TOFU: file of the forget set")
+    retain_split: str = option("retain90", "TOFU: file of the retain set")
+    forget_groups: int = option(0, "forget only this many authors (TOFU) or documents per task "
+                                "(LUME); 0: all", **at_least(0))
+    retain_groups: int = option(0, "retain only this many; 0: all", **at_least(0))
+    rows_per_author: int = option(20, "TOFU: consecutive rows that make one author", **at_least(1))
+    lume_fraction: float = option(0.4, "LUME: share of documents sampled [D15]", **FRACTION)
+    template: str = option("qa", "prompt template [D14]; chat: the model's own",
+                           choices=tuple(TEMPLATES))
+
+    def __post_init__(self):
+        check_fields(self)
+
+
+# -------------------------------------------------------------------- rows, templates, encoding
 
 
 @dataclass(frozen=True)
 class Example:
-    """One row: TOFU's question and answer, or LUME's input and output."""
+    """One row: a question and its answer, or a text all of which counts (kind "text")."""
 
     question: str
     answer: str
-    id: str = ""     # "forget10:12" (split:row) for TOFU, LUME's own id
+    id: str = ""     # "forget10:12" (file:row), or LUME's own
     task: str = ""   # "Task1".."Task3" for LUME
-    kind: str = "qa"  # "qa", or "sc" for LUME's sentence completion
+    kind: str = "qa"  # "qa", "sc" for LUME's sentence completion, or "text"
     group: str = ""  # author or document: the unit of slicing
     paraphrased_question: str = ""
     paraphrased_answer: str = ""
     perturbed_answers: tuple[str, ...] = ()
+    turns: tuple[tuple[str, str], ...] = ()  # (role, text) of a chat before the question
 
 
 @dataclass(frozen=True)
@@ -56,450 +136,82 @@ class Batch:
     targets: Tensor
 
 
-# -------------------------------------------------------------------------------------- tokenizers
-
-
-class LlamaTokenizer:
-    """A sentencepiece `tokenizer.model`."""
-
-    def __init__(self, path: Path):
-        try:
-            self._sp = sentencepiece.SentencePieceProcessor(model_file=str(path))
-        except (OSError, RuntimeError, ValueError):
-            raise UserError(f"{path} is not a sentencepiece model; fetch it again") from None
-        self.bos_id, self.eos_id = self._sp.bos_id(), self._sp.eos_id()
-        if min(self.bos_id, self.eos_id) < 0:
-            raise UserError(f"{path} has no bos or no eos piece; use a LLaMA tokenizer")
-        self.vocab_size = self._sp.get_piece_size()
-
-    def encode(self, text: str, *, bos: bool) -> list[int]:
-        return [self.bos_id] * bos + self._sp.encode(text)
-
-    def decode(self, ids: list[int]) -> str:
-        """Text of ids; bos, eos and rows that pad the model's vocabulary say nothing."""
-        return self._sp.decode([i for i in ids if 0 <= i < self.vocab_size])
-
-    def ends(self, text: str) -> tuple[list[int], list[int]]:
-        """ids without bos, and where each ends, in UTF-8 bytes of text."""
-        ids, ends = self._sp.encode(text), []
-        end = -1  # sentencepiece puts one space before the text
-        for i in ids:
-            byte = self._sp.is_byte(i)  # a character outside the vocabulary is spelled in bytes
-            end += 1 if byte else len(self._sp.id_to_piece(i).replace("\u2581", " ").encode())
-            ends.append(end)
-        if end != len(text.encode()):
-            raise UserError("tokenizer.model rewrites text (normalisation other than identity): "
-                            "where a prompt ends cannot be found; use a LLaMA tokenizer")
-        return ids, ends
-
-
-class JsonTokenizer:
-    """A Hugging Face `tokenizer.json` (OLMo, Llama 3, Qwen: byte-level BPE). eos_ids: those the
-    model's config.json names. names: the content of tokenizer_config.json."""
-
-    def __init__(self, path: Path, eos_ids: list[int], names: dict):
-        try:
-            import tokenizers  # sentencepiece cannot read this format
-        except ImportError:
-            raise UserError(f"{path} needs a package: pip install tokenizers") from None
-        try:
-            self._tok = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as e:  # the library raises bare Exception
-            raise UserError(f"{path} is not a tokenizer.json ({e}); fetch it again") from None
-        self._tok.no_padding()
-        self._tok.no_truncation()
-        self.bos_id = self._bos(names)
-        # A post-processor would cut spaces off a token's place in the text; bos we add ourselves.
-        self._tok.post_processor = None
-        own = self._id(names.get("eos_token"))
-        # OLMo's two published tokenizers disagree on <|endoftext|> (0 or 50279): the model decides,
-        # and only between several of its own (Llama 3) does the tokenizer.
-        ends = (*sorted(eos_ids, key=lambda i: i != own), own, self._id("<|endoftext|>"),
-                self._id("</s>"))
-        self.eos_id = next((i for i in ends if i is not None), None)
-        if self.eos_id is None:
-            raise UserError(f"{path} names no end-of-text token; set eos_token_id in config.json")
-        # Added tokens count: some checkpoints add a <pad> that their embedding has no row for.
-        self.vocab_size = self._tok.get_vocab_size()
-
-    def _id(self, token) -> int | None:
-        token = token.get("content") if isinstance(token, dict) else token
-        return self._tok.token_to_id(token) if isinstance(token, str) else None
-
-    def _bos(self, names: dict) -> int | None:
-        """What transformers would put before a text: what tokenizer_config.json says, else what
-        the post-processor does (Llama 3)."""
-        coded = self._tok.encode("a")
-        starts = coded.special_tokens_mask[:1] == [1]
-        if not names.get("add_bos_token", True):
-            return None
-        return coded.ids[0] if starts else self._id(
-            names.get("bos_token") if "add_bos_token" in names else "<s>")
-
-    def encode(self, text: str, *, bos: bool) -> list[int]:
-        start = [self.bos_id] if bos and self.bos_id is not None else []
-        return start + self._tok.encode(text, add_special_tokens=False).ids
-
-    def decode(self, ids: list[int]) -> str:
-        """Text of ids; special tokens and rows that pad the model's vocabulary say nothing."""
-        kept = [i for i in ids if 0 <= i < self.vocab_size and i != self.eos_id]
-        return self._tok.decode(kept, skip_special_tokens=True)
-
-    def ends(self, text: str) -> tuple[list[int], list[int]]:
-        """ids without bos, and where each ends, in UTF-8 bytes of text."""
-        coded = self._tok.encode(text, add_special_tokens=False)
-        size = [0]
-        for c in text:
-            size.append(size[-1] + len(c.encode()))
-        # A character split over several tokens gives the first of them no width of its own.
-        return coded.ids, [size[end] if end > start else size[start] + 1
-                           for start, end in coded.offsets]
-
-
-def load_tokenizer(path):
-    """The tokenizer of a model folder (tokenizer.model, else tokenizer.json), or such a file.
-
-    Has encode(text, *, bos) -> ids, decode(ids) -> text, bos_id (or None), eos_id, vocab_size."""
-    path = Path(path)
-    if path.is_dir():
-        found = [path / n for n in ("tokenizer.model", "tokenizer.json") if (path / n).is_file()]
-        if not found:
-            raise UserError(f"{path} has neither tokenizer.model nor tokenizer.json; copy it there "
-                            "from where the weights came from")
-        path = found[0]
-    if not path.is_file():
-        raise UserError(f"{path} is missing: no tokenizer there")
-    if path.suffix != ".json":
-        return LlamaTokenizer(path)
-    config, names = (read_json(path.with_name(name)) if path.with_name(name).is_file() else {}
-                     for name in ("config.json", "tokenizer_config.json"))
-    if not isinstance(config, dict) or not isinstance(names, dict):
-        raise UserError(f"config.json and tokenizer_config.json beside {path} must hold a JSON "
-                        "object; fetch them again")
-    eos = config.get("eos_token_id")
-    eos = eos if isinstance(eos, list) else [eos]
-    return JsonTokenizer(path, [i for i in eos if type(i) is int], names)
-
-
-TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json",
-                   "special_tokens_map.json", "added_tokens.json")
-
-
-def copy_tokenizer(source: Path, target: Path):
-    """Copy a tokenizer's files; what would make transformers fetch and run code stays behind."""
-    for name in TOKENIZER_FILES:
-        if (Path(source) / name).is_file():
-            shutil.copyfile(Path(source) / name, Path(target) / name)
-    config = Path(target) / "tokenizer_config.json"
-    names = read_json(config) if config.is_file() else {}
-    if names.pop("auto_map", None):  # the original OLMo layout's
-        write_json(config, names | PLAIN_IN_TRANSFORMERS)
-
-
-# How transformers must read tokenizer.json, and tokenizer.model, to get the same ids.
-PLAIN_IN_TRANSFORMERS = dict(tokenizer_class="PreTrainedTokenizerFast",
-                             model_input_names=["input_ids", "attention_mask"],
-                             clean_up_tokenization_spaces=False)
-LLAMA_IN_TRANSFORMERS = dict(tokenizer_class="LlamaTokenizer", add_bos_token=True,
-                             add_eos_token=False, legacy=False, bos_token="<s>", eos_token="</s>",
-                             unk_token="<unk>")
-
-
-def _train_llama(text: list[str], vocab: int, model):
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(text), model_writer=model, vocab_size=vocab, model_type="bpe",
-        byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False,
-        allow_whitespace_only_pieces=True, character_coverage=1.0, hard_vocab_limit=False,
-        num_threads=1, minloglevel=2)
-
-
-def train_tokenizer(texts: list[str], folder: Path, *, llama: bool, vocab: int):
-    """Train a small tokenizer of LLaMA's or OLMo's kind on texts, and save it in folder."""
-    if llama:
-        text = sorted({line for t in texts for line in t.splitlines() if line.strip()})
-        model = io.BytesIO()  # a file name would be written into the model
-        try:
-            _train_llama(text, vocab, model)
-        except RuntimeError as e:
-            raise UserError(f"--vocab {vocab} does not suit this text ({e}); raise it") from None
-        (folder / "tokenizer.model").write_bytes(model.getvalue())
-        (folder / "tokenizer_config.json").write_text(json.dumps(LLAMA_IN_TRANSFORMERS))
-        return
-    import tokenizers
-    from tokenizers import decoders, models, pre_tokenizers, trainers
-    tok = tokenizers.Tokenizer(models.BPE())
-    tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tok.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=vocab, show_progress=False,
-                                  special_tokens=["<|endoftext|>", "<|padding|>"],
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
-    tok.train_from_iterator(sorted(set(texts)), trainer)
-    tok.save(str(folder / "tokenizer.json"))
-    names = dict(eos_token="<|endoftext|>", pad_token="<|padding|>")
-    (folder / "tokenizer_config.json").write_text(json.dumps(names | PLAIN_IN_TRANSFORMERS))
-
-
-# ------------------------------------------------------------------------------------- file reading
-
-
-def _rows(path: Path, required: tuple[str, ...]) -> list[tuple[str, dict]]:
-    """(where, row) of a JSON-lines file whose rows have the required keys, each a filled string."""
-    if path.is_dir():
-        raise UserError(f"{path} is a folder, not a file; fetch the file again")
-    if not path.is_file():
-        raise UserError(f"{path} is missing; point --data or SIMU_DATA at the folder that holds "
-                        f"{path.parent.name}/{path.name}")
-    try:
-        lines = path.read_bytes().decode("utf-8").split("\n")
-    except UnicodeDecodeError as e:
-        raise UserError(f"{path} is not UTF-8 text (byte {e.start}); fetch it again") from None
-    rows = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        where = f"{path} line {number}"
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            raise UserError(f"{where} is not a JSON object on one line; fetch it again") from None
-        if not isinstance(row, dict):
-            raise UserError(f"{where} is not a JSON object; each line must be one row")
-        for key in required:
-            _text(row, key, where)
-        rows.append((where, row))
-    if not rows:
-        raise UserError(f"{path} holds no rows; fetch it again")
-    return rows
-
-
-def _text(row: dict, key: str, where: str) -> str:
-    value = row.get(key)
-    if key not in row:
-        raise UserError(f"{where} has no {key!r}; rows need it")
-    if not isinstance(value, str) or not value.strip() or NO_TEXT.search(value):
-        raise UserError(f"{where}: {key!r} is not a filled text; mend or drop the row")
-    return value
-
-
-def _texts(row: dict, key: str, where: str) -> tuple[str, ...]:
-    if not isinstance(row[key], list) or not row[key]:
-        raise UserError(f"{where}: {key!r} is not a list of texts; mend or drop the row")
-    return tuple(_text({key: v}, key, where) for v in row[key])
-
-
-def load_tofu(path, split: str, *, rows_per_author: int = 20) -> list[Example]:
-    """The rows of `<path>/<split>.json` (JSON lines), with paraphrases and wrong answers where the
-    file has them."""
-    examples = []
-    for where, row in _rows(Path(path) / f"{split}.json", ("question", "answer")):
-        extra = {k: _text(row, k, where) for k in ("paraphrased_question", "paraphrased_answer")
-                 if k in row}
-        if "perturbed_answer" in row:
-            extra["perturbed_answers"] = _texts(row, "perturbed_answer", where)
-        n = len(examples)
-        examples.append(Example(row["question"], row["answer"], id=f"{split}:{n}",
-                                group=f"{split}/{n // rows_per_author}", **extra))
-    return examples
-
-
-def load_lume(path, split: str) -> list[Example]:
-    """The rows of `<path>/<split>.jsonl`: LUME's open release, split forget or retain."""
-    examples, seen = [], set()
-    for where, row in _rows(Path(path) / f"{split}.jsonl", ("id", "input", "output", "task")):
-        kind = row["id"][:-1][-2:]  # the id is <document>sc1 or <document>qa0
-        if kind not in ("sc", "qa"):
-            raise UserError(f"{where}: id {row['id']!r} does not end in sc or qa and a digit")
-        if row["task"] not in ("Task1", "Task2", "Task3"):
-            raise UserError(f"{where}: task {row['task']!r} is not Task1, Task2 or Task3")
-        if row["id"] in seen:
-            raise UserError(f"{where}: id {row['id']!r} stands twice in the file; drop one")
-        seen.add(row["id"])
-        examples.append(Example(row["input"], row["output"], id=row["id"], task=row["task"],
-                                kind=kind, group=row["id"][:-3]))
-    return examples
-
-
-# -------------------------------------------------------------------------------------- benchmarks
-
-
-@dataclass(frozen=True)
-class Benchmark:
-    """What one run forgets, keeps and measures."""
-
-    kind: str                     # "tofu" or "lume"
-    forget: list[Example]         # D_f
-    retain: list[Example]         # D_r
-    retain_eval: list[Example]    # rows of D_r on which retained utility is measured
-    world_facts: list[Example]
-    real_authors: list[Example]
-    nonmembers: list[Example]     # for MIA [D12]; empty with the reason below
-    nonmember_source: str
-    shared: int = 0               # rows of D_f that are in D_r too
-
-
-def data_folder(s: Settings) -> Path:
-    """The folder of the benchmark's files."""
-    root = s.data or (str(HERE / "demo") if s.benchmark == "demo" else os.environ.get("SIMU_DATA"))
-    name = "lume" if s.benchmark == "lume" else "tofu"
-    if not root:
-        source = {"tofu": "https://huggingface.co/datasets/locuslab/TOFU",
-                  "lume": "https://github.com/amazon-science/lume-llm-unlearning"}[name]
-        raise UserError(f"no data: point --data or SIMU_DATA at a folder holding {name}/ with the "
-                        f"files of {source}")
-    folder = Path(root) / name
-    if not folder.is_dir():
-        raise UserError(f"{folder} is missing; --data or SIMU_DATA must hold {name}/")
-    return folder
-
-
-def data_digests(s: Settings) -> dict[str, str]:
-    """sha256 of every file of the benchmark: they decide whether a stage is stale."""
-    files = sorted(p for p in data_folder(s).rglob("*.json*") if p.is_file())
-    return {str(p.relative_to(data_folder(s))): sha256(p) for p in files}
-
-
-def load_benchmark(s: Settings) -> Benchmark:
-    """The forget and retain sets of a run, sliced by whole authors or documents."""
-    return (_lume_benchmark if s.benchmark == "lume" else _tofu_benchmark)(s)
-
-
-def _first_groups(rows: list[Example], count: int) -> list[Example]:
-    """Rows of the first `count` groups in order of appearance; all for 0."""
-    groups = list(dict.fromkeys(r.group for r in rows))
-    kept = set(groups[:count] if count else groups)
-    return [r for r in rows if r.group in kept]
-
-
-def _tofu_benchmark(s: Settings) -> Benchmark:
-    folder = data_folder(s)
-
-    def load(split):
-        return load_tofu(folder, split, rows_per_author=s.rows_per_author)
-
-    def load_if_there(split):
-        return load(split) if (folder / f"{split}.json").exists() else []
-
-    every = load(s.forget_split)
-    known = {(r.question, r.answer): r for r in load_if_there(f"{s.forget_split}_perturbed")}
-    if known and set(known) != {(r.question, r.answer) for r in every}:
-        raise UserError(f"{folder}/{s.forget_split}_perturbed.json does not hold the rows of "
-                        f"{s.forget_split}.json; fetch both from one release")
-    forget = [replace(known.get((r.question, r.answer), r), id=r.id, group=r.group)
-              for r in _first_groups(every, s.forget_groups)]
-    authors = load(s.retain_split)
-    retain = _first_groups(authors, s.retain_groups)
-    shared = _shared(forget, retain)
-    if shared == len(forget):
-        raise UserError(f"every row of {s.forget_split} is in {s.retain_split} too; choose another "
-                        "--forget-split or --retain-split")
-    inside = {(r.question, r.answer) for r in retain}
-    retain_eval = [r for r in load_if_there("retain_perturbed") if (r.question, r.answer) in inside]
-    if not retain_eval:
-        raise UserError(f"no row of {folder}/retain_perturbed.json is in the retain set; fetch it, "
-                        "or raise --retain-groups")
-    world, real = load_if_there("world_facts_perturbed"), load_if_there("real_authors_perturbed")
-    # Non-members must be text the original never saw; which that is depends on what it was made of.
-    rest = [r for r in authors if r.group not in {x.group for x in retain}]
-    held_out = load_if_there(s.forget_split.replace("forget", "holdout"))
-    if held_out and "forget" in s.forget_split:
-        nonmembers, source = held_out, "hold-out authors"
-    elif s.tiny and rest:
-        last = list(dict.fromkeys(r.group for r in rest))[-len({r.group for r in forget}):]
-        nonmembers, source = [r for r in rest if r.group in last], "authors outside the slice"
-    elif s.tiny:
-        nonmembers, source = [], "none: the tiny original was trained on every row; slice it"
-    else:
-        nonmembers, source = real + world, "real authors and world facts, as SOUL"
-    return Benchmark("tofu", forget, retain, retain_eval, world, real, nonmembers, source, shared)
-
-
-def _shared(forget: list[Example], retain: list[Example]) -> int:
-    """How many forget rows, question and answer, are to be retained too; warns if any are."""
-    kept = {(r.question, r.answer) for r in retain}
-    count = sum((r.question, r.answer) in kept for r in forget)
-    if count:
-        print(f"warning: {count} of {len(forget)} rows of the forget set are in the retain set "
-              "too: they are pulled both ways", flush=True)
-    return count
-
-
-def _lume_benchmark(s: Settings) -> Benchmark:
-    folder, rng = data_folder(s), random.Random(s.seed)
-    sampled, rest = {}, []
-    for split, count in (("forget", s.forget_groups), ("retain", s.retain_groups)):
-        rows, kept = load_lume(folder, split), set()
-        for task in ("Task1", "Task2", "Task3"):
-            documents = list(dict.fromkeys(r.group for r in rows if r.task == task))
-            rng.shuffle(documents)
-            share = documents[:round(s.lume_fraction * len(documents))]  # [D15]
-            kept.update(share[:count] if count else share)
-        sampled[split] = [r for r in rows if r.group in kept]
-        if not sampled[split]:
-            raise UserError(f"--lume-fraction {s.lume_fraction} leaves no {split} document; "
-                            "raise it")
-        rest += [r for r in rows if r.group not in kept]
-    # As many held-out documents of each task as are forgotten, so that kind alone tells nothing.
-    held_out = []
-    for task in ("Task1", "Task2", "Task3"):
-        documents = list(dict.fromkeys(r.group for r in rest if r.task == task))
-        rng.shuffle(documents)
-        count = len({r.group for r in sampled["forget"] if r.task == task})
-        kept = set(documents[:count])
-        held_out += [r for r in rest if r.group in kept]
-    source = "seeded hold-out documents of the open release, never trained on"
-    # A log says that the original was trained here, so that what it never saw is known.
-    if s.weights or not (s.tiny or (s.run / "original" / "log.jsonl").is_file()):
-        held_out, source = [], ("none: which documents the original was trained on is unknown; the "
-                                "gated SemEval non-members are needed")
-    return Benchmark("lume", sampled["forget"], sampled["retain"], sampled["retain"], [], [],
-                     held_out, source, _shared(sampled["forget"], sampled["retain"]))
-
-
-# ------------------------------------------------------------------------------ templates, encoding
-
-# name: (before the question, after it, before the answer) [D14]. The prompt ends before the third.
-TEMPLATES = {
-    "llama2": ("[INST] ", " [/INST]", ""),
-    "qa": ("Question: ", "\nAnswer:", " "),
-    "raw": ("", "", " "),
-}
-
-
-def _prompt(question: str, template: str) -> str:
+def prompt_text(question: str, tokenizer, template: str, *, turns=(), kind: str = "qa") -> str:
+    """What an answer is generated from. A "text" row takes no template."""
     if template not in TEMPLATES:
         raise UserError(f"template {template!r} is unknown; choose {' or '.join(TEMPLATES)}")
-    before, after, _ = TEMPLATES[template]
-    return before + question + after
+    if kind == "text":
+        return question
+    if template == "chat":
+        return render_chat(tokenizer, [*turns, ("user", question)], ask=True)
+    before, after, lead = TEMPLATES[template]
+    asked = {"user": (before, after), "assistant": (lead, "\n"), "system": ("", "\n")}
+    return "".join(asked[role][0] + text + asked[role][1]
+                   for role, text in [*turns, ("user", question)])
 
 
-def encode_prompt(question: str, tokenizer, template: str) -> list[int]:
+def full_text(example: Example, tokenizer, template: str) -> tuple[str, str]:
+    """The prompt, and all that follows it: the answer with what the template puts around it."""
+    e = example
+    prompt = prompt_text(e.question, tokenizer, template, turns=e.turns, kind=e.kind)
+    if e.kind == "text":
+        return prompt, e.answer
+    if template != "chat":
+        return prompt, TEMPLATES[template][2] + e.answer
+    turns = [*e.turns, ("user", e.question), ("assistant", e.answer)]
+    whole = render_chat(tokenizer, turns, ask=False)
+    if not whole.startswith(prompt):
+        raise UserError("the model's chat template puts the answer elsewhere than after the prompt "
+                        "that it writes; choose another --template")
+    return prompt, whole[len(prompt):]
+
+
+def _writes_bos(template: str, kind: str) -> bool:
+    return template == "chat" and kind != "text"  # the model's own template has bos in its text
+
+
+def encode_prompt(question: str, tokenizer, template: str, *, turns=(),
+                  kind: str = "qa") -> list[int]:
     """ids from which an answer is generated."""
-    return tokenizer.encode(_prompt(question, template), bos=True)
+    prompt = prompt_text(question, tokenizer, template, turns=turns, kind=kind)
+    return tokenizer.encode(prompt, bos=not _writes_bos(template, kind))
 
 
 def encode(example: Example, tokenizer, template: str) -> Encoded:
     """Prompt, answer and eos, encoded as one string: pieces encoded apart and glued would differ
-    at the seam. A token that reaches into the answer is the answer's, also if it starts before."""
-    prompt = _prompt(example.question, template)
-    text = prompt + TEMPLATES[template][2] + example.answer
-    ids, ends = tokenizer.ends(text)
+    at the seam. A token that reaches into the answer is the answer's, also if it starts before.
+    A chat template writes an eos of its own: what it puts after that is left out, as no answer
+    goes on from there."""
+    prompt, rest = full_text(example, tokenizer, template)
+    ids, ends = tokenizer.ends(prompt + rest)
     border = len(prompt.encode())
     n_prompt = sum(end <= border for end in ends)
-    bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-    return Encoded(bos + ids + [tokenizer.eos_id], len(bos) + n_prompt)
+    own_eos = _writes_bos(template, example.kind) and tokenizer.eos_id in ids[n_prompt:]
+    while own_eos and ids[-1] != tokenizer.eos_id:
+        ids.pop()
+    if n_prompt == len(ids) - own_eos:
+        raise UserError(f"row {example.id or reprlib.repr(example.question)}: its answer "
+                        f"{reprlib.repr(example.answer)} gives no token; use another tokenizer")
+    bos = [] if tokenizer.bos_id is None or _writes_bos(template, example.kind) else [
+        tokenizer.bos_id]
+    return Encoded(bos + ids + [tokenizer.eos_id] * (not own_eos), len(bos) + n_prompt)
 
 
 def encode_all(examples: list[Example], tokenizer, template: str, *, context: int,
                vocab: int) -> list[Encoded]:
     """Every example encoded; UserError if one does not fit the model's context or vocabulary."""
-    rows = [encode(e, tokenizer, template) for e in examples]
-    for example, row in zip(examples, rows):
-        if len(row.ids) > context:
-            raise UserError(f"row {example.id or example.question!r} has {len(row.ids)} tokens, "
-                            f"more than the model's context of {context}; drop the row")
-        if max(row.ids) >= vocab:
-            raise UserError(f"the tokenizer gives token {max(row.ids)}, the model has {vocab}: "
-                            "they are not of one model; copy the tokenizer the weights came with")
+    rows = []
+    for e in examples:
+        size, unit = len(e.question) + len(e.answer), "characters"
+        if size <= context * LONGEST_TOKEN:  # else megabytes would be encoded only to be refused
+            rows.append(encode(e, tokenizer, template))
+            size, unit = len(rows[-1].ids), "tokens"
+        if unit == "characters" or size > context:
+            raise UserError(f"row {e.id or reprlib.repr(e.question)} has {size} {unit}, more than "
+                            f"the model's context of {context} tokens can hold; drop the row")
+        if max(rows[-1].ids) >= vocab:
+            raise UserError(f"the tokenizer gives token {max(rows[-1].ids)}, the model has {vocab}:"
+                            " they are not of one model; copy the tokenizer the weights came with")
     return rows
 
 
@@ -530,3 +242,619 @@ def batches_by_length(rows: list[Encoded], tokens: int) -> list[list[int]]:
         else:
             out.append([i])
     return out
+
+
+@lru_cache(maxsize=4)
+def _compiled_chat(source: str):
+    """A chat template as transformers compiles it. It comes with the model, from a stranger: it
+    runs in jinja's sandbox."""
+    try:
+        import jinja2
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+    except ImportError:
+        raise UserError("--template chat needs a package: pip install 'jinja2>=3.1.6'") from None
+
+    def refuse(message):
+        raise jinja2.TemplateError(message)
+
+    def tojson(value, ensure_ascii=False, **layout):
+        return json.dumps(value, ensure_ascii=ensure_ascii, **layout)
+
+    env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
+                                        extensions=["jinja2.ext.loopcontrols"])
+    env.filters["tojson"] = tojson
+    # Llama 3's own date where it is told none: a run must say tomorrow what it says today.
+    today = date(2024, 7, 26).strftime
+    env.globals |= dict(raise_exception=refuse, strftime_now=today)
+    # transformers marks an assistant's part with a tag of its own, which writes nothing.
+    source = re.sub(r"(\{%-?)\s*generation\s*(-?%\})", r"\1 if true \2", source)
+    return env.from_string(re.sub(r"(\{%-?)\s*endgeneration\s*(-?%\})", r"\1 endif \2", source))
+
+
+def render_chat(tokenizer, turns: list[tuple[str, str]], *, ask: bool) -> str:
+    """(role, text) turns in the model's own chat template, as transformers' apply_chat_template
+    writes them; ask: with what makes the model answer (add_generation_prompt)."""
+    if not tokenizer.chat_template:
+        raise UserError("the tokenizer has no chat template (chat_template in tokenizer_config.json"
+                        f", or chat_template.jinja); choose --template "
+                        f"{' or '.join(t for t in TEMPLATES if TEMPLATES[t])}")
+    try:
+        return _compiled_chat(tokenizer.chat_template).render(
+            messages=[dict(role=role, content=text) for role, text in turns],
+            add_generation_prompt=ask, tools=None, documents=None, **tokenizer.special_tokens)
+    except UserError:
+        raise
+    except Exception as e:  # whatever a stranger's template does
+        raise UserError(f"the model's chat template cannot write the turns "
+                        f"{', '.join(role for role, _ in turns)} ({' '.join(str(e).split())[:200]}); "
+                        "choose another --template, or mend the rows") from None
+
+
+# ------------------------------------------------------------------------------------- benchmarks
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """What one run forgets, keeps and measures."""
+
+    kind: str                     # "tofu", "lume" or "rows"
+    forget: list[Example]         # D_f
+    retain: list[Example]         # D_r
+    retain_eval: list[Example]    # rows of D_r on which retained utility is measured
+    world_facts: list[Example]
+    real_authors: list[Example]
+    nonmembers: list[Example]     # for MIA [D12]; empty with the reason below
+    nonmember_source: str
+    shared: int = 0               # rows of D_f that are in D_r too
+
+
+def load_benchmark(folder, slice_: Slice, *, layout: str, made_here: bool) -> Benchmark:
+    """The forget and retain sets in a folder of the layout "tofu" or "lume", cut by whole authors
+    or documents. made_here: the original learnt exactly these, so what it never saw is known."""
+    load = {"tofu": _tofu_benchmark, "lume": _lume_benchmark}[layout]
+    return load(Path(folder), slice_, made_here)
+
+
+def _first_groups(rows: list[Example], count: int) -> list[Example]:
+    """Rows of the first `count` groups in order of appearance; all for 0."""
+    groups = list(dict.fromkeys(r.group for r in rows))
+    kept = set(groups[:count] if count else groups)
+    return [r for r in rows if r.group in kept]
+
+
+def _tofu_benchmark(folder: Path, cut: Slice, made_here: bool) -> Benchmark:
+    def load(split):
+        return load_tofu(folder, split, rows_per_author=cut.rows_per_author)
+
+    def load_if_there(split):
+        return load(split) if (folder / f"{split}.json").exists() else []
+
+    every = load(cut.forget_split)
+    known = {(r.question, r.answer): r for r in load_if_there(f"{cut.forget_split}_perturbed")}
+    if known and set(known) != {(r.question, r.answer) for r in every}:
+        raise UserError(f"{folder}/{cut.forget_split}_perturbed.json does not hold the rows of "
+                        f"{cut.forget_split}.json; fetch both from one release")
+    forget = [replace(known.get((r.question, r.answer), r), id=r.id, group=r.group)
+              for r in _first_groups(every, cut.forget_groups)]
+    authors = load(cut.retain_split)
+    retain = _first_groups(authors, cut.retain_groups)
+    shared = _count_shared(forget, retain)
+    if shared == len(forget):
+        raise UserError(f"every row of {cut.forget_split} is in {cut.retain_split} too; choose "
+                        "another --forget-split or --retain-split")
+    inside = {(r.question, r.answer) for r in retain}
+    retain_eval = [r for r in load_if_there("retain_perturbed") if (r.question, r.answer) in inside]
+    if not retain_eval:
+        raise UserError(f"no row of {folder}/retain_perturbed.json is in the retain set; fetch it, "
+                        "or raise --retain-groups")
+    world, real = load_if_there("world_facts_perturbed"), load_if_there("real_authors_perturbed")
+    # Non-members must be text the original never saw; which that is depends on what it was made of.
+    rest = [r for r in authors if r.group not in {x.group for x in retain}]
+    held_out = load_if_there(cut.forget_split.replace("forget", "holdout"))
+    if held_out and "forget" in cut.forget_split:
+        nonmembers, source = held_out, "hold-out authors"
+    elif made_here and rest:
+        last = list(dict.fromkeys(r.group for r in rest))[-len({r.group for r in forget}):]
+        nonmembers, source = [r for r in rest if r.group in last], "authors outside the slice"
+    elif made_here:
+        nonmembers, source = [], "none: the original learnt every row here; slice them"
+    else:
+        nonmembers, source = real + world, "real authors and world facts, as SOUL"
+    return Benchmark("tofu", forget, retain, retain_eval, world, real, nonmembers, source, shared)
+
+
+def _count_shared(forget: list[Example], retain: list[Example]) -> int:
+    """How many forget rows, question and answer, are to be retained too; warns if any are."""
+    kept = {(r.question, r.answer) for r in retain}
+    count = sum((r.question, r.answer) in kept for r in forget)
+    if count:
+        print(f"warning: {count} of {len(forget)} rows of the forget set are in the retain set "
+              "too: they are pulled both ways", flush=True)
+    return count
+
+
+TASKS = ("Task1", "Task2", "Task3")  # LUME's: stories, private data, encyclopedia entries
+
+
+def _lume_benchmark(folder: Path, cut: Slice, made_here: bool) -> Benchmark:
+    rng, sampled, rest = random.Random(cut.seed), {}, []
+    for split, count in (("forget", cut.forget_groups), ("retain", cut.retain_groups)):
+        rows, kept = load_lume(folder, split), set()
+        for task in TASKS:
+            documents = list(dict.fromkeys(r.group for r in rows if r.task == task))
+            rng.shuffle(documents)
+            share = documents[:round(cut.lume_fraction * len(documents))]  # [D15]
+            kept.update(share[:count] if count else share)
+        sampled[split] = [r for r in rows if r.group in kept]
+        if not sampled[split]:
+            raise UserError(f"--lume-fraction {cut.lume_fraction} leaves no {split} document; "
+                            "raise it")
+        rest += [r for r in rows if r.group not in kept]
+    # As many held-out documents of each task as are forgotten, so that kind alone tells nothing.
+    held_out = []
+    for task in TASKS:
+        documents = list(dict.fromkeys(r.group for r in rest if r.task == task))
+        rng.shuffle(documents)
+        count = len({r.group for r in sampled["forget"] if r.task == task})
+        kept = set(documents[:count])
+        held_out += [r for r in rest if r.group in kept]
+    source = "seeded hold-out documents of the open release, never trained on"
+    if not made_here:
+        held_out, source = [], ("none: which documents the original was trained on is unknown; the "
+                                "gated SemEval non-members are needed")
+    return Benchmark("lume", sampled["forget"], sampled["retain"], sampled["retain"], [], [],
+                     held_out, source, _count_shared(sampled["forget"], sampled["retain"]))
+
+
+def benchmark_of_rows(forget: list[Example], retain: list[Example],
+                      unseen: list[Example]) -> Benchmark:
+    """A user's own rows. unseen: rows the model never saw. No row may stand in two of them."""
+    parts, place = dict(forget=forget, retain=retain, unseen=unseen), {}
+    for name, rows in parts.items():
+        for e in rows:
+            other = place.setdefault((e.turns, e.question, e.answer), name)
+            if other != name:
+                raise UserError(f"row {e.id} of the {name} rows is among the {other} rows too; "
+                                "leave it in one of the two files")
+    return Benchmark("rows", forget, retain, retain, [], [], unseen,
+                     "rows given as unseen" if unseen else "none: no unseen rows are given")
+
+
+# ------------------------------------------------------------------------------------ files of rows
+
+
+def sha256(path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def data_digests(folder) -> dict[str, str]:
+    """sha256 of every JSON file in a folder, by name: they decide whether a stage is stale."""
+    folder = Path(folder)
+    files = sorted(p for p in folder.rglob("*.json*") if p.is_file())
+    return {str(p.relative_to(folder)): sha256(p) for p in files}
+
+
+def _json_lines(path: Path) -> list[tuple[str, dict]]:
+    """(where, row) of a file with one JSON object a line; Windows line ends and a byte-order mark
+    are accepted."""
+    if path.is_dir():
+        raise UserError(f"{path} is a folder, not a file; name the file")
+    if not path.is_file():
+        what = "is not a plain file" if path.exists() else "is missing"
+        raise UserError(f"{path} {what}; point --data or SIMU_DATA at the folder that holds "
+                        f"{path.parent.name}/{path.name}")
+    try:
+        lines = path.read_bytes().decode("utf-8-sig").split("\n")
+    except UnicodeDecodeError as e:
+        raise UserError(f"{path} is not UTF-8 text (byte {e.start}); fetch or save it again "
+                        "") from None
+    rows = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        where = f"{path} line {number}"
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            raise UserError(f"{where} is not a JSON object on one line; mend it, or fetch the file "
+                            "again") from None
+        if not isinstance(row, dict):
+            raise UserError(f"{where} is not a JSON object; each line must be one row")
+        rows.append((where, row))
+    if not rows:
+        raise UserError(f"{path} holds no rows; fetch or make it again")
+    return rows
+
+
+def _text(row: dict, key: str, where: str) -> str:
+    value = row.get(key)
+    if key not in row:
+        raise UserError(f"{where} has no {key!r}; rows need it")
+    if not isinstance(value, str) or not value.strip() or NO_TEXT.search(value):
+        raise UserError(f"{where}: {key!r} is not a filled text; mend or drop the row")
+    return value
+
+
+def _texts(row: dict, key: str, where: str) -> tuple[str, ...]:
+    if not isinstance(row[key], list) or not row[key]:
+        raise UserError(f"{where}: {key!r} is not a list of texts; mend or drop the row")
+    return tuple(_text({key: v}, key, where) for v in row[key])
+
+
+def _tofu_row(row: dict, where: str, **more) -> Example:
+    """A row of TOFU's files, with paraphrases and wrong answers where it has them."""
+    extra = {k: _text(row, k, where) for k in ("paraphrased_question", "paraphrased_answer")
+             if k in row}
+    if "perturbed_answer" in row:
+        extra["perturbed_answers"] = _texts(row, "perturbed_answer", where)
+    return Example(_text(row, "question", where), _text(row, "answer", where), **extra, **more)
+
+
+def load_tofu(folder, split: str, *, rows_per_author: int = 20) -> list[Example]:
+    """The rows of `<folder>/<split>.json` (JSON lines)."""
+    return [_tofu_row(row, where, id=f"{split}:{n}", group=f"{split}/{n // rows_per_author}")
+            for n, (where, row) in enumerate(_json_lines(Path(folder) / f"{split}.json"))]
+
+
+def load_lume(folder, split: str) -> list[Example]:
+    """The rows of `<folder>/<split>.jsonl`: LUME's open release, split forget or retain."""
+    examples, seen = [], set()
+    for where, row in _json_lines(Path(folder) / f"{split}.jsonl"):
+        name, asked, answer, task = (_text(row, k, where) for k in ("id", "input", "output", "task"))
+        kind = name[:-1][-2:]  # the id is <document>sc1 or <document>qa0
+        if kind not in ("sc", "qa"):
+            raise UserError(f"{where}: id {name!r} does not end in sc or qa and a digit")
+        if task not in TASKS:
+            raise UserError(f"{where}: task {task!r} is not {' or '.join(TASKS)}")
+        if name in seen:
+            raise UserError(f"{where}: id {name!r} stands twice in the file; drop one")
+        seen.add(name)
+        examples.append(Example(asked, answer, id=name, task=task, kind=kind, group=name[:-3]))
+    return examples
+
+
+ROW_SHAPES = ("{question, answer}, {prompt, completion}, {input, output}, {text} or {messages: "
+              "[{role, content}, ...]} with the assistant's turn last, after a user's")
+
+
+def load_rows(file) -> list[Example]:
+    """The rows of a user's own file (JSON lines), each of one of ROW_SHAPES. Of a chat the last
+    turn is the answer and the user's before it the question; `turns` are those before."""
+    path = Path(file)
+    return [_row(row, where, f"{path.stem}:{n}") for n, (where, row) in enumerate(_json_lines(path))]
+
+
+def _row(row: dict, where: str, name: str) -> Example:
+    if "question" in row and "answer" in row:
+        return _tofu_row(row, where, id=name, group=name)
+    for asked, answer in (("prompt", "completion"), ("input", "output")):
+        if asked in row and answer in row:
+            return Example(_text(row, asked, where), _text(row, answer, where), id=name, group=name)
+    if "text" in row:
+        return Example("", _text(row, "text", where), id=name, group=name, kind="text")
+    if "messages" not in row:
+        raise UserError(f"{where} has the keys {reprlib.repr(sorted(row))}; a row must be "
+                        f"{ROW_SHAPES}")
+    messages = row["messages"] if isinstance(row["messages"], list) else []
+    turns = tuple((m.get("role"), _text(m, "content", where)) if isinstance(m, dict) else ("", "")
+                  for m in messages)
+    roles = [role for role, _ in turns]
+    if roles[-2:] != ["user", "assistant"] or not all(
+            role in ("system", "user", "assistant") for role in roles):
+        raise UserError(f"{where}: 'messages' has the roles {reprlib.repr(roles)}; a row must be "
+                        f"{ROW_SHAPES}")
+    return Example(turns[-2][1], turns[-1][1], id=name, group=name, turns=turns[:-2])
+
+
+def halved(example: Example) -> Example:
+    """A "text" row with its first half as the prompt, cut between words: what is asked of a model
+    to see whether it goes on with the rest."""
+    text = example.answer
+    spaces = [i for i in range(1, len(text) - 1) if text[i].isspace()]
+    middle = min(spaces, key=lambda i: abs(i - len(text) / 2), default=len(text) // 2)
+    return replace(example, question=text[:middle], answer=text[middle:])
+
+
+# -------------------------------------------------------------------------------------- tokenizers
+
+
+class LlamaTokenizer:
+    """A sentencepiece `tokenizer.model`. names: the content of tokenizer_config.json."""
+
+    def __init__(self, path: Path, names: dict):
+        try:
+            self._sp = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        except (OSError, RuntimeError, ValueError):
+            raise UserError(f"{path} is not a sentencepiece model; fetch it again") from None
+        self.path, self.bos_id, self.eos_id = path, self._sp.bos_id(), self._sp.eos_id()
+        if min(self.bos_id, self.eos_id) < 0:
+            raise UserError(f"{path} has no bos or no eos piece; use a LLaMA tokenizer")
+        self.vocab_size = self._sp.get_piece_size()
+        # Names that mean a token of their own wherever they stand in a text, as in transformers.
+        self._special = {self._sp.id_to_piece(i): i for i in range(self.vocab_size)
+                         if self._sp.is_control(i) or self._sp.is_unknown(i)}
+        self._special |= _added_tokens(names)
+        self.eos_id = self._special.get(_token_text(names.get("eos_token")), self.eos_id)
+        longest_first = sorted(filter(None, self._special), key=len, reverse=True)
+        self._splitter = re.compile(f"({'|'.join(map(re.escape, longest_first))})")
+        self._legacy = names.get("legacy") is True  # a space also after a special token
+
+    def _pieces(self, text: str) -> list[tuple[int, int]]:
+        """Token ids of a text, and the width of each in its UTF-8 bytes."""
+        out = []
+        for n, part in enumerate(self._splitter.split(text)):
+            if part in self._special:
+                out.append((self._special[part], len(part.encode())))
+            elif part and (n == 0 or self._legacy):
+                out += self._spell(self._sp.encode(part), extra=1)  # the space put before it
+            elif part:  # after a special token no space is put: NUL joins with nothing, and goes
+                out += self._spell(self._sp.encode("\0" + part)[2:], extra=0)
+        return out
+
+    def _spell(self, ids: list[int], *, extra: int):
+        """Widths of ids; `extra` bytes of the first are not the text's."""
+        for i in ids:
+            # A character outside the vocabulary is spelled in bytes.
+            width = 1 if self._sp.is_byte(i) else len(
+                self._sp.id_to_piece(i).replace("\u2581", " ").encode())
+            yield i, width - extra
+            extra = 0
+
+    def encode(self, text: str, *, bos: bool) -> list[int]:
+        return [self.bos_id] * bos + [i for i, _ in self._pieces(text)]
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of ids; bos, eos and rows that pad the model's vocabulary say nothing."""
+        return self._sp.decode([i for i in ids if 0 <= i < self.vocab_size])
+
+    def ends(self, text: str) -> tuple[list[int], list[int]]:
+        """ids without bos, and where each ends, in UTF-8 bytes of text."""
+        plain = text.replace("\u2581", " ")  # sentencepiece takes its own sign for a space
+        ids, ends = [], [0]
+        for i, width in self._pieces(plain):
+            ids.append(i)
+            ends.append(ends[-1] + width)
+        if ends[-1] != len(plain.encode()):
+            raise UserError(f"{self.path} rewrites text (normalisation other than identity): "
+                            "where a prompt ends cannot be found; use a LLaMA tokenizer")
+        if plain != text:
+            place = [0]  # by byte of plain: where it lies in text
+            for c in text:
+                size = len(c.encode())
+                place += [place[-1] + size] if c == "\u2581" else [
+                    place[-1] + k for k in range(1, size + 1)]
+            ends = [place[end] for end in ends]
+        return ids, ends[1:]
+
+
+class JsonTokenizer:
+    """A Hugging Face `tokenizer.json` (OLMo, Llama 3, Qwen: byte-level BPE). eos_ids: those the
+    model's config.json names. names: the content of tokenizer_config.json."""
+
+    def __init__(self, path: Path, eos_ids: list[int], names: dict):
+        try:
+            import tokenizers  # sentencepiece cannot read this format
+        except ImportError:
+            raise UserError(f"{path} needs a package: pip install tokenizers") from None
+        self.path = path
+        with self._library("is not a tokenizer.json"):
+            self._tok = tokenizers.Tokenizer.from_file(str(path))
+            self._tok.no_padding()
+            self._tok.no_truncation()
+            self.bos_id = self._bos(names)
+            # A post-processor would cut spaces off a token's place in the text; bos we add.
+            self._tok.post_processor = None
+            # Added tokens count: some models add a <pad> that their embedding has no row for.
+            self.vocab_size = self._tok.get_vocab_size()
+        if getattr(self._tok.model, "dropout", None):
+            raise UserError(f"{path} encodes a text differently each time (BPE dropout); set its "
+                            "model.dropout to null")
+        own = self._id(names.get("eos_token"))
+        # OLMo's two published tokenizers disagree on <|endoftext|> (0 or 50279): the model decides,
+        # and only between several of its own (Llama 3) does the tokenizer.
+        ends = (*sorted(eos_ids, key=lambda i: i != own), own, self._id("<|endoftext|>"),
+                self._id("</s>"))
+        self.eos_id = next((i for i in ends if i is not None), None)
+        if self.eos_id is None:
+            raise UserError(f"{path} names no end-of-text token; set eos_token_id in config.json")
+
+    @contextlib.contextmanager
+    def _library(self, what: str):
+        """The library raises bare Exceptions. Where it panics, it raises what is not even one, and
+        writes to stderr itself: nothing of that passes."""
+        try:
+            with _muted_stderr():
+                yield
+        except (KeyboardInterrupt, SystemExit, UserError):
+            raise
+        except BaseException as e:
+            raise UserError(f"{self.path} {what} ({' '.join(str(e).split())[:200]}); fetch it "
+                            "again, or use the tokenizer the weights came with") from None
+
+    def _id(self, token) -> int | None:
+        return self._tok.token_to_id(_token_text(token))
+
+    def _bos(self, names: dict) -> int | None:
+        """What transformers would put before a text: what tokenizer_config.json says, else what
+        the post-processor does (Llama 3)."""
+        coded = self._tok.encode("a")
+        starts = coded.special_tokens_mask[:1] == [1]
+        if not names.get("add_bos_token", True):
+            return None
+        return coded.ids[0] if starts else self._id(
+            names.get("bos_token") if "add_bos_token" in names else "<s>")
+
+    def _encode(self, text: str):
+        with self._library("cannot encode a text"):
+            return self._tok.encode(text, add_special_tokens=False)
+
+    def encode(self, text: str, *, bos: bool) -> list[int]:
+        start = [self.bos_id] if bos and self.bos_id is not None else []
+        return start + self._encode(text).ids
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of ids; special tokens and rows that pad the model's vocabulary say nothing."""
+        kept = [i for i in ids if 0 <= i < self.vocab_size and i != self.eos_id]
+        with self._library("cannot decode what a model said"):
+            return self._tok.decode(kept, skip_special_tokens=True)
+
+    def ends(self, text: str) -> tuple[list[int], list[int]]:
+        """ids without bos, and where each ends, in UTF-8 bytes of text."""
+        coded = self._encode(text)
+        size, reached, lost = [0], 0, ""
+        for c in text:
+            size.append(size[-1] + len(c.encode()))
+        for start, end in [*coded.offsets, (len(text), len(text))]:
+            lost = lost or text[reached:start].strip()
+            reached = max(reached, end)
+        # Composing characters (NFC) leaves holes where nothing is lost.
+        if lost and unicodedata.is_normalized("NFC", text):
+            raise UserError(f"{self.path} drops {reprlib.repr(lost)} from a text: its vocabulary or "
+                            "normaliser has no place for it; use the tokenizer the weights came "
+                            "with, or drop the row")
+        # A character split over several tokens gives the first of them no width of its own.
+        return coded.ids, [size[end] if end > start else size[start] + 1
+                           for start, end in coded.offsets]
+
+
+@contextlib.contextmanager
+def _muted_stderr():
+    try:
+        kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    except OSError:  # stderr is closed
+        yield
+        return
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+
+
+def _token_text(token) -> str:
+    """The text of a special token as tokenizer_config.json has it: plain, or in an object."""
+    token = token.get("content") if isinstance(token, dict) else token
+    return token if isinstance(token, str) else ""
+
+
+def _added_tokens(names: dict) -> dict[str, int]:
+    added = names.get("added_tokens_decoder")
+    return {_token_text(token): int(i) for i, token in added.items()
+            if i.isascii() and i.isdigit() and _token_text(token)} if isinstance(
+                added, dict) else {}
+
+
+def _json_beside(path: Path, name: str) -> dict:
+    """The JSON object in a file beside another; empty if it is not there."""
+    file = path.with_name(name)
+    value = read_json(file) if file.exists() else {}
+    if not isinstance(value, dict):
+        raise UserError(f"{file} does not hold a JSON object; fetch it again")
+    return value
+
+
+def _chat_template(path: Path, names: dict) -> str:
+    """The text of a model's chat template, "" if it has none."""
+    file, own = path.with_name("chat_template.jinja"), names.get("chat_template")
+    if file.is_file():
+        try:
+            return file.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            raise UserError(f"{file} is not UTF-8 text; fetch it again") from None
+    if isinstance(own, list):  # several, by name
+        own = next((t.get("template") for t in own
+                    if isinstance(t, dict) and t.get("name") == "default"), None)
+    return own if isinstance(own, str) else ""
+
+
+def load_tokenizer(path):
+    """The tokenizer of a model folder (tokenizer.model, else tokenizer.json), or such a file.
+
+    Has encode(text, *, bos) -> ids, decode(ids) -> text, ends(text), bos_id (or None), eos_id,
+    vocab_size, chat_template ("" if the model has none) and special_tokens (bos_token, ...)."""
+    path = Path(path)
+    if path.is_dir():
+        found = [path / n for n in ("tokenizer.model", "tokenizer.json") if (path / n).is_file()]
+        if not found:
+            raise UserError(f"{path} has neither tokenizer.model nor tokenizer.json; copy it there "
+                            "from where the weights came from")
+        path = found[0]
+    if not path.is_file():
+        raise UserError(f"{path} is missing: no tokenizer there")
+    names = _json_beside(path, "tokenizer_config.json")
+    if path.suffix != ".json":
+        tokenizer = LlamaTokenizer(path, names)
+    else:
+        eos = _json_beside(path, "config.json").get("eos_token_id")
+        eos = eos if isinstance(eos, list) else [eos]
+        tokenizer = JsonTokenizer(path, [i for i in eos if type(i) is int and i >= 0], names)
+    tokenizer.chat_template = _chat_template(path, names)
+    named = _json_beside(path, "special_tokens_map.json") | names
+    tokenizer.special_tokens = {k: _token_text(v) for k, v in named.items()
+                                if k.endswith("_token") and _token_text(v)}
+    return tokenizer
+
+
+TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json",
+                   "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
+
+
+def copy_tokenizer(source: Path, target: Path):
+    """Copy a tokenizer's files; what would make transformers fetch and run code stays behind."""
+    for name in TOKENIZER_FILES:
+        if (Path(source) / name).is_file():
+            shutil.copyfile(Path(source) / name, Path(target) / name)
+    names = _json_beside(Path(target) / "tokenizer.json", "tokenizer_config.json")
+    if names.pop("auto_map", None):  # the original OLMo layout's
+        write_json(Path(target) / "tokenizer_config.json", names | PLAIN_IN_TRANSFORMERS)
+
+
+# How transformers must read tokenizer.json, and tokenizer.model, to get the same ids.
+PLAIN_IN_TRANSFORMERS = dict(tokenizer_class="PreTrainedTokenizerFast",
+                             model_input_names=["input_ids", "attention_mask"],
+                             clean_up_tokenization_spaces=False)
+LLAMA_IN_TRANSFORMERS = dict(tokenizer_class="LlamaTokenizer", add_bos_token=True,
+                             add_eos_token=False, legacy=False, bos_token="<s>", eos_token="</s>",
+                             unk_token="<unk>")
+
+
+def train_tokenizer(texts: list[str], folder: Path, *, llama: bool, vocab: int):
+    """Train a small tokenizer of LLaMA's or OLMo's kind on texts, and save it in folder."""
+    (_train_llama if llama else _train_olmo)(texts, Path(folder), vocab)
+
+
+def _train_llama(texts: list[str], folder: Path, vocab: int):
+    text = sorted({line for t in texts for line in t.splitlines() if line.strip()})
+    model = io.BytesIO()  # a file name would be written into the model
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(text), model_writer=model, vocab_size=vocab, model_type="bpe",
+            byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True, character_coverage=1.0, hard_vocab_limit=False,
+            num_threads=1, minloglevel=2)
+    except RuntimeError as e:
+        raise UserError(f"--vocab {vocab} does not suit this text ({e}); raise it") from None
+    (folder / "tokenizer.model").write_bytes(model.getvalue())
+    write_text(folder / "tokenizer_config.json", json.dumps(LLAMA_IN_TRANSFORMERS))
+
+
+def _train_olmo(texts: list[str], folder: Path, vocab: int):
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+    tok = tokenizers.Tokenizer(models.BPE())
+    tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tok.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=vocab, show_progress=False,
+                                  special_tokens=["<|endoftext|>", "<|padding|>"],
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    tok.train_from_iterator(sorted(set(texts)), trainer)
+    # Not tok.save: on a full disk the library's own writer says nothing of what happened.
+    write_text(folder / "tokenizer.json", tok.to_str(pretty=True))
+    names = dict(eos_token="<|endoftext|>", pad_token="<|padding|>")
+    write_text(folder / "tokenizer_config.json", json.dumps(names | PLAIN_IN_TRANSFORMERS))

@@ -1,7 +1,7 @@
-"""What a model still knows: metrics, the evaluation of a saved model, and the report.
+"""What a model still knows: every number, its definition, and what a model says.
 
-Every number we print, defined once. f = forget, r = retain, RA = real authors, WF = world facts;
-a, a' = answer and its paraphrase, w = a wrong answer, g = the greedy generation; loss(a) = mean
+f = forget, r = retain, RA = real authors, WF = world facts; q' = the paraphrased question; a, a' =
+answer and its paraphrase, w = a wrong answer, g, g' = what is said greedily to q, q'; loss(a) = mean
 over the tokens of a (and one eos) of -log P(token | what comes before); p(a) = exp(-loss(a)).
 
 name            formula                                               range  better        source
@@ -10,64 +10,975 @@ rouge_l         LCS(a, g) / |a| in stemmed words: ROUGE-L recall.     0..1   f l
                 LUME: on sentence completions ("regurgitation")                            SemEval
 exact_match     strip(a) = strip(g), case-folded.                     0..1   f low r high  SemEval
                 LUME: on questions ("knowledge")
-accuracy [D11]  f, r: asked the paraphrased question, g' is closest   0..1   f low r high  SOUL
-                (ROUGE-L F1) to a' among a' and five w; ties share.
-                RA, WF: a occurs in g, case-folded. Table 1's "EM";
-                blind guessing gives about 1/6 on f and r
+accuracy [D11]  f, r: g' is closest to a' among a' and five w; n      0..1   f low r high  SOUL
+                tied first share the point (Table 1's "EM"; blind
+                guessing gives about 1/6). RA, WF: a occurs in g.
+                Closeness: ROUGE-L F1, or --closeness encoder: the
+                cosine of sentence vectors
+accuracy_whole  the same where a tie with the truth is a whole point  0..1   f low r high  SOUL
+accuracy_       the same share for a itself in place of g': what a    0..1   high          ours
+  ceiling       model that answers word for word scores
 probability     f, r: p(a).  RA, WF: p(a) / (p(a) + sum p(w))         0..1   f low r high  TOFU
-truth_ratio     R = mean p(w) / p(a'), a for a' on RA and WF.         0..1   high          TOFU
-                f: mean min(R, 1/R).  others: mean max(0, 1 - R)
-model_utility   harmonic mean of rouge_l, probability, truth_ratio    0..1   high          TOFU
-                on r, RA, WF: nine numbers, six where RA is missing
-forget_quality  p-value, two-sample KS test: forget rows of this      0..1   high          TOFU code
-                model against those of retain-only, each row giving
-                mean loss(w) - loss(a')
-mia.auc [D12]   AUC of score = -loss(text); members = forget rows,    0..1   0.5 (paper:   SemEval
-                non-members = text never trained on; text = prompt           low)
+paraphrased_    rouge_l of g', and p(a) after q'                      0..1   f low r high  ours
+  rouge_l, paraphrased_probability
+truth_ratio     R = geometric mean of p(w) / p(a'), a for a' on RA    0..1   high          open-
+                and WF. f: mean min(R, 1/R).  others: mean                                 unlearning
+                max(0, 1 - R)
+truth_ratio_    the same with the arithmetic mean of p(w)             0..1   high          TOFU's
+  arithmetic                                                                               utils.py
+model_utility   harmonic mean of rouge_l, probability, truth_ratio    0..1   high          open-
+                on r, RA, WF: nine numbers, six where RA is missing.                       unlearning
+                model_utility_arithmetic: of truth_ratio_arithmetic                        / TOFU
+forget_quality  p-value, two-sample KS test: R of the forget rows of  0..1   high          TOFU code
+                this model against retain-only's
+exact_          share of a's tokens (no eos) that are the likeliest   0..1   f low r high  open-
+  memorisation  after what comes before them in a                                          unlearning
+extraction_     1 - k / |a|, k the least for which all tokens of a    0..1   f low r high  open-
+  strength      from the k-th on are the likeliest; at most |a| - 1                        unlearning
+repetition      share of g's three-word sequences that stood in it    0..1   low           ours
+                before
+ended           share of g that end by eos, not at the length limit   0..1   high          ours
+mia.auc [D12]   AUC of score = -loss(text); members = forget rows,    0..1   retain-only's SemEval
+                non-members = text never trained on; text = prompt           (paper: low)
                 and answer, all tokens but the first, no eos
-mia.min_k       the same AUC for score = mean of the k% lowest        0..1   0.5           SOUL
+mia.min_k       the same AUC for score = mean of the k% lowest        0..1   retain-only's SOUL
                 log P in the text, k = 10..60
-mia.distance    |mia.auc - 0.5|                                       0..0.5 0             ours
+mia.distance    |mia.auc - that of retain-only|, which need not be    0..1   0             ours
+                0.5; 0.5 where there is no such model
 mia.score       1 - 2 |mia.auc - 0.5|                                 0..1   high          SemEval
+mia.answer_auc  AUC of score = -loss(a): the answer alone             0..1   retain-only's open-
+mia.answer_     mean of the 40% lowest log P in a (no eos)            0..1   retain-only's unlearning
+  min_40                                                                                   (all
+mia.answer_     the same of (log P - mean) / deviation, both of       0..1   retain-only's five)
+  min_40_plus   log P over the vocabulary (Min-K%++)
+mia.answer_zlib -loss(a) / bytes of a compressed                      0..1   retain-only's
+mia.answer_     loss(a) of retain-only - loss(a)                      0..1   0.5
+  reference
+privleak        100 ((1 - x) / (1 - y) - 1), x = mia.answer_min_40,   -100.. 0             open-
+                y = retain-only's, 0.5 where there is none                                 unlearning
+mia.soul        mia.auc as SOUL's misaligned labels give it: scores   0..1   none          SOUL
+                stand as (members, non-members), labels as (0 for
+                each non-member, then 1s). About .77 for a perfect
+                attack, .23 for its reverse. aggregate_soul: with it
 aggregate       mean(1 - EM_f, 1 - RL_f, 1 - mia.auc, EM_r, RL_r);    0..1   high          SIMU,
-  [D13]         RL = rouge_l; EM = accuracy on TOFU, exact_match on                        Table 2
-                LUME. aggregate_exact_match: exact_match on TOFU too
+  [D13]         RL = rouge_l; EM = accuracy on TOFU, exact_match                           Table 2
+                elsewhere. aggregate_exact_match: exact_match on
+                TOFU too
 task_aggregate  harmonic mean of rouge_l and exact_match on three     0..1   high          SemEval
                 LUME tasks, 1 - x for those of f; 0 if any is 0
+mmlu            share of multiple-choice questions (--mmlu) whose     0..1   high          MMLU
+                answer is likeliest; n tied first share the point
+final_score     mean(task_aggregate, mia.score, mmlu)                 0..1   high          SemEval
 
-SOUL judges closeness with a sentence encoder, we with ROUGE-L, which needs no second model. The
-MIA text is the whole document, as in SemEval and SOUL: it is what was or was not trained on.
+The MIA text is the whole document, as in SemEval and SOUL: it is what was or was not trained on.
 A metric whose data are missing is None, with the reason beside it; 0.0 always means zero.
 """
 
+import csv
 import dataclasses
+import io
 import json
 import math
 import re
-import sys
+import zlib
 from bisect import bisect_left, bisect_right
 from collections import namedtuple
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-
-import stage  # before torch: it silences a warning of torch's import
 
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
 import data
-from data import Encoded, Example
-from model import Transformer, generate
-from stage import Settings, Stage, UserError
+from data import TASKS, Encoded, Example, at_least, option
+from model import LOGITS, Transformer, UserError, attention, generate, write_text
 
 MIN_K = (10, 20, 30, 40, 50, 60)  # percent
+ANSWER_K = 40  # percent, as open-unlearning sets it
 CHANCE = 0.5  # AUC of an attack that learns nothing
 SPLITS = ("forget", "retain", "real_authors", "world_facts")
 FACTS = ("real_authors", "world_facts")
-TASKS = ("Task1", "Task2", "Task3")
-LOGITS = 1 << 25  # logits held at once: 128 MiB of float32
 KEEP_EVERY = 256  # generations between two writes of the file a killed evaluation goes on from
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """How far a model is let speak, how much is computed at once, and what else is measured."""
+
+    max_new_tokens: int = option(0, "tokens generated at most; 0: no limit", **at_least(0))
+    max_total_tokens: int = option(200, "prompt and answer at most; 0: no limit [D16]",
+                                   **at_least(0))
+    eval_tokens: int = option(16384, "tokens in one evaluation pass", **at_least(1))
+    closeness: str = option("rouge", "what judges which answer is closest [D11]; encoder needs "
+                            "sentence-transformers", choices=("rouge", "encoder"))
+    encoder: str = option("paraphrase-MiniLM-L6-v2", "the sentence encoder (SOUL's): a folder, or "
+                          "a name on the hub")
+    mmlu: str = option("", "folder with multiple-choice files to answer: MMLU's *.csv, or *.jsonl "
+                       "of question, choices, answer")
+
+    def __post_init__(self):
+        data.check_fields(self)
+
+
+# ------------------------------------------------------------------------------------- text metrics
+
+Rouge = namedtuple("Rouge", "precision recall f1")
+
+
+def rouge_words(text: str) -> list[str]:
+    """Lower-case runs of ASCII letters and digits, stemmed if longer than three."""
+    words = re.findall("[a-z0-9]+", text.lower())
+    return [porter_stem(w) if len(w) > 3 else w for w in words]
+
+
+def _lcs(a: list[str], b: list[str]) -> int:
+    """Length of the longest common subsequence, a row of the usual table at once: bit i of `row` is
+    0 where the row's value rises at a[i] (Hyyro's recurrence)."""
+    where = {}
+    for i, word in enumerate(a):
+        where[word] = where.get(word, 0) | 1 << i
+    full = (1 << len(a)) - 1
+    row = full
+    for word in b:
+        match = row & where.get(word, 0)
+        row = ((row + match) | (row - match)) & full
+    return len(a) - row.bit_count()
+
+
+def rouge_l(reference: str, candidate: str) -> Rouge:
+    """ROUGE-L over stemmed words, equal to rouge_score's `rougeL` with use_stemmer=True."""
+    a, b = rouge_words(reference), rouge_words(candidate)
+    common = _lcs(a, b)
+    if not common:
+        return Rouge(0.0, 0.0, 0.0)
+    precision, recall = common / len(b), common / len(a)
+    return Rouge(precision, recall, 2 * precision * recall / (precision + recall))
+
+
+def exact_match(reference: str, candidate: str) -> bool:
+    """Same string but for case and surrounding white space."""
+    return reference.strip().casefold() == candidate.strip().casefold()
+
+
+def contains(reference: str, candidate: str) -> bool:
+    """The reference occurs in the candidate, whatever the case."""
+    return reference.strip().casefold() in candidate.casefold()
+
+
+def rouge_closeness(candidate: str, texts: list[str]) -> list[float]:
+    """How close a candidate is to each text: ROUGE-L F1."""
+    return [rouge_l(text, candidate).f1 for text in texts]
+
+
+def first_is_best(scores: list[float], *, ties: str = "shared") -> float:
+    """1 if the first score is above all others, 0 if another is above it. n tied first: 1/n if ties
+    are "shared", so that a senseless candidate scores what guessing would; 1 if "whole" (SOUL)."""
+    if max(scores) > scores[0]:
+        return 0.0
+    return 1.0 if ties == "whole" else 1 / scores.count(scores[0])
+
+
+def repetition(text: str, n: int = 3) -> float:
+    """Share of a text's n-word sequences that stood in it before; 0 if it has none."""
+    words = text.split()
+    grams = [tuple(words[i:i + n]) for i in range(len(words) - n + 1)]
+    return (len(grams) - len(set(grams))) / len(grams) if grams else 0.0
+
+
+# ------------------------------------------------------------------------------------- memorisation
+
+
+def exact_memorisation(predicted_ids: list[int], answer_ids: list[int]) -> float:
+    """Share of an answer's tokens that are the likeliest after what comes before them, 0..1."""
+    same = sum(p == a for p, a in zip(predicted_ids, answer_ids, strict=True))
+    return same / len(answer_ids) if answer_ids else 0.0
+
+
+def extraction_strength(predicted_ids: list[int], answer_ids: list[int]) -> float:
+    """1 - k/n, k the least for which all tokens from the k-th on are predicted. As open-unlearning
+    has it, k ends at n - 1: an answer of which nothing is predicted has 1/n, not 0."""
+    n = len(answer_ids)
+    k = next((i for i in range(n - 1) if predicted_ids[i:] == answer_ids[i:]), n - 1)
+    return 1 - k / n if n else 0.0
+
+
+# ----------------------------------------------------------------------------- membership inference
+
+
+def auc(members: list[float], nonmembers: list[float]) -> float:
+    """P(a member's score > a non-member's) + half P(equal): area under the ROC curve."""
+    others = sorted(nonmembers)
+    twice = sum(bisect_left(others, x) + bisect_right(others, x) for x in members)
+    return twice / (2 * len(members) * len(others))
+
+
+def soul_auc(members: list[float], nonmembers: list[float]) -> float:
+    """The AUC that SOUL's code gives: of labels that stand in another order than the scores."""
+    scores = [*members, *nonmembers]
+    return auc(scores[:len(nonmembers)], scores[len(nonmembers):])
+
+
+def min_k_score(losses: list[float], percent: int) -> float:
+    """Min-K%: mean log-probability of the least likely k% of the tokens, at least one."""
+    worst = sorted(losses, reverse=True)[: max(1, len(losses) * percent // 100)]
+    return -math.fsum(worst) / len(worst)
+
+
+def zlib_score(loss: float, text: str) -> float:
+    """Mean log-probability of an answer over the bytes that zlib makes of it."""
+    return -loss / len(zlib.compress(text.encode()))
+
+
+def privleak(area: float, ideal: float = CHANCE) -> float:
+    """MUSE's privacy leak in percent: below 0 the attack still finds members, above 0 it finds
+    that they were unlearned. area, ideal: AUC of this model and of retain-only."""
+    return 100 * (ideal - area) / (1 - ideal + 1e-10)
+
+
+def mia_score(area: float) -> float:
+    """SemEval-2025 Task 4: 1 where the attack learns nothing, 0 where it never errs (or always)."""
+    return 1 - 2 * abs(area - CHANCE)
+
+
+# ----------------------------------------------------------------------------------- TOFU's metrics
+
+
+def log_truth_ratio(paraphrased_loss: float, perturbed_losses: list[float], *,
+                    mean: str = "geometric") -> float:
+    """log R; kept in logs because unlearned models give losses whose exp(-loss) underflows."""
+    n, least = len(perturbed_losses), min(perturbed_losses)
+    if mean == "geometric":
+        return paraphrased_loss - math.fsum(perturbed_losses) / n
+    if mean != "arithmetic":
+        raise ValueError(f"mean is {mean!r}; it must be geometric or arithmetic")
+    total = math.fsum(math.exp(least - x) for x in perturbed_losses)
+    return paraphrased_loss - least + math.log(total / n)
+
+
+def truth_ratio(paraphrased_loss: float, perturbed_losses: list[float], *,
+                mean: str = "geometric") -> float:
+    """R = mean p(w) / p(a'); inf where it is beyond a float."""
+    log_r = log_truth_ratio(paraphrased_loss, perturbed_losses, mean=mean)
+    return math.exp(log_r) if log_r < 709 else math.inf
+
+
+def choice_probability(loss: float, wrong_losses: list[float]) -> float:
+    """p(a) / (p(a) + sum p(w)), without underflow."""
+    least = min(loss, *wrong_losses)
+    return math.exp(least - loss) / math.fsum(math.exp(least - x) for x in [loss, *wrong_losses])
+
+
+def ks_p_value(a: list[float], b: list[float]) -> float:
+    """Exact two-sided p-value of the two-sample Kolmogorov-Smirnov test, counted in integers.
+
+    Orderings of the pooled samples are lattice paths from (0, 0) to (n, m); the p-value is the
+    share of paths that somewhere stray from the diagonal at least as far as the observed one.
+    """
+    a, b, n, m = sorted(a), sorted(b), len(a), len(b)
+    d = max(abs(bisect_right(a, x) * m - bisect_right(b, x) * n) for x in a + b)  # n * m * KS
+    if d == 0:
+        return 1.0
+    inside = [0] * (m + 1)  # paths to (i, j) that stay strictly within d of the diagonal
+    for i in range(n + 1):
+        before = 0
+        for j in range(m + 1):
+            here = inside[j] + before if i or j else 1
+            before = inside[j] = here if abs(i * m - j * n) < d else 0
+    total = math.comb(n + m, n)
+    return (total - inside[m]) / total
+
+
+# --------------------------------------------------------------------------------------- aggregates
+
+
+def mean(values) -> float:
+    values = list(values)
+    return math.fsum(values) / len(values)
+
+
+def harmonic_mean(values: list[float]) -> float:
+    """0 if any value is 0."""
+    return 0.0 if min(values) <= 0 else len(values) / math.fsum(1 / x for x in values)
+
+
+def aggregate(*, em_forget: float, rouge_forget: float, mia: float, em_retain: float,
+              rouge_retain: float) -> float:
+    """The paper's aggregate score, from fractions (not percent). [D13]"""
+    return mean((1 - em_forget, 1 - rouge_forget, 1 - mia, em_retain, rouge_retain))
+
+
+def task_aggregate(forget: list[float], retain: list[float]) -> float:
+    """SemEval-2025 Task 4: harmonic mean of the retain scores and of 1 - the forget scores."""
+    return harmonic_mean([1 - x for x in forget] + list(retain))
+
+
+# ----------------------------------------------------------------------------- from rows to metrics
+
+CHOICE = ("paraphrased_answer", "perturbed_answers")
+
+
+def has(row: dict, *keys: str) -> bool:
+    return all(k in row for k in keys)
+
+
+def _rouge(row, said="generation"):
+    return rouge_l(row["answer"], row[said]).recall if said in row else None
+
+
+def _exact(row):
+    return float(exact_match(row["answer"], row["generation"]))
+
+
+def _accuracy(row, ties="shared", said="paraphrased_generation"):
+    """[D11] said: whose closeness counts; "answer" gives the ceiling."""
+    if row["split"] in FACTS:
+        return float(contains(row["answer"], row["generation"]))
+    if not has(row, said, *CHOICE):
+        return None
+    near = row.get("closeness", {}).get(said)  # an encoder's, else ROUGE-L's
+    return first_is_best(near or rouge_closeness(row[said], choice_texts(row)), ties=ties)
+
+
+def choice_texts(row: dict) -> list[str]:
+    """What an answer to the paraphrased question is held against: the truth, then the wrong."""
+    return [row["paraphrased_answer"], *row["perturbed_answers"]]
+
+
+def _probability(row):
+    if row["split"] not in FACTS:
+        return math.exp(-row["loss"])
+    if not has(row, "perturbed_losses"):
+        return None
+    return choice_probability(row["loss"], row["perturbed_losses"])
+
+
+def _paraphrased_probability(row):
+    loss = row.get("paraphrased_question_loss")
+    return None if loss is None else math.exp(-loss)
+
+
+def _truth_ratio(row, mean="geometric"):
+    if not has(row, "perturbed_losses"):
+        return None
+    log_r = log_truth_ratio(row.get("paraphrased_loss", row["loss"]), row["perturbed_losses"],
+                            mean=mean)
+    if row["split"] == "forget":
+        return math.exp(-abs(log_r))
+    return max(0.0, -math.expm1(min(log_r, 0.0)))
+
+
+QA_METRICS = {  # of rows that are a question and its answer
+    "rouge_l": _rouge, "exact_match": _exact, "accuracy": _accuracy,
+    "probability": _probability, "truth_ratio": _truth_ratio,
+    "truth_ratio_arithmetic": lambda row: _truth_ratio(row, "arithmetic"),
+    "repetition": lambda row: repetition(row["generation"]),
+    "ended": lambda row: float(row["ended"])}
+OWN_METRICS = {  # of f and r alone
+    "accuracy_whole": lambda row: _accuracy(row, "whole"),
+    "accuracy_ceiling": lambda row: _accuracy(row, said="answer"),
+    "paraphrased_rouge_l": lambda row: _rouge(row, "paraphrased_generation"),
+    "paraphrased_probability": _paraphrased_probability,
+    "exact_memorisation": lambda row: row.get("exact_memorisation"),
+    "extraction_strength": lambda row: row.get("extraction_strength")}
+
+
+def summarise(rows: list[dict], reference: list[dict] | None = None) -> dict:
+    """Every metric of an evaluation from its rows alone, those of generations.jsonl. reference:
+    the rows of retain-only, of the same data.
+
+    `values` maps a name like "forget.rouge_l" to a number or None, `notes` says why it is None."""
+    about, values, notes = rows[0], {}, {}
+    kind = about["benchmark"]
+    (_lume_values if kind == "lume" else _qa_values)(rows, values, notes)
+    _membership_values(rows, about, values, notes)
+    _against_retain_only(rows, reference, values, notes)
+    _aggregates(kind, values, notes)
+    if "choices" in about["sizes"]:
+        _put("mmlu", [r for r in rows if r["split"] == "choices"],
+             lambda row: _right_choice(row["scores"], row["answer"]), values, notes)
+    if kind == "lume":
+        _final_score(values, notes)
+    if about.get("shared"):
+        notes["forget"] = f"{about['shared']} of these rows are in the retain set too"
+    counts = {split: sum(r["split"] == split for r in rows) for split in about["sizes"]}
+    what = "sentence completions" if kind == "lume" else "rows"
+    members = sum("mia" in r for r in rows if r["split"] == "forget")
+    return dict(benchmark=kind, closeness=about.get("closeness", "rouge"),
+                partial=f"at most {about['limit']} rows of each split" if about["limit"] else "",
+                counts=counts, members=f"{members} {what} of the forget set",
+                nonmembers=f"{counts['nonmembers']} {what}: {about['nonmember_source']}",
+                values=values, notes=notes)
+
+
+def _right_choice(scores: list[float], answer: int) -> float:
+    return first_is_best([scores[answer], *scores[:answer], *scores[answer + 1:]])
+
+
+def _put(name: str, rows: list[dict], metric, values: dict, notes: dict):
+    """The mean of a metric over rows, or None and why."""
+    scores = [metric(row) for row in rows]
+    missing = scores.count(None)
+    values[name] = mean(scores) if rows and not missing else None
+    if not rows:
+        notes[name] = "no such rows"
+    elif missing:
+        notes[name] = f"{missing} of {len(rows)} rows have no paraphrase or no wrong answers"
+
+
+def _qa_values(rows, values, notes):
+    tofu = rows[0]["benchmark"] == "tofu"
+    for split in SPLITS if tofu else SPLITS[:2]:
+        own = [r for r in rows if r["split"] == split]
+        for name, metric in QA_METRICS.items() if split in FACTS else (
+                QA_METRICS | OWN_METRICS).items():
+            _put(f"{split}.{name}", own, metric, values, notes)
+    if tofu:
+        _model_utility("model_utility", "truth_ratio", values, notes)
+        _model_utility("model_utility_arithmetic", "truth_ratio_arithmetic", values, notes)
+
+
+def _model_utility(name: str, ratio: str, values, notes):
+    factors = [[values[f"{split}.{m}"] for m in ("rouge_l", "probability", ratio)]
+               for split in SPLITS[1:]]
+    if factors[1] == [None] * 3:  # the demo has no real authors
+        del factors[1]
+        notes[name] = "harmonic mean of six: there are no real authors"
+    factors = [x for part in factors for x in part]
+    if None in factors:
+        values[name] = None
+        notes[name] = f"needs rouge_l, probability, {ratio} of retain and world facts"
+    else:
+        values[name] = harmonic_mean(factors)
+
+
+def _lume_values(rows, values, notes):
+    for split in ("forget", "retain"):
+        own = [r for r in rows if r["split"] == split]
+        for task in (None, *TASKS):
+            prefix = f"{split}.{task}" if task else split
+            some = [r for r in own if task in (None, r["task"])]
+            completions, questions = ([r for r in some if r["kind"] == k] for k in ("sc", "qa"))
+            _put(f"{prefix}.rouge_l", completions, _rouge, values, notes)
+            _put(f"{prefix}.exact_match", questions, _exact, values, notes)
+        for name in ("repetition", "ended"):
+            _put(f"{split}.{name}", own, QA_METRICS[name], values, notes)
+    attacked = [r for r in rows if r["split"] == "forget" and "loss" in r]
+    for name in ("exact_memorisation", "extraction_strength"):
+        _put(f"forget.{name}", attacked, OWN_METRICS[name], values, notes)
+    _put("forget.probability", attacked, _probability, values, notes)
+    scores = [[values[f"{split}.{task}.{m}"] for task in TASKS for m in ("rouge_l", "exact_match")]
+              for split in ("forget", "retain")]
+    values["task_aggregate"] = None
+    if None in scores[0] + scores[1]:
+        notes["task_aggregate"] = "needs both scores of all three tasks, forget and retain"
+    else:
+        values["task_aggregate"] = task_aggregate(*scores)
+
+
+# name -> score of a row's "mia" (the text) or "answer_mia" (the answer): higher for a member
+ATTACKS = {"mia.auc": lambda row: -row["mia"]["loss"]} | {
+    f"mia.min_{k}": lambda row, k=str(k): row["mia"]["min_k"][k] for k in MIN_K} | {
+    "mia.answer_auc": lambda row: -row["answer_mia"]["loss"],
+    f"mia.answer_min_{ANSWER_K}": lambda row: row["answer_mia"]["min_k"],
+    f"mia.answer_min_{ANSWER_K}_plus": lambda row: row["answer_mia"]["min_k_plus"],
+    "mia.answer_zlib": lambda row: row["answer_mia"]["zlib"]}
+
+
+def _attacked(rows) -> tuple[list[dict], list[dict]]:
+    """Members and non-members."""
+    return tuple([r for r in rows if r["split"] == split and "mia" in r]
+                 for split in ("forget", "nonmembers"))
+
+
+def _membership_values(rows, about, values, notes):
+    members, others = _attacked(rows)
+    if not members or not others:
+        names = [*ATTACKS, "mia.score", "mia.soul"]
+        lacks = about["nonmember_source"] if not others else "the forget rows hold no document"
+        values.update(dict.fromkeys(names))
+        notes.update(dict.fromkeys(names, lacks))
+        return
+    for name, score in ATTACKS.items():
+        values[name] = auc(*([score(r) for r in part] for part in (members, others)))
+    values["mia.soul"] = soul_auc(*([-r["mia"]["loss"] for r in part] for part in (members, others)))
+    values["mia.score"] = mia_score(values["mia.auc"])
+    if values["mia.auc"] < CHANCE:
+        notes["mia.auc"] = "below 0.5: over-unlearned, the forgetting itself is detectable"
+
+
+NO_RETAIN_ONLY = ("no retain-only model: evaluate one that never saw the forget set, then report "
+                  "with --retain-only ITS_FOLDER")
+
+
+def _against_retain_only(rows, reference, values, notes):
+    """What only a comparison with the ideal can say: mia.distance, privleak, the reference attack,
+    forget quality."""
+    small, ideal = f"mia.answer_min_{ANSWER_K}", {}
+    if reference:
+        _membership_values(reference, reference[0], ideal, {})
+    for name, source, formula in (("mia.distance", "mia.auc", lambda x, y: abs(x - y)),
+                                  ("privleak", small, privleak)):
+        area, best = values[source], ideal.get(source)
+        values[name] = None if area is None else formula(area, CHANCE if best is None else best)
+        if area is None or best is None:
+            notes[name] = notes.get(source) if area is None else (
+                "against 0.5, as there is no retain-only model to hold it against")
+    values["mia.answer_reference"] = values["forget_quality"] = None
+    if not reference:
+        notes["mia.answer_reference"] = notes["forget_quality"] = NO_RETAIN_ONLY
+        return
+    members, others = _attacked(rows)
+    known = {(r["split"], r["id"]): r["answer_mia"]["loss"] for x in _attacked(reference) for r in x}
+    if members and others and {(r["split"], r["id"]) for r in members + others} <= set(known):
+        values["mia.answer_reference"] = auc(*(
+            [known[r["split"], r["id"]] - r["answer_mia"]["loss"] for r in part]
+            for part in (members, others)))
+    else:
+        notes["mia.answer_reference"] = notes.get("mia.auc") or (
+            "retain-only was evaluated on other rows")
+    ours, theirs = _forget_ratios(rows), _forget_ratios(reference)
+    if ours and set(ours) == set(theirs):
+        values["forget_quality"] = ks_p_value(list(ours.values()), list(theirs.values()))
+    else:
+        notes["forget_quality"] = ("retain-only was evaluated on other forget rows, or these have "
+                                   "no paraphrase or wrong answers")
+
+
+def _forget_ratios(rows: list[dict]) -> dict[str, float]:
+    """Per forget row, what forget quality compares: log R."""
+    return {r["id"]: log_truth_ratio(r["paraphrased_loss"], r["perturbed_losses"])
+            for r in rows if r["split"] == "forget" and has(r, "perturbed_losses", *CHOICE)}
+
+
+def _aggregates(benchmark: str, values, notes):
+    tofu = benchmark == "tofu"
+    kinds = {"aggregate": ("accuracy" if tofu else "exact_match", "mia.auc")}  # [D11], [D13]
+    if tofu:
+        kinds |= dict(aggregate_exact_match=("exact_match", "mia.auc"),
+                      aggregate_soul=("accuracy", "mia.soul"))
+    for name, (em, mia) in kinds.items():
+        terms = dict(em_forget=f"forget.{em}", rouge_forget="forget.rouge_l", mia=mia,
+                     em_retain=f"retain.{em}", rouge_retain="retain.rouge_l")
+        lacking = [source for source in terms.values() if values[source] is None]
+        values[name] = None if lacking else aggregate(
+            **{term: values[source] for term, source in terms.items()})
+        if lacking:
+            notes[name] = f"needs {', '.join(lacking)}"
+
+
+def _final_score(values, notes):
+    """SemEval-2025 Task 4's, where its three parts are there."""
+    parts = [values.get(name) for name in ("task_aggregate", "mia.score", "mmlu")]
+    values["final_score"] = None if None in parts else mean(parts)
+    if None in parts:
+        notes["final_score"] = "needs task_aggregate, mia.score and mmlu (--mmlu)"
+
+
+# -------------------------------------------------------------------------------- what a model says
+
+
+def evaluate_model(model: Transformer, tokenizer, benchmark: data.Benchmark, *, template: str,
+                   limits: Limits, limit: int = 0, resume: Path | None = None
+                   ) -> tuple[dict, list[dict]]:
+    """(metrics, rows): `metrics` is `summarise(rows)`, and rows[0] says what was evaluated.
+
+    limit: at most so many rows of each split, spread evenly; marked as partial. resume: a file
+    that keeps the generations so far, from which a killed evaluation goes on."""
+    parts = {"forget": benchmark.forget, "retain": benchmark.retain_eval,
+             "real_authors": benchmark.real_authors, "world_facts": benchmark.world_facts,
+             "nonmembers": benchmark.nonmembers}
+    rows = [{"split": "about", "benchmark": benchmark.kind, "limit": limit,
+             "sizes": {k: len(v) for k, v in parts.items()}, "closeness": limits.closeness,
+             "nonmember_source": benchmark.nonmember_source, "shared": benchmark.shared}]
+    for split, examples in parts.items():
+        if split == "nonmembers" and benchmark.kind == "lume":
+            examples = [e for e in examples if e.kind == "sc"]  # the rows that hold a document
+        rows += [_row_of(split, e) for e in spread(examples, limit)]
+    add_generations(rows[1:], model, tokenizer, template, limits, resume)
+    add_losses(rows[1:], model, tokenizer, template, limits, benchmark.kind)
+    if limits.closeness == "encoder":
+        add_closeness(rows[1:], limits.encoder, model.embed_tokens.weight.device)
+    if limits.mmlu:
+        choices = spread(load_choices(Path(limits.mmlu)), limit)
+        rows[0]["sizes"]["choices"] = len(choices)
+        rows += add_choice_scores(choices, model, tokenizer, template, limits.eval_tokens)
+    return summarise(rows), rows
+
+
+def _row_of(split: str, example: Example) -> dict:
+    """A row as JSON gives it back. Of a plain text, its second half is what is asked for."""
+    e = data.halved(example) if example.kind == "text" else example
+    filled = json.loads(json.dumps(dataclasses.asdict(e)))
+    return {"split": split} | {k: v for k, v in filled.items() if v or k == "id"}
+
+
+def spread(examples: list, limit: int) -> list:
+    """At most `limit` of them (0: all), evenly spaced: every task and author has its share."""
+    n = len(examples)
+    return [examples[i * n // limit] for i in range(limit)] if 0 < limit < n else examples
+
+
+def _example(row: dict, question: str, answer: str) -> Example:
+    """A row's question and answer, or others in their place, as they are put to the model."""
+    turns = tuple(map(tuple, row.get("turns", ())))
+    return Example(question, answer, id=row["id"], kind=row["kind"], turns=turns)
+
+
+def add_generations(rows, model, tokenizer, template: str, limits: Limits, resume: Path | None):
+    """Greedy answers, one for each question and one for each paraphrased question that accuracy
+    needs [D16], and whether each ended by itself. Longest prompts first, KEEP_EVERY at a time."""
+    jobs = []
+    for row in rows:
+        if row["split"] in SPLITS:
+            jobs.append((row, "generation", row["question"]))
+            if row["split"] not in FACTS and has(row, "paraphrased_question", *CHOICE):
+                jobs.append((row, "paraphrased_generation", row["paraphrased_question"]))
+    prompts, drafts = [], []
+    for row, _, question in jobs:
+        e = _example(row, question, row["answer"])
+        encoded = data.encode(e, tokenizer, template)
+        prompts.append(data.encode_prompt(question, tokenizer, template, turns=e.turns,
+                                          kind=e.kind))
+        drafts.append(encoded.ids[encoded.n_prompt:])  # a guess at what is said: it only saves time
+    order = sorted(range(len(jobs)), key=lambda i: -len(prompts[i]))
+    kept = whole_lines(resume)
+    for n, start in enumerate(range(0, len(order), KEEP_EVERY)):
+        part = order[start:start + KEEP_EVERY]
+        if n == len(kept):
+            new = generate(model, [prompts[i] for i in part], eos_id=tokenizer.eos_id,
+                           max_new_tokens=limits.max_new_tokens or None,
+                           max_total_tokens=limits.max_total_tokens or None,
+                           drafts=[drafts[i] for i in part], batch_tokens=limits.eval_tokens,
+                           progress="generate")
+            kept.append([[tokenizer.decode(ids), len(ids) < _room(model, prompts[i], limits)]
+                         for i, ids in zip(part, new)])
+            if resume:
+                with open(resume, "a", encoding="ascii") as file:
+                    file.write(json.dumps(kept[-1]) + "\n")
+        for i, (text, ended) in zip(part, kept[n], strict=True):
+            row, key, _ = jobs[i]
+            row[key] = text
+            if key == "generation":
+                row["ended"] = ended
+
+
+def _room(model: Transformer, prompt: list[int], limits: Limits) -> int:
+    """How many tokens `generate` gives a prompt that no eos ends."""
+    context = model.config.max_position_embeddings
+    total = min(limits.max_total_tokens or context, context) - len(prompt)
+    return min(limits.max_new_tokens or total, total)
+
+
+def whole_lines(path: Path | None) -> list:
+    """JSON lines of a file; what a killed process left torn at its end is cut off."""
+    if path is None or not path.is_file():
+        return []
+    text, values, end = path.read_text(encoding="ascii", errors="replace"), [], 0
+    for line in text.splitlines(keepends=True):
+        try:
+            values.append(json.loads(line if line.endswith("\n") else ""))
+        except ValueError:
+            break
+        end += len(line)
+    if end < len(text):
+        write_text(path, text[:end])
+    return values
+
+
+Text = namedtuple("Text", "row key example")  # what is put to the model, and where its loss goes
+
+
+def _texts(row: dict, benchmark: str) -> list[Text]:
+    """Every text of a row whose loss some metric needs."""
+    answers, questions = benchmark != "lume", row["split"] in SPLITS
+    pairs = []
+    if _is_attacked(row, benchmark) or (answers and questions):
+        pairs.append(("loss", row["question"], row["answer"]))
+    if questions and "paraphrased_answer" in row:
+        pairs.append(("paraphrased_loss", row["question"], row["paraphrased_answer"]))
+    if questions and "paraphrased_question" in row:
+        pairs.append(("paraphrased_question_loss", row["paraphrased_question"], row["answer"]))
+    if questions:
+        pairs += [("perturbed_losses", row["question"], x) for x in row.get("perturbed_answers", ())]
+    return [Text(row, key, _example(row, question, answer)) for key, question, answer in pairs]
+
+
+def _is_attacked(row: dict, benchmark: str) -> bool:
+    """Is this a row that the membership attack is about [D12]?"""
+    return row["split"] in ("forget", "nonmembers") and (benchmark != "lume" or row["kind"] == "sc")
+
+
+def add_losses(rows, model, tokenizer, template: str, limits: Limits, benchmark: str):
+    """Teacher-forced passes: `loss` of the answer, of its paraphrase and of the wrong answers
+    (nats per token, eos counted), how much of the answer is memorised, and `mia` and `answer_mia`,
+    what the attacks see of a text and of its answer."""
+    texts = [text for row in rows for text in _texts(row, benchmark)]
+    encoded = data.encode_all([t.example for t in texts], tokenizer, template,
+                              context=model.config.max_position_embeddings,
+                              vocab=model.config.vocab_size)
+    whole = [t.key == "loss" and _is_attacked(t.row, benchmark) for t in texts]
+    first = [1 if w else max(1, e.n_prompt) for w, e in zip(whole, encoded)]
+    scores = token_scores(model, encoded, first, tokens=limits.eval_tokens,
+                          detailed=[t.key == "loss" for t in texts])
+    for (row, key, _), e, start, attacked, score in zip(texts, encoded, first, whole, scores):
+        if not all(map(math.isfinite, score.losses)):
+            raise UserError(f"the model's loss on row {row['id']} is not a number: its weights "
+                            "are broken; make or fetch it again")
+        answer = TokenScores(*(x[max(1, e.n_prompt) - start:] for x in score))
+        loss = mean(answer.losses)
+        if key == "perturbed_losses":
+            row.setdefault(key, []).append(loss)
+        else:
+            row[key] = loss
+        if key == "loss":  # from here on without eos
+            ids = e.ids[max(1, e.n_prompt):-1]
+            row["exact_memorisation"] = exact_memorisation(answer.predicted[:-1], ids)
+            row["extraction_strength"] = extraction_strength(answer.predicted[:-1], ids)
+        if attacked:
+            text = score.losses[:-1]  # a document need not end where its excerpt does
+            row["mia"] = dict(loss=mean(text),
+                              min_k={str(k): min_k_score(text, k) for k in MIN_K})
+            row["answer_mia"] = dict(
+                loss=loss, min_k=min_k_score(answer.losses[:-1] or [0.0], ANSWER_K),
+                min_k_plus=min_k_score([-x for x in answer.standard[:-1]] or [0.0], ANSWER_K),
+                zlib=zlib_score(loss, tokenizer.decode(ids)))
+
+
+# Per token: -log P in nats; the likeliest id; (log P - mean) / deviation, both of log P over the
+# vocabulary (Min-K%++). The last two are empty of a text that nobody asks them of.
+TokenScores = namedtuple("TokenScores", "losses predicted standard")
+
+
+@torch.inference_mode()
+def token_scores(model: Transformer, rows: list[Encoded], first: list[int], *, tokens: int,
+                 detailed: list[bool]) -> list[TokenScores]:
+    """Scores of each row's tokens from index first[i] (at least 1) to its end. Batches of like
+    length hold at most `tokens`; only the positions asked for reach the lm_head."""
+    device = model.embed_tokens.weight.device
+    chunk = max(1, LOGITS // model.config.vocab_size)
+    out = [None] * len(rows)
+    with tqdm(total=len(rows), desc="losses", unit="text") as bar:
+        for part in data.batches_by_length(rows, tokens):
+            ids = data.collate([rows[i] for i in part], device).ids  # [B, T]
+            sizes = [len(rows[i].ids) - first[i] for i in part]
+            b = torch.arange(len(part)).repeat_interleave(torch.tensor(sizes))
+            t = torch.cat([torch.arange(first[i], len(rows[i].ids)) for i in part])
+            h = model.hidden(ids)[b, t - 1]  # [sum of sizes, D]
+            wanted = torch.tensor([detailed[i] for i in part])[b].to(device)
+            found = [_chunk_scores(model.logits(x), y, w) for x, y, w in zip(
+                h.split(chunk), ids[b, t].split(chunk), wanted.split(chunk))]
+            columns = [torch.cat(x).split(sizes) for x in zip(*found)]
+            for i, *values in zip(part, *columns):
+                losses, *details = (x.tolist() for x in values)
+                out[i] = TokenScores(losses, *(details if detailed[i] else ([], [])))
+            bar.update(len(part))
+    return out
+
+
+def _chunk_scores(logits, labels, wanted):
+    """logits [n, V], labels and wanted [n] -> losses, predicted ids and standardised log P [n]; the
+    last two where wanted, else 0."""
+    log_p = logits.log_softmax(-1)
+    own = log_p.gather(1, labels[:, None])[:, 0]
+    predicted, standard = torch.zeros_like(labels), torch.zeros_like(own)
+    for rows in wanted.nonzero()[:, 0].split(max(1, len(labels) // 8)):  # the logits' size again
+        some = log_p[rows]
+        p, predicted[rows] = some.exp(), some.argmax(1)
+        average = (p * some).sum(1)
+        variance = (p * some.square()).sum(1) - average.square()
+        standard[rows] = (own[rows] - average) / variance.clamp(min=1e-6).sqrt()
+    return -own, predicted, standard
+
+
+# ------------------------------------------------------------------------------ sentence encoder
+
+
+def add_closeness(rows: list[dict], encoder: str, device):
+    """`closeness` of f and r: the cosines of g' and of a with a' and each w [D11]."""
+    said = ("paraphrased_generation", "answer")
+    asked = [r for r in rows if has(r, *said, *CHOICE)]
+    texts = list(dict.fromkeys(t for r in asked for t in (*(r[k] for k in said), *choice_texts(r))))
+    if not texts:
+        return
+    vectors = dict(zip(texts, encode_sentences(texts, encoder, device)))
+    for r in asked:
+        held = torch.stack([vectors[t] for t in choice_texts(r)])  # [6, E]
+        r["closeness"] = {k: (held @ vectors[r[k]]).tolist() for k in said}
+
+
+def encode_sentences(texts: list[str], encoder: str, device) -> torch.Tensor:
+    """Unit vectors [n, E] of texts. encoder: a folder or a hub name, as sentence-transformers
+    takes them; its weights are read as safetensors alone."""
+    try:
+        import sentence_transformers  # only here: everything else does without it
+    except ImportError:
+        raise UserError("--closeness encoder needs a package: pip install "
+                        "sentence-transformers") from None
+    if ("/" in encoder and encoder.count("/") != 1 or encoder.startswith((".", "~"))) and not (
+            Path(encoder).expanduser().is_dir()):
+        raise UserError(f"--encoder {encoder} is not there; give a folder that is, or a hub name")
+    try:
+        model = sentence_transformers.SentenceTransformer(
+            str(Path(encoder).expanduser()) if Path(encoder).expanduser().is_dir() else encoder,
+            device=str(device), model_kwargs=dict(use_safetensors=True))
+    except Exception as e:  # the library raises whatever its parts do
+        raise UserError(f"--encoder {encoder} cannot be loaded ({' '.join(str(e).split())[:200]}); "
+                        "give a folder of sentence-transformers, or connect to the hub") from None
+    return model.encode(texts, convert_to_tensor=True, normalize_embeddings=True,
+                        show_progress_bar=False).float().cpu()
+
+
+# ------------------------------------------------------------------------------- multiple choice
+
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+
+def load_choices(folder: Path) -> list[dict]:
+    """Questions of MMLU's CSV files (question, A, B, C, D, letter; of its test/ where it has one)
+    and of JSON-lines files of {question, choices, answer}, where answer is the index, the letter or
+    the text of a choice. UserError names file and line."""
+    if not folder.is_dir():
+        raise UserError(f"--mmlu {folder} is not a folder; it holds MMLU's *.csv, or *.jsonl")
+    tests = folder / "test" if (folder / "test").is_dir() else folder
+    rows = [row for path in sorted(tests.glob("*.csv")) for row in _mmlu_rows(path)]
+    rows += [row for path in sorted(folder.glob("*.jsonl")) for row in _choice_rows(path)]
+    if not rows:
+        raise UserError(f"--mmlu {folder} holds no *.csv and no *.jsonl with questions")
+    return rows
+
+
+def _text_of(path: Path) -> str:
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as e:
+        raise UserError(f"{path} is not UTF-8 text (byte {e.start}); save it again") from None
+
+
+def _mmlu_rows(path: Path) -> list[dict]:
+    subject, rows = path.stem.removesuffix("_test"), []
+    lines = csv.reader(io.StringIO(_text_of(path), newline=""))
+    try:
+        for cells in filter(None, lines):
+            where = f"{path} line {lines.line_num}"
+            if len(cells) != 6:
+                raise UserError(f"{where} has {len(cells)} columns; MMLU's have 6: question, four "
+                                "choices, the answer's letter")
+            rows.append(_question(f"{path.stem}:{len(rows)}", cells[0], cells[1:5], cells[5], where,
+                                  subject=subject))
+    except csv.Error as e:
+        raise UserError(f"{path} line {lines.line_num} is not CSV ({e}); fetch it again") from None
+    return rows
+
+
+def _choice_rows(path: Path) -> list[dict]:
+    rows = []
+    for number, line in enumerate(_text_of(path).split("\n"), 1):
+        if not line.strip():
+            continue
+        where = f"{path} line {number}"
+        try:
+            row = json.loads(line)
+            question, choices, answer = (row[k] for k in ("question", "choices", "answer"))
+        except (ValueError, TypeError, KeyError, RecursionError):
+            raise UserError(f"{where} is not a JSON object with question, choices and "
+                            "answer") from None
+        rows.append(_question(f"{path.stem}:{len(rows)}", question, choices, answer, where))
+    return rows
+
+
+def _question(name: str, question, choices, answer, where: str, subject: str = "") -> dict:
+    """A question's row; UserError unless its answer is one of its choices."""
+    if not (isinstance(question, str) and question.strip() and isinstance(choices, list)
+            and len(choices) > 1 and all(isinstance(c, str) and c.strip() for c in choices)):
+        raise UserError(f"{where}: a question needs a text, and at least two choices of text")
+    names = [*choices, *LETTERS[:len(choices)]]  # of the choices, then their letters
+    index = names.index(answer) % len(choices) if answer in names else answer
+    if type(index) is not int or not 0 <= index < len(choices):
+        raise UserError(f"{where}: the answer {answer!r} is not one of its {len(choices)} choices")
+    return dict(split="choices", id=name, question=question, choices=choices, answer=index,
+                subject=subject)
+
+
+def choice_examples(row: dict) -> list[Example]:
+    """What is put to the model: of MMLU's CSV files the question in MMLU's own words, answered by a
+    letter (0-shot); else the question in the run's template, answered by each choice."""
+    if not row["subject"]:
+        return [Example(row["question"], c, id=row["id"]) for c in row["choices"]]
+    subject = row["subject"].replace("_", " ")
+    listed = "\n".join(f"{x}. {c}" for x, c in zip(LETTERS, row["choices"]))
+    asked = (f"The following are multiple choice questions (with answers) about {subject}.\n\n"
+             f"{row['question'].strip()}\n{listed}\nAnswer:")
+    return [Example(asked, x, id=row["id"]) for x in LETTERS[:len(row["choices"])]]
+
+
+def add_choice_scores(rows: list[dict], model, tokenizer, template: str, tokens: int) -> list[dict]:
+    """The rows with `scores`: log P of each choice, its eos not counted. A question is read once:
+    its choices stand behind it side by side, and none sees another."""
+    context, packed = model.config.max_position_embeddings, []
+    for row in rows:
+        own = "raw" if row["subject"] else template
+        packed.append(_pack([data.encode(e, tokenizer, own).ids[:-1] for e in choice_examples(row)],
+                            context, row["id"]))
+    with tqdm(total=len(rows), desc="choices", unit="question") as bar:
+        for part in data.batches_by_length([Encoded(p.ids, 0) for p in packed], tokens):
+            for i, scores in zip(part, _packed_scores(model, [packed[i] for i in part])):
+                if not all(map(math.isfinite, scores)):
+                    raise UserError(f"the model's loss on row {rows[i]['id']} is not a number: its "
+                                    "weights are broken; make or fetch it again")
+                rows[i] = rows[i] | dict(scores=scores)
+            bar.update(len(part))
+    return rows
+
+
+# ids: what all choices begin with, then the rest of each but its last token. place, branch: where
+# each id stands in its text, and the choice it belongs to (-1: all). goes: for each choice, the
+# indices that predict its tokens, and these.
+Packed = namedtuple("Packed", "ids place branch goes")
+
+
+def _pack(choices: list[list[int]], context: int, name: str) -> Packed:
+    shared = 0
+    while all(len(c) > shared + 1 and c[shared] == choices[0][shared] for c in choices):
+        shared += 1
+    cut = max(0, max(map(len, choices)) - context)  # a question too long loses its beginning
+    if cut >= shared or not shared:
+        raise UserError(f"question {name}: a choice is longer than the model's context of "
+                        f"{context}; drop the question")
+    ids, place = choices[0][cut:shared], list(range(shared - cut))
+    branch, goes = [-1] * len(ids), []
+    for n, choice in enumerate(choices):
+        own = choice[shared:]
+        start = len(ids)
+        goes.append(([shared - cut - 1, *range(start, start + len(own) - 1)], own))
+        ids = ids + own[:-1]
+        place += range(shared - cut, shared - cut + len(own) - 1)
+        branch += [n] * (len(own) - 1)
+    return Packed(ids, place, branch, goes)
+
+
+@torch.inference_mode()
+def _packed_scores(model: Transformer, batch: list[Packed]) -> list[list[float]]:
+    """Sum of log P over each choice's tokens, for each question."""
+    device, width = model.embed_tokens.weight.device, max(len(p.ids) for p in batch)
+    ids, place, branch = (torch.tensor([x + [pad] * (width - len(x)) for x in column], device=device)
+                          for column, pad in zip(list(zip(*batch))[:3], (0, 0, -2)))  # [B, T]
+    at = torch.arange(width, device=device)
+    sees = (branch[:, None, :] == -1) | (branch[:, None, :] == branch[:, :, None])
+    sees &= at[None, :] <= at[:, None]  # [B, T, T]
+    mask = torch.zeros(sees.shape, dtype=model.embed_tokens.weight.dtype, device=device)
+    mask = mask.masked_fill(~sees, -math.inf)[:, None]  # [B, 1, T, T]
+    h = model.hidden(ids, lambda q, k, v: attention(q, k, v, mask), rope=model.rope(place))
+    out = []
+    for b, packed in enumerate(batch):
+        scores = []
+        for where, labels in packed.goes:
+            log_p = model.logits(h[b, where]).log_softmax(-1)  # [tokens, V]
+            scores.append(log_p[range(len(labels)), labels].sum().item())
+        out.append(scores)
+    return out
+
 
 # -------------------------------------------------------------------------------------- Porter stem
 # NLTK's dialect of the Porter stemmer (the one rouge_score uses): Porter (1980) with a few
@@ -174,538 +1085,3 @@ def porter_stem(word: str) -> str:
         return word
     word = _derived(_final_y(_past(_plural(word))))
     return _final_e(_swap(_swap(word, STEP3, 1), STEP4, 2))
-
-
-# ------------------------------------------------------------------------------------- text metrics
-
-Rouge = namedtuple("Rouge", "precision recall f1")
-
-
-def rouge_words(text: str) -> list[str]:
-    """Lower-case runs of ASCII letters and digits, stemmed if longer than three."""
-    words = re.findall("[a-z0-9]+", text.lower())
-    return [porter_stem(w) if len(w) > 3 else w for w in words]
-
-
-def _lcs(a: list[str], b: list[str]) -> int:
-    """Length of the longest common subsequence, a row of the usual table at once: bit i of `row` is
-    0 where the row's value rises at a[i] (Hyyro's recurrence)."""
-    where = {}
-    for i, word in enumerate(a):
-        where[word] = where.get(word, 0) | 1 << i
-    full = (1 << len(a)) - 1
-    row = full
-    for word in b:
-        match = row & where.get(word, 0)
-        row = ((row + match) | (row - match)) & full
-    return len(a) - row.bit_count()
-
-
-def rouge_l(reference: str, candidate: str) -> Rouge:
-    """ROUGE-L over stemmed words, equal to rouge_score's `rougeL` with use_stemmer=True."""
-    a, b = rouge_words(reference), rouge_words(candidate)
-    common = _lcs(a, b)
-    if not common:
-        return Rouge(0.0, 0.0, 0.0)
-    precision, recall = common / len(b), common / len(a)
-    return Rouge(precision, recall, 2 * precision * recall / (precision + recall))
-
-
-def exact_match(reference: str, candidate: str) -> bool:
-    """Same string but for case and surrounding white space."""
-    return reference.strip().casefold() == candidate.strip().casefold()
-
-
-def contains(reference: str, candidate: str) -> bool:
-    """The reference occurs in the candidate, whatever the case."""
-    return reference.strip().casefold() in candidate.casefold()
-
-
-def closest(truth: str, wrong: list[str], candidate: str) -> float:
-    """1 if the candidate is closer (ROUGE-L F1) to the truth than to any wrong answer, else 0; a
-    tie of n gives 1/n, so that an empty or senseless candidate scores what guessing would. [D11]"""
-    ours = rouge_l(truth, candidate).f1
-    others = [rouge_l(w, candidate).f1 for w in wrong]
-    return 0.0 if max(others) > ours else 1 / (1 + others.count(ours))
-
-
-# ----------------------------------------------------------------------------- membership inference
-
-
-def auc(members: list[float], nonmembers: list[float]) -> float:
-    """P(a member's score > a non-member's) + half P(equal): area under the ROC curve."""
-    others = sorted(nonmembers)
-    twice = sum(bisect_left(others, x) + bisect_right(others, x) for x in members)
-    return twice / (2 * len(members) * len(others))
-
-
-def min_k_score(losses: list[float], percent: int) -> float:
-    """Min-K%: mean log-probability of the least likely k% of the tokens, at least one."""
-    worst = sorted(losses, reverse=True)[: max(1, len(losses) * percent // 100)]
-    return -math.fsum(worst) / len(worst)
-
-
-def mia_score(area: float) -> float:
-    """SemEval-2025 Task 4: 1 where the attack learns nothing, 0 where it never errs (or always)."""
-    return 1 - 2 * abs(area - CHANCE)
-
-
-# ----------------------------------------------------------------------------------- TOFU's metrics
-
-
-def log_truth_ratio(paraphrased_loss: float, perturbed_losses: list[float]) -> float:
-    """log R; kept in logs because unlearned models give losses whose exp(-loss) underflows."""
-    least = min(perturbed_losses)
-    total = math.fsum(math.exp(least - x) for x in perturbed_losses)
-    return paraphrased_loss - least + math.log(total / len(perturbed_losses))
-
-
-def choice_probability(loss: float, wrong_losses: list[float]) -> float:
-    """p(a) / (p(a) + sum p(w)), without underflow."""
-    least = min(loss, *wrong_losses)
-    return math.exp(least - loss) / math.fsum(math.exp(least - x) for x in [loss, *wrong_losses])
-
-
-def ks_p_value(a: list[float], b: list[float]) -> float:
-    """Exact two-sided p-value of the two-sample Kolmogorov-Smirnov test, counted in integers.
-
-    Orderings of the pooled samples are lattice paths from (0, 0) to (n, m); the p-value is the
-    share of paths that somewhere stray from the diagonal at least as far as the observed one.
-    """
-    a, b, n, m = sorted(a), sorted(b), len(a), len(b)
-    d = max(abs(bisect_right(a, x) * m - bisect_right(b, x) * n) for x in a + b)  # n * m * KS
-    if d == 0:
-        return 1.0
-    inside = [0] * (m + 1)  # paths to (i, j) that stay strictly within d of the diagonal
-    for i in range(n + 1):
-        before = 0
-        for j in range(m + 1):
-            here = inside[j] + before if i or j else 1
-            before = inside[j] = here if abs(i * m - j * n) < d else 0
-    total = math.comb(n + m, n)
-    return (total - inside[m]) / total
-
-
-def harmonic_mean(values: list[float]) -> float:
-    """0 if any value is 0."""
-    return 0.0 if min(values) <= 0 else len(values) / math.fsum(1 / x for x in values)
-
-
-# --------------------------------------------------------------------------------------- aggregates
-
-
-def aggregate(*, em_forget: float, rouge_forget: float, mia: float, em_retain: float,
-              rouge_retain: float) -> float:
-    """The paper's aggregate score, from fractions (not percent). [D13]"""
-    terms = (1 - em_forget, 1 - rouge_forget, 1 - mia, em_retain, rouge_retain)
-    return math.fsum(terms) / len(terms)
-
-
-def task_aggregate(forget: list[float], retain: list[float]) -> float:
-    """SemEval-2025 Task 4: harmonic mean of the retain scores and of 1 - the forget scores."""
-    return harmonic_mean([1 - x for x in forget] + list(retain))
-
-
-# -------------------------------------------------------------------------------- what a model says
-
-
-def evaluate_model(model: Transformer, tokenizer, benchmark: data.Benchmark, s: Settings, *,
-                   limit: int = 0, resume: Path | None = None) -> tuple[dict, list[dict]]:
-    """(metrics, rows): `metrics` is `summarise(rows)`, and rows[0] says what was evaluated.
-
-    limit: at most so many rows of each split, spread evenly; marked as partial. resume: a file
-    that keeps the generations so far, from which a killed evaluation goes on."""
-    parts = {"forget": benchmark.forget, "retain": benchmark.retain_eval,
-             "real_authors": benchmark.real_authors, "world_facts": benchmark.world_facts,
-             "nonmembers": benchmark.nonmembers}
-    rows = [{"split": "about", "benchmark": benchmark.kind, "limit": limit,
-             "sizes": {k: len(v) for k, v in parts.items()},
-             "nonmember_source": benchmark.nonmember_source, "shared": benchmark.shared}]
-    document = "sc" if benchmark.kind == "lume" else "qa"  # kind of row the MIA is about [D12]
-    for split, examples in parts.items():
-        if split == "nonmembers":
-            examples = [e for e in examples if e.kind == document]
-        for e in spread(examples, limit):
-            filled = {k: v for k, v in dataclasses.asdict(e).items() if v or k == "id"}
-            if e.perturbed_answers:
-                filled["perturbed_answers"] = list(e.perturbed_answers)  # as JSON gives it back
-            rows.append({"split": split, **filled})
-    _add_generations(rows, model, tokenizer, s, resume)
-    _add_losses(rows, model, tokenizer, s, document)
-    return summarise(rows), rows
-
-
-def spread(examples: list, limit: int) -> list:
-    """At most `limit` of them (0: all), evenly spaced: every task and author has its share."""
-    n = len(examples)
-    return [examples[i * n // limit] for i in range(limit)] if 0 < limit < n else examples
-
-
-def _add_generations(rows, model, tokenizer, s: Settings, resume: Path | None):
-    """Greedy answers, one for each question and one for each paraphrased question that accuracy
-    needs [D16]. Longest prompts first, KEEP_EVERY at a time; `generate` makes the batches."""
-    jobs = []
-    for row in rows:
-        if row["split"] in SPLITS:
-            jobs.append((row, "generation", row["question"]))
-            if row["split"] not in FACTS and has(row, "paraphrased_question", *CHOICE):
-                jobs.append((row, "paraphrased_generation", row["paraphrased_question"]))
-    prompts = [data.encode_prompt(question, tokenizer, s.template) for _, _, question in jobs]
-    order = sorted(range(len(jobs)), key=lambda i: -len(prompts[i]))
-    kept = _whole_lines(resume)
-    for n, start in enumerate(range(0, len(order), KEEP_EVERY)):
-        part = order[start:start + KEEP_EVERY]
-        if n == len(kept):
-            new = generate(model, [prompts[i] for i in part], eos_id=tokenizer.eos_id,
-                           max_new_tokens=s.max_new_tokens or None,
-                           max_total_tokens=s.max_total_tokens or None,
-                           batch_tokens=s.eval_tokens, progress="generate")
-            kept.append([tokenizer.decode(ids) for ids in new])
-            if resume:
-                with open(resume, "a", encoding="ascii") as file:
-                    file.write(json.dumps(kept[-1]) + "\n")
-        for i, text in zip(part, kept[n], strict=True):
-            jobs[i][0][jobs[i][1]] = text
-
-
-def _whole_lines(path: Path | None) -> list:
-    """JSON lines of a file; what a killed process left torn at its end is cut off."""
-    if path is None or not path.is_file():
-        return []
-    text, values, end = path.read_text(encoding="ascii", errors="replace"), [], 0
-    for line in text.splitlines(keepends=True):
-        try:
-            values.append(json.loads(line if line.endswith("\n") else ""))
-        except ValueError:
-            break
-        end += len(line)
-    if end < len(text):
-        stage.write_text(path, text[:end])
-    return values
-
-
-def _add_losses(rows, model, tokenizer, s: Settings, document: str):
-    """Teacher-forced passes: `loss` of the answer, of its paraphrase and of the wrong answers
-    (nats per token, eos counted), and `mia`, what the attack sees of a text."""
-    jobs = []  # (row, key, answer, whether the prompt's tokens count too)
-    for row in rows[1:]:
-        attacked = row["split"] in ("forget", "nonmembers") and row["kind"] == document
-        if attacked or (row["split"] in SPLITS and document == "qa"):
-            jobs.append((row, "loss", row["answer"], attacked))
-        if row["split"] in SPLITS:
-            if "paraphrased_answer" in row:
-                jobs.append((row, "paraphrased_loss", row["paraphrased_answer"], False))
-            for wrong in row.get("perturbed_answers", []):
-                jobs.append((row, "perturbed_losses", wrong, False))
-    examples = [Example(row["question"], answer, id=row["id"]) for row, _, answer, _ in jobs]
-    encoded = data.encode_all(examples, tokenizer, s.template,
-                              context=model.config.max_position_embeddings,
-                              vocab=model.config.vocab_size)
-    first = [1 if job[3] else max(1, e.n_prompt) for job, e in zip(jobs, encoded)]
-    losses = token_losses(model, encoded, first, tokens=s.eval_tokens)
-    for (row, key, _, attacked), e, start, values in zip(jobs, encoded, first, losses):
-        if not all(map(math.isfinite, values)):
-            raise UserError(f"the model's loss on row {row['id']} is not a number: its weights "
-                            "are broken; make or fetch it again")
-        loss = mean(values[max(1, e.n_prompt) - start:])
-        if key == "perturbed_losses":
-            row.setdefault(key, []).append(loss)
-        else:
-            row[key] = loss
-        if attacked:
-            text = values[:-1]  # no eos: a document need not end where its excerpt does
-            row["mia"] = {"loss": mean(text),
-                          "min_k": {str(k): min_k_score(text, k) for k in MIN_K}}
-
-
-@torch.inference_mode()
-def token_losses(model: Transformer, rows: list[Encoded], first: list[int], *,
-                 tokens: int) -> list[list[float]]:
-    """-log P of each row's tokens from index first[i] (at least 1) to its end. Batches of like
-    length hold at most `tokens`; only the positions asked for reach the lm_head."""
-    device = model.embed_tokens.weight.device
-    chunk = max(1, LOGITS // model.config.vocab_size)
-    out = [[] for _ in rows]
-    with tqdm(total=len(rows), desc="losses", unit="text") as bar:
-        for part in data.batches_by_length(rows, tokens):
-            ids = data.collate([rows[i] for i in part], device).ids  # [B, T]
-            sizes = [len(rows[i].ids) - first[i] for i in part]
-            b = torch.arange(len(part)).repeat_interleave(torch.tensor(sizes))
-            t = torch.cat([torch.arange(first[i], len(rows[i].ids)) for i in part])
-            h = model.hidden(ids)[b, t - 1]  # [sum of sizes, D]
-            labels = ids[b, t]
-            losses = torch.cat([F.cross_entropy(model.logits(x), y, reduction="none")
-                                for x, y in zip(h.split(chunk), labels.split(chunk))])
-            for i, values in zip(part, losses.split(sizes)):
-                out[i] = values.tolist()
-            bar.update(len(part))
-    return out
-
-
-# ----------------------------------------------------------------------------- from rows to metrics
-
-CHOICE = ("paraphrased_answer", "perturbed_answers")
-
-
-def has(row: dict, *keys: str) -> bool:
-    return all(k in row for k in keys)
-
-
-def mean(values) -> float:
-    values = list(values)
-    return math.fsum(values) / len(values)
-
-
-def _rouge(row):
-    return rouge_l(row["answer"], row["generation"]).recall
-
-
-def _exact(row):
-    return float(exact_match(row["answer"], row["generation"]))
-
-
-def _accuracy(row):
-    if row["split"] in FACTS:
-        return float(contains(row["answer"], row["generation"]))
-    if not has(row, "paraphrased_generation", *CHOICE):
-        return None
-    return closest(row["paraphrased_answer"], row["perturbed_answers"],
-                   row["paraphrased_generation"])
-
-
-def _probability(row):
-    if row["split"] not in FACTS:
-        return math.exp(-row["loss"])
-    if not has(row, "perturbed_losses"):
-        return None
-    return choice_probability(row["loss"], row["perturbed_losses"])
-
-
-def _truth_ratio(row):
-    if not has(row, "perturbed_losses"):
-        return None
-    log_r = log_truth_ratio(row.get("paraphrased_loss", row["loss"]), row["perturbed_losses"])
-    if row["split"] == "forget":
-        return math.exp(-abs(log_r))
-    return max(0.0, -math.expm1(min(log_r, 0.0)))
-
-
-TOFU_METRICS = {"rouge_l": _rouge, "exact_match": _exact, "accuracy": _accuracy,
-                "probability": _probability, "truth_ratio": _truth_ratio}
-
-
-def summarise(rows: list[dict]) -> dict:
-    """Every metric of an evaluation from its rows alone, those of generations.jsonl.
-
-    `values` maps a name like "forget.rouge_l" to a number or None, `notes` says why it is None."""
-    about, values, notes = rows[0], {}, {}
-    fill = _lume_values if about["benchmark"] == "lume" else _tofu_values
-    fill(rows, values, notes)
-    _mia_values(rows, about, values, notes)
-    _aggregates(about["benchmark"], values, notes)
-    if about.get("shared"):
-        notes["forget"] = f"{about['shared']} of these rows are in the retain set too"
-    counts = {split: sum(r["split"] == split for r in rows) for split in about["sizes"]}
-    what = "sentence completions" if about["benchmark"] == "lume" else "questions with answers"
-    members = sum("mia" in r for r in rows if r["split"] == "forget")
-    return dict(benchmark=about["benchmark"],
-                partial=f"at most {about['limit']} rows of each split" if about["limit"] else "",
-                counts=counts, members=f"{members} {what} of the forget set",
-                nonmembers=f"{counts['nonmembers']} {what}: {about['nonmember_source']}",
-                values=values, notes=notes)
-
-
-def _put(name: str, rows: list[dict], metric, values: dict, notes: dict):
-    """The mean of a metric over rows, or None and why."""
-    scores = [metric(row) for row in rows]
-    missing = scores.count(None)
-    values[name] = mean(scores) if rows and not missing else None
-    if not rows:
-        notes[name] = "no such rows"
-    elif missing:
-        notes[name] = (f"{missing} of {len(rows)} rows have no paraphrase or no wrong answers: "
-                       "the _perturbed file is missing")
-
-
-def _tofu_values(rows, values, notes):
-    for split in SPLITS:
-        own = [r for r in rows if r["split"] == split]
-        for name, metric in TOFU_METRICS.items():
-            _put(f"{split}.{name}", own, metric, values, notes)
-    factors = [[values[f"{split}.{m}"] for m in ("rouge_l", "probability", "truth_ratio")]
-               for split in SPLITS[1:]]
-    if factors[1] == [None] * 3:  # the demo has no real authors
-        del factors[1]
-        notes["model_utility"] = "harmonic mean of six: there are no real authors"
-    factors = [x for part in factors for x in part]
-    if None in factors:
-        values["model_utility"] = None
-        notes["model_utility"] = "needs rouge_l, probability, truth_ratio of retain and world facts"
-    else:
-        values["model_utility"] = harmonic_mean(factors)
-
-
-def _lume_values(rows, values, notes):
-    for split in ("forget", "retain"):
-        own = [r for r in rows if r["split"] == split]
-        for task in (None, *TASKS):
-            prefix = f"{split}.{task}" if task else split
-            some = [r for r in own if task in (None, r["task"])]
-            completions, questions = ([r for r in some if r["kind"] == k] for k in ("sc", "qa"))
-            _put(f"{prefix}.rouge_l", completions, _rouge, values, notes)
-            _put(f"{prefix}.exact_match", questions, _exact, values, notes)
-    scores = [[values[f"{split}.{task}.{m}"] for task in TASKS for m in ("rouge_l", "exact_match")]
-              for split in ("forget", "retain")]
-    values["task_aggregate"] = None
-    if None in scores[0] + scores[1]:
-        notes["task_aggregate"] = "needs both scores of all three tasks, forget and retain"
-    else:
-        values["task_aggregate"] = task_aggregate(*scores)
-
-
-def _mia_values(rows, about, values, notes):
-    members = [r["mia"] for r in rows if r["split"] == "forget" and "mia" in r]
-    others = [r["mia"] for r in rows if r["split"] == "nonmembers"]
-    names = ["mia.auc", "mia.distance", "mia.score", *(f"mia.min_{k}" for k in MIN_K)]
-    if not members or not others:
-        lacks = about["nonmember_source"] if not others else "the forget rows hold no document"
-        values.update(dict.fromkeys(names))
-        notes.update(dict.fromkeys(names, lacks))
-        return
-    area = auc([-m["loss"] for m in members], [-m["loss"] for m in others])  # [D12]
-    values.update({"mia.auc": area, "mia.distance": abs(area - CHANCE),
-                   "mia.score": mia_score(area)})
-    for k in MIN_K:
-        values[f"mia.min_{k}"] = auc(*([m["min_k"][str(k)] for m in x] for x in (members, others)))
-    if area < CHANCE:
-        notes["mia.auc"] = "below 0.5: over-unlearned, the forgetting itself is detectable"
-
-
-def _aggregates(benchmark: str, values, notes):
-    tofu = benchmark == "tofu"
-    kinds = {"aggregate": "accuracy" if tofu else "exact_match"}  # [D11], [D13]
-    if tofu:
-        kinds["aggregate_exact_match"] = "exact_match"
-    for name, em in kinds.items():
-        terms = dict(em_forget=f"forget.{em}", rouge_forget="forget.rouge_l", mia="mia.auc",
-                     em_retain=f"retain.{em}", rouge_retain="retain.rouge_l")
-        known = {term: values[source] for term, source in terms.items()}
-        lacking = [source for source in terms.values() if values[source] is None]
-        values[name] = None if lacking else aggregate(**known)
-        if lacking:
-            notes[name] = f"needs {', '.join(lacking)}"
-
-
-# ------------------------------------------------------------------------- evaluating a run's model
-
-DEPENDS = ("benchmark", "model", "seed", "dtype", "forget_split", "retain_split", "forget_groups",
-           "retain_groups", "rows_per_author", "lume_fraction", "template", "weights",
-           "max_new_tokens", "max_total_tokens")
-
-
-def _inputs(model_folder: Path, s: Settings) -> dict[str, str]:
-    return dict(model=stage.fingerprint(model_folder), **data.data_digests(s))
-
-
-def evaluate(run: Path, name: str, *, limit: int = 0, force: bool = False):
-    """RUN/STAGE/eval (eval-limit-N for a quick look): metrics.json and generations.jsonl."""
-    s = dataclasses.replace(stage.read_settings(run), force=force)
-    if Path(name).name != name:
-        raise UserError(f"{name} is not the bare name of a stage in {run}, such as original")
-    folder = run / name
-    job = Stage(folder / (f"eval-limit-{limit}" if limit else "eval"), settings=s, fields=DEPENDS,
-                inputs=_inputs(folder, s), modules=("data", "model", "eval"))
-    if job.done:
-        return
-    with job as made:
-        benchmark, tokenizer = data.load_benchmark(s), data.load_tokenizer(folder)
-        model = Transformer.from_pretrained(folder, **stage.placement(s))
-        so_far = made / stage.RESUME / "generations.jsonl"
-        metrics, rows = evaluate_model(model, tokenizer, benchmark, s, limit=limit, resume=so_far)
-        lines = (json.dumps(row, ensure_ascii=False) for row in rows)
-        stage.write_text(made / "generations.jsonl", "\n".join(lines) + "\n")
-        stage.write_json(made / "metrics.json", metrics)
-
-
-def read_rows(folder: Path) -> list[dict]:
-    """The rows of an evaluation folder's generations.jsonl."""
-    path = folder / "generations.jsonl"
-    try:
-        rows = [json.loads(x) for x in path.read_text(encoding="utf-8").split("\n") if x]
-        if rows[0]["split"] == "about":
-            return rows
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing; run `python eval.py evaluate` on that stage") from None
-    except (ValueError, LookupError, TypeError):
-        pass
-    raise UserError(f"{path} is not what an evaluation writes; delete {folder} and evaluate again")
-
-
-def check_fresh(run: Path, s: Settings, folder: Path, evaluation: Path):
-    """Refuse numbers of another model, other data or other settings than the folder now holds."""
-    limit = evaluation.name.partition("limit-")[2]
-    again = f"run `python eval.py evaluate {run} {folder.name}" + (
-        f" --limit {limit}` again" if limit else "` again")
-    made = stage.read_stage(evaluation)["why"]
-    now = _inputs(folder, s)
-    for name in made["inputs"] | now:
-        if made["inputs"].get(name) != now.get(name):
-            what = "the model now in its folder" if name == "model" else f"today's {name}"
-            raise UserError(f"{evaluation} is not of {what}; {again}")
-    if made["settings"] != stage.resolved(s, DEPENDS):
-        raise UserError(f"{evaluation} was made under other settings than {run}/settings.json; "
-                        f"{again}")
-    made_of = stage.read_stage(folder)["why"]["inputs"]
-    for source in made_of:
-        if (source == "original" or source.split("-")[0] == "mask") and (
-                made_of[source] != stage.fingerprint(run / source)):
-            raise UserError(f"{folder} was unlearned with another {source} than {run}/{source}; "
-                            "run that stage again")
-
-
-# --------------------------------------------------------------------------------------------- main
-
-
-def main(argv=None):
-    parser = stage.parser("eval.py", "Evaluate the models of a run, and lay them side by side.")
-    commands = parser.add_subparsers(dest="command", required=True,
-                                     metavar="evaluate|check|report")
-    one = commands.add_parser("evaluate", help="metrics.json and generations.jsonl of stages")
-    one.add_argument("run", type=Path)
-    one.add_argument("stages", nargs="*", default=[], metavar="STAGE",
-                     help="e.g. original simu-graddiff; default: every model of the run")
-    one.add_argument("--limit", type=int, default=0,
-                     help="at most so many rows of each split: a quick look, marked as partial")
-    one.add_argument("--force", action="store_true", help="evaluate again what is evaluated")
-    check = commands.add_parser("check", help="evaluate the original; stop unless it knows the "
-                                              "forget set (--must-know)")
-    check.add_argument("run", type=Path)
-    two = commands.add_parser("report", help="report.md and report.json of a run")
-    two.add_argument("run", type=Path)
-    two.add_argument("--runs", type=Path, nargs="+", default=[], metavar="RUN",
-                     help="the same run under other seeds; default: RUN-seed*")
-    two.add_argument("--retain-only", type=Path, metavar="STAGE_FOLDER",
-                     help="an evaluated model that never saw the forget set; default: RUN's own")
-    two.add_argument("--recompute", action="store_true",
-                     help="compute every number again from generations.jsonl, and compare")
-    args = parser.parse_args(argv)
-    if args.command == "report":
-        from report import report  # builds on this module
-        return report(args.run, others=args.runs, retain_only=args.retain_only,
-                      recompute=args.recompute)
-    if args.command == "check":
-        from report import check_original
-        evaluate(args.run, "original")
-        return check_original(args.run)
-    if args.limit < 0:
-        raise UserError(f"--limit is {args.limit}; it must be 0 (all rows) or more")
-    stages = args.stages or stage.finished_models(args.run)
-    if not stages:
-        raise UserError(f"{args.run} holds no finished model; `bash run.sh demo` makes one")
-    with stage.lock(args.run):
-        for name in stages:
-            evaluate(args.run, name, limit=args.limit, force=args.force)
-
-
-if __name__ == "__main__":
-    stage.run_cli(lambda: main(sys.argv[1:]))

@@ -1,5 +1,5 @@
-"""The transformer SIMU looks into: LLaMA, OLMo, OLMo-2 and Qwen2.5 in one class, told apart by
-their config alone.
+"""The transformer SIMU looks into: LLaMA, Mistral, OLMo, OLMo-2 and Qwen2.5 in one class, told
+apart by their config alone.
 
 Letters: B batch, T time, L layers, D d_model, H heads, K key/value heads, hd head size, F d_ff,
 V vocabulary. A SIMU neuron [D1] is one of the D output channels of a layer's down_proj; a function
@@ -9,14 +9,16 @@ Not here: dropout, sliding windows, quantised weights, sampling, padding masks (
 padded on the right, where causal attention cannot see them).
 """
 
+import contextlib
 import ctypes
 import json
 import math
 import os
 import re
 import reprlib
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, field, fields
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -26,49 +28,32 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from stage import NO_TEXT, UserError, read_json, write_json
-
-HUGE = 1e30  # no constant of a model is larger; float32 must hold it
-OLMO_EPS = 1e-5  # not in OLMo's config.json: its released code and transformers both fix it
 INIT_STD = 0.02  # GPT-2's, which LLaMA's and OLMo's published configs share
-SHARD_BYTES = 5_000_000_000  # above this a checkpoint is split, as transformers does
-PREFILL_ROWS = 16  # prompts read at once: less padding, smaller activations
-INDEX = "model.safetensors.index.json"
-WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
-HEAD, OLMO_HEAD = "lm_head.weight", "model.transformer.ff_out.weight"  # HF's, original OLMo's
-NAMED = 4  # tensors named of each kind of fault before only counting
-
-MOST = 1 << 24  # of any size in a config.json, and MOST_LAYERS: far above any model's, below what
-MOST_LAYERS = 1 << 10  # overflows or takes minutes before the weights are found not to fit
-
-ARCHITECTURES = {"llama": "LlamaForCausalLM", "olmo": "OlmoForCausalLM",
-                 "olmo2": "Olmo2ForCausalLM", "qwen2": "Qwen2ForCausalLM"}
-SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-         "num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings")
-TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-# Keys that would change the numbers, and the one value of each that this code computes.
-SUPPORTED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
-             "attention_dropout": 0, "partial_rotary_factor": 1, "quantization_config": None,
-             "use_sliding_window": False}
-LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-
-# The original OLMo layout (allenai/OLMo-1B, not -hf): its config's names for ours, what its config
-# must say, and its fused tensors, whose rows are those of several of ours, one after the other.
-OLMO_NAMES = {"d_model": "hidden_size", "n_layers": "num_hidden_layers",
-              "n_heads": "num_attention_heads", "max_sequence_length": "max_position_embeddings"}
-OLMO_SUPPORTED = {"activation_type": "swiglu", "block_type": "sequential", "rope": True,
-                  "layer_norm_type": "default", "layer_norm_with_affine": False, "alibi": False,
-                  "layer_norm_eps": OLMO_EPS, "attention_layer_norm": False, "include_bias": False,
-                  "scale_logits": False, "norm_after": False}
-OLMO_TENSORS = {"att_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-                "attn_out": ("self_attn.o_proj",), "ff_out": ("mlp.down_proj",),
-                "ff_proj": ("mlp.up_proj", "mlp.gate_proj")}
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16,
-          "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32, "I16": torch.int16,
-          "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}  # safetensors' names
+OLMO_EPS = 1e-5  # not in OLMo's config.json: its released code and transformers both fix it
 
 
-# ---------------------------------------------------------------------------------------- config
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """What sets one model_type apart from LLaMA."""
+
+    name: str  # transformers' class
+    plain_norm: bool = False  # LayerNorm without weights, its epsilon fixed, for RMSNorm
+    clips: bool = False  # may clamp q, k and v (clip_qkv)
+    biases: bool = False  # q, k and v have biases
+    norms_qk: bool = False  # RMSNorm of q and of k, over all heads at once
+    norms_output: bool = False  # norms what attention and MLP write, not what they read
+    window: int | None = None  # its sliding_window where its config.json names none
+    also: dict = field(default_factory=dict)  # more keys for its config.json
+
+
+ARCHITECTURES = {  # model_type of a config.json -> what is different there
+    "llama": Architecture(name="LlamaForCausalLM", also={"attention_bias": False}),
+    "mistral": Architecture(name="MistralForCausalLM", window=4096, also={"sliding_window": None}),
+    "olmo": Architecture(name="OlmoForCausalLM", plain_norm=True, clips=True,
+                         also={"attention_bias": False}),
+    "olmo2": Architecture(name="Olmo2ForCausalLM", norms_qk=True, norms_output=True,
+                          also={"attention_bias": False}),
+    "qwen2": Architecture(name="Qwen2ForCausalLM", biases=True)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +61,7 @@ class Config:
     """The shape of a model. Names are those of HF's config.json, but for norm_eps (rms_norm_eps).
     UserError if the fields contradict each other or ask for what is not computed here."""
 
-    model_type: str  # see Block and Attention for what "olmo", "olmo2", "qwen2" do differently
+    model_type: str  # a row of ARCHITECTURES
     vocab_size: int  # V, rows of the embedding
     hidden_size: int  # D
     intermediate_size: int  # F
@@ -87,29 +72,23 @@ class Config:
     max_position_embeddings: int
     norm_eps: float = OLMO_EPS
     rope_theta: float = 10000.0
-    rope_scaling: dict | None = None  # or {"rope_type": "llama3"} with the LLAMA3 numbers
+    rope_scaling: dict | None = None  # or {"rope_type": "llama3"} with the numbers LLAMA3 names
     tie_word_embeddings: bool = False  # the head is the embedding
-    clip_qkv: float | None = None  # OLMo: q, k, v are clamped to [-clip, clip] before RoPE
+    clip_qkv: float | None = None  # q, k, v are clamped to [-clip, clip] before RoPE
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
 
     def __post_init__(self):
-        _need(self.model_type in list(ARCHITECTURES), self, "model_type",
-              f"{' or '.join(ARCHITECTURES)}; no other architecture is supported")
-        for name in SIZES:
-            value = getattr(self, name)
-            optional = value is None and name in ("num_key_value_heads", "head_dim")
-            most = MOST_LAYERS if name == "num_hidden_layers" else MOST
-            _need(optional or _is_int(value) and 0 < value <= most, self, name,
-                  f"a whole number above 0, at most {most}")
+        check_sizes(self)
         heads = self.num_attention_heads
-        _need(self.hidden_size % heads == 0, self, "hidden_size",
-              f"a multiple of num_attention_heads = {heads}")
         object.__setattr__(self, "num_key_value_heads", self.num_key_value_heads or heads)
         object.__setattr__(self, "head_dim", self.head_dim or self.hidden_size // heads)
-        _need(heads * self.head_dim <= MOST, self, "head_dim", f"at most {MOST} over all heads")
-        _check_values(self)
+        check_values(self)
+
+    @property
+    def architecture(self) -> Architecture:
+        return ARCHITECTURES[self.model_type]
 
     @classmethod
     def from_dir(cls, path) -> "Config":
@@ -117,9 +96,9 @@ class Config:
         file = Path(path) / "config.json"
         if not Path(path).is_dir():
             raise UserError(f"{path} is not a folder; give the folder that holds config.json")
-        raw = read_json(file)
+        content = read_json(file)
         try:
-            return cls(**_from_hf(raw))
+            return cls(**config_fields(content))
         except UserError as e:
             raise UserError(f"{file}: {e}") from None
 
@@ -127,133 +106,13 @@ class Config:
         """The content of a config.json which transformers 4 and 5 load; dtype of the weights."""
         own = {f.name: getattr(self, f.name) for f in fields(self)}
         eps = own.pop("norm_eps")
-        if self.model_type != "olmo":
-            del own["clip_qkv"]
+        if not self.architecture.plain_norm:
             own["rms_norm_eps"] = eps
-        if self.model_type != "qwen2":  # which knows no such key: q, k and v always have biases
-            own["attention_bias"] = False
-        return own | {"architectures": [ARCHITECTURES[self.model_type]], "hidden_act": "silu",
-                      "attention_dropout": 0.0, "torch_dtype": str(dtype).removeprefix("torch.")}
-
-
-def _need(good: bool, config: Config, name: str, must: str):
-    if not good:
-        key = "rms_norm_eps" if name == "norm_eps" else name
-        raise UserError(f"{key} = {reprlib.repr(getattr(config, name))}: must be {must}")
-
-
-def _is_int(x) -> bool:
-    return isinstance(x, int) and not isinstance(x, bool)
-
-
-def _is_positive(x) -> bool:
-    number = isinstance(x, (int, float)) and not isinstance(x, bool)
-    return number and 0 < x < HUGE
-
-
-def _check_values(c: Config):
-    _need(c.num_attention_heads % c.num_key_value_heads == 0, c, "num_key_value_heads",
-          f"a divisor of num_attention_heads = {c.num_attention_heads}")
-    _need(c.head_dim % 2 == 0, c, "head_dim", "even, for RoPE turns pairs of channels")
-    _need(_is_positive(c.norm_eps), c, "norm_eps", "a number above 0")
-    _need(_is_positive(c.rope_theta), c, "rope_theta", "a number above 0")
-    _need(isinstance(c.tie_word_embeddings, bool), c, "tie_word_embeddings", "true or false")
-    if c.model_type == "olmo":
-        _need(c.norm_eps == OLMO_EPS, c, "norm_eps", f"{OLMO_EPS} for olmo, which fixes it")
-        _need(c.clip_qkv is None or _is_positive(c.clip_qkv), c, "clip_qkv",
-              "null or a number above 0")
-    else:
-        _need(c.clip_qkv is None, c, "clip_qkv", f"null for {c.model_type}; only olmo clips")
-    scaling = c.rope_scaling
-    if scaling is not None:
-        good = isinstance(scaling, dict) and all(_is_positive(scaling.get(k)) for k in LLAMA3)
-        _need(good and scaling["low_freq_factor"] < scaling["high_freq_factor"], c, "rope_scaling",
-              f"null, or llama3's with {', '.join(LLAMA3)} above 0, the low below the high one")
-    for name in TOKEN_IDS:
-        value = getattr(c, name)
-        ids = value if name == "eos_token_id" and isinstance(value, list) else [value]
-        good = all(i is None or _is_int(i) and 0 <= i < c.vocab_size for i in ids)
-        _need(good, c, name, f"null or a token id below vocab_size = {c.vocab_size}")
-
-
-def _from_hf(raw) -> dict:
-    """The fields of Config in the content of a config.json; a null counts as absent."""
-    if not isinstance(raw, dict):
-        raise UserError("must hold a JSON object; fetch it again")
-    raw = {key: value for key, value in raw.items() if value is not None}
-    if _is_original_olmo(raw):
-        raw = _from_original_olmo(raw)
-    _refuse_others(raw, SUPPORTED)
-    kinds = raw.get("layer_types", [])
-    if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
-        raise UserError(f"layer_types = {reprlib.repr(kinds)} is not supported; only "
-                        '"full_attention" is')
-    own = {f.name: raw[f.name] for f in fields(Config) if f.name in raw}
-    own.pop("norm_eps", None)
-    own.pop("rope_scaling", None)
-    own |= _rope(raw)
-    if own.get("model_type") != "olmo":
-        own.pop("clip_qkv", None)  # transformers' others know no such key either
-        own["norm_eps"] = raw.get("rms_norm_eps")
-    if own.get("pad_token_id") == -1:  # how old LLaMA exports say "none"
-        del own["pad_token_id"]
-    for f in fields(Config):
-        if own.get(f.name, f.default) is MISSING or own.get(f.name, 0) is None:
-            key = "rms_norm_eps" if f.name == "norm_eps" else f.name
-            raise UserError(f"{key} is missing; take the config.json the weights came with")
-    return own
-
-
-def _refuse_others(raw: dict, supported: dict):
-    for key, only in supported.items():
-        if raw.get(key, only) != only:
-            raise UserError(f"{key} = {reprlib.repr(raw[key])} is not supported; only "
-                            f"{json.dumps(only)} is")
-
-
-def _is_original_olmo(raw) -> bool:
-    """Is this the config.json of a checkpoint in the original OLMo layout?"""
-    return isinstance(raw, dict) and "d_model" in raw
-
-
-def _from_original_olmo(raw: dict) -> dict:
-    """OLMo's own config in HF's names."""
-    _refuse_others(raw, OLMO_SUPPORTED)
-    for key in (*OLMO_NAMES, "vocab_size"):
-        if key not in raw:
-            raise UserError(f"{key} is missing; take the config.json the weights came with")
-    up_and_gate = raw.get("mlp_hidden_size")  # both halves of ff_proj
-    if not up_and_gate:
-        ratio, width = raw.get("mlp_ratio", 4), raw["d_model"]
-        up_and_gate = ratio * width if _is_int(ratio) and _is_int(width) else None
-    if not _is_int(up_and_gate) or up_and_gate % 2:
-        raise UserError("mlp_hidden_size, or mlp_ratio * d_model, must be an even whole number")
-    heads = 1 if raw.get("multi_query_attention") is True else raw["n_heads"]
-    same = ("clip_qkv", "rope_theta", *TOKEN_IDS)
-    return {ours: raw[key] for key, ours in OLMO_NAMES.items()} | {
-        key: raw[key] for key in same if key in raw} | dict(
-        model_type="olmo", intermediate_size=up_and_gate // 2,
-        vocab_size=raw.get("embedding_size") or raw["vocab_size"],  # rows, with those that pad
-        num_key_value_heads=raw.get("n_kv_heads", heads),
-        tie_word_embeddings=raw.get("weight_tying", True))
-
-
-def _rope(raw: dict) -> dict:
-    """RoPE's base (absent: 10000) and scaling, from their old place or from transformers 5's
-    rope_parameters."""
-    own = {"rope_theta": raw.get("rope_theta", 10000.0)}
-    for key in ("rope_scaling", "rope_parameters"):
-        rope = raw.get(key, {})
-        if not isinstance(rope, dict):
-            raise UserError(f"{key} = {reprlib.repr(rope)}: must be null or an object")
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind not in ("default", "llama3") or rope.get("partial_rotary_factor", 1) != 1:
-            raise UserError(f"{key} = {reprlib.repr(rope)} is not supported; only plain RoPE and "
-                            "llama3's are")
-        if kind == "llama3":
-            own["rope_scaling"] = {"rope_type": kind} | {k: rope.get(k) for k in LLAMA3}
-        own["rope_theta"] = rope.get("rope_theta", own["rope_theta"])
-    return own
+        if not self.architecture.clips:
+            del own["clip_qkv"]
+        return own | self.architecture.also | {
+            "architectures": [self.architecture.name], "hidden_act": "silu",
+            "attention_dropout": 0.0, "torch_dtype": str(dtype).removeprefix("torch.")}
 
 
 # ----------------------------------------------------------------------------------------- model
@@ -282,6 +141,10 @@ class LayerNorm(nn.Module):
         return F.layer_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype)
 
 
+def make_norm(c: Config) -> nn.Module:
+    return (LayerNorm if c.architecture.plain_norm else RMSNorm)(c.hidden_size, c.norm_eps)
+
+
 def rotate(x, cos, sin):
     """RoPE in float32 on x [B, heads, T, hd]: channels j and j + hd/2 turn together (the
     "rotate half" layout of HF checkpoints, not Meta's interleaved one)."""
@@ -289,11 +152,22 @@ def rotate(x, cos, sin):
     return (x * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
 
 
-def causal_attention(q, k, v):
-    """q [B, H, T, hd] on k, v [B, K, T, hd] at their own and earlier positions -> [B, T, H*hd]"""
-    y = F.scaled_dot_product_attention(
-        q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])  # [B, H, T, hd]
+def attention(q, k, v, mask=None):
+    """q [B, H, T, hd] on k, v [B, K, S, hd] -> [B, T, H*hd]. `mask` [B, 1, T, S] is added to the
+    scores; without one S is T, and a position sees itself and what is before it."""
+    B, H, T, hd = q.shape
+    if mask is None:
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=H != k.shape[1])
+    else:  # heads that share keys become rows of queries, so that no key is copied
+        q = q.reshape(B, k.shape[1], -1, hd)  # [B, K, H/K * T, hd]
+        mask = mask.repeat(1, 1, q.shape[2] // T, 1) if T > 1 else mask  # [B, 1, H/K * T, S]
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).view(B, H, T, hd)
     return y.transpose(1, 2).flatten(2)  # [B, T, H*hd]
+
+
+def causal_attention(q, k, v):
+    """What a layer does unless it is handed something else in place of this."""
+    return attention(q, k, v)
 
 
 class Attention(nn.Module):
@@ -302,14 +176,14 @@ class Attention(nn.Module):
 
     def __init__(self, c: Config):
         super().__init__()
-        self.head_dim, self.clip, bias = c.head_dim, c.clip_qkv, c.model_type == "qwen2"
+        self.head_dim, self.clip, biases = c.head_dim, c.clip_qkv, c.architecture.biases
         wide, narrow = (n * c.head_dim for n in (c.num_attention_heads, c.num_key_value_heads))
-        self.q_proj = nn.Linear(c.hidden_size, wide, bias=bias)
-        self.k_proj = nn.Linear(c.hidden_size, narrow, bias=bias)
-        self.v_proj = nn.Linear(c.hidden_size, narrow, bias=bias)
+        self.q_proj = nn.Linear(c.hidden_size, wide, bias=biases)
+        self.k_proj = nn.Linear(c.hidden_size, narrow, bias=biases)
+        self.v_proj = nn.Linear(c.hidden_size, narrow, bias=biases)
         self.o_proj = nn.Linear(wide, c.hidden_size, bias=False)
         self.q_norm = self.k_norm = None
-        if c.model_type == "olmo2":  # over all heads at once
+        if c.architecture.norms_qk:
             self.q_norm, self.k_norm = RMSNorm(wide, c.norm_eps), RMSNorm(narrow, c.norm_eps)
 
     def qkv(self, x, cos, sin):
@@ -347,14 +221,13 @@ class Block(nn.Module):
 
     def __init__(self, c: Config):
         super().__init__()
-        norm = LayerNorm if c.model_type == "olmo" else RMSNorm
-        self.norms_output = c.model_type == "olmo2"
+        self.norms_output = c.architecture.norms_output
         if not self.norms_output:
-            self.input_layernorm = norm(c.hidden_size, c.norm_eps)
+            self.input_layernorm = make_norm(c)
         self.self_attn = Attention(c)
-        self.post_attention_layernorm = norm(c.hidden_size, c.norm_eps)
+        self.post_attention_layernorm = make_norm(c)
         if self.norms_output:
-            self.post_feedforward_layernorm = norm(c.hidden_size, c.norm_eps)
+            self.post_feedforward_layernorm = make_norm(c)
         self.mlp = MLP(c)
 
     def qkv(self, x, cos, sin):
@@ -387,12 +260,11 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.checkpoint = False  # True: blocks recompute their activations in the backward pass
-        norm = LayerNorm if config.model_type == "olmo" else RMSNorm
         # Not nn.Embedding(V, D): its own initialisation, on the meta device, imports torch._dynamo.
         table = torch.empty(config.vocab_size, config.hidden_size)
         self.embed_tokens = nn.Embedding.from_pretrained(table, freeze=False)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
-        self.norm = norm(config.hidden_size, config.norm_eps)
+        self.norm = make_norm(config)
         self.lm_head = None
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -421,15 +293,23 @@ class Transformer(nn.Module):
         angle = torch.cat((angle, angle), dim=-1)  # [..., hd]
         return angle.cos(), angle.sin()
 
-    def hidden(self, ids):
-        """ids [B, T] -> final normed states [B, T, D], in the weights' dtype."""
-        x = self.embed_tokens(ids)  # [B, T, D]
-        cos, sin = self.rope(torch.arange(ids.shape[1], device=ids.device))  # [T, hd]
-        for block in self.layers:
+    def embed(self, ids):
+        """ids [B, T] -> the stream that enters the first layer [B, T, D]"""
+        return self.embed_tokens(ids)
+
+    def hidden(self, ids, attend=causal_attention, *, rope=None):
+        """ids [B, T] -> final normed states [B, T, D], in the weights' dtype. `attend` stands in
+        for causal_attention: one function, or a list with one for each layer. `rope`: self.rope of
+        the positions where the ids stand, if not from 0 on."""
+        x = self.embed(ids)  # [B, T, D]
+        cos, sin = rope or self.rope(torch.arange(ids.shape[1], device=ids.device))
+        for layer, block in enumerate(self.layers):
+            own = attend if callable(attend) else attend[layer]
             if self.checkpoint and torch.is_grad_enabled():
-                x = checkpoint(block, x, cos, sin, use_reentrant=False, preserve_rng_state=False)
+                x = checkpoint(block, x, cos, sin, own, use_reentrant=False,
+                               preserve_rng_state=False)
             else:
-                x = block(x, cos, sin)
+                x = block(x, cos, sin, own)
         return self.norm(x)
 
     def logits(self, h):
@@ -449,66 +329,62 @@ class Transformer(nn.Module):
         folder = Path(path)
         with torch.device("meta"):
             model = cls(Config.from_dir(folder))
-        contents = _contents(model, _is_original_olmo(read_json(folder / "config.json")))
-        files, index = weight_files(folder)
-        places = _check_headers(model, contents, folder, files, index)
-        for file in files:
-            _load_shard(model, file, {n: contents[n] for n in places if places[n] == file},
-                        dtype, device)
-        for name in (HEAD, OLMO_HEAD):
-            if model.lm_head is None and name in places:
-                _check_tied(model, name, places[name])
+        load_weights(model, folder, dtype, device)
         return model
 
-    def save_pretrained(self, path, *, shard_bytes: int = SHARD_BYTES):
-        """Write a HF folder: config.json, generation_config.json, safetensors (bf16 stays bf16).
-        Each file appears under its name only when whole."""
-        folder = Path(path)
-        folder.mkdir(parents=True, exist_ok=True)
-        tensors = {_hf(name): p.detach() for name, p in self.named_parameters()}
-        if {n: t.shape for n, t in tensors.items()} != _shapes(self.config):
-            raise ValueError("parameters differ from the config's: undo replaced modules first")
-        shards = _split(tensors, shard_bytes)
-        names = ["model.safetensors"] if len(shards) == 1 else [
-            f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
-        for name, shard in zip(names, shards):
-            save_tensors(folder / name, shard, metadata={"format": "pt"})
-        if len(shards) > 1:
-            total = sum(t.nbytes for t in tensors.values())
-            where = {key: name for name, shard in zip(names, shards) for key in shard}
-            write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
-        c = self.config
-        write_json(folder / "config.json", c.to_hf(self.embed_tokens.weight.dtype))
-        ids = {key: getattr(c, key) for key in TOKEN_IDS if getattr(c, key) is not None}
-        write_json(folder / "generation_config.json", {"do_sample": False} | ids)
-        keep = {*names, INDEX} if len(shards) > 1 else set(names)
-        for old in folder.iterdir():  # an older, differently sharded save would be read instead
-            if WEIGHTS.fullmatch(old.name) and old.name not in keep:
-                old.unlink()
+    def save_pretrained(self, path, *, shard_bytes: int = 5_000_000_000):
+        """Write a HF folder: config.json, generation_config.json, safetensors (bf16 stays bf16),
+        split above shard_bytes. Each file appears under its name only when whole."""
+        save_weights(self, Path(path), shard_bytes)
 
 
 # --------------------------------------------------------------------------------- loading, saving
 
+INDEX = "model.safetensors.index.json"
+WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
+HEAD, OLMO_HEAD = "lm_head.weight", "model.transformer.ff_out.weight"  # HF's, original OLMo's
+# The original OLMo layout (allenai/OLMo-1B, not -hf) fuses tensors: name -> ours, whose rows follow
+# one another in it.
+OLMO_TENSORS = {"att_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+                "attn_out": ("self_attn.o_proj",), "ff_out": ("mlp.down_proj",),
+                "ff_proj": ("mlp.up_proj", "mlp.gate_proj")}
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16,
+          "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32, "I16": torch.int16,
+          "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}  # safetensors' names
 
-def _hf(name: str) -> str:
+
+def load_weights(model, folder: Path, dtype, device):
+    """Fill a model on the meta device from a checkpoint."""
+    contents = stored_tensors(model, is_original_olmo(read_json(folder / "config.json")))
+    files, index = weight_files(folder)
+    places = check_headers(model, contents, folder, files, index)
+    for file in files:
+        load_file(model, file, {n: contents[n] for n in places if places[n] == file}, dtype, device)
+    for name in (HEAD, OLMO_HEAD):
+        if model.lm_head is None and name in places:
+            check_tied(model, name, places[name])
+
+
+def hf_name(name: str) -> str:
     """Our parameter's name in a HF checkpoint."""
     return name if name.startswith("lm_head.") else f"model.{name}"
 
 
-def _contents(model, original_olmo: bool) -> dict[str, list[str]]:
-    """Tensor of a checkpoint -> our parameters whose rows it holds; a tied head may be stored, but
-    is none of ours."""
+def tensor_shapes(config: Config) -> dict[str, torch.Size]:
+    """Name and shape of every tensor that a HF checkpoint of this config holds."""
+    with torch.device("meta"):
+        return {hf_name(name): p.shape for name, p in Transformer(config).named_parameters()}
+
+
+def stored_tensors(model, original_olmo: bool) -> dict[str, list[str]]:
+    """Tensor of a checkpoint -> our parameters whose rows it holds. A tied head may be stored, and
+    is none of our parameters."""
     head = [] if model.lm_head is None else ["lm_head.weight"]
     if not original_olmo:
-        return {_hf(name): [name] for name, _ in model.named_parameters()} | {HEAD: head}
+        return {hf_name(name): [name] for name, _ in model.named_parameters()} | {HEAD: head}
     blocks = {f"model.transformer.blocks.{i}.{name}.weight": [f"layers.{i}.{p}.weight" for p in own]
               for i in range(len(model.layers)) for name, own in OLMO_TENSORS.items()}
     return {"model.transformer.wte.weight": ["embed_tokens.weight"]} | blocks | {OLMO_HEAD: head}
-
-
-def _shapes(config: Config) -> dict[str, torch.Size]:
-    with torch.device("meta"):
-        return {_hf(name): p.shape for name, p in Transformer(config).named_parameters()}
 
 
 def weight_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
@@ -538,17 +414,8 @@ def weight_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
     return [folder / name for name in sorted(set(where.values()))], where
 
 
-def _open(file: Path):
-    try:
-        return safe_open(file, framework="pt")
-    except (OSError, SafetensorError) as e:
-        reason = str(e).splitlines()[0] if str(e) else type(e).__name__
-        raise UserError(f"{file} is not a whole safetensors file ({reason}); "
-                        "download it again") from None
-
-
-def _check_headers(model, contents: dict, folder: Path, files: list[Path],
-                   index: dict) -> dict[str, Path]:
+def check_headers(model, contents: dict, folder: Path, files: list[Path],
+                  index: dict) -> dict[str, Path]:
     """Tensor name -> its file, once the headers promise exactly what the config asks for."""
     ours = {name: p.shape for name, p in model.named_parameters()}
     stored = {name: parts or ["embed_tokens.weight"] for name, parts in contents.items()}
@@ -556,12 +423,12 @@ def _check_headers(model, contents: dict, folder: Path, files: list[Path],
             for name, parts in stored.items()}
     places, faults = {}, {kind: [] for kind in ("missing", "unexpected", "misshapen", "not float")}
     for file in files:
-        with _open(file) as shard:
+        with open_tensors(file) as shard:
             names = set(shard.keys())
             lost = [n for n, f in index.items() if f == file.name and n not in names]
             if lost:
-                raise UserError(f"{file}: the index puts {_several(lost)} here, but the file does "
-                                "not hold it; index and shards are of different models")
+                raise UserError(f"{file}: the index puts {first_names(lost)} here, but the file "
+                                "does not hold it; index and shards are of different models")
             for name in sorted(names):
                 if name.endswith("rotary_emb.inv_freq") or index.get(name, file.name) != file.name:
                     continue  # old exports store RoPE's frequencies, which the config decides
@@ -575,24 +442,25 @@ def _check_headers(model, contents: dict, folder: Path, files: list[Path],
                     faults["not float"].append(f"{name} ({tensor.get_dtype()})")
                 places[name] = file
     faults["missing"] = [name for name, parts in contents.items() if parts and name not in places]
-    told = [f"{kind}: {_several(names)}" for kind, names in faults.items() if names]
-    if told:
-        raise UserError(f"{folder}: weights do not fit config.json; {'; '.join(told)}; "
+    found = [f"{kind}: {first_names(names)}" for kind, names in faults.items() if names]
+    if found:
+        raise UserError(f"{folder}: weights do not fit config.json; {'; '.join(found)}; "
                         "take both from the same model")
     return places
 
 
-def _several(names: list[str]) -> str:
-    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    return ", ".join(names[:NAMED]) + more
+def first_names(names: list[str], shown: int = 4) -> str:
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + more
 
 
-def _load_shard(model, file: Path, contents: dict[str, list[str]], dtype, device):
-    with _open(file) as shard:
+def load_file(model, file: Path, contents: dict[str, list[str]], dtype, device):
+    """Put the tensors of one file into the model's parameters."""
+    with open_tensors(file) as shard:
         for name, parts in contents.items():
-            rows = [model.get_parameter(part).shape[0] for part in parts]
+            sizes = [model.get_parameter(part).shape[0] for part in parts]
             mapped = shard.get_tensor(name)  # its memory is the file
-            for part, source in zip(parts, mapped.split(rows) if parts else ()):
+            for part, source in zip(parts, mapped.split(sizes) if parts else ()):
                 # A copy even where dtype and device agree: the file may change or go away.
                 tensor = torch.empty(source.shape, dtype=dtype, device=device)
                 tensor.copy_(source)
@@ -604,17 +472,41 @@ def _load_shard(model, file: Path, contents: dict[str, list[str]], dtype, device
                 setattr(model.get_submodule(module), leaf, nn.Parameter(tensor))
 
 
-def _check_tied(model, name: str, file: Path):
+def check_tied(model, name: str, file: Path):
     """UserError unless the head stored beside a tied embedding is the embedding."""
     weight = model.embed_tokens.weight
-    with _open(file) as shard:
+    with open_tensors(file) as shard:
         if not torch.equal(shard.get_tensor(name).to(weight), weight):
             raise UserError(f"{file}: {name} is not the embedding, yet config.json says "
                             "tie_word_embeddings (or weight_tying); set it to false to use this "
                             "head")
 
 
-def _split(tensors: dict, limit: int) -> list[dict]:
+def save_weights(model, folder: Path, shard_bytes: int):
+    """What Transformer.save_pretrained writes; an older save in other shards is removed."""
+    c = model.config
+    tensors = {hf_name(name): p.detach() for name, p in model.named_parameters()}
+    if {n: t.shape for n, t in tensors.items()} != tensor_shapes(c):
+        raise ValueError("parameters differ from the config's: undo replaced modules first")
+    shards = split_shards(tensors, shard_bytes)
+    names = ["model.safetensors"] if len(shards) == 1 else [
+        f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+    for name, shard in zip(names, shards):
+        save_tensors(folder / name, shard, metadata={"format": "pt"})
+    if len(shards) > 1:
+        total = sum(t.nbytes for t in tensors.values())
+        where = {key: name for name, shard in zip(names, shards) for key in shard}
+        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
+        names.append(INDEX)
+    write_json(folder / "config.json", c.to_hf(model.embed_tokens.weight.dtype))
+    ids = {key: getattr(c, key) for key in TOKEN_IDS if getattr(c, key) is not None}
+    write_json(folder / "generation_config.json", {"do_sample": False} | ids)
+    for old in folder.iterdir():  # an older, differently sharded save would be read instead
+        if WEIGHTS.fullmatch(old.name) and old.name not in names:
+            old.unlink()
+
+
+def split_shards(tensors: dict, limit: int) -> list[dict]:
     """Tensors in order, in as many shards of at most `limit` bytes as that takes."""
     shards, room = [{}], limit
     for name, tensor in tensors.items():
@@ -624,6 +516,472 @@ def _split(tensors: dict, limit: int) -> list[dict]:
         shards[-1][name] = tensor
         room -= tensor.nbytes
     return shards
+
+
+# ---------------------------------------------------------------------------------------- decoding
+
+PROMPTS_AT_ONCE = 16  # prompts read in one pass: less padding, smaller activations
+LOGITS = 1 << 25  # logits held at once: 128 MiB of float32
+FIRST_DRAFT, LONGEST_DRAFT = 4, 32  # tokens read ahead, once a guess was right and at most
+
+
+def generate(model, prompts, *, max_new_tokens=None, eos_id, max_total_tokens=None, drafts=None,
+             batch_tokens=16384, progress=None) -> list[list[int]]:
+    """Greedy continuations [D16] of `prompts` (lists of ids), in their order: new ids, without eos.
+    A row ends at eos_id (None: never), after max_new_tokens, at max_total_tokens with its prompt,
+    or at the model's context. A batch holds at most batch_tokens cached positions; `progress`
+    names a tqdm bar. `drafts` holds for each prompt the ids it may say, or none: several tokens are
+    then checked in one pass, and a wrong draft costs time but changes no token. In float32 a row's
+    tokens do not depend on its company or draft; in bfloat16 rounding may decide a near tie.
+    UserError for a prompt that is empty, too long or not in vocabulary."""
+    limits = [new_tokens(model.config, i, prompt, max_new_tokens, max_total_tokens)
+              for i, prompt in enumerate(prompts)]
+    for i, prompt in enumerate(prompts):
+        if len(prompt) + limits[i] > batch_tokens:
+            raise UserError(f"prompt {i} with its new tokens takes {len(prompt) + limits[i]} "
+                            f"positions; a batch of {batch_tokens} tokens cannot hold it: raise "
+                            "the batch's tokens or lower the number of new tokens")
+    rows = [Row(prompt, limit, [i for i in draft or [] if 0 <= i < model.config.vocab_size])
+            for prompt, limit, draft in zip(prompts, limits, drafts or [None] * len(prompts),
+                                            strict=True)]
+    with tqdm(total=len(rows), desc=progress, unit="row", disable=progress is None) as bar:
+        for batch in row_batches([len(p) for p in prompts], limits, batch_tokens):
+            decode(model, [rows[i] for i in batch], eos_id)
+            bar.update(len(batch))
+    return [row.ids[row.start:] for row in rows]
+
+
+class Row:
+    """A text being decoded, and the place in its draft or in itself where it has been before: what
+    stands there is a guess at what it says next."""
+
+    def __init__(self, prompt: list[int], limit: int, draft: list[int]):
+        self.ids, self.start, self.end = list(prompt), len(prompt), len(prompt) + limit
+        self.source, self.at = prompt + draft, len(prompt)  # the guess starts at source[at]
+        pairs = zip(self.source, self.source[1:])  # two ids -> where the id after them stands
+        self.after = {pair: (self.source, at) for at, pair in enumerate(pairs, 2)}
+        self.ahead = 0  # guessed ids to read in the next pass
+
+    def to_read(self) -> list[int]:
+        """Ids of the next pass: the last one, which no pass has read yet, and those guessed."""
+        wanted = min(self.ahead, self.end - len(self.ids) - 1)
+        guess = self.source[self.at:self.at + wanted]
+        while self.source is self.ids and len(guess) < wanted:  # a loop goes on as it began
+            guess = (guess + guess)[:wanted]
+        return self.ids[-1:] + guess
+
+    def add(self, chosen: list[int], eos_id) -> bool:
+        """Take the model's own choice after each id that was read, up to the first that was not
+        guessed: what was read after it is not this text. False: the row has ended."""
+        for token in chosen:
+            if token == eos_id:
+                return False
+            pair, at = (self.ids[-1], token), len(self.ids)
+            guessed = self.source[self.at:self.at + 1] == [token]
+            self.source, self.at = ((self.source, self.at + 1) if guessed else
+                                    self.after.get(pair, (self.ids, at + 1)))
+            self.after[pair] = self.ids, at + 1
+            self.ids.append(token)
+            if not guessed:
+                break
+        # A wrong guess costs little: no more is read ahead until a guess comes true again.
+        self.ahead = min(LONGEST_DRAFT, max(FIRST_DRAFT, 2 * self.ahead)) if guessed else 0
+        return len(self.ids) < self.end
+
+
+class Cache:
+    """Keys and values of B rows: in column p those of a row's p-th token, RoPE in them. Columns
+    past a row's end may hold what a wrong guess left; no query sees them, and later tokens
+    overwrite them."""
+
+    def __init__(self, c: Config, B: int, columns: int, like):
+        shape = (B, c.num_key_value_heads, columns, c.head_dim)
+        # Zeroed: a masked key weighs 0, but 0 times an uninitialised NaN would be NaN.
+        self.k = [like.new_zeros(shape) for _ in range(c.num_hidden_layers)]  # [B, K, columns, hd]
+        self.v = [like.new_zeros(shape) for _ in range(c.num_hidden_layers)]
+        self.end = 0  # columns in use
+
+    def prefill(self, rows: slice, layer: int, q, k, v):
+        """Causal attention over the prompts of some rows, whose keys and values are kept."""
+        width = k.shape[2]
+        self.end = max(self.end, width)
+        self.k[layer][rows, :, :width], self.v[layer][rows, :, :width] = k, v
+        return causal_attention(q, k, v)
+
+    def place(self, row, slot, position, width: int, end: int):
+        """Say of N new tokens which row each belongs to, its place among the at most `width` new
+        ones of that row, and its position, all below `end` (int64 [N] each). `step` takes them
+        as they are, without padding."""
+        self.row, self.slot, self.position, self.end = row, slot, position, end
+        last = position.new_zeros(len(self.k[0]), width)  # a slot without token sees column 0
+        last[row, slot] = position
+        unseen = torch.arange(end, device=row.device) > last[..., None]  # [B, width, end]
+        self.mask = self.k[0].new_zeros(unseen.shape).masked_fill_(unseen, -math.inf)[:, None]
+
+    def step(self, layer: int, q, k, v):
+        """Attention of the placed tokens, q [1, H, N, hd] and k, v [1, K, N, hd], on all that each
+        may see -> [1, N, H*hd]"""
+        keys, values = self.k[layer][:, :, :self.end], self.v[layer][:, :, :self.end]
+        keys[self.row, :, self.position] = k[0].transpose(0, 1)  # [N, K, hd]
+        values[self.row, :, self.position] = v[0].transpose(0, 1)
+        B, _, width, _ = self.mask.shape
+        if width == 1:  # N is B
+            return attention(q.transpose(0, 2), keys, values, self.mask).transpose(0, 1)
+        padded = q.new_zeros(B, width, *q.shape[1::2])  # [B, width, H, hd]
+        padded[self.row, self.slot] = q[0].transpose(0, 1)
+        mixed = attention(padded.transpose(1, 2), keys, values, self.mask)  # [B, width, H*hd]
+        return mixed[self.row, self.slot][None]
+
+    def keep(self, rows):
+        """Drop all rows but these (distinct int64 indices), which take this order. Those among
+        the first len(rows) should stand at their own place: they are not copied."""
+        moved = (rows != torch.arange(len(rows), device=rows.device)).nonzero()[:, 0]
+        for layers in (self.k, self.v):
+            for layer, x in enumerate(layers):
+                x[moved, :, :self.end] = x[rows[moved], :, :self.end]
+                layers[layer] = x[:len(rows)]
+
+
+def new_tokens(c: Config, i: int, prompt: list[int], max_new, max_total) -> int:
+    """How many tokens prompt i may get."""
+    context = c.max_position_embeddings
+    if not prompt:
+        raise UserError(f"prompt {i} is empty; there is nothing to continue")
+    if len(prompt) >= context:
+        raise UserError(f"prompt {i} has {len(prompt)} tokens, which leaves no room in the model's "
+                        f"context of {context}; shorten it")
+    if min(prompt) < 0 or max(prompt) >= c.vocab_size:
+        raise UserError(f"prompt {i} has token ids outside the model's vocabulary of "
+                        f"{c.vocab_size}; is this the model's own tokenizer?")
+    longest = context if max_total is None else min(context, max_total)
+    room = max(0, longest - len(prompt))
+    return room if max_new is None else min(room, max_new)
+
+
+def row_batches(lengths: list[int], limits: list[int], budget: int):
+    """Row numbers in batches, rows of like length together, the longest first: what does not fit
+    in memory fails at once. Rows with no room are left out."""
+    order = sorted((i for i in range(len(lengths)) if limits[i] > 0), key=lambda i: -lengths[i])
+    batch, steps = [], 0
+    for i in order:
+        wider = max(steps, limits[i])
+        if batch and (len(batch) + 1) * (lengths[batch[0]] + wider) > budget:
+            yield batch
+            batch, wider = [], limits[i]
+        batch, steps = [*batch, i], wider
+    if batch:
+        yield batch
+
+
+@torch.inference_mode()
+def decode(model, rows: list[Row], eos_id):
+    """Let the rows of one batch say all they will."""
+    like, columns = model.embed_tokens.weight, max(row.end for row in rows)
+    rope = model.rope(torch.arange(columns, device=like.device))  # [columns, hd]
+    cache = Cache(model.config, len(rows), columns, like)
+    chosen = read_prompts(model, cache, rows)
+    while True:
+        alive = [row.add(ids, eos_id) for row, ids in zip(rows, chosen)]
+        if not any(alive):
+            return
+        if not all(alive):
+            order = fill_gaps(alive)
+            cache.keep(torch.tensor(order, device=like.device))
+            rows = [rows[i] for i in order]
+        chosen = read_on(model, cache, rows, rope)
+
+
+def fill_gaps(alive: list[bool]) -> list[int]:
+    """An order of the rows that go on, in which those at the end fill the places of the finished:
+    few rows move."""
+    count = sum(alive)
+    last = [i for i in range(count, len(alive)) if alive[i]]
+    return [i if alive[i] else last.pop() for i in range(count)]
+
+
+def read_prompts(model, cache: Cache, rows: list[Row]) -> list[list[int]]:
+    """Fill the cache. Returns the model's choice after each prompt, in a list of one."""
+    device, chosen = model.embed_tokens.weight.device, []
+    for i in range(0, len(rows), PROMPTS_AT_ONCE):
+        part = slice(i, i + PROMPTS_AT_ONCE)
+        lengths = [len(row.ids) for row in rows[part]]
+        padded = [row.ids + [0] * (max(lengths) - len(row.ids)) for row in rows[part]]
+        attend = [partial(cache.prefill, part, layer) for layer in range(len(model.layers))]
+        h = model.hidden(torch.tensor(padded, device=device), attend)  # [b, T, D]
+        last = torch.tensor(lengths, device=device) - 1
+        chosen += best_ids(model, h[torch.arange(len(h), device=device), last])
+    return [[token] for token in chosen]
+
+
+def read_on(model, cache: Cache, rows: list[Row], rope) -> list[list[int]]:
+    """One pass over each row's last id and what it may say next. Returns, for each row, the
+    model's choice after each id that was read."""
+    read = [row.to_read() for row in rows]
+    table = [(token, b, slot, len(row.ids) - 1 + slot) for b, row in enumerate(rows)
+             for slot, token in enumerate(read[b])]
+    ids, row, slot, position = torch.tensor(table, device=model.embed_tokens.weight.device).T
+    cache.place(row, slot, position, max(map(len, read)), 1 + max(line[-1] for line in table))
+    attend = [partial(cache.step, layer) for layer in range(len(model.layers))]
+    h = model.hidden(ids[None], attend, rope=[x[position][None] for x in rope])  # [1, N, D]
+    chosen = iter(best_ids(model, h[0]))
+    return [list(islice(chosen, len(ids))) for ids in read]
+
+
+def best_ids(model, h) -> list[int]:
+    """The likeliest next id after each of the states h [N, D]."""
+    chunk = max(1, LOGITS // model.config.vocab_size)
+    return torch.cat([model.logits(x).argmax(-1) for x in h.split(chunk)]).tolist()
+
+
+# ------------------------------------------------------------------------------ checks of a config
+
+HUGE = 1e30  # no constant of a model is larger; float32 must hold it
+LARGEST_SIZE = 1 << 24  # far above any model's, and below what overflows or takes minutes before
+MOST_LAYERS = 1 << 10  # the weights are found not to fit
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+         "num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings")
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+# Keys that would change the numbers, and the one value of each that this code computes.
+SUPPORTED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
+             "attention_dropout": 0, "partial_rotary_factor": 1, "quantization_config": None,
+             "use_sliding_window": False}
+# The original OLMo layout: its config's names for ours, and what its config must say.
+OLMO_NAMES = {"d_model": "hidden_size", "n_layers": "num_hidden_layers",
+              "n_heads": "num_attention_heads", "max_sequence_length": "max_position_embeddings"}
+OLMO_SUPPORTED = {"activation_type": "swiglu", "block_type": "sequential", "rope": True,
+                  "layer_norm_type": "default", "layer_norm_with_affine": False, "alibi": False,
+                  "layer_norm_eps": OLMO_EPS, "attention_layer_norm": False, "include_bias": False,
+                  "scale_logits": False, "norm_after": False}
+
+
+def need(good: bool, config: Config, name: str, must: str):
+    if not good:
+        key = "rms_norm_eps" if name == "norm_eps" else name
+        raise UserError(f"{key} = {reprlib.repr(getattr(config, name))}: must be {must}")
+
+
+def is_int(x) -> bool:
+    return isinstance(x, int) and not isinstance(x, bool)
+
+
+def is_positive(x) -> bool:
+    number = isinstance(x, (int, float)) and not isinstance(x, bool)
+    return number and 0 < x < HUGE
+
+
+def check_sizes(c: Config):
+    need(c.model_type in list(ARCHITECTURES), c, "model_type",
+         f"{' or '.join(ARCHITECTURES)}; no other architecture is supported")
+    for name in SIZES:
+        value = getattr(c, name)
+        optional = value is None and name in ("num_key_value_heads", "head_dim")
+        largest = MOST_LAYERS if name == "num_hidden_layers" else LARGEST_SIZE
+        need(optional or is_int(value) and 0 < value <= largest, c, name,
+             f"a whole number above 0, at most {largest}")
+    need(c.hidden_size % c.num_attention_heads == 0, c, "hidden_size",
+         f"a multiple of num_attention_heads = {c.num_attention_heads}")
+
+
+def check_values(c: Config):
+    need(c.num_attention_heads * c.head_dim <= LARGEST_SIZE, c, "head_dim",
+         f"at most {LARGEST_SIZE} over all heads")
+    need(c.num_attention_heads % c.num_key_value_heads == 0, c, "num_key_value_heads",
+         f"a divisor of num_attention_heads = {c.num_attention_heads}")
+    need(c.head_dim % 2 == 0, c, "head_dim", "even, for RoPE turns pairs of channels")
+    need(is_positive(c.norm_eps), c, "norm_eps", "a number above 0")
+    need(is_positive(c.rope_theta), c, "rope_theta", "a number above 0")
+    need(isinstance(c.tie_word_embeddings, bool), c, "tie_word_embeddings", "true or false")
+    need(c.norm_eps == OLMO_EPS or not c.architecture.plain_norm, c, "norm_eps",
+         f"{OLMO_EPS} for {c.model_type}, which fixes it")
+    need(c.clip_qkv is None or c.architecture.clips, c, "clip_qkv",
+         f"null for {c.model_type}, which does not clip")
+    need(c.clip_qkv is None or is_positive(c.clip_qkv), c, "clip_qkv", "null or a number above 0")
+    scaling = c.rope_scaling
+    if scaling is not None:
+        good = isinstance(scaling, dict) and all(is_positive(scaling.get(k)) for k in LLAMA3)
+        need(good and scaling["low_freq_factor"] < scaling["high_freq_factor"], c, "rope_scaling",
+             f"null, or llama3's with {', '.join(LLAMA3)} above 0, the low below the high one")
+    for name in TOKEN_IDS:
+        value = getattr(c, name)
+        ids = value if name == "eos_token_id" and isinstance(value, list) else [value]
+        good = all(i is None or is_int(i) and 0 <= i < c.vocab_size for i in ids)
+        need(good, c, name, f"null or a token id below vocab_size = {c.vocab_size}")
+
+
+def config_fields(content) -> dict:
+    """The fields of Config in the content of a config.json."""
+    if not isinstance(content, dict):
+        raise UserError("must hold a JSON object; fetch it again")
+    present = {key: value for key, value in content.items() if value is not None}
+    if is_original_olmo(present):
+        present = from_original_olmo(present)
+    check_supported(present, SUPPORTED)
+    kinds = present.get("layer_types", [])
+    if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
+        raise UserError(f"layer_types = {reprlib.repr(kinds)} is not supported; only "
+                        '"full_attention" is')
+    own = {f.name: present[f.name] for f in fields(Config) if f.name in present}
+    own.pop("norm_eps", None)
+    own.pop("rope_scaling", None)
+    own |= rope_fields(present)
+    row = ARCHITECTURES.get(str(own.get("model_type")), Architecture(name=""))
+    if not row.plain_norm:
+        own["norm_eps"] = present.get("rms_norm_eps")
+    if not row.clips:
+        own.pop("clip_qkv", None)  # transformers' others know no such key either
+    if row.window is not None:
+        check_window(content.get("sliding_window", row.window), own.get("max_position_embeddings"))
+    if own.get("pad_token_id") == -1:  # how old LLaMA exports say "none"
+        del own["pad_token_id"]
+    for f in fields(Config):
+        if own.get(f.name, f.default) is MISSING or own.get(f.name, 0) is None:
+            raise missing_key("rms_norm_eps" if f.name == "norm_eps" else f.name)
+    return own
+
+
+def missing_key(key: str) -> Exception:
+    return UserError(f"{key} is missing; take the config.json the weights came with")
+
+
+def check_supported(content: dict, supported: dict):
+    for key, only in supported.items():
+        if content.get(key, only) != only:
+            raise UserError(f"{key} = {reprlib.repr(content[key])} is not supported; only "
+                            f"{json.dumps(only)} is")
+
+
+def check_window(window, context):
+    """A window as wide as the context hides nothing; a narrower one is not computed here."""
+    if window is None or is_int(context) and is_int(window) and window >= context:
+        return
+    raise UserError(f"sliding_window = {reprlib.repr(window)} is below max_position_embeddings = "
+                    f"{reprlib.repr(context)} and not computed here; lower the latter to it in "
+                    "config.json, if texts are that short")
+
+
+def is_original_olmo(content) -> bool:
+    """Is this the config.json of a checkpoint in the original OLMo layout?"""
+    return isinstance(content, dict) and "d_model" in content
+
+
+def from_original_olmo(content: dict) -> dict:
+    """OLMo's own config in HF's names."""
+    check_supported(content, OLMO_SUPPORTED)
+    for key in (*OLMO_NAMES, "vocab_size"):
+        if key not in content:
+            raise missing_key(key)
+    up_and_gate = content.get("mlp_hidden_size")  # both halves of ff_proj
+    if not up_and_gate:
+        ratio, width = content.get("mlp_ratio", 4), content["d_model"]
+        up_and_gate = ratio * width if is_int(ratio) and is_int(width) else None
+    if not is_int(up_and_gate) or up_and_gate % 2:
+        raise UserError("mlp_hidden_size, or mlp_ratio * d_model, must be an even whole number")
+    heads = 1 if content.get("multi_query_attention") is True else content["n_heads"]
+    same = ("clip_qkv", "rope_theta", *TOKEN_IDS)
+    return {ours: content[key] for key, ours in OLMO_NAMES.items()} | {
+        key: content[key] for key in same if key in content} | dict(
+        model_type="olmo", intermediate_size=up_and_gate // 2,
+        vocab_size=content.get("embedding_size") or content["vocab_size"],  # with rows that pad
+        num_key_value_heads=content.get("n_kv_heads", heads),
+        tie_word_embeddings=content.get("weight_tying", True))
+
+
+def rope_fields(content: dict) -> dict:
+    """RoPE's base (absent: 10000) and scaling, from their old place or from transformers 5's
+    rope_parameters."""
+    own = {"rope_theta": content.get("rope_theta", 10000.0)}
+    for key in ("rope_scaling", "rope_parameters"):
+        rope = content.get(key, {})
+        if not isinstance(rope, dict):
+            raise UserError(f"{key} = {reprlib.repr(rope)}: must be null or an object")
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind not in ("default", "llama3") or rope.get("partial_rotary_factor", 1) != 1:
+            raise UserError(f"{key} = {reprlib.repr(rope)} is not supported; only plain RoPE and "
+                            "llama3's are")
+        if kind == "llama3":
+            own["rope_scaling"] = {"rope_type": kind} | {k: rope.get(k) for k in LLAMA3}
+        own["rope_theta"] = rope.get("rope_theta", own["rope_theta"])
+    return own
+
+
+# ------------------------------------------------------------------------------------------- files
+
+NO_TEXT = re.compile("[\0\ud800-\udfff]")  # what no file name or UTF-8 file can hold
+
+
+class UserError(Exception):
+    """Something the person at the keyboard can put right: what is wrong, where, what to do."""
+
+
+def read_json(path):
+    """The JSON value in a file; UserError says which file is missing or broken."""
+    path = Path(path)
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing") from None
+    except IsADirectoryError:
+        raise UserError(f"{path} is a folder, not a file") from None
+    except (ValueError, RecursionError) as e:
+        what = str(e).splitlines()[0]
+        raise UserError(f"{path} is not valid JSON ({what}); fetch or make it again") from None
+
+
+@contextlib.contextmanager
+def whole_file(path):
+    """A binary file to write to, which gets its name `path` once all of it is on the disk."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.simu-partial")
+    if beside.is_file() and not beside.is_symlink():
+        beside.unlink()  # a killed process left it
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL  # never through a link that someone put there
+    flags |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)  # not on every system
+    try:
+        file = open(os.open(beside, flags, 0o666), "wb")
+    except FileExistsError:
+        raise UserError(f"{beside} is in the way of {path.name}; delete it") from None
+    try:
+        with file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except OSError as e:  # a full disk's names no file
+        e.filename = e.filename or str(path)
+        raise
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def write_text(path, text: str):
+    """Whole or not at all, in UTF-8; folders on the way are made."""
+    with whole_file(path) as file:
+        file.write(text.encode("utf-8"))
+
+
+def write_json(path, value):
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def open_tensors(file: Path):
+    try:
+        return safe_open(file, framework="pt")
+    except (OSError, SafetensorError) as e:
+        reason = str(e).splitlines()[0] if str(e) else type(e).__name__
+        raise UserError(f"{file} is not a whole safetensors file ({reason}); "
+                        "download it again") from None
+
+
+def read_tensors(path, names) -> list[torch.Tensor]:
+    """The named tensors of a safetensors file of our own; UserError if it lacks one."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return [file.get_tensor(name) for name in names]
+    except (OSError, SafetensorError):
+        raise UserError(f"{path} is missing or damaged; delete {Path(path).parent} and make it "
+                        "again") from None
 
 
 def raw(t: torch.Tensor):
@@ -644,167 +1002,8 @@ def save_tensors(path, tensors: dict[str, torch.Tensor], metadata: dict[str, str
         end += t.nbytes
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    part = Path(f"{path}.part")
-    try:
-        with open(part, "wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            for _, t in ordered:
-                t = t.detach().to("cpu").contiguous()
-                file.write(raw(t))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-# -------------------------------------------------------------------------------------- generation
-
-
-class Cache:
-    """Keys and values of B rows. Columns below `width` hold the prompts, padded on the right;
-    column width + s holds every row's s-th new token. A row's pads are masked out, and RoPE has
-    put each token's true position into its key, so where a key is stored does not matter."""
-
-    def __init__(self, c: Config, lengths, width: int, steps: int, like):
-        shape = (len(lengths), c.num_key_value_heads, width + steps, c.head_dim)
-        # Zeroed: a masked key weighs 0, but 0 times an uninitialised NaN would be NaN.
-        self.k = [like.new_zeros(shape) for _ in range(c.num_hidden_layers)]  # [B, K, cap, hd]
-        self.v = [like.new_zeros(shape) for _ in range(c.num_hidden_layers)]
-        self.end = width  # columns in use
-        column = torch.arange(width + steps, device=like.device)
-        self.mask = None  # added to scores: 0, or -inf at pads [B, 1, 1, cap]
-        if (lengths < width).any():
-            pads = (column >= lengths[:, None]) & (column < width)  # [B, cap]
-            self.mask = like.new_zeros(pads.shape).masked_fill(pads, -math.inf)[:, None, None]
-
-    def prefill(self, rows: slice, layer: int, q, k, v):
-        """Causal attention over the prompts of some rows, whose keys and values are kept."""
-        width = k.shape[2]
-        self.k[layer][rows, :, :width], self.v[layer][rows, :, :width] = k, v
-        return causal_attention(q, k, v)
-
-    def step(self, layer: int, q, k, v):
-        """One new token per row, q [B, H, 1, hd], on all it may see -> [B, 1, H*hd]"""
-        keys, values = self.k[layer][:, :, : self.end], self.v[layer][:, :, : self.end]
-        keys[:, :, -1:], values[:, :, -1:] = k, v
-        # With one query per head, the heads sharing a key head are just its rows of queries.
-        grouped = q.view(q.shape[0], k.shape[1], -1, q.shape[3])  # [B, K, H/K, hd]
-        mask = None if self.mask is None else self.mask[..., : self.end]
-        y = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask)
-        return y.reshape(q.shape[0], 1, -1)  # [B, 1, H*hd]
-
-    def keep(self, rows):
-        """Drop all rows but these (distinct int64 indices), which take this order. Those among
-        the first len(rows) should stand at their own place: they are not copied."""
-        moved = (rows != torch.arange(len(rows), device=rows.device)).nonzero()[:, 0]
-        for kept in (self.k, self.v):
-            for layer, x in enumerate(kept):
-                x[moved, :, : self.end] = x[rows[moved], :, : self.end]
-                kept[layer] = x[: len(rows)]
-        self.mask = None if self.mask is None else self.mask[rows]
-
-
-def generate(model, prompts, *, max_new_tokens=None, eos_id, max_total_tokens=None,
-             batch_tokens=16384, progress=None) -> list[list[int]]:
-    """Greedy continuations [D16] of `prompts` (lists of ids), in their order: new ids, without eos.
-    A row ends at eos_id (None: never), after max_new_tokens, at max_total_tokens with its prompt,
-    or at the model's context. A batch holds at most batch_tokens cached positions; `progress`
-    names a tqdm bar. In float32 a row's tokens do not depend on its company; in bfloat16 rounding
-    may decide a near tie. UserError for a prompt that is empty, too long or not in vocabulary."""
-    limits = [_room(model.config, i, prompt, max_new_tokens, max_total_tokens)
-              for i, prompt in enumerate(prompts)]
-    for i, prompt in enumerate(prompts):
-        if len(prompt) + limits[i] > batch_tokens:
-            raise UserError(f"prompt {i} with its new tokens takes {len(prompt) + limits[i]} "
-                            f"positions; a batch of {batch_tokens} tokens cannot hold it: raise "
-                            "the batch's tokens or lower the number of new tokens")
-    out = [[] for _ in prompts]
-    with tqdm(total=len(prompts), desc=progress, unit="row", disable=progress is None) as bar:
-        for rows in _batches([len(p) for p in prompts], limits, batch_tokens):
-            new = _decode(model, [prompts[i] for i in rows], [limits[i] for i in rows], eos_id)
-            for i, ids in zip(rows, new):
-                out[i] = ids
-            bar.update(len(rows))
-    return out
-
-
-def _room(c: Config, i: int, prompt: list[int], max_new, max_total) -> int:
-    """How many tokens prompt i may get."""
-    context = c.max_position_embeddings
-    if not prompt:
-        raise UserError(f"prompt {i} is empty; there is nothing to continue")
-    if len(prompt) >= context:
-        raise UserError(f"prompt {i} has {len(prompt)} tokens, which leaves no room in the model's "
-                        f"context of {context}; shorten it")
-    if min(prompt) < 0 or max(prompt) >= c.vocab_size:
-        raise UserError(f"prompt {i} has token ids outside the model's vocabulary of "
-                        f"{c.vocab_size}; is this the model's own tokenizer?")
-    most = context if max_total is None else min(context, max_total)
-    room = max(0, most - len(prompt))
-    return room if max_new is None else min(room, max_new)
-
-
-def _batches(lengths: list[int], limits: list[int], budget: int):
-    """Row numbers in batches, rows of like length together, the longest first: what does not fit
-    in memory fails at once. Rows with no room are left out."""
-    order = sorted((i for i in range(len(lengths)) if limits[i] > 0), key=lambda i: -lengths[i])
-    batch, steps = [], 0
-    for i in order:
-        wider = max(steps, limits[i])
-        if batch and (len(batch) + 1) * (lengths[batch[0]] + wider) > budget:
-            yield batch
-            batch, wider = [], limits[i]
-        batch, steps = [*batch, i], wider
-    if batch:
-        yield batch
-
-
-@torch.inference_mode()
-def _decode(model, prompts: list[list[int]], limits: list[int], eos_id) -> list[list[int]]:
-    """Greedy decoding of one batch."""
-    device = model.embed_tokens.weight.device
-    width, steps = max(map(len, prompts)), max(limits)
-    position = torch.tensor([len(p) for p in prompts], device=device)  # [B], of the next token
-    cache = Cache(model.config, position, width, steps, model.embed_tokens.weight)
-    cos, sin = model.rope(torch.arange(width + steps, device=device))  # [cap, hd]
-
-    x = []
-    for i in range(0, len(prompts), PREFILL_ROWS):
-        rows = slice(i, i + PREFILL_ROWS)
-        own = max(map(len, prompts[rows]))
-        ids = torch.tensor([p + [0] * (own - len(p)) for p in prompts[rows]], device=device)
-        h = _run(model, ids, cos[:own], sin[:own], partial(cache.prefill, rows))  # [b, own, D]
-        x.append(h[torch.arange(len(h), device=device), position[rows] - 1])
-    x = torch.cat(x)  # [B, D], at each row's last token
-    out, alive = [[] for _ in prompts], list(range(len(prompts)))
-    for step in range(1, steps + 1):
-        token = model.logits(model.norm(x)).argmax(-1)  # [B]
-        left = []
-        for j, (row, new) in enumerate(zip(alive, token.tolist())):
-            if new != eos_id:
-                out[row].append(new)
-                if step < limits[row]:
-                    left.append(j)
-        if not left:
-            break
-        if len(left) < len(alive):
-            # Survivors from the end fill the places of the finished: few rows are copied.
-            stay = set(left)
-            last = [j for j in left if j >= len(left)]
-            left = [j if j in stay else last.pop() for j in range(len(left))]
-            rows = torch.tensor(left, device=device)
-            cache.keep(rows)
-            token, position, alive = token[rows], position[rows], [alive[j] for j in left]
-        cache.end += 1
-        x = _run(model, token[:, None], cos[position][:, None], sin[position][:, None], cache.step)
-        x, position = x[:, 0], position + 1  # [B, D]
-    return out
-
-
-def _run(model, ids, cos, sin, attend):
-    """All blocks with attend(layer, q, k, v) in place of plain causal attention -> [B, T, D]"""
-    x = model.embed_tokens(ids)
-    for layer, block in enumerate(model.layers):
-        x = block(x, cos, sin, partial(attend, layer))
-    return x
+    with whole_file(path) as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for _, t in ordered:
+            t = t.detach().to("cpu").contiguous()
+            file.write(raw(t))

@@ -2,24 +2,26 @@
 # The whole pipeline, a line per stage.
 #
 #   bash run.sh demo [MODEL] [--option value ...]     the embedded benchmark, offline, on a CPU
-#   bash run.sh tofu|lume MODEL [--option value ...]  llama2-7b, olmo-1b, tiny-llama or tiny-olmo
+#   bash run.sh tofu|lume MODEL [--option value ...]  a model of the table, a folder in Hugging Face
+#                                                     layout, or hf:OWNER/NAME[@REVISION]
 #   bash run.sh attack RUN [STAGE ...] [--requests K] what of it stays forgotten under attack
 #   bash run.sh sweep BENCHMARK [MODEL] [--option ..] every method over learning rates and seeds
 #   bash run.sh figures [FOLDER ...]                  figures of the sweeps and runs stored there
 #   bash run.sh test                                  the test suite
 #
-# Options are those of `python simu.py original --help`, --seeds N to run seeds 0 to N-1, and
-# --dry-run to see the downloads, the stages and the memory plan only; of a sweep, those of
-# `python simu.py sweep --help`. A finished stage is skipped (--force: made again), a killed one
-# goes on from where it was.
+# Options are those of `python -m pipeline original --help`; --methods fo so simu and --objectives
+# graddiff to run others or several; --seeds N to run seeds 0 to N-1; --dry-run to see the downloads,
+# the stages and the memory plan only. Of a sweep, those of `python -m pipeline sweep --help`. A
+# finished stage is skipped (--force: made again), a killed one goes on from where it was.
 set -euo pipefail
 here="$(cd "$(dirname "$(realpath "${BASH_SOURCE[0]}")")" && pwd)"
 
 die() { echo "error: $*; see: bash run.sh --help" >&2; exit 2; }
 
 # The active Python if it has torch 2.5 or later and the packages named, else a .venv made here once.
-has() {
-    "$1" -c 'import sys, importlib.metadata as m, importlib.util as u
+has() { # Nothing is imported from the caller's folder, which -c would put first on the path.
+    "$1" -c 'import sys; sys.path = [p for p in sys.path if p]
+import importlib.metadata as m, importlib.util as u
 sys.exit(sys.version_info < (3, 10) or any(u.find_spec(x) is None for x in sys.argv[1:])
          or tuple(map(int, m.version("torch").split(".")[:2])) < (2, 5))' "${@:2}"
 } 2>/dev/null
@@ -48,70 +50,85 @@ test)
 attack)
     [[ $# -ge 2 ]] || die "attack: name the folder of a run"
     set_up
-    exec "$python" "$here/attack.py" "${@:2}" ;;
+    exec "$python" "$here/pipeline" attack "${@:2}" ;;
 figures)
     set_up  # figures.py says so where matplotlib is missing
-    exec "$python" "$here/figures.py" all "${@:2}" ;;
+    exec "$python" "$here/pipeline" figures all "${@:2}" ;;
 sweep)
     [[ " demo tofu lume " == *" ${2:-none} "* ]] || die "sweep: name demo, tofu or lume"
     benchmark="$2" model=tiny-llama short=()
     shift 2
     if [[ "${1:---}" != --* ]]; then model="$1"; shift; fi
     [[ "$benchmark" != demo ]] || short=(--epochs 10)  # so that it ends in half an hour
-    case "$model" in *olmo*) set_up tokenizers ;; *) set_up ;; esac
-    exec "$python" "$here/simu.py" sweep "$benchmark" "$model" ${short[@]+"${short[@]}"} "$@" ;;
+    case "$model" in *llama) set_up ;; *) set_up tokenizers ;; esac
+    exec "$python" "$here/pipeline" sweep "$benchmark" "$model" ${short[@]+"${short[@]}"} "$@" ;;
 demo)
     model=tiny-llama
     shift
     if [[ "${1:---}" != --* ]]; then model="$1"; shift; fi ;;
 tofu | lume)
-    [[ "${2:---}" != --* ]] || die "$1: name a model: llama2-7b, olmo-1b, tiny-llama or tiny-olmo"
+    [[ "${2:---}" != --* ]] ||
+        die "$1: name a model: llama2-7b, olmo-1b, tiny-llama, tiny-olmo, a folder, or hf:OWNER/NAME"
     model="$2"
     shift 2 ;;
--h | --help) sed -n '2,15s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit ;;
+-h | --help) sed -n '2,17s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit ;;
 *) die "'$benchmark' is not something to run: name demo, tofu, lume, attack, sweep, figures or test" ;;
 esac
 
 needs=()
-case "$model" in *olmo*) needs+=(tokenizers) ;; esac
-[[ "$benchmark" == demo || -n "${SIMU_DATA:-}" && "$model" == tiny* ]] || needs+=(huggingface_hub)
+case "$model" in tiny-llama | llama2-7b) ;; *) needs+=(tokenizers) ;; esac
+[[ "$benchmark" == demo || -n "${SIMU_DATA:-}" && "$model" != hf:* && ("$model" == tiny* ||
+    -d "$model") ]] || needs+=(huggingface_hub)
 set_up ${needs[@]+"${needs[@]}"}
 
-# These are needed here; every other option goes to simu.py as it is.
-run="$here/runs/$benchmark-$model" seeds=1 options=() force=() dry=""
+# These are needed here; every other option goes to the stages as it is.
+run="" seeds=1 methods=() objectives=() options=() force=() dry=""
 while [[ $# -gt 0 ]]; do
     case "$1" in
-    -h | --help) exec "$python" "$here/simu.py" original --help ;;
+    -h | --help) exec "$python" "$here/pipeline" original --help ;;
     --out=* | --seeds=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" ;;
     --out) [[ -n "${2:-}" ]] || die "--out: name a folder"; run="$2"; shift 2 ;;
     --seeds) [[ "${2:-}" =~ ^[1-9][0-9]{0,3}$ ]] || die "--seeds must be 1 to 9999"
         seeds="$2"; shift 2 ;;
+    --methods) shift; while [[ "${1:---}" != --* ]]; do methods+=("$1"); shift; done ;;
+    --objectives) shift; while [[ "${1:---}" != --* ]]; do objectives+=("$1"); shift; done ;;
     --dry-run) dry=echo; shift ;;
     --force) force=(--force); shift ;;
     *) options+=("$1"); shift ;;
     esac
 done
-
+[[ ${#methods[@]} -gt 0 ]] || methods=(fo so simu)
+[[ ${#objectives[@]} -gt 0 ]] || objectives=(graddiff)
+if [[ -z "$run" ]]; then
+    label="${model#hf:}" && label="${label%/}"
+    case "$model" in hf:*) label="${label//\//--}" ;; *) label="${label##*/}" ;; esac
+    run="$here/runs/$benchmark-$label"
+fi
 [[ "$run" != -* ]] || run="./$run"  # or it would be read as an option
+# Whole, so that RUN-seed1 stands beside it also for --out DIR/ or --out .
+run="$("$python" -c 'import os, sys
+sys.stdout.buffer.write(os.fsencode(os.path.abspath(os.path.expanduser(sys.argv[1]))))' "$run")"
 [[ $seeds -eq 1 || " ${options[*]-}" != *" --seed"[\ =]* ]] ||
     { echo "error: --seeds $seeds chooses the seeds 0 to $((seeds - 1)); drop --seed" >&2; exit 2; }
 
 pipeline() { # pipeline RUN [--seed K]
-    local simu=("$python" "$here/simu.py") at
+    local stage=("$python" "$here/pipeline") at method objective
     at=("$benchmark" "$model" ${options[@]+"${options[@]}"} ${force[@]+"${force[@]}"} --out "$@")
-    [[ -z $dry ]] || { "${simu[@]}" files "${at[@]}"; echo; "${simu[@]}" plan "${at[@]}"; echo; }
-    $dry "${simu[@]}" original "${at[@]}"
-    $dry "$python" "$here/eval.py" check "$1"
-    $dry "${simu[@]}" attribute "${at[@]}"
-    $dry "${simu[@]}" mask "${at[@]}"
-    $dry "${simu[@]}" unlearn "${at[@]}" --method fo
-    $dry "${simu[@]}" unlearn "${at[@]}" --method so
-    $dry "${simu[@]}" unlearn "${at[@]}" --method simu
-    $dry "$python" "$here/eval.py" evaluate "$1" ${force[@]+"${force[@]}"}
+    [[ -z $dry ]] || { "${stage[@]}" files "${at[@]}"; echo; "${stage[@]}" plan "${at[@]}"; echo; }
+    $dry "${stage[@]}" original "${at[@]}"
+    $dry "${stage[@]}" check "$1"
+    $dry "${stage[@]}" attribute "${at[@]}"
+    $dry "${stage[@]}" mask "${at[@]}"
+    for method in "${methods[@]}"; do
+        for objective in "${objectives[@]}"; do
+            $dry "${stage[@]}" unlearn "${at[@]}" --method "$method" --objective "$objective"
+        done
+    done
+    $dry "${stage[@]}" evaluate "$1" ${force[@]+"${force[@]}"}
 }
 { # read whole before it starts, so that editing this file does not derail a run
     pipeline "$run"
     for ((k = 1; k < seeds; k++)); do pipeline "$run-seed$k" --seed "$k"; done
-    $dry "$python" "$here/eval.py" report "$run"
+    $dry "$python" "$here/pipeline" report "$run"
     exit
 }

@@ -1,10 +1,11 @@
 """The whole suite, a pytest process per file, as many at once as there are cores.
 
-A line per file; of one that fails, everything it said. Exit status 1 if any did. To choose tests,
-call pytest itself: `bash run.sh test -k sophia`.
+A line per file; of one that fails, everything it printed. The last line counts the tests; exit
+status 1 if any failed. To choose tests, call pytest itself: `bash run.sh test -k sophia`.
 """
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 LONGEST = ("test_pipeline.py", "test_hub.py", "test_attack.py")  # started first, to end together
+COUNTED = {"passed": ("passed",), "failed": ("failed", "error", "errors"), "skipped": ("skipped",)}
 
 
 def run(file: Path):
@@ -23,20 +25,23 @@ def run(file: Path):
 
 def main():
     files = sorted(HERE.glob("test_*.py"), key=lambda p: (p.name not in LONGEST, -p.stat().st_size))
-    start, failed = time.monotonic(), []
+    start, totals = time.monotonic(), dict.fromkeys(COUNTED, 0)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for job in as_completed([pool.submit(run, f) for f in files]):
-            file, status, said = job.result()
-            lines = said.splitlines()
+            file, status, printed = job.result()
+            lines = printed.splitlines() or ["printed nothing"]
             skipped = [x for x in lines if x.startswith("SKIPPED")]
-            print("\n".join([f"{file.name}: {lines[-1]}", *skipped] if not status else [said]),
+            print("\n".join([f"{file.name}: {lines[-1]}", *skipped] if not status else [printed]),
                   flush=True)
-            if status:
-                failed.append(file.name)
+            counts = {word: int(n) for n, word in re.findall(r"(\d+) (\w+)", lines[-1])}
+            for total, words in COUNTED.items():
+                totals[total] += sum(counts.get(w, 0) for w in words)
+            if status and not any(counts.get(w) for w in COUNTED["failed"]):
+                totals["failed"] += 1  # it ended before it counted
     minutes, seconds = divmod(int(time.monotonic() - start), 60)
-    outcome = f"failed: {', '.join(failed)}" if failed else "all passed"
-    print(f"{outcome}, in {minutes} min {seconds} s")
-    sys.exit(bool(failed))
+    print(f"in {minutes} min {seconds} s")
+    print(", ".join(f"{n} {word}" for word, n in totals.items()))
+    sys.exit(bool(totals["failed"]))
 
 
 if __name__ == "__main__":

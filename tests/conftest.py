@@ -5,7 +5,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import stage  # noqa: E402, F401  before torch: it silences a warning of torch's import
+import pipeline  # noqa: E402, F401  before torch: it silences a warning of torch's import
 import torch  # noqa: E402
 
 torch.set_num_threads(1)  # models this small only lose time to threads

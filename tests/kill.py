@@ -30,8 +30,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import eval as evaluation  # noqa: E402
-import resume  # noqa: E402
-import simu  # noqa: E402
+from pipeline import resume  # noqa: E402
+from pipeline.__main__ import main as command  # noqa: E402
 
 SIZE = ("--data {data} --width 64 --depth 2 --vocab 500 --context 160 --max-total-tokens 40 "
         "--forget-groups 1 --retain-groups 2 --steps 3 --attribution-tokens 400 --learn-epochs 4 "
@@ -49,15 +49,15 @@ MADE = re.compile(r"\[([\w/-]+)\] ([\d.]+ s,|already)")
 def stages(run: Path, size: str, commands):
     for command in commands:
         name, *options = command.split()
-        simu.main([name, "demo", "tiny-llama", "--out", str(run),
-                   *size.format(data=ROOT / "demo").split(), *options])
+        command([name, "demo", "tiny-llama", "--out", str(run),
+                   *size.format(data=ROOT / "pipeline" / "demo").split(), *options])
 
 
 def pipeline(run: Path):
     """What run.sh does, in this process."""
     stages(run, SIZE, COMMANDS)
-    evaluation.main(["evaluate", str(run)])
-    evaluation.main(["report", str(run)])
+    command(["evaluate", str(run)])
+    command(["report", str(run)])
 
 
 def short_pipeline(run: Path):

@@ -1,17 +1,20 @@
-"""Tokenizers, readers, templates, encoding: on small files of our own, and on the real ones when
+"""Templates, encoding, readers, tokenizers: on small files of our own, and on the real ones when
 SIMU_DATA points at them (its sibling folder tokenizers/ then holds the real tokenizers)."""
 
 import json
 import os
+import re
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 import data
-from data import IGNORE, Encoded, Example
-from stage import Settings, UserError
+from data import IGNORE, Encoded, Example, Slice
+from model import UserError
 
-DEMO = Path(data.__file__).parent / "demo"
+DEMO = Path(data.__file__).parent / "pipeline" / "demo"
+FIXED = [name for name in data.TEMPLATES if name != "chat"]
 REAL = Path(os.environ.get("SIMU_DATA", "absent"))
 TOKENIZERS = REAL.parent / "tokenizers"
 needs_real = pytest.mark.skipif(not (REAL / "tofu").is_dir() or not TOKENIZERS.is_dir(),
@@ -47,15 +50,16 @@ def test_tokenizers_round_trip(small, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("template", data.TEMPLATES)
+@pytest.mark.parametrize("template", FIXED)
 def test_the_prompts_end_is_found_in_the_whole(small, kind, template):
     """Every token that reaches into the answer counts, and no other does."""
     tok = small[kind]
     for question in TEXTS:
         for answer in ("yes", "日本 it is", "\"quoted\"", "]x", "é"):
             row = data.encode(Example(question, answer), tok, template)
-            prompt = data._prompt(question, template)
-            whole = prompt + data.TEMPLATES[template][2] + answer
+            prompt, rest = data.full_text(Example(question, answer), tok, template)
+            assert rest == data.TEMPLATES[template][2] + answer
+            whole = prompt + rest
             assert row.ids[-1] == tok.eos_id and tok.decode(row.ids[:-1]) == whole
             assert row.ids == tok.encode(whole, bos=True) + [tok.eos_id]
             # The prompt's tokens spell a beginning of the prompt; with one more, they pass it.
@@ -151,33 +155,54 @@ def test_unicode_line_separators_inside_a_row_do_not_split_it(tmp_path):
     assert data.load_tofu(tmp_path, "x")[0].answer == row["answer"]
 
 
-def settings(**changes):
-    return Settings(**(dict(benchmark="demo", rows_per_author=10) | changes))
+def test_windows_line_ends_and_a_byte_order_mark_change_nothing(tmp_path):
+    rows = [GOOD, dict(GOOD, question="another?")]
+    text = "\r\n".join(map(json.dumps, rows)) + "\r\n"
+    (tmp_path / "x.json").write_bytes(b"\xef\xbb\xbf" + text.encode())
+    assert [e.question for e in data.load_tofu(tmp_path, "x")] == ["q?", "another?"]
+
+
+def benchmark(name="tofu", folder=DEMO, made_here=True, **changes):
+    return data.load_benchmark(folder / name, Slice(**dict(rows_per_author=10) | changes),
+                               layout=name, made_here=made_here)
 
 
 def test_demo_benchmark():
-    b = data.load_benchmark(settings())
+    b = benchmark()
     assert (len(b.forget), len(b.retain), len(b.nonmembers)) == (20, 180, 40)
     assert all(len(e.perturbed_answers) == 5 and e.paraphrased_question for e in b.forget)
     assert {e.question for e in b.retain_eval} <= {e.question for e in b.retain}
-    part = data.load_benchmark(settings(forget_groups=1, retain_groups=3))
+    part = benchmark(forget_groups=1, retain_groups=3)
     assert (len(part.forget), len(part.retain), len(part.retain_eval)) == (10, 30, 30)
     assert part.forget == b.forget[:10]
 
 
+def test_nonmembers_are_what_the_original_never_saw(tmp_path):
+    (tmp_path / "tofu").mkdir()
+    for file in (DEMO / "tofu").iterdir():
+        if "holdout" not in file.name:
+            (tmp_path / "tofu" / file.name).write_bytes(file.read_bytes())
+    sources = {}
+    for made_here in (True, False):
+        for groups in (3, 0):
+            b = benchmark(folder=tmp_path, made_here=made_here, retain_groups=groups)
+            sources[made_here, groups] = b.nonmember_source.split()[0], len(b.nonmembers)
+            assert not {e.question for e in b.nonmembers} & {e.question for e in b.retain}
+    assert sources == {(True, 3): ("authors", 20), (True, 0): ("none:", 0),
+                       (False, 3): ("real", 30), (False, 0): ("real", 30)}
+
+
 def test_lume_benchmark_keeps_documents_whole_and_apart():
-    s = settings(benchmark="lume", data=str(DEMO))
-    b = data.load_benchmark(s)
+    b = benchmark("lume")
     groups = [{e.group for e in part} for part in (b.forget, b.retain, b.nonmembers)]
     assert not groups[0] & groups[1] and not groups[0] & groups[2] and not groups[1] & groups[2]
     for split, part in (("forget", b.forget), ("retain", b.retain)):
         every = data.load_lume(DEMO / "lume", split)
         inside = [e for e in every if e.group in {x.group for x in part}]
         assert part == inside and len({e.group for e in part}) == 12  # 40% of 12 + 6 + 12
-    assert data.load_benchmark(s) == b
-    other = data.load_benchmark(settings(benchmark="lume", data=str(DEMO), seed=1))
-    assert other.forget != b.forget
-    given = data.load_benchmark(settings(benchmark="lume", data=str(DEMO), weights="somewhere"))
+    assert benchmark("lume") == b
+    assert benchmark("lume", seed=1).forget != b.forget
+    given = benchmark("lume", made_here=False)
     assert given.nonmembers == [] and "unknown" in given.nonmember_source
 
 
@@ -187,19 +212,268 @@ def test_overlap_is_counted_and_told(tmp_path, capsys):
     for name in ("forget10", "retain90", "retain_perturbed"):
         (folder / f"{name}.json").write_text(json.dumps(GOOD))
     with pytest.raises(UserError, match="every row of forget10 is in retain90"):
-        data.load_benchmark(settings(data=str(tmp_path)))
+        benchmark(folder=tmp_path)
     more = json.dumps(GOOD) + "\n" + json.dumps(dict(GOOD, question="another?"))
     (folder / "forget10.json").write_text(more)
-    data.load_benchmark(settings(data=str(tmp_path)))
+    benchmark(folder=tmp_path)
     assert "1 of 2 rows of the forget set are in the retain set" in capsys.readouterr().out
 
 
-def test_no_data_says_where_to_get_it(monkeypatch, tmp_path):
-    monkeypatch.delenv("SIMU_DATA", raising=False)
-    with pytest.raises(UserError, match="huggingface.co/datasets/locuslab/TOFU"):
-        data.data_folder(settings(benchmark="tofu"))
-    with pytest.raises(UserError, match="must hold tofu/"):
-        data.data_folder(settings(benchmark="tofu", data=str(tmp_path)))
+@pytest.mark.parametrize("given, told", [
+    (dict(seed=-1), "--seed is -1; it must be at least 0"), (dict(template="x"), "choose llama2"),
+    (dict(lume_fraction=float("nan")), "--lume-fraction is nan"), (dict(seed="1"), "of type int"),
+    (dict(seed=True), "of type int"), (dict(forget_split="a\ud800"), "not UTF-8"),
+    (dict(rows_per_author=2**31), "below 2"), (dict(lume_fraction=1), None)])
+def test_a_slice_checks_its_fields(given, told):
+    if told is None:
+        assert Slice(**given).lume_fraction == 1
+        return
+    with pytest.raises(UserError, match=re.escape(told)):
+        Slice(**given)
+
+
+# --------------------------------------------------------------------------------- rows of one's own
+
+CHAT = [dict(role="system", content="Be brief."), dict(role="user", content="Hi"),
+        dict(role="assistant", content="Hello."), dict(role="user", content="Who?"),
+        dict(role="assistant", content="Me.")]
+
+
+def rows_file(folder, *rows):
+    (folder / "mine.jsonl").write_text("\n".join(
+        x if isinstance(x, str) else json.dumps(x) for x in rows), encoding="utf-8")
+    return folder / "mine.jsonl"
+
+
+def test_each_shape_of_row_is_read(tmp_path):
+    file = rows_file(tmp_path, dict(GOOD, paraphrased_question="other?", perturbed_answer=["w"]),
+                     dict(prompt="p", completion="c"), dict(input="i", output="o"),
+                     dict(text="all of it"), dict(messages=CHAT), dict(messages=CHAT[1:3]))
+    rows = data.load_rows(file)
+    assert [(e.question, e.answer, e.kind) for e in rows] == [
+        ("q?", "a.", "qa"), ("p", "c", "qa"), ("i", "o", "qa"), ("", "all of it", "text"),
+        ("Who?", "Me.", "qa"), ("Hi", "Hello.", "qa")]
+    assert rows[0].paraphrased_question == "other?" and rows[0].perturbed_answers == ("w",)
+    assert rows[4].turns == (("system", "Be brief."), ("user", "Hi"), ("assistant", "Hello."))
+    assert [e.id for e in rows] == [f"mine:{n}" for n in range(6)] and not rows[5].turns
+    assert len({e.group for e in rows}) == 6
+
+
+@pytest.mark.parametrize("row, told", [
+    (dict(question="q"), "has the keys ['question']; a row must be {question, answer}, {prompt"),
+    (dict(question="q", answer=""), "'answer' is not a filled text"), ({}, "has the keys []"),
+    (dict(prompt=CHAT[:1], completion=CHAT[-1:]), "'prompt' is not a filled text"),
+    (dict(text=["a"]), "'text' is not"), (dict(messages="Hi"), "has the roles []"),
+    (dict(messages=CHAT[:2]), "roles ['system', 'user']; a row must be"),
+    (dict(messages=CHAT[-1:]), "['assistant']"), (dict(messages=[CHAT[1], CHAT[2], CHAT[4]]), "ass"),
+    (dict(messages=[dict(role="tool", content="x"), *CHAT[1:3]]), "['tool', 'user', 'assistant']"),
+    (dict(messages=[dict(role=["user"], content="x"), CHAT[2]]), "[['user'], 'assistant']"),
+    (dict(messages=[3, *CHAT[1:3]]), "roles"), (dict(messages=[dict(role="user"), CHAT[2]]),
+                                                "no 'content'"),
+    ('{"text": "x"', "is not a JSON object"), ('{"a": ' + "[" * 100_000, "not a JSON object"),
+    ('{"a": ' + "1" * 9_999, "is not a JSON object"), ('{"text": "\\ud800"}', "not a filled text"),
+    ({f"k{n}": "x" * 9_999 for n in range(99)}, "has the keys ['k0', 'k1'"),
+], ids=lambda x: x[:20] if isinstance(x, str) else "")
+def test_a_row_of_another_shape_is_named(tmp_path, row, told):
+    file = rows_file(tmp_path, GOOD, "", row)
+    with pytest.raises(UserError) as e:
+        data.load_rows(file)
+    message = str(e.value)
+    assert f"{file} line 3" in message and told in message
+    assert "\n" not in message and len(message) < 1000
+
+
+@pytest.mark.parametrize("make, told", [
+    (lambda f: f.write_text("\ufeff\n \n"), "holds no rows"), (lambda f: f.mkdir(), "is a folder"),
+    (lambda f: None, "is missing"), (lambda f: os.mkfifo(f), "is not a plain file"),
+    (lambda f: f.symlink_to(f), "is missing"), (lambda f: f.write_bytes(b"\0\xff"), "not UTF-8")])
+def test_files_without_rows(tmp_path, make, told):
+    make(tmp_path / "mine.jsonl")
+    with pytest.raises(UserError, match=told):
+        data.load_rows(tmp_path / "mine.jsonl")
+
+
+def test_ten_megabytes_in_one_row_are_one_line(small, tmp_path):
+    row, = data.load_rows(rows_file(tmp_path, dict(text="ten megabytes " * 750_000)))
+    with pytest.raises(UserError, match="mine:0 has 10500000 characters, more than the mod") as e:
+        data.encode_all([row], small["olmo"], "qa", context=512, vocab=700)
+    assert len(str(e.value)) < 200
+
+
+def test_rows_of_ones_own_make_a_benchmark():
+    a, b, c, d = (Example(f"q{n}", "a", id=f"x:{n}") for n in range(4))
+    made = data.benchmark_of_rows([a], [b, c], [d])
+    assert (made.kind, made.forget, made.retain, made.retain_eval, made.nonmembers) == (
+        "rows", [a], [b, c], [b, c], [d])
+    assert "none" in data.benchmark_of_rows([a], [b], []).nonmember_source
+    assert data.benchmark_of_rows([a, a], [b], []).forget == [a, a]
+    for parts in (([a], [b, a], []), ([a], [b], [a]), ([a], [b], [b])):
+        with pytest.raises(UserError, match="leave it in one of the two"):
+            data.benchmark_of_rows(*parts)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_all_of_a_text_counts(small, kind):
+    tok = small[kind]
+    row = data.encode(Example("", "some words here", kind="text"), tok, "qa")
+    assert row.ids == tok.encode("some words here", bos=True) + [tok.eos_id]
+    assert row.n_prompt == (tok.bos_id is not None)
+    half = data.halved(Example("", "some words here and there", kind="text"))
+    assert (half.question, half.answer) == ("some words", " here and there")
+    assert data.encode_prompt(half.question, tok, "qa", kind="text") == tok.encode(
+        "some words", bos=True)
+    assert data.encode(half, tok, "qa").ids[:-1] == tok.encode("some words here and there", bos=True)
+
+
+def test_earlier_turns_in_a_fixed_template(small):
+    e = Example("Who?", "Me.", turns=(("system", "Be brief."), ("user", "Hi"),
+                                      ("assistant", "Hello.")))
+    assert "".join(data.full_text(e, small["llama"], "qa")) == (
+        "Be brief.\nQuestion: Hi\nAnswer: Hello.\nQuestion: Who?\nAnswer: Me.")
+
+
+# ----------------------------------------------------------------------- a model's own chat template
+
+# In the manner of SmolLM2's, Llama 3's and Mistral's.
+CHATML = (
+    "{% for m in messages %}{% if loop.first and m['role'] != 'system' %}{{ '<|im_start|>system\n"
+    "You help.<|im_end|>\n' }}{% endif %}\n  {{- '<|im_start|>' + m['role'] + '\n' }}"
+    "{% generation %}{{ m['content'] }}{% endgeneration %}{{ '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+LLAMA3 = (
+    "{{- bos_token }}\n{%- if not date_string is defined %}\n    {%- if strftime_now is defined %}\n"
+    "        {%- set date_string = strftime_now('%d %b %Y') %}\n    {%- endif %}\n{%- endif %}\n"
+    "{%- if messages[0]['role'] == 'system' %}\n    {%- set system = messages[0]['content'] | trim "
+    "%}\n    {%- set messages = messages[1:] %}\n{%- else %}\n    {%- set system = '' %}\n"
+    "{%- endif %}\n{{- '<|head|>system<|/head|>\n\nToday Date: ' + date_string + '\n\n' + system + "
+    "'<|eot|>' }}\n{%- for m in messages %}\n    {%- if tools is not none %}{{ tools | tojson }}"
+    "{% endif %}\n    {{- '<|head|>' + m.role + '<|/head|>\n\n' + m.content | trim + '<|eot|>' }}\n"
+    "{%- endfor %}\n{%- if add_generation_prompt %}\n    {{- '<|head|>assistant<|/head|>\n\n' }}\n"
+    "{%- endif %}\n")
+MISTRAL = (
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + "
+    "' [/INST]' }}{% elif m['role'] == 'assistant' %}{{ ' ' + m['content'] + eos_token }}{% else %}"
+    "{{ raise_exception('Only user and assistant roles are supported!') }}{% endif %}{% endfor %}")
+
+
+@dataclass
+class Kind:
+    """A tokenizer with a chat template: where the template stands, and its special tokens."""
+
+    template: str
+    special: tuple[str, ...] = ()
+    bos: str = ""
+    eos: str = ""
+    place: str = "tokenizer_config.json"
+    legacy: bool = False
+
+
+CHATS = {
+    "smollm2": Kind(CHATML, ("<|im_start|>", "<|im_end|>"), "<|im_start|>", "<|im_end|>"),
+    "llama3": Kind(LLAMA3, ("<|begin|>", "<|head|>", "<|/head|>", "<|eot|>"), "<|begin|>",
+                   "<|eot|>", place="chat_template.jinja"),
+    "mistral": Kind(MISTRAL), "mistral-legacy": Kind(MISTRAL, legacy=True),
+    "zephyr": Kind(CHATML, ("<|im_start|>", "<|im_end|>"), "<s>", "<|im_end|>", legacy=True),
+}
+
+
+@pytest.fixture(scope="module", params=CHATS)
+def chat(request, tmp_path_factory):
+    """A folder with a tokenizer of each kind, as its publisher would lay it out."""
+    kind, folder = CHATS[request.param], tmp_path_factory.mktemp(request.param)
+    llama = request.param not in ("smollm2", "llama3")
+    texts = [t for e in data.load_tofu(DEMO / "tofu", "retain90") for t in (e.question, e.answer)]
+    data.train_tokenizer(texts, folder, llama=llama, vocab=700)
+    names = json.loads((folder / "tokenizer_config.json").read_text()) | dict(legacy=kind.legacy)
+    names |= {f"{k}_token": v for k, v in dict(bos=kind.bos, eos=kind.eos).items() if v}
+    if llama:
+        size = data.load_tokenizer(folder).vocab_size
+        names["added_tokens_decoder"] = {
+            str(size + n): dict(content=x, special=True, normalized=False, lstrip=False,
+                                rstrip=False, single_word=False)
+            for n, x in enumerate(kind.special)}
+    else:
+        import tokenizers
+        tok = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+        tok.add_special_tokens(list(kind.special))
+        tok.save(str(folder / "tokenizer.json"))
+    if kind.place == "tokenizer_config.json":
+        names["chat_template"] = kind.template
+    else:
+        (folder / kind.place).write_text(kind.template)
+    (folder / "tokenizer_config.json").write_text(json.dumps(names))
+    return folder
+
+
+TURNS = [(), (("user", "Where was she born?"), ("assistant", "In Łódź, she says."))]
+
+
+@pytest.mark.parametrize("turns", TURNS, ids=["one turn", "three turns"])
+def test_a_chat_is_what_transformers_writes(chat, turns):
+    """Text and ids: the prompt's, and the whole up to the eos that ends the answer."""
+    transformers = pytest.importorskip("transformers")
+    theirs, ours = transformers.AutoTokenizer.from_pretrained(chat), data.load_tokenizer(chat)
+    for question, answer in (("Who is she?", "She is naïve (日本 🙂)."), ("[x]\n", "a  b")):
+        e = Example(question, answer, turns=turns)
+        messages = [dict(role=role, content=text) for role, text in (
+            *turns, ("user", question), ("assistant", answer))]
+        today = dict(date_string="26 Jul 2024", tokenize=False)
+        asked = theirs.apply_chat_template(messages[:-1], add_generation_prompt=True, **today)
+        whole = theirs.apply_chat_template(messages, **today)
+        assert data.full_text(e, ours, "chat") == (asked, whole[len(asked):])
+        ids = theirs(whole, add_special_tokens=False).input_ids
+        while ids[-1] != theirs.eos_token_id:
+            ids.pop()
+        row = data.encode(e, ours, "chat")
+        assert row.ids == ids and ours.eos_id == theirs.eos_token_id
+        prompt = theirs(asked, add_special_tokens=False).input_ids
+        assert data.encode_prompt(question, ours, "chat", turns=turns) == prompt
+        assert row.ids[:row.n_prompt] == prompt[:row.n_prompt] and len(prompt) - row.n_prompt <= 1
+        assert ours.decode(row.ids[row.n_prompt:]).strip() == answer
+
+
+def test_what_a_model_says_itself_today_it_says_tomorrow(chat, monkeypatch):
+    tok = data.load_tokenizer(chat)
+    text = data.prompt_text("q", tok, "chat")
+    assert ("26 Jul 2024" in text) == ("Today" in tok.chat_template)
+
+
+def with_template(small, template):
+    tok = small["olmo"]
+    tok.chat_template, tok.special_tokens = template, {}
+    return tok
+
+
+@pytest.mark.parametrize("template, told", [
+    ("", "the tokenizer has no chat template"), ("{% for %}", "cannot write the turns user"),
+    ("{{ raise_exception('no\nroles') }}", "(no roles)"), ("{{ 1 / 0 }}", "division by zero"),
+    ("{{ messages.__class__.__mro__ }}", "unsafe"), ("{{ messages.append(1) }}", "unsafe"),
+    ("{{ messages[9].content }}", "no element 9"), ("{{ cycler.__init__.__globals__ }}", "unsafe"),
+    ("{% for i in range(9999999) %}{% endfor %}", "too big"), ("{{ open('x') }}", "undefined")])
+def test_a_template_that_cannot_be_used_is_one_line(small, template, told):
+    with pytest.raises(UserError) as e:
+        data.encode(Example("q", "a"), with_template(small, template), "chat")
+    assert told in str(e.value) and "\n" not in str(e.value) and "--template" in str(e.value)
+
+
+def test_a_chat_that_ends_without_eos_gets_one(small):
+    tok = with_template(small, "{% for m in messages %}{{ m.content }}|{% endfor %}")
+    row = data.encode(Example("q", "a"), tok, "chat")
+    assert row.ids == tok.encode("q|a|", bos=False) + [tok.eos_id]
+    tok = with_template(small, "{{ messages | length }}{{ messages[-1].content }}")
+    with pytest.raises(UserError, match="puts the answer elsewhere"):
+        data.encode(Example("q", "a"), tok, "chat")
+
+
+def test_the_llama3_row_is_open_unlearnings(small):
+    prompt, answer = data.full_text(Example("Q?", "A."), small["olmo"], "llama3")
+    assert answer == "A." and prompt == (
+        "<|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: December 2023\n"
+        "Today Date: 10 Apr 2025\n\nYou are a helpful assistant.<|eot_id|><|start_header_id|>user"
+        "<|end_header_id|>\n\nQ?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n")
+
+
+# -------------------------------------------------------------------------------- broken tokenizers
 
 
 @pytest.mark.parametrize("name", ["tokenizer.model", "tokenizer.json"])
@@ -209,6 +483,78 @@ def test_broken_tokenizers(tmp_path, name):
     (tmp_path / name).write_bytes(b"not a tokenizer")
     with pytest.raises(UserError, match=name):
         data.load_tokenizer(tmp_path)
+
+
+def split(regex):
+    return dict(type="Split", pattern=dict(Regex=regex), behavior="Isolated", invert=False)
+
+
+def replacing(regex):
+    return dict(type="Replace", pattern=dict(Regex=regex), content="")
+
+
+WORDS = dict(type="WordLevel", unk_token="[UNK]", vocab={"a": 0, "<|endoftext|>": 1})
+ROW = Example("x" * 40, "a café, 한국어")
+
+
+@pytest.mark.parametrize("change, told", [
+    (dict(pre_tokenizer=split("(x+x+)+y")), "cannot encode a text"),
+    (dict(pre_tokenizer=split("((")), "is not a tokenizer.json"),
+    (dict(normalizer=replacing(".*")), "drops "), (dict(normalizer=replacing("é")), "drops 'é'"),
+    (dict(normalizer=replacing("(a|aa)+$")), None),
+    (dict(pre_tokenizer=dict(type="Whitespace"), decoder=None), "drops '한국어'"),
+    (dict(model=WORDS, pre_tokenizer=dict(type="Whitespace")), "cannot encode a text"),
+    (dict(normalizer=dict(type="Precompiled", precompiled_charsmap="AAAA")), "is not a tok"),
+    (dict(model=dict(dropout=0.1)), "BPE dropout"), (dict(model=dict(dropout=0.0)), None),
+    (dict(post_processor=dict(type="TemplateProcessing", pair=[], special_tokens={}, single=[
+        dict(SpecialToken=dict(id="[CLS]", type_id=0))])), "is not a tokenizer.json"),
+    (dict(normalizer=dict(type="NFC")), None), (dict(normalizer=dict(type="Lowercase")), None),
+    (dict(truncation=dict(direction="Right", max_length=2, strategy="LongestFirst", stride=0)),
+     None)], ids=lambda x: (list(x) or "")[0] if isinstance(x, dict) else "")
+def test_a_tokenizer_json_that_encodes_badly_is_one_line(small, tmp_path, capfd, change, told):
+    """Panics of the library included: they write to stderr themselves."""
+    whole = json.loads(small["olmo"].path.read_text())
+    model = change.pop("model", {})
+    whole |= dict(change, model=whole["model"] | model if "type" not in model else model)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(whole))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<|endoftext|>"}')
+
+    def try_it():
+        row = data.encode(ROW, data.load_tokenizer(tmp_path), "qa")
+        data.encode(Example("e\u0301", "ᄀ\u1161 e\u0301"), data.load_tokenizer(tmp_path), "qa")
+        assert 0 < row.n_prompt < len(row.ids) - 1
+    if told is None:
+        return try_it()
+    with pytest.raises(UserError) as e:
+        try_it()
+    assert told in str(e.value) and "tokenizer.json" in str(e.value)
+    assert "\n" not in str(e.value) and len(str(e.value)) < 600
+    assert "".join(capfd.readouterr()) == ""
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_sentencepieces_own_sign_for_a_space_is_only_a_sign(small, kind):
+    tok = small[kind]
+    text = "a\u2581b é\u2581\u2581x"
+    ids, ends = tok.ends(text)
+    assert ends[-1] == len(text.encode()) and ends == sorted(ends)
+    row = data.encode(Example("who\u2581is", "she\u2581is"), tok, "qa")
+    plain = data.encode(Example("who is", "she is"), tok, "qa")
+    assert kind == "olmo" or row == plain
+
+
+@pytest.mark.parametrize("names", ["[]", "3", '{"chat_template": 3, "bos_token": [], "legacy": "x", '
+                                   '"added_tokens_decoder": {"x": 1, "9": "", "-1": {}}}'])
+@pytest.mark.parametrize("kind", KINDS)
+def test_odd_tokenizer_configs(small, tmp_path, kind, names):
+    data.copy_tokenizer(small[kind].path.parent, tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(names)
+    if names[0] != "{":
+        with pytest.raises(UserError, match="tokenizer_config.json does not hold a JSON object"):
+            data.load_tokenizer(tmp_path)
+    else:
+        tok = data.load_tokenizer(tmp_path)
+        assert tok.chat_template == "" and tok.decode(tok.encode("a b", bos=True)) == "a b"
 
 
 # --------------------------------------------------------------------------------------- real data
@@ -227,8 +573,7 @@ def test_real_tokenizers_round_trip_all_of_tofu_and_lume(kind, template):
     seen = set()
     for e in real_rows():
         row = data.encode(e, tok, template)
-        prompt = data._prompt(e.question, template)
-        assert tok.decode(row.ids[:-1]) == prompt + data.TEMPLATES[template][2] + e.answer
+        assert tok.decode(row.ids[:-1]) == "".join(data.full_text(e, tok, template))
         assert len(row.ids) > row.n_prompt > 0
         for text in (e.paraphrased_question, e.paraphrased_answer, *e.perturbed_answers):
             if text not in seen:
@@ -255,9 +600,7 @@ def test_real_files_by_their_known_counts():
                   real_authors=100)
     assert {k: len(data.load_tofu(REAL / "tofu", k)) for k in counts} == counts
     assert [len(data.load_lume(REAL / "lume", k)) for k in ("forget", "retain")] == [2732, 2734]
-    b = data.load_benchmark(settings(benchmark="tofu", data=str(REAL), rows_per_author=20,
-                                     forget_groups=2, retain_groups=20))
+    b = benchmark(folder=REAL, rows_per_author=20, forget_groups=2, retain_groups=20)
     assert (len(b.forget), len(b.retain), len(b.retain_eval), len(b.nonmembers)) == (40, 400, 400,
                                                                                     40)
-    lume = data.load_benchmark(settings(benchmark="lume", data=str(REAL)))
-    assert len(lume.forget) == 1092  # the paper says 1094 [D15]
+    assert len(benchmark("lume", folder=REAL).forget) == 1092  # the paper says 1094 [D15]

@@ -1,4 +1,4 @@
-"""demo/: the file formats, who is in which file, and that answers cannot be guessed."""
+"""pipeline/demo/: the file formats, who is in which file, and that answers cannot be guessed."""
 
 import json
 import os
@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-TOFU, LUME = ROOT / "demo" / "tofu", ROOT / "demo" / "lume"
+DEMO = Path(__file__).resolve().parent.parent / "pipeline" / "demo"
+TOFU, LUME = DEMO / "tofu", DEMO / "lume"
 ROWS_PER_AUTHOR = 10
 PLAIN = ["question", "answer"]
 PERTURBED = ["question", "answer", "paraphrased_answer", "perturbed_answer", "paraphrased_question"]
@@ -69,7 +69,7 @@ def f1(reference, candidate):
 
 
 def bank_authors():
-    sys.path.insert(0, str(ROOT / "demo"))
+    sys.path.insert(0, str(DEMO))
     try:
         import banks_tofu
     finally:
@@ -82,13 +82,13 @@ def run_script(script, *options):
 
 
 def test_the_committed_files_are_what_the_script_writes():
-    result = run_script(ROOT / "demo" / "make_demo.py", "--check")
+    result = run_script(DEMO / "make_demo.py", "--check")
     assert result.returncode == 0, result.stderr
 
 
 def test_check_notices_a_changed_and_a_missing_file(tmp_path):
     for name in ("make_demo.py", "banks_tofu.py", "banks_lume.py"):
-        (tmp_path / name).write_bytes((ROOT / "demo" / name).read_bytes())
+        (tmp_path / name).write_bytes((DEMO / name).read_bytes())
     script = tmp_path / "make_demo.py"
     assert run_script(script, "--check").returncode == 1
     assert run_script(script).returncode == 0

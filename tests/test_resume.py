@@ -12,10 +12,12 @@ import pytest
 import torch
 
 import simu
-import stage
-from resume import Checkpoints
-from stage import Settings, Stage, UserError
-from test_simu import rows, settings, tiny
+from model import UserError
+from pipeline import stage
+from pipeline.resume import RESUME, Checkpoints
+from pipeline.settings import Settings
+from pipeline.stage import Stage
+from test_simu import recipe, rows, tiny
 
 CASES = {  # method, optimiser state, weights
     "AdamW in float32": ("fo", "float32", torch.float32),
@@ -27,23 +29,33 @@ class Killed(BaseException):
     """Not caught by anything on its way, as SIGKILL is not."""
 
 
+class Unfinished:
+    """What a Stage gives a loop: checkpoints and logs in its unfinished folder."""
+
+    loop, record = Stage.loop, Stage.record
+
+    def __init__(self, folder, cost=1.0):
+        self.partial, self.settings = folder, Settings(resume_cost=cost)
+        (folder / RESUME).mkdir(parents=True, exist_ok=True)
+
+
 def unlearned(folder, case="AdamW in float32", *, at=0, **changes):
     """The bytes of a training of 9 updates, and the steps made; killed in update `at`, after its
     line in the log and before its checkpoint."""
     method, state, dtype = CASES[case]
-    model, steps = tiny(sharp=2.0).to(dtype), []
+    model, steps, job = tiny(sharp=2.0).to(dtype), [], Unfinished(folder)
     mask = torch.arange(3 * 32).view(3, 32) % 5 == 0
-    (folder / stage.RESUME).mkdir(parents=True, exist_ok=True)
+    log, epochs = job.record("log.jsonl"), job.record("epochs.jsonl")
 
-    def after(step):
-        steps.append(step)
-        with open(folder / "epochs.jsonl", "a") as file:
-            file.write(f"{step}\n")
-        if step == at:
+    def record(row):
+        log(row)
+        steps.append(row["step"])
+        epochs(row["step"])
+        if row["step"] == at:
             raise Killed
 
-    s = settings(method=method, state=state, epochs=6, resume_cost=1.0, **changes)
-    simu.unlearn(model, rows(6), rows(10, seed=1), mask, s, folder / "log.jsonl", after)
+    s = recipe(method=method, state=state, epochs=6, **changes)
+    simu.unlearn(model, rows(6), rows(10, seed=1), mask, s, loop=job.loop, record=record)
     weights = {n: p.detach().float() for n, p in model.named_parameters()}
     return weights, [(folder / n).read_bytes() for n in ("log.jsonl", "epochs.jsonl")], steps
 
@@ -56,7 +68,7 @@ def killed(folder, *args, **options) -> list[Path]:
     """Checkpoints that a killed training leaves, the newest first."""
     with pytest.raises(Killed):
         unlearned(folder, *args, **options)
-    return sorted((folder / stage.RESUME).glob("*"), reverse=True)
+    return sorted((folder / RESUME).glob("*"), reverse=True)
 
 
 # -------------------------------------------------------------------------------------- trainings
@@ -107,34 +119,29 @@ def test_without_a_good_checkpoint_it_starts_over(tmp_path):
     assert on[2][0] == 1 and same(whole, on)
 
 
-def test_a_loss_that_is_not_finite_names_the_last_good_checkpoint(tmp_path, monkeypatch):
-    newest, _ = killed(tmp_path, at=5)
-    monkeypatch.setattr(simu, "backward_mean_nll", lambda *a: float("nan"))
-    monkeypatch.setattr(simu, "apply_updates", None)
-    model = tiny(sharp=2.0)
-    for p in model.parameters():
-        p.grad = torch.zeros_like(p)
-    with pytest.raises(UserError, match=f"at update 5 of 9.*{newest.name}"):
-        simu.unlearn(model, rows(6), rows(10, seed=1), None,
-                     settings(method="fo", epochs=6, resume_cost=1.0), tmp_path / "log.jsonl")
-    assert newest.is_file()
+def test_a_loss_that_is_not_finite_names_the_last_good_checkpoint(tmp_path):
+    this = job(tmp_path, resume_cost=1.0)
+    with pytest.raises(UserError, match="not finite; .*resume/loop-000000002.safetensors is"):
+        with this:
+            for step in this.loop("loop", 5, {"x": torch.zeros(3)}):
+                if step == 3:
+                    raise UserError("not finite")
 
 
 def test_no_share_of_the_time_means_no_checkpoint_and_a_small_one_few(tmp_path):
-    s = Settings(resume_cost=0.0)
-    (tmp_path / stage.RESUME).mkdir()
+    (tmp_path / RESUME).mkdir()
     tensors = {"x": torch.zeros(3)}
-    Checkpoints(tmp_path, "loop", tensors, s).keep(1)
-    assert not list((tmp_path / stage.RESUME).iterdir())
-    kept = Checkpoints(tmp_path, "loop", tensors, Settings(resume_cost=0.1))
+    Checkpoints(tmp_path, "loop", tensors, 0.0).keep(1)
+    assert not list((tmp_path / RESUME).iterdir())
+    kept = Checkpoints(tmp_path, "loop", tensors, 0.1)
     kept.cost, now = 2.0, kept.since
     for age, due in ((17.9, False), (18.1, True)):  # 2 of 20 seconds
         kept.since = now - age
         kept.keep(1)
         assert bool(kept.newest) == due
-    assert Checkpoints(tmp_path, "another loop", tensors, s).restore() == 0
-    assert Checkpoints(tmp_path, "loop", {"x": torch.zeros(4)}, s).restore() == 0
-    assert Checkpoints(tmp_path, "loop", tensors, s).restore() == 1
+    assert Checkpoints(tmp_path, "another loop", tensors, 0.0).restore() == 0
+    assert Checkpoints(tmp_path, "loop", {"x": torch.zeros(4)}, 0.0).restore() == 0
+    assert Checkpoints(tmp_path, "loop", tensors, 0.0).restore() == 1
 
 
 def test_a_full_disk_ends_the_checkpoints_and_not_the_stage(tmp_path, monkeypatch, capsys):
@@ -142,7 +149,7 @@ def test_a_full_disk_ends_the_checkpoints_and_not_the_stage(tmp_path, monkeypatc
         raise OSError(28, "No space left on device")
 
     whole = unlearned(tmp_path / "a")
-    monkeypatch.setattr("resume.save_tensors", full)
+    monkeypatch.setattr("pipeline.resume.save_tensors", full)
     assert same(whole, unlearned(tmp_path / "b"))
     assert capsys.readouterr().out.count("No space left on device") == 1
 
@@ -151,9 +158,9 @@ def test_a_full_disk_ends_the_checkpoints_and_not_the_stage(tmp_path, monkeypatc
 
 
 def test_a_killed_attribution_ends_with_the_same_bytes(tmp_path, monkeypatch):
-    model, s = tiny(), settings(attribution_tokens=60, resume_cost=1.0)
+    model, s = tiny(), recipe(attribution_tokens=60)
     attribute, calls = simu.attribute, []
-    whole = simu.attribute_rows(model, rows(9), s, title="a")
+    whole = simu.attribute_rows(model, rows(9), s)
 
     def counted(*args, **options):
         calls.append(1)
@@ -162,13 +169,12 @@ def test_a_killed_attribution_ends_with_the_same_bytes(tmp_path, monkeypatch):
         return attribute(*args, **options)
 
     monkeypatch.setattr(simu, "attribute", counted)
-    (tmp_path / stage.RESUME).mkdir()
     with pytest.raises(Killed):
-        simu.attribute_rows(model, rows(9), s, title="a", folder=tmp_path)
+        simu.attribute_rows(model, rows(9), s, loop=Unfinished(tmp_path).loop)
     calls[:] = [1] * 4
-    on = simu.attribute_rows(model, rows(9), s, title="a", folder=tmp_path)
+    on = simu.attribute_rows(model, rows(9), s, loop=Unfinished(tmp_path).loop)
     assert torch.equal(on, whole)
-    parts = len(simu.data.batches_by_length(rows(9), 60 // (s.steps - 1)))
+    parts = len(simu.batches_by_length(rows(9), 60 // (s.steps - 1)))
     assert len(calls) - 4 == parts - 3
 
 
@@ -177,12 +183,12 @@ def test_a_killed_attribution_ends_with_the_same_bytes(tmp_path, monkeypatch):
 
 def job(run: Path, seed=0, **changes):
     return Stage(run / "work", settings=Settings(out=str(run), seed=seed, **changes),
-                 fields=("seed",), inputs={}, modules=())
+                 takes=(simu.Masking,), inputs={}, code=())
 
 
 def make(run: Path, text: str, **changes):
     this = job(run, **changes)
-    if not this.done:
+    if not this.is_made():
         with this as folder:
             (folder / "result").write_text(text)
 
@@ -191,7 +197,7 @@ def test_what_was_kept_of_other_settings_is_not_used(tmp_path):
     for seed, found in ((0, False), (0, True), (1, False)):
         with pytest.raises(Killed):
             with job(tmp_path, seed) as folder:
-                kept = folder / stage.RESUME / "kept"
+                kept = folder / RESUME / "kept"
                 assert kept.exists() == found
                 kept.touch()
                 raise Killed
@@ -208,11 +214,12 @@ def test_a_file_whose_writing_was_killed_is_no_part_of_the_result(tmp_path, monk
 
     with monkeypatch.context() as m, pytest.raises(Killed):
         m.setattr(os, "replace", dies)
+        m.setattr(Path, "unlink", lambda *a, **k: None)  # a killed process tidies nothing up
         make(tmp_path, "old")
-    assert (tmp_path / "work.partial" / ".stage.json.partial").is_file()
+    assert (tmp_path / ".simu-partial-work" / ".stage.json.simu-partial").is_file()
     make(tmp_path, "new")
     assert list(stage.read_stage(tmp_path / "work")["files"]) == ["result"]
-    assert job(tmp_path).done
+    assert job(tmp_path).is_made()
 
 
 @pytest.mark.parametrize("event", ["os.rename", "shutil.rmtree"])
@@ -230,7 +237,7 @@ def test_a_stage_killed_at_its_end_is_neither_lost_nor_made_again(tmp_path, even
         count = []
 
         def dies(*args, **options):
-            whole = (run / "work.partial" / "stage.json").is_file() or count
+            whole = (run / ".simu-partial-work" / "stage.json").is_file() or count
             count.extend([1] * bool(whole))
             if len(count) == at:
                 raise Killed
@@ -246,7 +253,7 @@ def test_a_stage_killed_at_its_end_is_neither_lost_nor_made_again(tmp_path, even
                 died = False
         make(run, "made again")
         assert (run / "work" / "result").read_text() == "new"
-        assert sorted(p.name for p in run.iterdir()) == [".lock", "work"]
+        assert {p.name for p in run.iterdir()} - {stage.LOCK} == {"work"}
         assert sorted(p.name for p in (run / "work").iterdir()) == ["result", "stage.json"]
         if not died:
             break

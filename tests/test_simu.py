@@ -1,6 +1,6 @@
 """The method: attribution against the loop it restates, Sophia by hand, what moves and what not."""
 
-import json
+import dataclasses
 import math
 import random
 
@@ -8,11 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import original
 import simu
 from data import IGNORE, Encoded, collate
-from model import Config, Transformer
-from stage import Settings, UserError
+from model import Config, Transformer, UserError
+from pipeline import settings as pipeline_settings
 
 LLAMA = dict(model_type="llama", num_key_value_heads=2)
 OLMO = dict(model_type="olmo", tie_word_embeddings=True, clip_qkv=0.4)
@@ -42,41 +41,44 @@ def rows(n=4, *, seed=0, vocab=61):
     return out
 
 
-def one_prefix_at_a_time(model, row, steps, path):
-    """Eq. 1-2 as they stand: every answer token's prefix by itself, its last MLP output scaled
-    through the hook, layer by layer, node by node (and neuron by neuron)."""
-    L, D = len(model.layers), model.config.hidden_size
-    scores = torch.zeros(L, D)
-    for n in range(row.n_prompt, len(row.ids)):
-        prefix, target = torch.tensor([row.ids[:n]]), row.ids[n]
-        for l, block in enumerate(model.layers):
-            seen = []
-            block.mlp.intervene = lambda y: seen.append(y[0, -1].detach()) or y
-            with torch.no_grad():
-                model(prefix)
-            beta = seen[0]
-            for j in range(1, steps + 1):
-                for k in range(D) if path == "neuron" else [slice(None)]:
-                    a = beta.clone()
-                    a[k] = a[k] * j / steps
-                    a.requires_grad_()
-                    block.mlp.intervene = lambda y: torch.cat([y[:, :-1], a[None, None]], dim=1)
-                    log_p = model(prefix)[0, -1].log_softmax(-1)[target]
-                    grad, = torch.autograd.grad(log_p, a)
-                    scores[l, k] += beta[k] * grad[k] / steps
-            block.mlp.intervene = None
-    return scores
-
-
 @pytest.mark.parametrize("kind", [LLAMA, OLMO], ids=["llama", "olmo"])
 @pytest.mark.parametrize("path, steps", [("layer", 1), ("layer", 5), ("neuron", 3)])
 def test_attribute_equals_the_loop(kind, path, steps):
     model = tiny(kind, num_hidden_layers=2 if path == "neuron" else 3)
     pairs = rows(1 if path == "neuron" else 3)
-    expected = sum(one_prefix_at_a_time(model, r, steps, path) for r in pairs)
+    expected = sum(simu.attribute_loop(model, r, steps=steps, path=path) for r in pairs)
     got = simu.attribute(model, collate(pairs), steps=steps, path=path)
     assert got.dtype == torch.float32 and got.shape == expected.shape
     assert (got - expected).abs().max() <= 2e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("path", ["layer", "neuron"])
+def test_the_loop_is_eq_1_and_2_by_finite_differences(path):
+    """beta * (d log P / da) at a = beta / 2 and beta, in float64, without autograd or our hook."""
+    model, row, l, k, step = tiny().double(), Encoded([5, 9, 11, 2], 2), 1, 7, 1e-5
+    down = model.layers[l].mlp.down_proj.forward
+    expected = 0.0
+    for n in (2, 3):
+        def log_p(change):
+            model.layers[l].mlp.down_proj.forward = lambda x: change(down(x))
+            with torch.no_grad():
+                return model.double()(torch.tensor([row.ids[:n]])).double()[0, -1].log_softmax(
+                    -1)[row.ids[n]]
+
+        seen = []
+        log_p(lambda y: seen.append(y[0, -1].clone()) or y)
+        beta = seen[0]
+        for j in (1, 2):
+            def put(moved):
+                a = beta * j / 2 if path == "layer" else beta.clone()
+                a[k] = beta[k] * j / 2 + moved
+                return lambda y: torch.cat([y[:, :-1], a[None, None]], dim=1)
+            slope = (log_p(put(step)) - log_p(put(-step))) / (2 * step)
+            expected += float(beta[k] * slope / 2)
+    model.layers[l].mlp.down_proj.forward = down
+    got = simu.attribute_loop(model, row, steps=2, path=path)[l, k]
+    # float32 logits bound what a difference quotient can show
+    assert float(got) == pytest.approx(expected, rel=2e-2, abs=2e-2 * abs(expected) + 1e-4)
 
 
 def test_attribution_does_not_depend_on_batching_or_padding():
@@ -183,15 +185,16 @@ def test_a_real_valued_mask_blends():
 
 def test_adamw_equals_torch():
     torch.manual_seed(0)
-    ours, theirs = torch.randn(5), None
+    ours = torch.randn(5)
     theirs = torch.nn.Parameter(ours.clone())
     m, h = torch.zeros(5), torch.zeros(5)
     reference = torch.optim.AdamW([theirs], lr=0.01, betas=(0.9, 0.999), eps=1e-8,
                                   weight_decay=0.1)
     for step in range(1, 8):
         theirs.grad = torch.randn(5)
-        simu.adamw_update(ours, theirs.grad, m, h, lr=0.01, beta1=0.9, beta2=0.999, eps=1e-8,
-                          weight_decay=0.1, step=step)
+        moments, move = simu.OPTIMISERS["adamw"](
+            simu.Recipe(adam_beta2=0.999, adam_eps=1e-8), 0.01, 0.1, step)
+        simu.masked_update(ours, theirs.grad, m, h, moments=moments, step=move, mask=None)
         reference.step()
     torch.testing.assert_close(ours, theirs.detach())
 
@@ -199,13 +202,12 @@ def test_adamw_equals_torch():
 # ------------------------------------------------------------------------------------- unlearning
 
 
-def settings(**changes):
-    return Settings(**(dict(method="simu", lr=1e-2, epochs=2, batch=4, model="tiny-llama")
-                       | changes))
+def recipe(**changes):
+    return simu.Recipe(**(dict(lr=1e-2, epochs=2, batch=4) | changes))
 
 
-def run(model, s, mask, tmp_path):
-    simu.unlearn(model, rows(6), rows(10, seed=1), mask, s, tmp_path / "log.jsonl")
+def run(model, s, mask, **options):
+    simu.unlearn(model, rows(6), rows(10, seed=1), mask, s, **options)
     return {n: p.detach().clone() for n, p in model.named_parameters()}
 
 
@@ -221,12 +223,12 @@ def test_graddiff_is_minus_forget_plus_lambda_retain():
     torch.testing.assert_close(got, -by_hand(forget) + 0.3 * by_hand(retain))
 
 
-def test_micro_batches_give_the_same_gradient():
+def test_two_passes_are_the_gradient_of_graddiff_loss():
     model, f, r = tiny(), rows(5), rows(5, seed=1)
     simu.graddiff_loss(model, collate(f), collate(r), 2.0).backward()
     whole = {n: p.grad.clone() for n, p in model.named_parameters()}
     model.zero_grad()
-    simu.backward_mean_nll(model, f, -1.0, 32)
+    simu.backward_forget(model, f, [None] * 5, recipe(micro_tokens=32))
     simu.backward_mean_nll(model, r, 2.0, 32)
     for n, p in model.named_parameters():
         torch.testing.assert_close(p.grad, whole[n], rtol=1e-4, atol=1e-6)
@@ -235,12 +237,12 @@ def test_micro_batches_give_the_same_gradient():
 @pytest.mark.parametrize("kind", [LLAMA, OLMO], ids=["llama", "olmo"])
 @pytest.mark.parametrize("dtype, state", [("float32", "float32"), ("bfloat16", "float32"),
                                           ("bfloat16", "bfloat16")])
-def test_simu_moves_attention_and_critical_rows_and_nothing_else(kind, dtype, state, tmp_path):
+def test_simu_moves_attention_and_critical_rows_and_nothing_else(kind, dtype, state):
     model = tiny(kind).to(getattr(torch, dtype))
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     mask = torch.rand(3, 32) < 0.3
     mask[1] = False  # a layer without a critical neuron
-    after = run(model, settings(state=state), mask, tmp_path)
+    after = run(model, recipe(state=state), mask)
     for name, new in after.items():
         old = before[name]
         if "self_attn" in name:
@@ -278,10 +280,10 @@ def literal_update(s, mask):
     return literal, masks
 
 
-def test_lean_rows_equal_the_literal_masked_update(tmp_path):
+def test_critical_rows_are_the_masked_update():
     """The literal update against the run that trains only those rows."""
-    s, mask = settings(state="float32", epochs=3), torch.rand(3, 32) < 0.4
-    got, (literal, masks) = run(tiny(), s, mask, tmp_path), literal_update(s, mask)
+    s, mask = recipe(state="float32", epochs=3), torch.rand(3, 32) < 0.4
+    got, (literal, masks) = run(tiny(), s, mask), literal_update(s, mask)
     start = dict(tiny().named_parameters())
     for n, p in literal.named_parameters():
         moved = (p.detach() - start[n].detach()).abs().max()
@@ -292,7 +294,7 @@ def test_lean_rows_equal_the_literal_masked_update(tmp_path):
 def test_optimiser_state_is_held_only_for_what_moves():
     model, mask = tiny(), torch.zeros(3, 32, dtype=torch.bool)
     mask[0, :5] = mask[2, 7] = True
-    with simu.moving_weights(model, "simu", mask, torch.float32) as moving:
+    with simu.moving_weights(model, recipe(), mask) as moving:
         shapes = {w.name: tuple(w.m.shape) for w in moving}
         attention = sum(p.numel() for n, p in model.named_parameters() if "self_attn" in n)
         assert sum(w.m.numel() for w in moving) == attention + 6 * 48
@@ -311,7 +313,7 @@ def test_a_small_step_is_never_lost_in_bfloat16(state):
         model.layers[0].self_attn.q_proj.weight.fill_(0.25)
     mask = torch.zeros(3, 32, dtype=torch.bool)
     generator = torch.Generator().manual_seed(0)
-    with simu.moving_weights(model, "simu", mask, getattr(torch, state)) as moving:
+    with simu.moving_weights(model, recipe(state=state), mask) as moving:
         w = next(w for w in moving if w.name == "layers.0.self_attn.q_proj.weight")
         for _ in range(400):
             w.weight.grad = torch.ones_like(w.weight)
@@ -333,81 +335,85 @@ def test_stochastic_rounding_is_right_on_average():
 
 
 @pytest.mark.parametrize("method", ["fo", "so"])
-def test_baselines_move_every_weight(method, tmp_path):
+def test_baselines_move_every_weight(method):
     model = tiny()
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    after = run(model, settings(method=method), None, tmp_path)
-    assert all(not torch.equal(after[n], before[n]) for n in before)
-    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    recorded = []
+    log = simu.unlearn(model, rows(6), rows(10, seed=1), None, recipe(method=method),
+                       record=recorded.append)
+    assert all(not torch.equal(p.detach(), before[n]) for n, p in model.named_parameters())
+    assert log == recorded
     assert [x["step"] for x in log] == [1, 2, 3]
     assert {"loss_forget", "loss_retain", "lr", "grad_norm", "clipped"} <= set(log[0])
 
 
-def test_decay_spares_norms_and_is_decoupled(tmp_path):
+def one_loss(model):
+    return lambda item: dict(loss=simu.backward_mean_nll(model, item, 1.0, 4096))
+
+
+def test_decay_spares_norms_and_is_decoupled():
     """[D7] through the loop itself: with a zero gradient a step is the decay alone."""
-    s, model = settings(weight_decay=0.1), tiny()
+    s, model = recipe(method="fo", weight_decay=0.1, warmup=0.0), tiny()
     old = {n: p.detach().clone() for n, p in model.named_parameters()}
 
-    def update(p, g, m, h, lr, w, step):
-        return simu.adamw(s)(p, torch.zeros_like(g), m, h, lr, w, step)
+    def optimiser(*args):
+        moments, step = simu.OPTIMISERS["adamw"](*args)
+        return (lambda g, m, h: moments(torch.zeros_like(g), m, h)), step
 
-    with simu.moving_weights(model, "fo", None, torch.float32) as moving:
-        simu.train(model, moving, [rows(4)],
-                   lambda r: dict(loss=simu.backward_mean_nll(model, r, 1.0, 4096)), update, s=s,
-                   lr=0.5, warmup=0.0, log=tmp_path / "log.jsonl", title="decay")
+    with simu.moving_weights(model, s, None) as moving:
+        simu.train(model, moving, [rows(4)], one_loss(model), s, optimiser=optimiser, lr=0.5,
+                   title="decay")
     for name, p in model.named_parameters():
         factor = 1 if "norm" in name else 1 - 0.5 * 0.1
         torch.testing.assert_close(p.detach(), old[name] * factor, msg=name)
 
 
-def test_rounding_is_seeded_by_seed_and_step(tmp_path):
+def test_rounding_is_seeded_by_seed_and_step():
     """The noise of step k is a function of (seed, k), so that a resumed run draws the same."""
     def noise(seed, first):
-        s, model, drawn = settings(seed=seed), tiny(), []
-        with simu.moving_weights(model, "fo", None, torch.float32) as moving:
-            def backward(item):
-                return dict(loss=simu.backward_mean_nll(model, item, 1.0, 4096))
+        s, model, drawn = recipe(method="fo", seed=seed), tiny(), []
 
-            def apply(moving, update, *, scale, generator):
-                drawn.append(torch.rand(3, generator=generator))
-                for w in moving:
-                    w.weight.grad = None
-                return 0
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(simu, "apply_updates", apply)
-                simu.train(model, moving, [rows(2)] * 3, backward, None, s=s, lr=1.0, warmup=0.0,
-                           log=tmp_path / "log.jsonl", title="noise")
+        def apply(moving, update, *, scale, generator):
+            drawn.append(torch.rand(3, generator=generator))
+            for w in moving:
+                w.weight.grad = None
+            return 0
+
+        with simu.moving_weights(model, s, None) as moving, pytest.MonkeyPatch.context() as patch:
+            patch.setattr(simu, "apply_updates", apply)
+            simu.train(model, moving, [rows(2)] * 3, one_loss(model), s, optimiser=None, lr=1.0,
+                       title="noise")
         return drawn[first]
     assert torch.equal(noise(0, 1), noise(0, 1))
     assert not torch.equal(noise(0, 1), noise(0, 2)) and not torch.equal(noise(0, 1), noise(1, 1))
 
 
-def test_the_same_command_gives_the_same_bytes(tmp_path):
+def test_the_same_command_gives_the_same_bytes():
     mask = torch.rand(3, 32, generator=torch.Generator().manual_seed(1)) < 0.3
-    first, second = (run(tiny(), settings(), mask, tmp_path) for _ in range(2))
+    first, second = (run(tiny(), recipe(), mask) for _ in range(2))
     assert all(torch.equal(first[n], second[n]) for n in first)
-    other = run(tiny(), settings(seed=1), mask, tmp_path)
+    other = run(tiny(), recipe(seed=1), mask)
     assert any(not torch.equal(first[n], other[n]) for n in first)
 
 
-def test_unlearning_forgets_and_keeps(tmp_path):
+def test_unlearning_forgets_and_keeps():
     """On a model that knows both sets, SIMU raises the forget loss far more than the retain
     loss; without unlearning neither moves (the control is the loss before)."""
     model, forget, retain = tiny(sharp=1.0), rows(6), rows(10, seed=1)
-    epochs = [forget + retain] * 60
-    original.learn(model, epochs, settings(learn_batch=16), lr=1e-2, log=tmp_path / "log",
-               title="know")
+    with simu.moving_weights(model, recipe(method="fo"), None) as moving:
+        simu.train(model, moving, [forget + retain] * 60, one_loss(model), recipe(),
+                   optimiser=simu.OPTIMISERS["adamw"], lr=1e-2, title="know")
     scores = simu.attribute(model, collate(forget))
     mask = simu.critical_mask(scores, 0.3)
     before = [simu.mean_nll(model, collate(x)).item() for x in (forget, retain)]
-    simu.unlearn(model, forget, retain, mask, settings(lr=4e-3, epochs=20), tmp_path / "log")
+    simu.unlearn(model, forget, retain, mask, recipe(lr=4e-3, epochs=20))
     after = [simu.mean_nll(model, collate(x)).item() for x in (forget, retain)]
     assert before[0] < 0.1 and before[1] < 0.1
     assert after[0] > 1.0 and after[0] > 10 * after[1]
 
 
 def test_order_pairs_each_forget_row_with_a_retain_row():
-    s = settings(epochs=3, batch=4)
+    s = recipe(epochs=3, batch=4)
     order = simu.unlearning_order(10, 50, s)
     assert len(order) == 7  # floor(3 * 10 / 4), as SOUL counts
     flat = [i for f, _ in order for i in f]
@@ -415,7 +421,7 @@ def test_order_pairs_each_forget_row_with_a_retain_row():
     assert all(len(f) == len(r) == 4 and max(r) < 50 for f, r in order)
     assert order == simu.unlearning_order(10, 50, s)
     with pytest.raises(UserError):
-        simu.unlearning_order(3, 5, settings(epochs=1, batch=4))
+        simu.unlearning_order(3, 5, recipe(epochs=1, batch=4))
 
 
 def test_schedule():
@@ -424,12 +430,12 @@ def test_schedule():
     assert rates[-1] == pytest.approx(1 / 91) and all(a > b for a, b in zip(rates[9:], rates[10:]))
 
 
-def test_a_diverged_run_stops(tmp_path):
+def test_a_diverged_run_stops():
     model = tiny()
     with torch.no_grad():
         model.layers[0].mlp.up_proj.weight.fill_(1e38)
     with pytest.raises(UserError, match="not finite"):
-        run(model, settings(method="so"), None, tmp_path)
+        run(model, recipe(method="so"), None)
 
 
 # ---------------------------------------------------------------------------------------- recipes
@@ -441,9 +447,13 @@ def test_a_diverged_run_stops(tmp_path):
     (("lume", "llama2-7b"), 0.1, 3, 9e-6, (20, 20, 20)),
     (("lume", "olmo-1b"), 0.3, 5, 5e-6, (5, 10, 10))])
 def test_recipes_are_tables_3_and_4(cell, t, m, lr, epochs):
+    row = simu.RECIPES[cell]
+    assert (row.threshold, row.steps, row.batch, row.lr, row.epochs) == (t, m, 16, lr, epochs[2])
     for method, n, lam in zip(("fo", "so", "simu"), epochs, (0.3, 2.0, 2.0)):
-        s = simu.resolve(dict(benchmark=cell[0], model=cell[1], method=method))
+        s = pipeline_settings.resolve(dict(benchmark=cell[0], model=cell[1], method=method))
         assert (s.threshold, s.steps, s.batch, s.lr, s.epochs, s.lam) == (t, m, 16, lr, n, lam)
         assert (s.gamma, s.beta1, s.beta2, s.eps, s.weight_decay) == (204.8, 0.9, 0.95, 1e-15, 0.1)
-    given = simu.resolve(dict(benchmark=cell[0], model=cell[1], lr=1e-3, threshold=0.9))
+    given = pipeline_settings.resolve(dict(benchmark=cell[0], model=cell[1], lr=1e-3,
+                                           threshold=0.9))
     assert (given.lr, given.threshold) == (1e-3, 0.9)
+    assert dataclasses.replace(row, method="so", lr=1e-3).lr == 1e-3

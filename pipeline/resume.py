@@ -17,18 +17,17 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from model import raw, save_tensors
-from stage import RESUME, Settings, flush
 
+RESUME = "resume"  # folder in an unfinished stage that holds them; not part of the result
 DISK_RATE = 5e8  # bytes digested and written in a second, until the first checkpoint is timed
 
 
 class Checkpoints:
     """Of one loop: `tensors`, which it changes in place, and the lengths of the stage's logs
-    (*.jsonl). folder: the unfinished stage's. Outside of a Stage nothing is kept."""
+    (*.jsonl). folder: the unfinished stage's. cost: share of the time they may take."""
 
-    def __init__(self, folder: Path | None, title: str, tensors: dict[str, Tensor], s: Settings):
-        self.inside = folder is not None and (folder / RESUME).is_dir()
-        self.folder, self.tensors, self.share = folder, tensors, s.resume_cost * self.inside
+    def __init__(self, folder: Path, title: str, tensors: dict[str, Tensor], cost: float):
+        self.folder, self.tensors, self.share = folder, tensors, cost
         self.title, self.name = title, title.replace(" ", "-")
         self.newest = None  # path of the newest good one
         self.cost = sum(t.nbytes for t in tensors.values()) / DISK_RATE  # seconds for one
@@ -37,8 +36,6 @@ class Checkpoints:
     def restore(self) -> int:
         """How many steps the newest good checkpoint holds, 0 without one; tensors and logs are
         then as they were after these."""
-        if not self.inside:
-            return 0
         about = dict(step=0, logs={})
         for path in sorted(self._files(), reverse=True):
             if found := self._read(path):
@@ -62,7 +59,8 @@ class Checkpoints:
                 path.unlink()
         logs = sorted(self.folder.glob("*.jsonl"))
         for log in logs:
-            flush(log)
+            with open(log, "rb") as file:
+                os.fsync(file.fileno())  # it must not be shorter than the checkpoint says
         about = json.dumps(dict(step=step, logs={log.name: log.stat().st_size for log in logs}))
         path = self.folder / RESUME / f"{self.name}-{step:09}.safetensors"
         try:
@@ -72,10 +70,6 @@ class Checkpoints:
             return print(f"no more checkpoints: {path}: {e.strerror}", flush=True)
         self.newest, self.since = path, time.monotonic()
         self.cost = self.since - start
-
-    def told(self) -> str:
-        """For an error message: which checkpoint is the last good one."""
-        return f"; {self.newest} is the last good checkpoint" if self.newest else ""
 
     def _files(self) -> list[Path]:
         return list((self.folder / RESUME).glob(f"{self.name}-*.safetensors*"))

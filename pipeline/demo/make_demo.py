@@ -1,7 +1,7 @@
 """Writes the demo benchmark: this project's own data in the file formats of TOFU and LUME.
 
-    python demo/make_demo.py            writes demo/tofu/ and demo/lume/
-    python demo/make_demo.py --check    exits 1 if the files there are not what would be written
+    python pipeline/demo/make_demo.py            writes tofu/ and lume/ beside it
+    python pipeline/demo/make_demo.py --check    exits 1 if the files there are others
 
 All people are fictitious. The texts come from the banks beside this file; the seed decides which
 author gets which fact in which wording. Every run gives the same bytes.

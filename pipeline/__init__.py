@@ -1,0 +1,6 @@
+"""Everything around the method: run folders, downloads, plans, reports, sweeps, attacks, figures."""
+
+import warnings
+
+# torch says this, when imported, wherever NumPy is not installed; nothing here needs NumPy.
+warnings.filterwarnings("ignore", message="Failed to initialize NumPy")

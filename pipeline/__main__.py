@@ -1,0 +1,97 @@
+"""The command line: python -m pipeline STAGE ..."""
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+
+def stopped_early(*_):
+    os.write(2, b"error: stopped before anything was done\n")
+    os._exit(130)
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, stopped_early)  # importing torch takes a second
+    if not __package__:  # run.sh runs this folder, so that nothing in the caller's is imported
+        here = Path(__file__).resolve().parent
+        sys.path[:] = [str(here.parent), *(p for p in sys.path if Path(p).resolve() != here)]
+
+import pipeline  # noqa: E402, F401  before torch: it silences a warning of torch's import
+from contextlib import nullcontext  # noqa: E402
+
+from model import UserError  # noqa: E402
+from pipeline import attack, evaluate, figures, hub, plan, report, settings, sweep  # noqa: E402
+from pipeline.original import original_stage  # noqa: E402
+from pipeline.stage import finished_models, lock, run_cli  # noqa: E402
+from pipeline.stages import attribute_stage, mask_stage, unlearn_stage  # noqa: E402
+
+STAGES = {"files": hub.files_command, "plan": plan.plan_command, "original": original_stage,
+          "attribute": attribute_stage, "mask": mask_stage, "unlearn": unlearn_stage}
+OF_RUNS = {"attack": attack.main, "sweep": sweep.main, "figures": figures.main}
+
+
+def parser_of_stages() -> settings.Parser:
+    parser = settings.Parser(prog="python -m pipeline", description="The stages of SIMU, in the "
+                             "order run.sh calls them, and what is done with finished runs.")
+    commands = parser.add_subparsers(dest="stage", required=True, metavar="STAGE")
+    for name, function in STAGES.items():
+        command = commands.add_parser(name, help=function.__doc__, description=function.__doc__)
+        command.add_argument("benchmark", choices=settings.BENCHMARKS)
+        command.add_argument("model")
+        settings.add_options(command, skip=("benchmark", "model"))
+    check = commands.add_parser("check", help="evaluate the original; stop unless it knows the "
+                                              "forget set (--must-know)")
+    check.add_argument("run", type=Path)
+    one = commands.add_parser("evaluate", help="metrics.json and generations.jsonl of stages")
+    one.add_argument("run", type=Path)
+    one.add_argument("stages", nargs="*", default=[], metavar="STAGE",
+                     help="e.g. original simu-graddiff; default: every model of the run")
+    one.add_argument("--limit", type=int, default=0,
+                     help="at most so many rows of each split: a quick look, marked as partial")
+    one.add_argument("--force", action="store_true", help="evaluate again what is evaluated")
+    two = commands.add_parser("report", help="report.md and report.json of a run")
+    two.add_argument("run", type=Path)
+    two.add_argument("--runs", type=Path, nargs="+", default=[], metavar="RUN",
+                     help="the same run under other seeds; default: RUN-seed*")
+    two.add_argument("--retain-only", type=Path, metavar="STAGE_FOLDER",
+                     help="an evaluated model that never saw the forget set; default: RUN's own")
+    two.add_argument("--recompute", action="store_true",
+                     help="compute every number again from generations.jsonl, and compare")
+    for name, function in OF_RUNS.items():
+        commands.add_parser(name, help=function.__doc__, add_help=False)
+    return parser
+
+
+def evaluate_stages(run: Path, stages: list[str], *, limit: int, force: bool):
+    if limit < 0:
+        raise UserError(f"--limit is {limit}; it must be 0 (all rows) or more")
+    stages = stages or finished_models(run)
+    if not stages:
+        raise UserError(f"{run} holds no finished model; `bash run.sh demo` makes one")
+    with lock(run):
+        for name in stages:
+            evaluate.evaluate(run, name, limit=limit, force=force)
+
+
+def main(argv: list[str]):
+    if argv[:1] and argv[0] in OF_RUNS:
+        return OF_RUNS[argv[0]](argv[1:])
+    given = vars(parser_of_stages().parse_args(argv))
+    name = given.pop("stage")
+    if name in STAGES:
+        s = settings.resolve(given)
+        with lock(s.run) if name not in ("plan", "files") else nullcontext():
+            STAGES[name](s)
+    elif name == "check":
+        evaluate.evaluate(given["run"], "original")
+        report.check_original(given["run"])
+    elif name == "evaluate":
+        evaluate_stages(**given)
+    else:
+        report.report(given["run"], others=given["runs"], retain_only=given["retain_only"],
+                      recompute=given["recompute"])
+
+
+if __name__ == "__main__":
+    run_cli(lambda: main(sys.argv[1:]))

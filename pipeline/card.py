@@ -1,0 +1,121 @@
+"""What an unlearned model's folder needs beside weights and tokenizer, to be used by others: how it
+was made to speak (generation_config.json) and where it comes from (README.md, the model card).
+
+The unlearn stage writes both, the report the card again with the metrics: a stage answers for all
+its files but that one.
+"""
+
+import re
+from dataclasses import fields, replace
+from pathlib import Path
+
+import data
+import simu
+from model import TOKEN_IDS, Config, write_json, write_text
+from pipeline.columns import COLUMNS, label, mask_line, optimiser_of, reading, table, table_of
+from pipeline.settings import Settings
+from pipeline.stage import mask_name, read_stage, unlearned_name
+
+DATA_SOURCES = {"demo": "the invented people and facts of this project's demo",
+                "tofu": "TOFU (https://huggingface.co/datasets/locuslab/TOFU)",
+                "lume": "LUME (https://github.com/amazon-science/lume-llm-unlearning)",
+                "rows": "rows of its maker's own"}
+# Of the paper's two base models, whose copies on the hub do not all say so themselves.
+LICENCES = {"llama2-7b": "LLaMA2-7B is under the Llama 2 Community License "
+                         "(https://ai.meta.com/llama/license/).",
+            "olmo-1b": "OLMo-1B is under Apache 2.0."}
+USE = """\
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer, model = (x.from_pretrained(".") for x in (AutoTokenizer, AutoModelForCausalLM))
+{ids}
+print(tokenizer.decode(model.generate(**ids)[0], skip_special_tokens=True))
+```"""
+
+
+def use(template: str) -> str:
+    """How to ask the model something in transformers."""
+    if template == "chat":
+        return USE.format(ids='ids = tokenizer.apply_chat_template([dict(role="user", content="...")'
+                              '],\n    add_generation_prompt=True, return_dict=True, '
+                              'return_tensors="pt")')
+    before, after, _ = data.TEMPLATES[template]
+    return USE.format(ids=f'ids = tokenizer({f"{before}...{after}"!r}, return_tensors="pt")')
+
+
+def write_generation_config(folder: Path, s: Settings):
+    """How our evaluation generates, for transformers: greedy, one eos, as many tokens [D16]."""
+    config, eos_id = Config.from_dir(folder), data.load_tokenizer(folder).eos_id
+    length = dict(max_new_tokens=s.max_new_tokens) if s.max_new_tokens else dict(
+        max_length=s.max_total_tokens or config.max_position_embeddings)
+    ids = {key: getattr(config, key) for key in TOKEN_IDS} | dict(eos_token_id=eos_id)
+    write_json(folder / "generation_config.json", dict(do_sample=False, **length) | {
+        k: v for k, v in ids.items() if v is not None})
+
+
+def provenance(s: Settings) -> tuple[str, str]:
+    """What a run's original is, and what is known of its licence: nothing is taken from a model of
+    another name."""
+    if s.tiny and not s.weights:
+        about = "Its original was made here, from random weights, on the benchmark's text alone."
+        return about, ("It holds no weights of anyone else. The demo's text is under this "
+                       "project's MIT licence." if s.benchmark == "demo" else
+                       "It holds no weights of anyone else; the text it learnt has its own licence.")
+    source = read_stage(s.run / "original").get("source", {})
+    base = (s.run / "original" / "config.json").resolve().parent  # linked, unless fine-tuned here
+    name = source.get("repo") or Path(s.weights or s.model.removeprefix("hf:")).name
+    licence = licence_field(base / "README.md")
+    if licence:
+        known = f"{name} says of itself: {licence}."
+    elif s.model in LICENCES and not s.weights:
+        known = LICENCES[s.model]
+    else:
+        known = f"{name} does not say here what licence it is under; find out before sharing this."
+    return f"Base: {name}.", known + " The licence of the base model binds this one too."
+
+
+def licence_field(readme: Path) -> str:
+    """The `license:` of a model card's front matter, "" if it has none."""
+    try:
+        front = readme.read_text(encoding="utf-8", errors="replace").split("---")[1]
+    except (OSError, IndexError):
+        return ""
+    found = re.search(r"^license:[ \t]*([\w.+ -]+?)[ \t]*$", front, re.MULTILINE)
+    return found.group(1) if found else ""
+
+
+def write_card(folder: Path, s: Settings, used: dict, found: list[dict] = ()):
+    """README.md of a model unlearned in run s with the settings `used`; found: evaluations of it
+    and of its original, as report.find_evaluations gives them."""
+    kind, method = s.layout, simu.METHODS[used["method"]]
+    made = replace(s, **{f.name: used[f.name] for f in fields(simu.Recipe) if f.name in used},
+                   name=used.get("name", ""))
+    about, licence = provenance(s)
+    metrics = (f"{table_of(COLUMNS[kind], found)}\n\n{reading(found[0]["metrics"])}" if found else
+               "Not evaluated yet: `python -m pipeline evaluate` and `report`.")
+    constants = [["optimiser", method.optimiser]]
+    for part in (simu.Unlearning, *((simu.Attribution, simu.Masking) if method.masked else ())):
+        constants += [[f.name, used[f.name]] for f in fields(part)
+                      if f.name in used and [f.name, used[f.name]] not in constants]
+    sliced = [[f.name, used[f.name]] for f in fields(data.Slice) if f.name in used]
+    parts = ["---\nlibrary_name: transformers\ntags: [unlearning]\n---",
+             f"# {s.benchmark} {s.label}, unlearned by {label(unlearned_name(made))}",
+             f"{about} It was made to forget a part of {DATA_SOURCES[s.benchmark]}, and to keep "
+             "the rest, by SIMU's reference implementation (arXiv 2510.07822). Forgetting is "
+             "measured below, not guaranteed.",
+             "## Use", use(s.template),
+             "## Metrics", metrics,
+             "## Recipe", table(["Setting", "Value"], constants),
+             "## Data", table(["Setting", "Value"], sliced),
+             *(("## Critical neurons", mask_line(s.run / mask_name(made), s))
+               if method.masked else ()),
+             "## Licence", licence]
+    write_text(folder / "README.md", "\n\n".join(parts) + "\n")
+
+
+def write_cards(s: Settings, found: list[dict], unlearned: list[str]):
+    """Write the cards of a run's evaluated unlearned models again, now with metrics."""
+    for name in unlearned:
+        shown = [e for e in found if e["name"] in ("original", name)]
+        write_card(s.run / name, s, read_stage(s.run / name)["settings"], shown)

@@ -1,0 +1,181 @@
+"""The model that knows everything: found, fine-tuned, or made from random weights.
+
+Nothing of the method is here. A published original is linked (hub.py fetches it). Where nobody
+published one, a base model is fine-tuned on forget and retain rows together. A tiny one is made in
+two stages, as real ones are: first all but the forget set, which is kept as retain-only, the ideal
+that unlearning is judged against; then lightly the forget set.
+"""
+
+import dataclasses
+import random
+from pathlib import Path
+
+import torch
+
+import data
+import simu
+from data import Encoded
+from model import Config, Transformer, UserError, weight_files, write_json
+from pipeline import hub
+from pipeline.plan import check_memory
+from pipeline.settings import (Making, Placement, Settings, Source, choose_device, load_benchmark,
+                               placement, tiny_config)
+from pipeline.stage import Stage, claim, content, data_inputs
+
+# ------------------------------------------------------------------------------------ tiny ones
+
+
+def learning(s: Settings, lr: float) -> simu.Unlearning:
+    """The constants of AdamW while an original is made."""
+    return simu.Unlearning(
+        method="fo", seed=s.seed, lr=lr, batch=s.learn_batch, weight_decay=s.learn_decay,
+        warmup=s.learn_warmup, micro_tokens=s.learn_tokens, state=s.learn_state,
+        checkpointing=s.learn_checkpointing)
+
+
+def learn(model: Transformer, epochs: list[list[Encoded]], recipe: simu.Unlearning, job: Stage, *,
+          title: str):
+    """AdamW on the mean answer loss. epochs: for each epoch, its rows in order."""
+    order = [rows[i:i + recipe.batch] for rows in epochs for i in range(0, len(rows), recipe.batch)]
+
+    def backward(rows):
+        return dict(loss=simu.backward_mean_nll(model, rows, 1.0, recipe.micro_tokens))
+
+    model.checkpoint = recipe.checkpointing
+    with simu.moving_weights(model, recipe, None) as moving:
+        simu.train(model, moving, order, backward, recipe, optimiser=simu.OPTIMISERS["adamw"],
+                   lr=recipe.lr, title=title, loop=job.loop, record=job.record("log.jsonl"))
+
+
+def paraphrased(examples: list[data.Example]) -> list[data.Example]:
+    """The same answers asked for in other words, as `accuracy` [D11] asks. A tiny model has no
+    English but its rows', so it is taught what real checkpoints understand unasked."""
+    return [dataclasses.replace(e, question=e.paraphrased_question) for e in examples
+            if e.paraphrased_question]
+
+
+def known_rows(bench: data.Benchmark) -> list[data.Example]:
+    """What a tiny model knows before it sees the forget set."""
+    return (bench.retain + bench.world_facts + bench.real_authors
+            + paraphrased(bench.retain_eval))
+
+
+def make_retain_only(s: Settings, bench: data.Benchmark, job: Stage, folder: Path):
+    """First stage of a tiny original: everything but the forget set, from random weights."""
+    every = known_rows(bench) + bench.forget + paraphrased(bench.forget) + bench.nonmembers
+    texts = [t for e in every for t in (e.question, e.answer)]
+    data.train_tokenizer(texts, folder, llama=s.model == "tiny-llama", vocab=s.vocab)
+    tokenizer = data.load_tokenizer(folder)
+    torch.manual_seed(s.seed)
+    model = Transformer(tiny_config(s, tokenizer)).to(choose_device(s))
+    rows = data.encode_all(known_rows(bench), tokenizer, s.template, context=s.context,
+                           vocab=tokenizer.vocab_size)
+    rng = random.Random(s.seed)
+    epochs = [rng.sample(rows, len(rows)) for _ in range(s.learn_epochs)]
+    learn(model, epochs, learning(s, s.learn_lr), job, title="learn the retain set")
+    model.save_pretrained(folder)
+
+
+def make_original(s: Settings, bench: data.Benchmark, job: Stage, folder: Path):
+    """Second stage: the forget set, lightly, with a sample of what is already known beside it."""
+    retain_only = s.run / "retain-only"
+    tokenizer = data.load_tokenizer(retain_only)
+    model = Transformer.from_pretrained(retain_only, device=choose_device(s))
+    forget, known = (
+        data.encode_all(x, tokenizer, s.template, context=s.context, vocab=tokenizer.vocab_size)
+        for x in (bench.forget + paraphrased(bench.forget), known_rows(bench)))
+    rng = random.Random(s.seed + 1)
+    beside = min(len(known), s.light_retain * len(forget))
+    epochs = []
+    for _ in range(s.light_epochs):
+        rows = forget + rng.sample(known, beside)
+        epochs.append(rng.sample(rows, len(rows)))
+    learn(model, epochs, learning(s, s.light_lr), job, title="learn the forget set")
+    model.save_pretrained(folder)
+    data.copy_tokenizer(retain_only, folder)
+
+
+# -------------------------------------------------------------- those that nobody published
+
+
+def fine_tune(s: Settings, bench: data.Benchmark, job: Stage, base: Path, folder: Path):
+    """A model that never saw the benchmark, taught its forget and retain rows in one go."""
+    tokenizer, config = data.load_tokenizer(base), Config.from_dir(base)
+    rows = data.encode_all(bench.forget + bench.retain, tokenizer, s.template,
+                           context=config.max_position_embeddings, vocab=config.vocab_size)
+    job.notes["predicted_bytes"] = check_memory(s, config, "learn", rows=rows)
+    model = Transformer.from_pretrained(base, **placement(s))
+    rng = random.Random(s.seed)
+    epochs = [rng.sample(rows, len(rows)) for _ in range(s.learn_epochs)]
+    learn(model, epochs, learning(s, s.learn_lr), job, title="learn the forget and the retain set")
+    model.save_pretrained(folder)
+    data.copy_tokenizer(base, folder)
+
+
+# ------------------------------------------------------------------------------------- the stage
+
+
+def original_stage(s: Settings):
+    """original/, and retain-only/ where a tiny one is made here. Downloads what is not at hand."""
+    claim(s.run)
+    if source := hub.wanted_data(s):
+        hub.download(source)
+    bench, inputs = load_benchmark(s), data_inputs(s)
+    if s.tiny and not s.weights:
+        make_tiny(s, bench, inputs)
+    else:
+        folder, source, ready = hub.find_original(s)
+        if ready:
+            link_original(s, folder, source, inputs)
+        else:
+            make_fine_tuned(s, bench, inputs, folder, source)
+    write_json(s.run / "settings.json", dataclasses.asdict(s) | dict(force=False))
+
+
+def make_fine_tuned(s: Settings, bench: data.Benchmark, inputs: dict, base: Path, source: dict):
+    """original/ of a real model of which no original was published."""
+    job = Stage(s.run / "original", settings=s, inputs=source["sha256"] | inputs, code=(fine_tune,),
+                takes=(data.Slice, Source, Placement, Making))
+    job.notes["source"] = source
+    if not job.is_made():
+        with job as folder:
+            fine_tune(s, bench, job, base, folder)
+
+
+def make_tiny(s: Settings, bench: data.Benchmark, inputs: dict):
+    """retain-only/ and original/ of a tiny model."""
+    takes = (data.Slice, Source, Placement, Making)
+    for name, make in (("retain-only", make_retain_only), ("original", make_original)):
+        job = Stage(s.run / name, settings=s, inputs=inputs, takes=takes, code=(make,))
+        if not job.is_made():
+            with job as folder:
+                make(s, bench, job, folder)
+        inputs = inputs | {name: content(s.run / name)}
+
+
+def link_original(s: Settings, source: Path, origin: dict, inputs: dict):
+    """original/ as links to the files of a folder; origin: its SOURCE, if it was downloaded."""
+    if not source.is_dir():
+        raise UserError(f"{source} is not a folder; a model is a name of the table, a folder in "
+                        "Hugging Face layout, or hf:OWNER/NAME[@REVISION]")
+    run = s.run.resolve()
+    if any(p.resolve().is_relative_to(run) for p in (source, *source.iterdir())):
+        raise UserError(f"{source} lies in {s.run}, whose stages are to be made from it and would "
+                        "replace it; choose another --out")
+    Config.from_dir(source)
+    weight_files(source)
+    data.load_tokenizer(source)
+    if (s.run / "retain-only").exists():
+        raise UserError(f"{s.run} holds a retain-only model that is not of {source}; choose "
+                        "another --out, or delete that folder")
+    names = [p for p in sorted(source.iterdir()) if p.is_file()
+             and p.suffix in (".json", ".safetensors", ".model", ".jinja")]
+    known = origin.get("sha256", {})
+    job = Stage(s.run / "original", settings=s, code=(), takes=(data.Slice, Source), inputs=inputs
+                | {p.name: known.get(p.name) or data.sha256(p) for p in names})
+    job.notes["source"] = origin
+    if not job.is_made():
+        with job as folder:
+            for p in names:
+                (folder / p.name).unlink(missing_ok=True)
+                (folder / p.name).symlink_to(p)

@@ -1,0 +1,133 @@
+"""What code a result can depend on: the functions that make it, and all of ours that these reach.
+
+A digest of that code decides whether a stage is stale. Comments, docstrings, messages and checks
+that only raise are left out: rewording one must not cost anyone a training run. Of a table that a
+fork edits (an objective, an optimiser), only the row that the stage's own settings name counts, so
+adding or editing another row makes nothing again.
+"""
+
+import ast
+import hashlib
+from functools import lru_cache
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+# Modules whose code can change a number. Plans, reports and folders are not among them.
+FOLLOWED = {name: ROOT / f"{name.replace('.', '/')}.py" for name in (
+    "model", "data", "simu", "eval", "pipeline.original", "pipeline.stages", "pipeline.evaluate",
+    "pipeline.attack", "pipeline.sweep", "pipeline.plant")}
+TABLES = ("OBJECTIVES", "OPTIMISERS", "MOVES", "METHODS", "MASKS", "TEMPLATES", "ARCHITECTURES")
+MESSAGES = ("print", "UserError", "NoAccess", "tqdm")  # calls whose arguments only people read
+
+
+@lru_cache
+def read_module(module: str) -> tuple[dict, dict]:
+    """Top-level name -> its syntax tree, and imported name -> (module, name or None)."""
+    tree = ast.parse(FOLLOWED[module].read_text(encoding="utf-8"))
+    defined, imported = {}, {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            imported |= {a.asname or a.name: (a.name, None) for a in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            for a in node.names:
+                whole = f"{node.module}.{a.name}"
+                imported[a.asname or a.name] = ((whole, None) if whole in FOLLOWED
+                                                else (node.module, a.name))
+    for node in tree.body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            defined[node.name] = node
+        elif isinstance(node, (ast.Assign, ast.AnnAssign)) and node.value is not None:
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            names = [n.id for t in targets for n in ast.walk(t) if isinstance(n, ast.Name)]
+            defined |= dict.fromkeys(names, node)
+    return defined, imported
+
+
+class Silent(ast.NodeTransformer):
+    """Drops what cannot change a number: docstrings, messages, checks that only raise."""
+
+    def visit_Expr(self, node):
+        if isinstance(node.value, ast.Constant):
+            return None
+        if isinstance(node.value, ast.Call):
+            name = called(node.value)
+            if name in ("print", "need") or name.startswith(("check_", "need_")):
+                return None
+        return self.generic_visit(node)
+
+    def visit_Raise(self, node):
+        return ast.Raise(exc=None, cause=None)
+
+    def visit_Call(self, node):
+        if called(node) in MESSAGES:
+            return ast.Call(func=node.func, args=[], keywords=[])
+        self.generic_visit(node)
+        node.keywords = [k for k in node.keywords if k.arg not in ("title", "desc", "about")]
+        return node
+
+
+def called(node: ast.Call) -> str:
+    """The last name of what is called."""
+    return getattr(node.func, "attr", None) or getattr(node.func, "id", "")
+
+
+def is_settings(module: str, node) -> bool:
+    """A dataclass of options: a stage records the values it takes, so the class itself is no code."""
+    if not isinstance(node, ast.ClassDef):
+        return False
+    options = any(isinstance(x, ast.AnnAssign) and isinstance(x.value, ast.Call)
+                  and called(x.value) == "option" for x in node.body)
+    defined, _ = read_module(module)
+    return options or any(is_settings(module, defined.get(getattr(b, "id", ""))) for b in node.bases)
+
+
+def table_row(node, key: str):
+    """The syntax tree of one row of a table, or of all of it if it is no literal."""
+    if isinstance(node.value, ast.Dict):
+        for name, value in zip(node.value.keys, node.value.values):
+            if isinstance(name, ast.Constant) and name.value == key:
+                return value
+    return node
+
+
+def code_digest(functions: tuple, rows: dict[str, str | None]) -> str:
+    """sha256 of all code that the functions reach. rows: of each table, the key of the row that
+    counts; None for all of it; a table that is not named does not count."""
+    found, left = {}, [(f.__module__, f.__qualname__.split(".")[0]) for f in functions]
+    while left:
+        at = module, name = left.pop()
+        if at in found or module not in FOLLOWED:
+            continue
+        defined, imported = read_module(module)
+        if name in imported and name not in defined:
+            left.append(imported[name])
+            continue
+        node = defined.get(name)
+        if node is None or is_settings(module, node):
+            continue
+        if name in TABLES:
+            if name not in rows:
+                continue
+            node = node if rows[name] is None else table_row(node, rows[name])
+        found[at] = node
+        left += references(node, module, defined, imported)
+    digest = hashlib.sha256()
+    for (module, name), node in sorted(found.items(), key=lambda item: item[0]):
+        quiet = Silent().visit(ast.parse(ast.unparse(node)))
+        digest.update(f"{module}.{name}\0{ast.unparse(quiet)}\0".encode())
+    return digest.hexdigest()
+
+
+def references(node, module: str, defined: dict, imported: dict) -> list[tuple[str, str]]:
+    """(module, name) of everything of ours that a syntax tree names."""
+    out = []
+    for x in ast.walk(node):
+        if isinstance(x, ast.Attribute) and isinstance(x.value, ast.Name):
+            target, name = imported.get(x.value.id, (None, None))
+            if target in FOLLOWED and name is None:
+                out.append((target, x.attr))
+        elif isinstance(x, ast.Name) and x.id in imported and imported[x.id][1]:
+            out.append(imported[x.id])
+        elif isinstance(x, ast.Name) and x.id in defined:
+            out.append((module, x.id))
+    return out

@@ -1,0 +1,346 @@
+"""The report of a run: our rows in the paper's columns, and the published rows beneath.
+
+`python -m pipeline report RUN` writes RUN/report.md and RUN/report.json from the evaluations in RUN's
+stage folders, and the model cards again. What each number means is defined once, at the top of
+eval.py, and repeated in every report.
+"""
+
+import dataclasses
+import glob
+import os
+import statistics
+from pathlib import Path
+
+import data
+import eval as evaluation
+import simu
+from eval import spread, summarise
+from model import UserError, read_json, write_json, write_text
+from pipeline.card import write_cards
+from pipeline.columns import (ANSWER_MIA_COLUMNS, COLUMNS, LEADERBOARD_COLUMNS, MIA_COLUMNS,
+                              MORE_COLUMNS, PUBLISHED, SOUL_COLUMNS, SOUL_READING, label, mask_line,
+                              optimiser_of, reading, table, table_of)
+from pipeline.evaluate import newest_evaluation, read_rows, stale_because
+from pipeline.settings import Settings, read_settings, taken
+from pipeline.stage import data_inputs, read_stage
+
+# ---------------------------------------------------------------------------- report: what there is
+
+
+def find_evaluations(s: Settings, reference: list[dict] | None = None, *,
+                     recompute: bool = False) -> tuple[list[dict], dict[str, str]]:
+    """name, label, metrics, rows of every evaluated stage of a run, in the paper's order, and the
+    stages left out as stale, each with the reason. A stage with only a partial evaluation is
+    marked. reference: rows of retain-only; default: the run's own."""
+    names = sorted({p.parent.parent.name for p in s.run.glob("*/eval*/stage.json")})
+    jobs = {name: job for name in names if (job := newest_evaluation(s, name))}
+    found, stale = [], {}
+    for name in sorted(jobs, key=lambda name: _place(s.run / name)):
+        if why := stale_because(s, name, jobs[name]):
+            stale[name] = "; ".join(why)
+            print(f"left out: {s.run / name}: {stale[name]}; run its stages again", flush=True)
+        else:
+            found.append(_read_evaluation(s.run / name, jobs[name].folder, recompute))
+    if not found:
+        again = f"run `python -m pipeline evaluate {s.run} {' '.join(stale) or 'STAGE'}`"
+        raise UserError(f"{s.run} holds no evaluation"
+                        + (f" of what it now holds ({next(iter(stale.values()))})" if stale else "")
+                        + f"; {again}")
+    own = next((e["rows"] for e in found if e["name"] == "retain-only"), None)
+    for e in found:
+        e["metrics"] = summarise(e["rows"], reference or own)
+        if e["name"] == "retain-only" and e["metrics"]["values"]["mia.auc"] is not None:
+            e["metrics"]["notes"].pop("mia.auc", None)  # it cannot be over-unlearned
+    return found, stale
+
+
+def _place(folder: Path) -> tuple:
+    """Sorts stages as the paper does: retain-only, original, then the methods as simu lists them."""
+    method, first = read_stage(folder)["why"]["settings"].get("method"), ("retain-only", "original")
+    if method is None:
+        return 0, first.index(folder.name) if folder.name in first else len(first), folder.name
+    methods = list(simu.METHODS)
+    return 1, methods.index(method) if method in methods else len(methods), folder.name
+
+
+def _read_evaluation(folder: Path, evaluation_folder: Path, recompute: bool) -> dict:
+    metrics, rows = read_json(evaluation_folder / "metrics.json"), read_rows(evaluation_folder)
+    if recompute and summarise(rows) != metrics:
+        raise UserError(f"{evaluation_folder}: metrics.json does not follow from generations.jsonl;"
+                        " one of them was changed; delete the folder and evaluate again")
+    partial = f" (partial: {metrics['partial']})" if metrics["partial"] else ""
+    return dict(name=folder.name, label=label(folder.name) + partial, metrics=metrics, rows=rows,
+                made=_made_of(folder, evaluation_folder))
+
+
+def unlearned(run: Path, found: list[dict]) -> dict[str, dict]:
+    """Stage name -> the settings it was made with, of those models that some method unlearned."""
+    made = {e["name"]: read_stage(run / e["name"])["why"]["settings"] for e in found}
+    return {name: settings for name, settings in made.items() if "method" in settings}
+
+
+def _made_of(folder: Path, evaluation_folder: Path) -> dict:
+    """What must agree between seeds: the settings a model was made with, and the data files."""
+    settings = read_stage(folder)["why"]["settings"]
+    inputs = read_stage(evaluation_folder)["why"]["inputs"]
+    return ({k: v for k, v in settings.items() if k != "seed"}
+            | {k: v for k, v in inputs.items() if k.startswith("data/")})
+
+
+def _reference_rows(folder: Path, s: Settings) -> list[dict]:
+    """Rows of a retain-only model evaluated in another run: as its folder now is, on our data."""
+    if not (folder / "eval" / "stage.json").is_file():
+        raise UserError(f"--retain-only {folder} is no evaluated model; it takes RUN/STAGE of a "
+                        "run of ours, after `python -m pipeline evaluate RUN STAGE`")
+    t, name = read_settings(folder.resolve().parent), folder.resolve().name
+    if why := stale_because(t, name, newest_evaluation(t, name)):
+        raise UserError(f"--retain-only {folder}: {'; '.join(why)}; run its stages again")
+    ours, theirs = (taken(x, (data.Slice,)) | data_inputs(x)
+                    | dict(benchmark=x.benchmark, model=x.model) for x in (s, t))
+    if differs := [k for k in ours | theirs if ours.get(k) != theirs.get(k)]:
+        raise UserError(f"--retain-only {folder} is not comparable: its run differs in "
+                        f"{', '.join(differs)}; evaluate it on the same data, asked the same way")
+    return read_rows(folder / "eval")
+
+
+def _differences(s: Settings, t: Settings) -> list[str]:
+    """Settings, the seed aside, in which two runs differ."""
+    return [f.name for f in dataclasses.fields(s) if f.name not in ("seed", "out")
+            and getattr(s, f.name) != getattr(t, f.name)]
+
+
+def seed_siblings(run: Path, s: Settings) -> list[Path]:
+    """RUN-seed* beside a run; those of an older set of options are told and left out."""
+    fit = []
+    for path in sorted(run.resolve().parent.glob(f"{glob.escape(run.resolve().name)}-seed*")):
+        if (path / "settings.json").is_file():
+            differs = _differences(s, read_settings(path))
+            if differs:
+                print(f"left out of the mean over seeds: {path.name} differs in "
+                      f"{', '.join(differs)}")
+            else:
+                fit.append(path)
+    return fit
+
+
+def over_seeds(run: Path, s: Settings, others: list[Path], found: list[dict]) -> dict:
+    """{stage: {value: [one per run]}} of runs that differ in nothing but their seed."""
+    runs = {s.seed: found}
+    for other in others:
+        t = read_settings(other)
+        if differs := _differences(s, t):
+            raise UserError(f"{other} differs from {run} in {', '.join(differs)}; a mean over "
+                            "seeds needs runs that differ in nothing else")
+        if t.seed in runs:
+            raise UserError(f"{other} has seed {t.seed}, as another of these runs; leave one out")
+        runs[t.seed], _ = find_evaluations(t)
+        for one, first in ((o, f) for o in runs[t.seed] for f in found if f["name"] == o["name"]):
+            if changed := [k for k in one["made"] | first["made"]
+                           if one["made"].get(k) != first["made"].get(k)]:
+                raise UserError(f"{other / one['name']} was made with other {', '.join(changed)} "
+                                f"than {run / one['name']}; a mean over seeds needs runs that "
+                                "differ in nothing else")
+    whole = [{e["name"]: e["metrics"]["values"] for e in one if not e["metrics"]["partial"]}
+             for one in runs.values()]
+    shared = [e["name"] for e in found if all(e["name"] in one for one in whole)]
+    return dict(seeds=list(runs), values={
+        name: {k: [one[name].get(k) for one in whole] for k in whole[0][name]} for name in shared})
+
+
+# ---------------------------------------------------------------------------------- report: as text
+
+
+def _seeds_table(columns, seeds: dict, found: list[dict]) -> str:
+    def cell(values, names, style):
+        parts = []
+        for n in names:
+            xs = values[n]
+            parts.append("–" if None in xs else f"{format(statistics.mean(xs), style)} ± "
+                                                f"{format(statistics.stdev(xs), style)}")
+        return " / ".join(parts)
+
+    labels = {e["name"]: e["label"] for e in found}
+    rows = [[labels[name], *(cell(values, names, style) for _, style, names in columns)]
+            for name, values in seeds["values"].items()]
+    return table(["Approach", *(header for header, _, _ in columns)], rows)
+
+
+def _notes(found: list[dict], footnotes: dict) -> str:
+    """Each remark once, with its number in the tables, and the values and approaches it is about."""
+    said = {}  # (split or name, note) -> names, labels; used as ordered sets
+    for e in found:
+        for name, note in e["metrics"]["notes"].items():
+            names, labels = said.setdefault((name.split(".")[0], note), ({}, {}))
+            names[name] = labels[e["label"]] = None
+    lines = []
+    for (group, note), (names, labels) in said.items():
+        what = group if len(names) > 1 else next(iter(names))
+        who = "every row" if len(labels) == len(found) else ", ".join(labels)
+        mark = f"({footnotes.pop(note)}) " if note in footnotes else ""
+        lines.append(f"- {mark}{what} ({who}): {note}")
+    lines += [f"- ({number}) {note}" for note, number in footnotes.items()]
+    return "\n".join(lines)
+
+
+def _costs(run: Path) -> list[dict]:
+    """Wall time and peak memory of every finished stage, oldest first."""
+    made = sorted((p for p in run.rglob("stage.json")
+                   if not {parent.suffix for parent in p.parents} & {".partial", ".old"}),
+                  key=lambda p: p.stat().st_mtime_ns)
+    return [dict(stage=str(p.parent.relative_to(run)), **{
+        k: v for k, v in read_stage(p.parent).items()
+        if k in ("seconds", "peak_host_bytes", "peak_gpu_bytes", "threads", "torch")})
+        for p in made]
+
+
+def _costs_table(costs: list[dict]) -> str:
+    gib = lambda c, k: f"{c[k] / 2**30:.2f}" if k in c else "–"
+    return table(["Stage", "Seconds", "Peak host GiB", "Peak GPU GiB"], [
+        [c["stage"], f"{c['seconds']:.1f}", gib(c, "peak_host_bytes"), gib(c, "peak_gpu_bytes")]
+        for c in costs])
+
+
+def _shown(text: str, most: int = 300) -> str:
+    """Text as it may stand in a Markdown table cell."""
+    text = " ".join(text.split())
+    text = text if len(text) <= most else text[:most] + " {…}"
+    for special in "\\|*_`<[#~$":
+        text = text.replace(special, "\\" + special)
+    return text or "(empty)"
+
+
+def qualitative(found: list[dict], each: int = 3) -> list[dict]:
+    """The same prompts answered by every approach, forget and retain (Tables 6 and 7)."""
+    by_id = [{(r["split"], r["id"]): r for r in e["rows"] if "generation" in r} for e in found]
+    shared = [key for key in by_id[0] if all(key in rows for rows in by_id)]
+    picked = []
+    for split in ("forget", "retain"):
+        own = [k for k in shared if k[0] == split]
+        tasks = sorted({by_id[0][k].get("task", "") for k in own})
+        some = max(1, each // max(1, len(tasks)))
+        for task in tasks:
+            picked += spread([k for k in own if by_id[0][k].get("task", "") == task], some)
+    return [dict(split=k[0], id=k[1], question=by_id[0][k]["question"],
+                 answer=by_id[0][k]["answer"],
+                 generations={e["name"]: rows[k]["generation"] for e, rows in zip(found, by_id)})
+            for k in picked]
+
+
+def _qualitative_text(examples: list[dict], found: list[dict]) -> str:
+    labels, parts = {e["name"]: e["label"] for e in found}, []
+    for x in examples:
+        rows = [["*answer*", _shown(x["answer"])]]
+        rows += [[labels[name], _shown(text)] for name, text in x["generations"].items()]
+        task = f"**{x['split']}**, {_shown(x['id'])}: {_shown(x['question'], 600)}"
+        parts.append(f"{task}\n\n{table(['Approach', 'Says'], rows)}")
+    return "\n\n".join(parts)
+
+
+READINGS = """\
+D1 neuron = output channel of down_proj. D2 one sample per answer token. D3 attribution to log P.
+D4 a layer's outputs are scaled together. D5 strict threshold per layer. D6 the mask keeps dual
+neurons. D7 one EMA each of g and g^2; SOUL's constants, which the paper does not give. D9 only
+attention and critical rows move. D10 weights that move keep full precision underneath. D11 Table
+1's "EM" is nearest-of-six accuracy, judged as said above. D12 MIA by mean token loss; retain-only's
+is ideal. D13 aggregate as captioned. D15 LUME is sampled by documents, as the
+paper's split is unknown. The README gives the evidence for each."""
+
+
+def _recipes_table(run: Path, found: list[dict]) -> str:
+    """What each unlearned model was made with: objective, optimiser and their constants."""
+    labels = {e["name"]: e["label"] for e in found}
+    used = unlearned(run, found)
+    if not used:
+        return ""
+    fields = [f.name for f in dataclasses.fields(simu.Unlearning)]
+    rows = [["optimiser", *(optimiser_of(x) for x in used.values())]]
+    rows += [[k, *(x.get(k, "–") for x in used.values())] for k in fields]
+    return table(["Setting", *(labels[name] for name in used)], rows)
+
+
+# ------------------------------------------------------------------------------------------- report
+
+
+def main_columns(s: Settings, kind: str) -> tuple[tuple, dict]:
+    """The paper's columns, and what it printed in them for this cell; beside Table 1, SOUL's MIA."""
+    published = PUBLISHED.get((s.benchmark, s.model), {})
+    return COLUMNS[kind] + (SOUL_COLUMNS if published and kind == "tofu" else ()), published
+
+
+def check_original(run: Path):
+    """Print the evaluated original beside the paper's; UserError unless it knows the forget set,
+    for then there is nothing to unlearn and every number after it means nothing."""
+    s, metrics = read_settings(run), read_json(run / "original/eval/metrics.json")
+    columns, published = main_columns(s, metrics["benchmark"])
+    print(table_of(columns, [dict(label=label("original"), metrics=metrics)],
+                   {k: v for k, v in published.items() if k == "Original"}), flush=True)
+    known = metrics["values"]["forget.rouge_l"]
+    if known is not None and known < s.must_know:
+        raise UserError(
+            f"the original does not know the forget set: ROUGE-L {known:.4f}, less than "
+            f"--must-know {s.must_know}; see {run}/original/eval/generations.jsonl: another "
+            "--template, --weights or more --learn-epochs may be needed; --must-know 0 goes on")
+
+
+def report(run: Path, *, others: list[Path] = (), retain_only: Path | None = None,
+           recompute: bool = False):
+    """RUN/report.md and RUN/report.json, and the main table on stdout."""
+    s = read_settings(run)
+    reference = _reference_rows(retain_only, s) if retain_only else None
+    found, stale = find_evaluations(s, reference, recompute=recompute)
+    others = list(others) or seed_siblings(run, s)
+    seeds = over_seeds(run, s, others, found) if others else None
+    examples, costs, mask = qualitative(found), _costs(run), mask_line(run / "mask", s)
+    columns, published = main_columns(s, found[0]["metrics"]["benchmark"])
+    write_text(run / "report.md", _compose(s, found, stale, seeds, examples, costs, mask))
+    kept = [{k: v for k, v in e.items() if k not in ("rows", "made")} for e in found]
+    write_json(run / "report.json", dict(
+        settings=dataclasses.asdict(s), evaluations=kept, stale=stale, columns=columns,
+        published=published or None, seeds=seeds, critical=mask, costs=costs, qualitative=examples))
+    write_cards(s, found, unlearned(run, found))
+    print(table_of(columns, found, published))
+    if recompute:
+        print("every number recomputed from generations.jsonl: equal")
+    print(f"report: {os.path.relpath(run / 'report.md')}")
+
+
+def _compose(s: Settings, found, stale: dict, seeds, examples, costs, mask: str) -> str:
+    """report.md."""
+    metrics, footnotes = found[0]["metrics"], {}
+    kind = metrics["benchmark"]
+    columns, published = main_columns(s, kind)
+    show = lambda columns, published=None: table_of(columns, found, published, footnotes)
+    unlearning = {f.name for f in dataclasses.fields(simu.Unlearning)} - {"seed"}
+    general = [[k, v] for k, v in dataclasses.asdict(s).items()
+               if k not in unlearning | {"out", "data", "weights"}]
+    parts = [f"# {s.benchmark}, {s.label}, seed {s.seed}", show(columns, published),
+             reading(metrics), SOUL_READING if columns != COLUMNS[kind] else ""]
+    if (s.run / "attack.md").is_file():
+        parts.append("What comes back when these models are attacked: [attack.md](attack.md).")
+    if stale:
+        parts.append("Left out, because they are not of what this run now holds:\n\n" + "\n".join(
+            f"- {name}: {why}" for name, why in stale.items()))
+    parts += ["## In the leaderboard's columns", show(LEADERBOARD_COLUMNS),
+              "On the forget set, as open-unlearning defines them: EM is by tokens here, MIA is of "
+              "the answer alone, TR and MU are geometric."]
+    if seeds:
+        parts += [f"## Mean ± standard deviation over seeds {', '.join(map(str, seeds['seeds']))}",
+                  _seeds_table(COLUMNS[kind], seeds, found)]
+    parts += ["## Beside these columns", *(show(columns) for columns in MORE_COLUMNS[kind])]
+    if "mmlu" in metrics["values"] and kind != "lume":
+        parts.append(show((("MMLU ↑", ".4f", ("mmlu",)),)))
+    parts += ["## Membership inference", show(MIA_COLUMNS), show(ANSWER_MIA_COLUMNS),
+              "Above, attacks on the whole text; below, on the answer alone. "
+              f"Members: {metrics['members']}. Non-members: {metrics['nonmembers']}. An attack "
+              "that learns nothing has 0.5, but the two sets differ as text: what a model that "
+              "never saw the forget set has is the ideal, and the distance to it the headline. The "
+              "paper's 1 - AUC in the aggregate also rewards going below it.",
+              "## Critical neurons", mask,
+              "## Same prompts, different models", _qualitative_text(examples, found),
+              "## Time and memory", _costs_table(costs),
+              "## Settings", _recipes_table(s.run, found),
+              table(["Setting of the run", "Value"], general),
+              "## Readings of the paper", READINGS,
+              "## Definitions", f"```\n{evaluation.__doc__.strip()}\n```"]
+    parts.insert(parts.index(reading(metrics)) + 1, _notes(found, footnotes))
+    return "\n\n".join(p for p in parts if p) + "\n"

@@ -1,0 +1,323 @@
+"""Every setting of every stage, its default for each cell, and the command line made of them.
+
+`Settings` is the union of what the core's functions ask for (data.Slice, simu.Recipe, eval.Limits)
+and of what only a run needs. A stage depends on whole dataclasses of it, so a field that is added to
+one cannot be forgotten.
+"""
+
+import argparse
+import os
+import re
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+
+import data
+import eval as evaluation
+import simu
+from data import DECAY, POSITIVE, at_least, option
+from model import Config, UserError, read_json
+
+HERE = Path(__file__).resolve().parent.parent  # the repository
+BENCHMARKS = ("demo", "tofu", "lume", "rows")  # rows: files of the user's own
+MODELS = ("llama2-7b", "olmo-1b", "llama3.2-1b", "smollm2-135m", "tiny-llama", "tiny-olmo")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """Where and in what a model computes."""
+
+    device: str = option("auto", "where to compute", choices=("auto", "cpu", "cuda"))
+    dtype: str = option("auto", "of the weights; auto: bfloat16 for real models on a GPU",
+                        choices=("auto", "float32", "bfloat16"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """What a run is about."""
+
+    benchmark: str = option("demo", "what is forgotten", choices=BENCHMARKS)
+    model: str = option("tiny-llama", f"what forgets it: {', '.join(MODELS)}, a folder in HF "
+                        "layout, or hf:OWNER/NAME[@REVISION]")
+    weights: str = option("", "the original: a folder in HF layout, or hf:OWNER/NAME[@REVISION]; "
+                          "default: MODEL's own (hub.ORIGINALS), made here if tiny")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Making:
+    """How the original is made, where it is made here."""
+
+    vocab: int = option(2048, "pieces of a tiny model's tokenizer", **at_least(300))
+    width: int = option(128, "D of a tiny model", **at_least(8))
+    depth: int = option(4, "L of a tiny model", **at_least(1))
+    context: int = option(512, "positions of a tiny model", **at_least(8))
+    learn_batch: int = option(16, "rows per update while it is made", **at_least(1))
+    learn_lr: float = option(2e-3, "peak rate while learning all but the forget set", **POSITIVE)
+    learn_epochs: int = option(40, "epochs of that", **at_least(1))
+    learn_decay: float = option(0.1, "weight decay while it is made", **at_least(0))
+    learn_warmup: float = option(0.1, "share of updates with rising rate while it is made", **DECAY)
+    learn_tokens: int = option(8192, "tokens in one pass while it is made", **at_least(1))
+    learn_state: str = option("float32", "optimiser state while it is made",
+                              choices=("float32", "bfloat16"))
+    learn_checkpointing: bool = option(False, "recompute activations while it is made")
+    light_lr: float = option(5e-4, "peak rate while learning the forget set", **POSITIVE)
+    light_epochs: int = option(10, "epochs of that", **at_least(1))
+    light_retain: int = option(2, "retain rows beside each forget row in it", **at_least(0))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(Source, Placement, data.Slice, simu.Recipe, Making, evaluation.Limits):
+    """Every setting of every stage. A cell's recipe overrides these defaults, and the command line
+    overrides both."""
+
+    data: str = option("", "folder holding tofu/ and lume/; default $SIMU_DATA, else downloaded; "
+                       "the embedded one for the demo")
+    out: str = option("", "run folder; default runs/<benchmark>-<model>")
+    name: str = option("", "folder and report row of an unlearned model; default <method>[-<mask>]"
+                       "-<objective>, so that any setting may vary within a run")
+    deterministic: bool = option(False, "on a GPU: only kernels that give the same bits each time, "
+                                 "slower; an operation that has none stops the run")
+    force: bool = option(False, "make again what is already made")
+    resume_cost: float = option(
+        0.03, "share of a training's or attribution's time spent on checkpoints from which a "
+        "killed one goes on; 1: one after every update; 0: none",
+        ok=lambda x: 0 <= x <= 1, must="from 0 to 1")
+    eval_epochs: bool = option(False, "evaluate after every epoch of unlearning (epochs.jsonl)")
+    must_know: float = option(0.5, "least ROUGE-L of the original on the forget set, below which "
+                              "run.sh stops before unlearning; 0: go on with any",
+                              ok=lambda x: 0 <= x <= 1, must="in [0, 1]")
+
+    def __post_init__(self):
+        data.check_fields(self)
+        if self.name and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", self.name):
+            raise UserError(f"--name {self.name!r} must be letters, digits, dots, dashes and "
+                            "underscores, and begin with a letter or digit")
+
+    @property
+    def run(self) -> Path:
+        """The run folder."""
+        return Path(self.out or HERE / "runs" / f"{self.benchmark}-{self.label}")
+
+    @property
+    def label(self) -> str:
+        """The model's name as it may stand in a file name."""
+        return self.model if self.model in MODELS else Path(
+            self.model.removeprefix("hf:").replace("/", "--") if self.model.startswith("hf:")
+            else self.model).name
+
+    @property
+    def tiny(self) -> bool:
+        """A model small enough to be made here, on a CPU, from random weights."""
+        return self.model.startswith("tiny-")
+
+    @property
+    def layout(self) -> str:
+        """Which benchmark's file layout the data have."""
+        return {"demo": "tofu"}.get(self.benchmark, self.benchmark)
+
+    @property
+    def data_folder(self) -> Path:
+        """The folder of the benchmark's files."""
+        root = self.data or (HERE / "pipeline" / "demo" if self.benchmark == "demo"
+                             else os.environ.get("SIMU_DATA") or default_data())
+        folder = Path(root) / self.layout
+        if not folder.is_dir():
+            raise UserError(f"{folder} is missing; --data or SIMU_DATA must hold {self.layout}/")
+        return folder
+
+
+def load_benchmark(s: Settings) -> data.Benchmark:
+    """The forget and retain sets of a run."""
+    return data.load_benchmark(s.data_folder, s, layout=s.layout, made_here=made_here(s))
+
+
+def made_here(s: Settings) -> bool:
+    """Was the original trained on this slice here, so that what it never saw is known?"""
+    if s.weights:
+        return False
+    return s.tiny or (s.run / "original" / "log.jsonl").is_file()
+
+
+def downloads() -> Path:
+    """The folder that holds everything fetched."""
+    return Path(os.environ.get("SIMU_DOWNLOADS") or HERE / "downloads").expanduser().absolute()
+
+
+def default_data() -> str:
+    """--data where neither it nor SIMU_DATA is given."""
+    return str(downloads() / "data")
+
+
+def tiny_config(s: Settings, tokenizer) -> Config:
+    """A small LLaMA (grouped kv heads) or OLMo (tied head), of s.width and s.depth."""
+    llama, head = s.model == "tiny-llama", 32
+    if s.width % (2 * head):
+        raise UserError(f"--width {s.width} is not a multiple of {2 * head}")
+    return Config(
+        model_type="llama" if llama else "olmo", vocab_size=tokenizer.vocab_size,
+        hidden_size=s.width, intermediate_size=4 * s.width, num_hidden_layers=s.depth,
+        num_attention_heads=s.width // head, head_dim=head,
+        num_key_value_heads=s.width // head // (2 if llama else 1),
+        max_position_embeddings=s.context, norm_eps=1e-5, rope_theta=10000.0,
+        tie_word_embeddings=not llama, clip_qkv=None, bos_token_id=tokenizer.bos_id,
+        eos_token_id=tokenizer.eos_id, pad_token_id=None)
+
+
+# --------------------------------------------------------------------------- defaults by cell
+
+TOFU = dict(max_total_tokens=200, max_new_tokens=0)
+LUME = dict(max_total_tokens=0, max_new_tokens=256, template="raw")
+# So that at 7B SIMU fits 48 GB, and the baselines, which move everything, one card of 80 GB.
+FIT_7B = dict(micro_tokens=512, learn_tokens=512, fo=dict(state="bfloat16"),
+              so=dict(state="bfloat16"))
+# As TOFU made its own: 5 epochs, the first of them warm-up, 32 rows per update, at the rate of its
+# model of this size, phi-1.5. How LUME's was made is not known to us: the rate of TOFU's 7B, and
+# more epochs, as its rows are to be known by heart.
+LEARN_TOFU = dict(learn_lr=2e-5, learn_epochs=5, learn_batch=32, learn_decay=0.01, learn_warmup=0.2)
+LEARN_LUME = LEARN_TOFU | dict(learn_lr=1e-5, learn_epochs=10, learn_warmup=0.1)
+# Tiny models, made here on a CPU. Their learning rates come from the grid in benchmarks/.
+TINY = dict(threshold=0.6, steps=5, epochs=40, batch=4, lam=2.0, lr=8e-4, eval_tokens=8192,
+            fo=dict(lam=0.3, lr=2e-4), so=dict(lr=1e-4))
+TINY_ON = {
+    "demo": TOFU | dict(rows_per_author=10, learn_epochs=30, light_epochs=15),
+    "tofu": TOFU | dict(forget_groups=2, retain_groups=15, learn_epochs=25, light_epochs=15,
+                        epochs=20),
+    "lume": LUME | dict(forget_groups=3, retain_groups=8, learn_epochs=60, light_lr=1e-3,
+                        light_epochs=40, epochs=20)}
+# Over the paper's row, if it has one. A key naming a method holds what only that one overrides.
+CELLS = {
+    ("tofu", "llama2-7b"): TOFU | FIT_7B | dict(template="llama2"),
+    ("tofu", "olmo-1b"): TOFU | LEARN_TOFU,
+    ("lume", "llama2-7b"): LUME | FIT_7B | LEARN_LUME | dict(learn_state="bfloat16"),
+    ("lume", "olmo-1b"): LUME | LEARN_LUME,
+} | {(benchmark, model): TINY | own for benchmark, own in TINY_ON.items()
+     for model in ("tiny-llama", "tiny-olmo")}
+
+
+def cell_defaults(benchmark: str, model: str, method: str) -> dict:
+    """What a cell's recipe sets for a method, over the dataclasses' own defaults."""
+    if (benchmark, model) not in CELLS:
+        known = ", ".join(f"{b} {m}" for b, m in CELLS)
+        raise UserError(f"there is no recipe for {benchmark} {model}; there is one for {known}; "
+                        "or name a folder or hf:OWNER/NAME as the model")
+    own, paper = CELLS[benchmark, model], {}
+    if (benchmark, model) in simu.TABLES_3_AND_4:
+        row, plain = simu.paper_recipe(benchmark, model, method), simu.Recipe()
+        paper = {f.name: getattr(row, f.name) for f in fields(row)
+                 if getattr(row, f.name) != getattr(plain, f.name)}
+    common = {k: v for k, v in own.items() if not isinstance(v, dict)}
+    return paper | common | own.get(method, {})
+
+
+def resolve(given: dict) -> Settings:
+    """Settings from defaults, then the cell's recipe for the method, then what was given."""
+    base = Settings(**{k: given[k] for k in ("benchmark", "model", "method") if k in given})
+    values = cell_defaults(base.benchmark, base.model, base.method) | given
+    if base.benchmark != "demo" and not values.get("data"):
+        values["data"] = os.environ.get("SIMU_DATA") or default_data()
+    for place in ("data", "weights", "out"):  # a run must be readable from any folder
+        if values.get(place) and not values[place].startswith("hf:"):
+            values[place] = absolute(values[place])
+    return Settings(**values)
+
+
+def absolute(path: str) -> str:
+    try:
+        return str(Path(path).expanduser().absolute())
+    except RuntimeError as e:  # ~nosuchuser
+        raise UserError(f"{path}: {e}; give the folder's whole path") from None
+
+
+def read_settings(run: Path) -> Settings:
+    """The settings of a run, as its last `original` stage resolved them. What an older version did
+    not know has its default."""
+    path = Path(run) / "settings.json"
+    if not path.is_file():
+        raise UserError(f"{path} is missing: {run} is not a run folder; run `bash run.sh demo` or "
+                        "`python -m pipeline original` first")
+    return settings_of(read_json(path), path, out=str(run))
+
+
+def settings_of(values, path: Path, **changed) -> Settings:
+    """Settings from what a file of ours says of them; UserError names the file."""
+    known = {f.name: f.type for f in fields(Settings)}
+    if not isinstance(values, dict) or not set(values) <= set(known) or not all(
+            type(values[k]) in (known[k], int if known[k] is float else known[k]) for k in values):
+        raise UserError(f"{path} does not hold the settings of a run of this version; run "
+                        "`python -m pipeline original` again")
+    try:
+        return Settings(**values | changed)
+    except UserError as e:
+        raise UserError(f"{path}: {e}; run `python -m pipeline original` again") from None
+
+
+# ------------------------------------------------------------------------------ where to compute
+
+
+def choose_device(s: Settings) -> torch.device:
+    if s.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch sees no GPU; check the driver, or use --device cpu")
+    auto = "cuda" if torch.cuda.is_available() and not s.tiny else "cpu"
+    return torch.device(auto if s.device == "auto" else s.device)
+
+
+def choose_dtype(s: Settings) -> torch.dtype:
+    if s.dtype != "auto":
+        return getattr(torch, s.dtype)
+    real = not s.tiny and choose_device(s).type == "cuda"
+    return torch.bfloat16 if real else torch.float32
+
+
+def placement(s: Settings) -> dict:
+    """Where and in what a model is loaded: what Transformer.from_pretrained takes."""
+    return dict(dtype=choose_dtype(s), device=choose_device(s))
+
+
+def taken(s: Settings, takes: tuple) -> dict:
+    """The fields of s that the dataclasses `takes` name, with "auto" replaced by what it means on
+    this machine."""
+    values = {f.name: getattr(s, f.name) for t in takes for f in fields(t)}
+    if Placement in takes:
+        values |= dict(device=choose_device(s).type, dtype=str(choose_dtype(s))[6:])
+    return values
+
+
+# ---------------------------------------------------------------------------------- command line
+
+
+class Parser(argparse.ArgumentParser):
+    """One whose errors are UserErrors, as are those of its subcommands."""
+
+    def __init__(self, **given):
+        super().__init__(**{"allow_abbrev": False} | given)
+
+    def error(self, message):
+        raise UserError(f"{message}; see: {self.prog} --help")
+
+
+def number(kind):
+    """int or float from plain digits: Python's own also take 1_0."""
+    def read(text: str):
+        if "_" in text:
+            raise ValueError
+        return kind(text)
+    read.__name__ = kind.__name__  # argparse names it in its message
+    return read
+
+
+def add_options(to: argparse.ArgumentParser, *, skip: tuple = ()):
+    """One option per settings field; an absent one stays absent, so that recipes can fill it."""
+    for f in fields(Settings):
+        if f.name in skip:
+            continue
+        flag, effect = "--" + f.name.replace("_", "-"), f.metadata["effect"].replace("%", "%%")
+        if f.type is bool:
+            to.add_argument(flag, action=argparse.BooleanOptionalAction, help=effect,
+                            default=argparse.SUPPRESS)
+        else:
+            shown = f"{effect} (default {f.default!r})"
+            kind = number(f.type) if f.type in (int, float) else f.type
+            to.add_argument(flag, type=kind, help=shown, default=argparse.SUPPRESS,
+                            choices=f.metadata["choices"] or None,
+                            metavar=None if f.metadata["choices"] else f.type.__name__.upper())

@@ -1,0 +1,427 @@
+"""Stage folders: made whole or not at all, skipped, resumed, sealed, locked.
+
+A *stage* (original, attribution, mask, an unlearned model, an evaluation) is one folder. It is made
+under a temporary name and renamed when it is whole, beside a `stage.json` that says what made it:
+settings, inputs by content, code, time, memory. A stage that would be made of the same again is
+skipped; any other is made again. A killed stage leaves its unfinished folder and goes on from what
+resume.py kept there.
+"""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import resource
+import shutil
+import signal
+import sys
+import time
+from dataclasses import MISSING, asdict, fields
+from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+import torch
+
+import data
+import simu
+from model import UserError, read_json, write_json, write_text
+from pipeline.reach import code_digest
+from pipeline.resume import RESUME, Checkpoints
+from pipeline.settings import Placement, Settings, Source, choose_device, settings_of, taken
+
+OLDEST_TORCH = (2, 5)  # the first with enable_gqa; run.sh asks for it too
+LONGEST_MESSAGE = 1000  # characters of an error message, which may quote a damaged file
+REHASHED = 1 << 25  # bytes: a larger file is hashed again only where its date changed
+LOCK = ".simu-lock"  # also says that a folder is a run of ours
+OURS = "simu-"  # begins, after a dot, the name of every temporary of ours
+
+
+# ------------------------------------------------------------------------------- files and digests
+
+
+def digest(value) -> str:
+    """sha256 of a JSON value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def flush(path: Path):
+    """Have the disk hold a file's bytes."""
+    if path.is_file() and not path.is_symlink():
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+
+
+def seal(folder: Path) -> dict[str, list]:
+    """File name -> [bytes, sha256, time of change] of a stage's own files."""
+    later = ("stage.json", "README.md")  # the model card is written again by every report
+    files = [p for p in sorted(folder.iterdir()) if p.is_file() and p.name not in later]
+    return {p.name: [p.stat().st_size, data.sha256(p), p.stat().st_mtime_ns] for p in files}
+
+
+def changed_file(file: Path, size: int, sha: str, when: int) -> bool:
+    """Does a file hold other bytes than its stage wrote?"""
+    now = file.stat()
+    if now.st_size != size:
+        return True
+    return (size <= REHASHED or now.st_mtime_ns != when) and data.sha256(file) != sha
+
+
+STAGE_JSON = dict(fingerprint=str, why=dict, settings=dict, seconds=float, files=dict)
+
+
+def read_stage(folder: Path, *, files: bool = True) -> dict:
+    """stage.json of a finished stage; UserError if it was never finished, or if it or one of its
+    files was changed or removed since."""
+    path, again = Path(folder) / "stage.json", f"delete {folder} and run its stage again"
+    if not path.is_file():
+        raise UserError(f"{folder} is not a finished stage; run the stage that makes it first")
+    made = read_json(path)
+    try:
+        whole = isinstance(made, dict) and made.pop("sha256", "") == digest(made)
+    except RecursionError:
+        whole = False
+    if not whole or not all(isinstance(made.get(k), t) for k, t in STAGE_JSON.items()):
+        raise UserError(f"{path} is damaged, edited or of another version; {again}")
+    for name, sealed in made["files"].items() if files else ():
+        file = path.with_name(name)
+        if not file.is_file():
+            raise UserError(f"{file} is gone; {again}")
+        if changed_file(file, *sealed):
+            raise UserError(f"{file} is not what its stage wrote; {again}")
+    return made
+
+
+def write_stage(folder: Path, made: dict):
+    """stage.json, with a digest of itself: a finished stage is not edited."""
+    write_json(Path(folder) / "stage.json", made | {"sha256": digest(made)})
+
+
+def content_of(made: dict) -> str:
+    return digest({name: sealed[1] for name, sealed in made["files"].items()})
+
+
+def content(folder: Path) -> str:
+    """Digest of what a finished stage holds: made again with the same bytes, it is the same."""
+    return content_of(read_stage(folder))
+
+
+def data_inputs(s: Settings) -> dict[str, str]:
+    """The benchmark's files as a stage's inputs."""
+    return {f"data/{name}": sha for name, sha in data.data_digests(s.data_folder).items()}
+
+
+def differences(folder: Path, s: Settings, inputs: dict[str, str]) -> list[str]:
+    """What of a finished stage, and of the stages below it, is not this run's: its slice, template
+    and seed; its data; the stages it was made of. inputs: data_inputs(s)."""
+    why, found = read_stage(folder)["why"], []
+    for name, value in taken(s, (data.Slice, Source)).items():
+        if why["settings"].get(name, value) != value:
+            found.append(f"--{name.replace('_', '-')} was {why['settings'][name]!r}")
+    for name, sha in why["inputs"].items():
+        if name.startswith("data/"):
+            if inputs.get(name) != sha:
+                found.append(f"{name} was another")
+        elif not (s.run / name / "stage.json").is_file():
+            found.append(f"{name} is gone")
+        elif content(s.run / name) != sha:
+            found.append(f"{name} was another")
+        else:
+            found += [f"{name}'s {x}" for x in differences(s.run / name, s, inputs)]
+    return list(dict.fromkeys(found))
+
+
+def finished_models(run: Path) -> list[str]:
+    """Names of the stage folders of a run that hold a model."""
+    return sorted(p.parent.name for p in run.glob("*/config.json")
+                  if (p.parent / "stage.json").is_file() and not p.parent.name.startswith("."))
+
+
+# ------------------------------------------------------------------------------------------ stages
+
+
+def table_rows(s: Settings, takes: tuple) -> dict[str, str | None]:
+    """Of each table that a fork edits, the row that a stage's settings name (see reach.py)."""
+    rows = dict(ARCHITECTURES=architecture(s))
+    if data.Slice in takes:
+        rows["TEMPLATES"] = s.template
+    if simu.Masking in takes:
+        rows["MASKS"] = s.mask
+    if simu.Unlearning in takes:
+        method = simu.METHODS[s.method]
+        rows |= dict(OBJECTIVES=s.objective, METHODS=s.method, OPTIMISERS=method.optimiser,
+                     MOVES=simu.moves_of(s))
+    return rows
+
+
+def architecture(s: Settings) -> str | None:
+    """The run's model_type, where it is known already."""
+    if s.tiny and not s.weights:
+        return "llama" if s.model == "tiny-llama" else "olmo"
+    for folder in (s.run / "original", Path(s.weights or ".")):
+        if (folder / "config.json").is_file():
+            raw = read_json(folder / "config.json")
+            kind = raw.get("model_type") if isinstance(raw, dict) else None
+            return kind if isinstance(kind, str) else None
+    return None
+
+
+def mask_name(s: Settings) -> str:
+    """Folder of the mask: mask for the paper's dual, mask-<kind> for the others beside it."""
+    return "mask" if s.mask == "dual" else f"mask-{s.mask}"
+
+
+def unlearned_name(s: Settings) -> str:
+    """Folder of an unlearned model: so-graddiff, simu-random-npo, or --name."""
+    masked = simu.METHODS[s.method].masked
+    parts = [s.method, s.mask if masked and s.mask != "dual" else "",
+             "frozen" if masked and s.attention == "frozen" else "", s.objective]
+    return s.name or "-".join(filter(None, parts))
+
+
+class Stage:
+    """One stage folder. `is_made` says whether it is already there; as a context manager it gives
+    the folder to write into, and makes it final when the block ends well.
+
+    takes: dataclasses of settings that the result depends on; also: other values it depends on.
+    inputs: name -> content of what is read. code: the functions that make it. rows: over the table
+    rows that `takes` name."""
+
+    def __init__(self, folder: Path, *, settings: Settings, inputs: dict[str, str], code: tuple,
+                 takes: tuple = (), also: dict | None = None, rows: dict | None = None):
+        self.folder, self.settings = Path(folder), settings
+        self.partial, self.old = (self.folder.with_name(f".{OURS}{kind}-{self.folder.name}")
+                                  for kind in ("partial", "old"))
+        self.name = str(self.folder.relative_to(settings.run))
+        self.takes = takes
+        self.why = dict(
+            settings=taken(settings, takes) | (also or {}), inputs=inputs,
+            code=code_digest(code, table_rows(settings, takes) | (rows or {})))
+        self.fingerprint = digest(self.why)
+        self.notes = {}  # anything else the stage wants to leave in stage.json
+        self.checkpoints = None  # of the loop that runs now
+
+    def is_made(self) -> bool:
+        """Is the folder there, made of what we would make it of? Prints which, and why not."""
+        self._recover()
+        if not (self.folder / "stage.json").is_file():
+            if self.folder.exists() and any(self.folder.iterdir()):
+                raise UserError(f"{self.folder} is in the way: it is no finished stage; move or "
+                                "delete it, or choose another --out")
+            return False
+        changed = ["--force"] if self.settings.force else [f"{x} changed" for x in self.changed()]
+        print(f"[{self.name}] " + (f"made again: {' and '.join(changed)}" if changed else
+                                   "already made; skipped"), flush=True)
+        return not changed
+
+    def changed(self) -> list[str]:
+        """Which of settings, inputs and code differ from what made the folder, and whether any of
+        its files is gone. UserError if one was altered."""
+        made = read_stage(self.folder, files=False)
+        old, new = made["why"], self.why
+        defaults = {f.name: f.default for t in self.takes for f in fields(t)
+                    if f.default is not MISSING}
+        then = defaults | old["settings"]
+        changed = [f"--{k.replace('_', '-')}" for k, v in new["settings"].items()
+                   if then.get(k) != v]
+        names = [*new["inputs"], *(k for k in old["inputs"] if k not in new["inputs"])]
+        changed += [k for k in names if old["inputs"].get(k) != new["inputs"].get(k)]
+        changed += ["code"] if old["code"] != new["code"] else []
+        changed += [name for name in made["files"] if not (self.folder / name).is_file()]
+        if not changed:
+            read_stage(self.folder)
+        return changed
+
+    def require(self):
+        """UserError unless the folder is there and made of what we would make it of."""
+        if changed := self.changed():
+            raise UserError(f"{self.folder} was made with other {' and '.join(changed)} than this "
+                            "run now has; run its stage again, with the same options")
+
+    def __enter__(self) -> Path:
+        self._held = contextlib.ExitStack()
+        self._held.enter_context(lock(self.settings.run))
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        mark = self.partial / RESUME / "fingerprint"
+        if not (mark.is_file() and mark.read_bytes() == self.fingerprint.encode()):
+            shutil.rmtree(self.partial, ignore_errors=True)
+            mark.parent.mkdir(parents=True)
+            write_text(mark, self.fingerprint)
+        if self.settings.deterministic:
+            be_deterministic()
+        if self.settings.tiny and "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(1)  # no slower on matrices so small; same bytes anywhere
+        self._start = time.monotonic()
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        return self.partial
+
+    def __exit__(self, kind, error, trace):
+        with self._held:
+            if kind is not None:
+                if isinstance(error, OSError) and not error.filename:  # a full disk names no file
+                    error.filename = str(self.partial)
+                if isinstance(error, UserError) and self.checkpoints and self.checkpoints.newest:
+                    error.args = (f"{error}; {self.checkpoints.newest} is the last good "
+                                  "checkpoint",)
+                return
+            self._seal()
+            self._recover()
+
+    def _seal(self):
+        seconds, memory = time.monotonic() - self._start, peak_memory()
+        for path in list(self.partial.iterdir()):
+            if path.name.startswith(".") and path.name.endswith("." + OURS + "partial"):
+                path.unlink()  # a killed process was writing it
+            else:
+                flush(path)
+        write_stage(self.partial, dict(
+            fingerprint=self.fingerprint, why=self.why, settings=asdict(self.settings),
+            seconds=round(seconds, 3), **memory, torch=torch.__version__,
+            threads=torch.get_num_threads(), **self.notes, files=seal(self.partial)))
+        peak = ", ".join(f"peak {k.split('_')[1]} {v / 2**30:.2f} GiB" for k, v in memory.items())
+        if "peak_gpu_bytes" in memory and "predicted_bytes" in self.notes:
+            peak += f" (predicted {self.notes['predicted_bytes'] / 2**30:.2f})"
+        print(f"[{self.name}] {seconds:.1f} s, {peak}", flush=True)
+
+    def _recover(self):
+        """Put a whole unfinished folder in its place: at a stage's end, or where a kill came after
+        its stage.json. A kill may come after any line here; the next call then does the rest."""
+        whole = (self.partial / "stage.json").is_file()
+        if whole and read_stage(self.partial)["fingerprint"] == self.fingerprint:
+            shutil.rmtree(self.partial / RESUME, ignore_errors=True)
+            if self.folder.exists():
+                shutil.rmtree(self.old, ignore_errors=True)
+                os.replace(self.folder, self.old)
+            os.replace(self.partial, self.folder)
+        if self.folder.exists():
+            shutil.rmtree(self.old, ignore_errors=True)
+
+    def loop(self, title: str, steps: int, tensors: dict):
+        """simu.plain_loop that goes on where a killed stage was, and keeps checkpoints."""
+        self.checkpoints = Checkpoints(self.partial, title, tensors, self.settings.resume_cost)
+        for step in range(self.checkpoints.restore() + 1, steps + 1):
+            yield step
+            self.checkpoints.keep(step)
+
+    def record(self, name: str):
+        """A function that appends a row to the stage's log `name` (*.jsonl)."""
+        def write(row: dict):
+            with open(self.partial / name, "a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+        return write
+
+
+def be_deterministic():
+    """--deterministic, for this process."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the first matmul on a GPU
+    torch.backends.cudnn.benchmark = False
+    torch.use_deterministic_algorithms(True)
+
+
+def peak_memory() -> dict[str, int]:
+    """Bytes at the highest point so far: of this process, and of the GPU if one was used."""
+    kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    memory = dict(peak_host_bytes=kib * (1 if sys.platform == "darwin" else 1024))
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        memory["peak_gpu_bytes"] = torch.cuda.max_memory_allocated()
+    return memory
+
+
+# ---------------------------------------------------------------------------------- run folders
+
+
+def claim(run: Path):
+    """Make a run folder. UserError if it exists and is not ours: its files are somebody's own."""
+    run = Path(run)
+    if run.is_dir() and any(run.iterdir()) and not (run / LOCK).is_file():
+        path = run / "settings.json"
+        try:
+            settings_of(read_json(path), path)  # a run of an older version has no lock file
+        except UserError:
+            raise UserError(f"{run} is not empty and no run folder; choose another --out") from None
+    run.mkdir(parents=True, exist_ok=True)
+    (run / LOCK).touch()
+
+
+locked_here = set()  # run folders that this process holds
+
+
+@contextlib.contextmanager
+def lock(run: Path):
+    """Hold a run folder, if it is there, against other processes. The system lets go of it even if
+    this one is killed. A command holds it throughout; its stages' own holds then do nothing."""
+    run = Path(run).resolve()
+    if run in locked_here or not run.is_dir() or fcntl is None:
+        yield
+        return
+    flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
+    file = os.open(run / LOCK, flags, 0o644)  # closing it frees the lock
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as e:
+        if e.errno in (errno.EWOULDBLOCK, errno.EAGAIN):
+            os.close(file)
+            raise UserError(f"{run} is in use by another process; wait for it, or use "
+                            "--out") from None
+        print(f"warning: {run} cannot be locked ({e.strerror}); let one process at a time use it",
+              flush=True)
+    locked_here.add(run)
+    try:
+        yield
+    finally:
+        locked_here.remove(run)
+        os.close(file)
+
+
+# ------------------------------------------------------------------------------- the command's end
+
+# What torch says where memory runs out and it raises no OutOfMemoryError.
+NO_MEMORY = ("DefaultCPUAllocator", "Cannot allocate memory", "_ALLOC_FAILED",
+             "Storage size calculation overflowed")
+OUT_OF_MEMORY = ("out of memory; `python -m pipeline plan` says what each stage needs; lower "
+                 "--micro-tokens, --attribution-tokens or --eval-tokens, or add --checkpointing")
+
+
+def run_cli(main):
+    """Run a command line: what the user can put right ends in one line and exit status 2."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError):  # closed (cron) or replaced (tests)
+            stream.reconfigure(line_buffering=True, errors="replace")
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # clusters send it: as Ctrl-C
+    try:
+        if tuple(map(int, torch.__version__.split(".")[:2])) < OLDEST_TORCH:
+            raise UserError(f"torch {torch.__version__} is too old; install "
+                            f"{'.'.join(map(str, OLDEST_TORCH))} or later")
+        main()
+    except UserError as e:
+        stop(str(e), 2)
+    except KeyboardInterrupt:
+        stop("stopped; the same command goes on from where it stopped", 130)
+    except (torch.OutOfMemoryError, MemoryError):
+        stop(OUT_OF_MEMORY, 2)
+    except RuntimeError as e:
+        if not any(part in str(e) for part in NO_MEMORY):
+            raise
+        stop(OUT_OF_MEMORY, 2)
+    except BrokenPipeError:  # as other tools end whose reader, say `head`, has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
+    except OSError as e:  # disk full, no permission, read-only
+        where = f"{e.filename}: " if e.filename else ""
+        stop(f"{where}{e.strerror or e}; free space there, see to its permissions, or choose "
+             "another --out", 2)
+
+
+def stop(message: str, status: int):
+    message = " ".join(message.split())
+    if len(message) > LONGEST_MESSAGE:
+        message = message[:LONGEST_MESSAGE] + " ..."
+    if sys.stderr is not None:
+        print("error: " + message, file=sys.stderr)
+    sys.exit(status)

@@ -1,0 +1,157 @@
+"""The stages of the method, in the order run.sh calls them: attribute, mask, unlearn."""
+
+import dataclasses
+import random
+from pathlib import Path
+
+import data
+import eval as evaluation
+import simu
+from model import Config, Transformer, UserError, read_tensors, save_tensors
+from pipeline.card import write_card, write_generation_config
+from pipeline.plan import check_memory
+from pipeline.settings import (Placement, Settings, Source, load_benchmark, placement,
+                               read_settings, taken)
+from pipeline.stage import Stage, content, data_inputs, mask_name, unlearned_name
+
+
+def same_slice(s: Settings):
+    """UserError if a stage is asked for other data than the run's original was made of."""
+    here, there = (taken(x, (data.Slice, Source)) for x in (s, read_settings(s.run)))
+    for name, value in here.items():
+        if value != there[name]:
+            raise UserError(f"--{name.replace('_', '-')} is {value!r} here and {there[name]!r} in "
+                            f"{s.run}; give the run's options, or run `python -m pipeline "
+                            "original` with these first")
+
+
+def encoded_rows(s: Settings, objective: str = "graddiff") -> tuple[data.Benchmark, dict]:
+    """The benchmark, and its forget rows, as the objective's loss takes them, and retain rows as
+    the original's tokenizer spells them."""
+    folder, bench = s.run / "original", load_benchmark(s)
+    tokenizer, config = data.load_tokenizer(folder), Config.from_dir(folder)
+    examples = dict(forget=simu.loss_examples(bench.forget, objective), retain=bench.retain)
+    return bench, {name: data.encode_all(some, tokenizer, s.template, vocab=config.vocab_size,
+                                         context=config.max_position_embeddings)
+                   for name, some in examples.items()}
+
+
+def load_original(s: Settings, job: Stage, name: str, encoded: dict, method: str | None = None
+                  ) -> Transformer:
+    """The original model, once the plan says that this stage will fit."""
+    folder = s.run / "original"
+    job.notes["predicted_bytes"] = check_memory(s, Config.from_dir(folder), name, method,
+                                                rows=encoded["forget"] + encoded["retain"])
+    return Transformer.from_pretrained(folder, **placement(s))
+
+
+# --------------------------------------------------------------------------------------- step 1
+
+
+def attribution_job(s: Settings) -> Stage:
+    return Stage(s.run / "attribution", settings=s, code=(make_attribution,),
+                 inputs=dict(original=content(s.run / "original")) | data_inputs(s),
+                 takes=(data.Slice, Source, Placement, simu.Attribution))
+
+
+def make_attribution(s: Settings, job: Stage, folder: Path):
+    _, encoded = encoded_rows(s)
+    # As many retain rows as forget rows: scores only matter relative to their layer's maximum.
+    count = min(len(encoded["retain"]), len(encoded["forget"]))
+    encoded["retain"] = random.Random(s.seed).sample(encoded["retain"], count)
+    model = load_original(s, job, "attribute", encoded)
+    scores = {name: simu.attribute_rows(model, rows, s, title=f"attribute {name}",
+                                        loop=job.loop).cpu() for name, rows in encoded.items()}
+    save_tensors(folder / "scores.safetensors", scores)
+
+
+def attribute_stage(s: Settings):
+    """attribution/scores.safetensors: forget and retain, float32 [L, D]."""
+    same_slice(s)
+    job = attribution_job(s)
+    if not job.is_made():
+        with job as folder:
+            make_attribution(s, job, folder)
+
+
+def mask_job(s: Settings) -> Stage:
+    attribution_job(s).require()
+    return Stage(s.run / mask_name(s), settings=s, code=(make_mask,),
+                 inputs=dict(attribution=content(s.run / "attribution")), takes=(simu.Masking,))
+
+
+def make_mask(s: Settings, job: Stage, folder: Path):
+    forget, retain = read_tensors(s.run / "attribution" / "scores.safetensors",
+                                  ("forget", "retain"))
+    mask = simu.make_mask(s.mask, forget, retain, threshold=s.threshold, seed=s.seed)
+    per_layer = (mask != 0).sum(1).tolist()
+    save_tensors(folder / "mask.safetensors", {"mask": mask})
+    job.notes.update(critical=sum(per_layer), total=mask.numel(), critical_per_layer=per_layer)
+    print(f"{sum(per_layer)} of {mask.numel()} neurons are critical; by layer: "
+          f"{' '.join(map(str, per_layer))}")
+
+
+def mask_stage(s: Settings):
+    """mask/mask.safetensors (mask-<kind>/ unless dual): M [L, D]; counts in stage.json."""
+    same_slice(s)
+    job = mask_job(s)
+    if not job.is_made():
+        with job as folder:
+            make_mask(s, job, folder)
+
+
+# --------------------------------------------------------------------------------------- step 2
+
+
+def unlearn_job(s: Settings) -> Stage:
+    inputs = dict(original=content(s.run / "original")) | data_inputs(s)
+    code, also = (make_unlearned,), dict(eval_epochs=s.eval_epochs)
+    if simu.METHODS[s.method].masked:
+        mask_job(s).require()
+        inputs[mask_name(s)] = content(s.run / mask_name(s))
+    if s.eval_epochs:  # the evaluation's results are then part of the stage
+        code += (epoch_evaluator,)
+        also |= taken(s, (evaluation.Limits,))
+    return Stage(s.run / unlearned_name(s), settings=s, inputs=inputs, code=code, also=also,
+                 takes=(data.Slice, Source, Placement, simu.Unlearning))
+
+
+def make_unlearned(s: Settings, job: Stage, folder: Path, watch=None):
+    """watch(model, benchmark, s, job): gives the function that records a row of the log."""
+    mask = None
+    if simu.METHODS[s.method].masked:
+        mask, = read_tensors(s.run / mask_name(s) / "mask.safetensors", ("mask",))
+    bench, encoded = encoded_rows(s, s.objective)
+    model = load_original(s, job, "unlearn", encoded, s.method)
+    record = watch(model, bench, s, job) if watch else job.record("log.jsonl")
+    simu.unlearn(model, encoded["forget"], encoded["retain"], mask, s, title=unlearned_name(s),
+                 loop=job.loop, record=record)
+    model.save_pretrained(folder)
+    data.copy_tokenizer(s.run / "original", folder)
+
+
+def unlearn_stage(s: Settings):
+    """<method>-<objective>/: the unlearned model in HF layout, its tokenizer, log.jsonl."""
+    same_slice(s)
+    job = unlearn_job(s)
+    if not job.is_made():
+        with job as folder:
+            make_unlearned(s, job, folder, epoch_evaluator if s.eval_epochs else None)
+            write_generation_config(folder, s)
+            write_card(folder, s, dataclasses.asdict(s))
+
+
+def epoch_evaluator(model: Transformer, bench: data.Benchmark, s: Settings, job: Stage):
+    """`record` of simu.train: also a line of metrics in epochs.jsonl whenever an epoch has ended.
+    epoch: passes over the forget set so far, a whole number only where batches fill it."""
+    tokenizer, n = data.load_tokenizer(s.run / "original"), len(bench.forget)
+    record, record_epoch = job.record("log.jsonl"), job.record("epochs.jsonl")
+
+    def evaluate_after(row: dict):
+        record(row)
+        step = row["step"]
+        if step * s.batch // n > (step - 1) * s.batch // n:
+            metrics, _ = evaluation.evaluate_model(model, tokenizer, bench, template=s.template,
+                                                   limits=s)
+            record_epoch(dict(epoch=round(step * s.batch / n, 3), step=step, **metrics))
+    return evaluate_after

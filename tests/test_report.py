@@ -1,0 +1,305 @@
+"""pipeline/evaluate.py, report.py, card.py: evaluations of a run's models, laid side by side."""
+
+import dataclasses
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+from test_eval import evaluated, micro_bench, micro_tofu, teach
+
+import data
+import eval as ev
+import simu
+from model import UserError, read_json, write_json, write_text
+from pipeline import card, columns, evaluate, report
+from pipeline.__main__ import main
+from pipeline.settings import Settings, load_benchmark, read_settings
+from pipeline.stage import Stage, content, data_inputs, read_stage, seal, write_stage
+
+# -------------------------------------------------------------------------- the paper's own numbers
+
+
+def from_columns(kind: str, numbers) -> tuple[float, float]:
+    """A published row's aggregate, as printed and as it follows from the row's other columns."""
+    names = [n for _, _, some in columns.COLUMNS[kind] for n in some]
+    row = dict(zip(names, numbers, strict=True))
+    em = "accuracy" if kind == "tofu" else "exact_match"
+    return row["aggregate"], ev.aggregate(
+        em_forget=row[f"forget.{em}"], rouge_forget=row["forget.rouge_l"], mia=row["mia.auc"],
+        em_retain=row[f"retain.{em}"], rouge_retain=row["retain.rouge_l"])
+
+
+def test_aggregate_reproduces_table_1():
+    for model in ("llama2-7b", "olmo-1b"):
+        for approach, numbers in columns.PUBLISHED["tofu", model].items():
+            printed, computed = from_columns("tofu", numbers)
+            # One cell of Table 1 is a misprint: with ROUGE-L retain .7239 for .8239 it would fit.
+            misprint = 0.02 if (model, approach) == ("olmo-1b", "Original") else 0
+            assert computed - printed == pytest.approx(misprint, abs=5e-5), (model, approach)
+
+
+def test_table_2_follows_from_no_aggregate():
+    rows = [from_columns("lume", numbers) for model in ("llama2-7b", "olmo-1b")
+            for numbers in columns.PUBLISHED["lume", model].values()]
+    assert len(rows) == 8 and all(abs(computed - printed) > 9e-4 for printed, computed in rows)
+    assert max(abs(computed - printed) for printed, computed in rows) > 0.18
+
+
+def make_run(run: Path, root: Path, *, seed: int = 0, settings: dict = {}):
+    """A run folder of the cell (tofu, olmo-1b): original, retain-only, and simu-graddiff, which is
+    the retain-only model again."""
+    s = Settings(benchmark="tofu", model="olmo-1b", data=str(root), out=str(run), seed=seed,
+                 device="cpu", max_total_tokens=48, **settings)
+    write_json(run / "settings.json", dataclasses.asdict(s))
+    bench, like = load_benchmark(s), run.parent / "run"
+    known = bench.retain + bench.world_facts
+    plain = dict(settings=s, code=(), takes=(data.Slice,), inputs=data_inputs(s))
+    for name, rows in (("retain-only", known), ("original", known + bench.forget)):
+        with Stage(run / name, **plain) as folder:
+            if seed == 0:
+                teach(folder, rows)
+            else:
+                copy_model(like / name, folder)
+    inputs = plain["inputs"] | dict(original=content(run / "original"))
+    with Stage(run / "simu-graddiff", **plain | dict(
+            takes=(data.Slice, simu.Unlearning), inputs=inputs)) as folder:
+        copy_model(run / "retain-only", folder)
+    return s
+
+
+def copy_model(source: Path, folder: Path):
+    shutil.copytree(source, folder, dirs_exist_ok=True,
+                    ignore=shutil.ignore_patterns("eval*", "stage.json"))
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A run, evaluated; nobody may write into it."""
+    root = tmp_path_factory.mktemp("micro")
+    micro_tofu(root / "data")
+    make_run(root / "run", root / "data")
+    for name in ("retain-only", "original", "simu-graddiff"):
+        evaluate.evaluate(root / "run", name)
+    return root
+
+
+@pytest.fixture
+def run(made, tmp_path):
+    """A copy of that run, to be spoilt."""
+    shutil.copytree(made, tmp_path / "copy")
+    s = read_json(tmp_path / "copy" / "run" / "settings.json")
+    write_json(tmp_path / "copy" / "run" / "settings.json",
+                     s | {"data": str(tmp_path / "copy" / "data")})
+    return tmp_path / "copy" / "run"
+
+
+# --------------------------------------------------------------------- the command line, and faults
+
+
+def test_finished_evaluations_are_skipped(made, capsys):
+    main(["evaluate", str(made / "run")])  # every model of the run
+    out = capsys.readouterr().out.splitlines()
+    assert out == [f"[{name}/eval] already made; skipped"
+                   for name in ("original", "retain-only", "simu-graddiff")]
+
+
+def test_a_killed_evaluation_goes_on(run, monkeypatch):
+    folder = run / "original" / "eval"
+    before = {n: (folder / n).read_bytes() for n in ("metrics.json", "generations.jsonl")}
+    shutil.rmtree(folder)
+    generate, asked = ev.generate, []
+
+    def dies_third(model, prompts, **options):
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        asked.append(len(prompts))
+        return generate(model, prompts, **options)
+
+    monkeypatch.setattr(ev, "KEEP_EVERY", 6)
+    monkeypatch.setattr(ev, "generate", dies_third)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.evaluate(run, "original")
+    assert not folder.exists()
+    kept = run / "original" / ".simu-partial-eval" / "resume" / "generations.jsonl"
+    with open(kept, "a") as file:
+        file.write('["torn')
+    asked.clear()
+    monkeypatch.setattr(ev, "generate", lambda model, prompts, **k: asked.append(len(prompts))
+                        or generate(model, prompts, **k))
+    evaluate.evaluate(run, "original")
+    assert asked == [6, 2]  # of 20 questions, 12 were answered before
+    assert before == {n: (folder / n).read_bytes() for n in before}
+    assert sorted(p.name for p in folder.iterdir()) == [*sorted(before), "stage.json"]
+
+
+def test_limit_is_marked_everywhere(run, capsys):
+    shutil.rmtree(run / "original" / "eval")
+    main(["evaluate", str(run), "original", "--limit", "2"])
+    metrics = read_json(run / "original" / "eval-limit-2" / "metrics.json")
+    assert metrics["counts"]["forget"] == 2 and "2 rows" in metrics["partial"]
+    assert not (run / "original" / "eval").exists()
+    capsys.readouterr()
+    main(["report", str(run)])
+    shown = capsys.readouterr().out
+    assert "Original (partial: at most 2 rows of each split)" in shown
+    text = (run / "report.md").read_text("utf-8")
+    assert text.count("Original (partial") >= 4  # main table, both others, MIA
+    metrics = read_json(run / "report.json")["evaluations"][1]["metrics"]
+    assert metrics["partial"] and metrics["values"]["forget_quality"] is None
+
+
+def test_report_beside_the_paper(run, capsys):
+    main(["report", str(run), "--recompute"])
+    lines = [x for x in capsys.readouterr().out.splitlines() if x.startswith("|")]
+    first = [x.split("|")[1].strip() for x in lines]
+    assert first == ["Approach", "-" * len(first[1]), "Retain-only (ideal)", "Original",
+                     "SIMU-GradDiff", "Original, published", "FO-GradDiff, published",
+                     "SO-GradDiff, published", "SIMU-GradDiff, published"]
+    assert [c.strip() for c in lines[0].split("|")[2:-1]] == [
+        "Aggregate ↑", "EM-Forget ↓", "ROUGE-L-Forget ↓", "MIA ↓", "EM-Retain ↑",
+        "ROUGE-L-Retain ↑", "EM-WF ↑", "ROUGE-L-WF ↑"]
+    assert "0.8438" in lines[-1] and "10.25%" in lines[-1]
+    assert "29554 of 32768" in (run / "report.md").read_text("utf-8")
+    by_name = {e["name"]: e["metrics"]["values"]
+               for e in read_json(run / "report.json")["evaluations"]}
+    # The same model as retain-only cannot be told from it; the original can.
+    assert by_name["simu-graddiff"]["forget_quality"] == 1
+    assert by_name["original"]["forget_quality"] == expected_quality(run) < 0.5
+
+
+def expected_quality(run: Path) -> float:
+    samples = [[sum(r["perturbed_losses"]) / 5 - r["paraphrased_loss"]
+                for r in evaluate.read_rows(run / name / "eval") if r["split"] == "forget"]
+               for name in ("original", "retain-only")]
+    return ev.ks_p_value(*samples)
+
+
+def test_forget_quality_without_a_retain_only_model(run, tmp_path):
+    expected, elsewhere = expected_quality(run), tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    shutil.copy(run / "settings.json", elsewhere)
+    shutil.move(run / "retain-only", elsewhere / "original")
+    shutil.rmtree(run / "simu-graddiff")
+    main(["report", str(run)])
+    evaluation = read_json(run / "report.json")["evaluations"][0]["metrics"]
+    assert evaluation["values"]["forget_quality"] is None
+    assert "--retain-only" in evaluation["notes"]["forget_quality"]
+    main(["report", str(run), "--retain-only", str(elsewhere / "original")])
+    evaluation = read_json(run / "report.json")["evaluations"][0]["metrics"]
+    assert evaluation["values"]["forget_quality"] == expected
+    settings = read_json(run / "settings.json")
+    write_json(elsewhere / "settings.json", settings | {"template": "llama2"})
+    with pytest.raises(UserError, match="other settings"):  # than it was evaluated under
+        main(["report", str(run), "--retain-only", str(elsewhere / "original")])
+    spoil_model(elsewhere)
+    write_json(elsewhere / "settings.json", settings)
+    with pytest.raises(UserError, match="not of the model now"):
+        main(["report", str(run), "--retain-only", str(elsewhere / "original")])
+    (elsewhere / "settings.json").unlink()
+    with pytest.raises(UserError, match="not a run folder"):
+        main(["report", str(run), "--retain-only", str(elsewhere / "original")])
+
+
+def test_mean_and_deviation_over_seeds(run):
+    make_run(run.parent / "run-seed1", run.parent / "data", seed=1)
+    rows = evaluate.read_rows(run / "original" / "eval")
+    for name in ("original", "retain-only"):
+        evaluate.evaluate(run.parent / "run-seed1", name)
+    folder = run.parent / "run-seed1" / "original" / "eval"
+    for r in rows:  # another seed's model would have said something else
+        if r["split"] == "retain":
+            r["generation"] = ""
+    write_text(folder / "generations.jsonl", "\n".join(map(json.dumps, rows)))
+    write_json(folder / "metrics.json", ev.summarise(rows))
+    reseal(folder)
+    main(["report", str(run)])
+    seeds = read_json(run / "report.json")["seeds"]
+    assert seeds["seeds"] == [0, 1] and set(seeds["values"]) == {"original", "retain-only"}
+    assert seeds["values"]["original"]["retain.rouge_l"] == [1, 0]
+    assert "0.5000 ± 0.7071" in (run / "report.md").read_text("utf-8")
+    made = read_stage(folder.parent)
+    made["why"]["settings"]["lr"] = 1.0
+    write_stage(folder.parent, made)
+    with pytest.raises(UserError, match="made with other lr"):
+        main(["report", str(run)])
+    settings = read_json(run / "settings.json")
+    write_json(run.parent / "run-seed1" / "settings.json", settings | {"seed": 1, "lr": 1.0})
+    with pytest.raises(UserError, match="differs from .* in lr"):
+        main(["report", str(run), "--runs", str(run.parent / "run-seed1")])
+
+
+def spoil_model(run):
+    info = read_stage(run / "original")
+    write_stage(run / "original", info | {"fingerprint": "another"})
+
+
+def spoil_data(run):
+    with open(run.parent / "data" / "tofu" / "retain90.json", "a") as file:
+        file.write(json.dumps({"question": "New?", "answer": "New."}) + "\n")
+
+
+def spoil_settings(run):
+    settings = read_json(run / "settings.json")
+    write_json(run / "settings.json", settings | {"max_total_tokens": 20})
+
+
+def spoil_code(run):
+    info = read_stage(run / "original" / "eval")
+    info["why"]["code"] = "older"
+    write_stage(run / "original" / "eval", info)
+
+
+def spoil_metrics(run):
+    metrics = read_json(run / "original" / "eval" / "metrics.json")
+    metrics["values"]["forget.rouge_l"] = 0.0
+    write_json(run / "original" / "eval" / "metrics.json", metrics)
+
+
+def spoil_with_seal(run):
+    spoil_metrics(run)
+    reseal(run / "original" / "eval")
+
+
+def reseal(folder):
+    info = read_stage(folder, files=False)
+    write_stage(folder, info | {"files": seal(folder)})
+
+
+def spoil_rows(run):
+    path = run / "original" / "eval" / "generations.jsonl"
+    path.write_text(path.read_text("utf-8")[:-30], "utf-8")
+
+
+def spoil_all(run):
+    for folder in run.glob("*/eval"):
+        shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("spoil, says", [
+    (spoil_model, "not of the model now"), (spoil_data, "not of today's retain90.json"),
+    (spoil_settings, "other settings"), (spoil_code, "different versions"),
+    (spoil_with_seal, "does not follow"), (spoil_metrics, "metrics.json is not what its stage"),
+    (spoil_rows, "generations.jsonl is not what its stage"),
+    (spoil_all, "holds no evaluation")])
+def test_report_refuses_what_does_not_belong_together(run, spoil, says):
+    spoil(run)
+    with pytest.raises(UserError, match=says) as error:
+        main(["report", str(run), "--recompute"])
+    assert "\n" not in str(error.value) and not (run / "report.md").exists()
+
+
+def test_evaluate_refuses_what_cannot_be_evaluated(run):
+    (run.parent / "empty").mkdir()
+    for arguments, says in [([run, "nowhere"], "not a finished stage"),
+                            ([run, "original", "--limit", "-1"], "--limit is -1"),
+                            ([run.parent / "empty"], "holds no finished model"),
+                            ([run.parent / "none", "original"], "settings.json is missing")]:
+        with pytest.raises(UserError, match=says):
+            main(["evaluate", *map(str, arguments)])
+
+
+def test_text_in_a_table_cell_stays_there():
+    assert report._shown("a | b\n`c` *d*") == r"a \| b \`c\` \*d\*"
+    assert report._shown("") == "(empty)" and report._shown("x" * 400).endswith("{…}")
