@@ -390,6 +390,12 @@ def npo(answers: Answers, known: list, recipe: "Unlearning") -> Tensor:
     return 2 / recipe.npo_beta * F.softplus(recipe.npo_beta * ratio).sum()
 
 
+def simnpo(answers: Answers, known: list, recipe: "Unlearning") -> Tensor:
+    """SimNPO (arXiv 2410.07163): NPO of the mean log P of a row, without a reference."""
+    beta, margin = recipe.simnpo_beta, recipe.simnpo_margin
+    return 2 / beta * F.softplus(margin - beta * answers.row_means(answers.nll)).sum()
+
+
 def original_log_p(answers: Answers, level) -> list[Tensor]:
     """log P of each row under the model before it moves."""
     return list(-answers.row_sums(answers.nll))
@@ -413,6 +419,7 @@ OBJECTIVES = {
     "ga": Objective(ascent, retain=0.0, about="ascent on forget rows alone"),
     "retain": Objective(retain=1.0, about="descent on retain rows alone"),
     "npo": Objective(npo, per="row", known=original_log_p, about="NPO on forget rows (A.2)"),
+    "simnpo": Objective(simnpo, per="row", about="SimNPO on forget rows"),
     "po": Objective(descent, refuses=True, about="descent on refusals to forget rows"),
 }
 REFUSALS = ("I do not know.", "I cannot say.", "That is not something I know about.",
@@ -854,6 +861,8 @@ class Unlearning:
     attention: str = option("moving", "of masked methods: frozen follows the sentence after Eq. 7 "
                             "[D9]", choices=("moving", "frozen"))
     npo_beta: float = option(0.1, "beta of NPO", **POSITIVE)
+    simnpo_beta: float = option(4.5, "beta of SimNPO", **POSITIVE)
+    simnpo_margin: float = option(0.0, "gamma of SimNPO", **at_least(0))
     lr: float = option(5e-6, "eta: peak learning rate", **POSITIVE)
     epochs: int = option(5, "passes over the forget set", **at_least(1))
     batch: int = option(16, "forget rows per update, each with one retain row", **at_least(1))

@@ -280,6 +280,26 @@ def literal_update(s, mask):
     return literal, masks
 
 
+def forget_term(objective, model, some, known=None, **changes):
+    """An objective's forget term, as `unlearn` averages it, and its gradient by weight."""
+    answers = simu.read_answers(model, collate(some))
+    row = simu.OBJECTIVES[objective]
+    known = known or [None] * len(some)
+    loss = row.forget(answers, known, recipe(objective=objective, **changes))
+    loss = loss / (sum(answers.sizes) if row.per == "token" else len(some))
+    names, weights = zip(*model.named_parameters())
+    return loss.item(), dict(zip(names, torch.autograd.grad(loss, weights)))
+
+
+def test_simnpo_by_hand():
+    """-2/beta log sigmoid(-beta/|y| log P - margin), a row at a time."""
+    model, some = tiny(), rows(3)
+    means = [simu.mean_nll(model, collate([r])).item() for r in some]
+    hand = [-2 / 4.5 * math.log(1 / (1 + math.exp(-(4.5 * x - 0.7)))) for x in means]
+    loss, _ = forget_term("simnpo", model, some, simnpo_margin=0.7)
+    assert loss == pytest.approx(sum(hand) / 3, rel=1e-5)
+
+
 def test_critical_rows_are_the_masked_update():
     """The literal update against the run that trains only those rows."""
     s, mask = recipe(state="float32", epochs=3), torch.rand(3, 32) < 0.4
