@@ -552,7 +552,10 @@ def adamw(recipe: "Unlearning", lr: float, weight_decay: float, step: int):
 
 
 # name: (recipe, lr, weight_decay, step from 1) -> moments and step of `masked_update`.
-OPTIMISERS = {"sophia": sophia, "adamw": adamw}
+OPTIMISERS = {
+    "sophia": sophia,
+    "adamw": adamw,
+}
 
 
 # ------------------------------------------------------------------ step 2: what moves [D9]
