@@ -505,6 +505,15 @@ def adamw_step(param: Tensor, m: Tensor, h: Tensor, *, lr: float, beta1: float, 
     return new, torch.zeros((), dtype=torch.int64, device=param.device)
 
 
+def lion_moments(grad: Tensor, m: Tensor, h: Tensor, *, beta1: float, beta2: float):
+    """Lion (arXiv 2302.06675) has one EMA; h carries the direction of the step to come."""
+    return beta2 * m + (1 - beta2) * grad, beta1 * m + (1 - beta1) * grad
+
+
+def lion_step(param: Tensor, m: Tensor, h: Tensor, *, lr: float, weight_decay: float):
+    return param * (1 - lr * weight_decay) - lr * h.sign(), (h != 0).sum()
+
+
 def blend(mask: Tensor | None, new: Tensor, old: Tensor) -> Tensor:
     """M * new + (1 - M) * old, in the bits of old where M is 0: 0 * new cannot promise that once
     new is not finite."""
@@ -555,6 +564,8 @@ def adamw(recipe: "Unlearning", lr: float, weight_decay: float, step: int):
 OPTIMISERS = {
     "sophia": sophia,
     "adamw": adamw,
+    "lion": lambda r, lr, decay, step: (partial(lion_moments, beta1=r.beta1, beta2=r.beta2),
+                                        partial(lion_step, lr=lr, weight_decay=decay)),
 }
 
 
@@ -579,6 +590,7 @@ METHODS = {
     "fo": Method("all", "adamw"),
     "so": Method("all", "sophia"),
     "simu": Method("attention", "sophia", masked=True),
+    "simu-lion": Method("attention", "lion", masked=True),
 }
 
 

@@ -199,6 +199,15 @@ def test_adamw_equals_torch():
     torch.testing.assert_close(ours, theirs.detach())
 
 
+def test_lion_by_hand():
+    p, m, h = torch.tensor([1.0, 1.0]), torch.tensor([0.2, -0.4]), torch.zeros(2)
+    moments, step = simu.OPTIMISERS["lion"](recipe(beta1=0.9, beta2=0.99), 0.1, 0.5, 1)
+    simu.masked_update(p, torch.tensor([-4.0, 1.0]), m, h, moments=moments, step=step, mask=None)
+    # direction .9*.2 - .4 = -.22 and -.36 + .1 = -.26: both weights rise by lr after the decay
+    torch.testing.assert_close(p, torch.tensor([0.95 + 0.1, 0.95 + 0.1]))
+    torch.testing.assert_close(m, torch.tensor([0.198 - 0.04, -0.396 + 0.01]))
+
+
 # ------------------------------------------------------------------------------------- unlearning
 
 
