@@ -21,13 +21,14 @@ import unicodedata
 from dataclasses import dataclass, field, fields, replace
 from datetime import date
 from functools import lru_cache
+from importlib.metadata import version
 from pathlib import Path
 
 import sentencepiece
 import torch
 from torch import Tensor
 
-from model import NO_TEXT, UserError, read_json, write_json, write_text
+from model import NO_TEXT, UserError, read_json, whole_file, write_json, write_text
 
 IGNORE = -100  # a target that is not predicted; also cross_entropy's default
 LONGEST_TOKEN = 1024  # characters: longer than any tokenizer's
@@ -166,15 +167,16 @@ def full_text(example: Example, tokenizer, template: str) -> tuple[str, str]:
     return prompt, whole[len(prompt):]
 
 
-def _writes_bos(template: str, kind: str) -> bool:
-    return template == "chat" and kind != "text"  # the model's own template has bos in its text
+def has_own_ends(template: str, kind: str) -> bool:
+    """Does the template itself write bos and eos, where the model wants them?"""
+    return template == "chat" and kind != "text"
 
 
 def encode_prompt(question: str, tokenizer, template: str, *, turns=(),
                   kind: str = "qa") -> list[int]:
     """ids from which an answer is generated."""
     prompt = prompt_text(question, tokenizer, template, turns=turns, kind=kind)
-    return tokenizer.encode(prompt, bos=not _writes_bos(template, kind))
+    return tokenizer.encode(prompt, bos=not has_own_ends(template, kind))
 
 
 def encode(example: Example, tokenizer, template: str) -> Encoded:
@@ -186,14 +188,14 @@ def encode(example: Example, tokenizer, template: str) -> Encoded:
     ids, ends = tokenizer.ends(prompt + rest)
     border = len(prompt.encode())
     n_prompt = sum(end <= border for end in ends)
-    own_eos = _writes_bos(template, example.kind) and tokenizer.eos_id in ids[n_prompt:]
+    own = has_own_ends(template, example.kind)
+    own_eos = own and tokenizer.eos_id in ids[n_prompt:]
     while own_eos and ids[-1] != tokenizer.eos_id:
         ids.pop()
     if n_prompt == len(ids) - own_eos:
         raise UserError(f"row {example.id or reprlib.repr(example.question)}: its answer "
                         f"{reprlib.repr(example.answer)} gives no token; use another tokenizer")
-    bos = [] if tokenizer.bos_id is None or _writes_bos(template, example.kind) else [
-        tokenizer.bos_id]
+    bos = [] if own or tokenizer.bos_id is None else [tokenizer.bos_id]
     return Encoded(bos + ids + [tokenizer.eos_id] * (not own_eos), len(bos) + n_prompt)
 
 
@@ -251,6 +253,8 @@ def _compiled_chat(source: str):
     try:
         import jinja2
         from jinja2.sandbox import ImmutableSandboxedEnvironment
+        if [int(n) for n in re.findall(r"\d+", version("jinja2"))[:3]] < [3, 1, 6]:
+            raise ImportError  # one can break out of an older one's sandbox
     except ImportError:
         raise UserError("--template chat needs a package: pip install 'jinja2>=3.1.6'") from None
 
@@ -285,9 +289,14 @@ def render_chat(tokenizer, turns: list[tuple[str, str]], *, ask: bool) -> str:
     except UserError:
         raise
     except Exception as e:  # whatever a stranger's template does
-        raise UserError(f"the model's chat template cannot write the turns "
-                        f"{', '.join(role for role, _ in turns)} ({' '.join(str(e).split())[:200]}); "
-                        "choose another --template, or mend the rows") from None
+        roles = ", ".join(role for role, _ in turns)
+        raise UserError(f"the model's chat template cannot write the turns {roles} ({one_line(e)});"
+                        " choose another --template, or mend the rows") from None
+
+
+def one_line(error: BaseException) -> str:
+    """What an error of a library says, short enough to be quoted in ours."""
+    return " ".join(str(error).split())[:200]
 
 
 # ------------------------------------------------------------------------------------- benchmarks
@@ -450,8 +459,7 @@ def _json_lines(path: Path) -> list[tuple[str, dict]]:
     try:
         lines = path.read_bytes().decode("utf-8-sig").split("\n")
     except UnicodeDecodeError as e:
-        raise UserError(f"{path} is not UTF-8 text (byte {e.start}); fetch or save it again "
-                        "") from None
+        raise UserError(f"{path} is not UTF-8 text (byte {e.start}); save it as that") from None
     rows = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -504,7 +512,8 @@ def load_lume(folder, split: str) -> list[Example]:
     """The rows of `<folder>/<split>.jsonl`: LUME's open release, split forget or retain."""
     examples, seen = [], set()
     for where, row in _json_lines(Path(folder) / f"{split}.jsonl"):
-        name, asked, answer, task = (_text(row, k, where) for k in ("id", "input", "output", "task"))
+        name, asked, answer, task = (_text(row, key, where)
+                                     for key in ("id", "input", "output", "task"))
         kind = name[:-1][-2:]  # the id is <document>sc1 or <document>qa0
         if kind not in ("sc", "qa"):
             raise UserError(f"{where}: id {name!r} does not end in sc or qa and a digit")
@@ -524,8 +533,9 @@ ROW_SHAPES = ("{question, answer}, {prompt, completion}, {input, output}, {text}
 def load_rows(file) -> list[Example]:
     """The rows of a user's own file (JSON lines), each of one of ROW_SHAPES. Of a chat the last
     turn is the answer and the user's before it the question; `turns` are those before."""
-    path = Path(file)
-    return [_row(row, where, f"{path.stem}:{n}") for n, (where, row) in enumerate(_json_lines(path))]
+    stem = Path(file).stem
+    return [_row(row, where, f"{stem}:{n}")
+            for n, (where, row) in enumerate(_json_lines(Path(file)))]
 
 
 def _row(row: dict, where: str, name: str) -> Example:
@@ -672,8 +682,8 @@ class JsonTokenizer:
         except (KeyboardInterrupt, SystemExit, UserError):
             raise
         except BaseException as e:
-            raise UserError(f"{self.path} {what} ({' '.join(str(e).split())[:200]}); fetch it "
-                            "again, or use the tokenizer the weights came with") from None
+            raise UserError(f"{self.path} {what} ({one_line(e)}); fetch it again, or use the "
+                            "tokenizer the weights came with") from None
 
     def _id(self, token) -> int | None:
         return self._tok.token_to_id(_token_text(token))
@@ -713,9 +723,9 @@ class JsonTokenizer:
             reached = max(reached, end)
         # Composing characters (NFC) leaves holes where nothing is lost.
         if lost and unicodedata.is_normalized("NFC", text):
-            raise UserError(f"{self.path} drops {reprlib.repr(lost)} from a text: its vocabulary or "
-                            "normaliser has no place for it; use the tokenizer the weights came "
-                            "with, or drop the row")
+            raise UserError(f"{self.path} drops {reprlib.repr(lost)} from a text, for which its "
+                            "vocabulary or normaliser has no place; use the tokenizer the weights "
+                            "came with, or drop the row")
         # A character split over several tokens gives the first of them no width of its own.
         return coded.ids, [size[end] if end > start else size[start] + 1
                            for start, end in coded.offsets]
@@ -753,7 +763,9 @@ def _added_tokens(names: dict) -> dict[str, int]:
 def _json_beside(path: Path, name: str) -> dict:
     """The JSON object in a file beside another; empty if it is not there."""
     file = path.with_name(name)
-    value = read_json(file) if file.exists() else {}
+    if not file.exists():
+        return {}
+    value = read_json(file) if file.is_file() else None  # a pipe would be waited for
     if not isinstance(value, dict):
         raise UserError(f"{file} does not hold a JSON object; fetch it again")
     return value
@@ -840,7 +852,8 @@ def _train_llama(texts: list[str], folder: Path, vocab: int):
             num_threads=1, minloglevel=2)
     except RuntimeError as e:
         raise UserError(f"--vocab {vocab} does not suit this text ({e}); raise it") from None
-    (folder / "tokenizer.model").write_bytes(model.getvalue())
+    with whole_file(folder / "tokenizer.model") as file:
+        file.write(model.getvalue())
     write_text(folder / "tokenizer_config.json", json.dumps(LLAMA_IN_TRANSFORMERS))
 
 

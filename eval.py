@@ -85,10 +85,10 @@ from bisect import bisect_left, bisect_right
 from collections import namedtuple
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import groupby
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
 import data
@@ -692,16 +692,16 @@ Text = namedtuple("Text", "row key example")  # what is put to the model, and wh
 
 def _texts(row: dict, benchmark: str) -> list[Text]:
     """Every text of a row whose loss some metric needs."""
-    answers, questions = benchmark != "lume", row["split"] in SPLITS
-    pairs = []
-    if _is_attacked(row, benchmark) or (answers and questions):
+    measured, pairs = row["split"] in SPLITS, []
+    if _is_attacked(row, benchmark) or (measured and benchmark != "lume"):
         pairs.append(("loss", row["question"], row["answer"]))
-    if questions and "paraphrased_answer" in row:
+    if measured and "paraphrased_answer" in row:
         pairs.append(("paraphrased_loss", row["question"], row["paraphrased_answer"]))
-    if questions and "paraphrased_question" in row:
+    if measured:
+        pairs += [("perturbed_losses", row["question"], wrong)
+                  for wrong in row.get("perturbed_answers", ())]
+    if measured and "paraphrased_question" in row:
         pairs.append(("paraphrased_question_loss", row["paraphrased_question"], row["answer"]))
-    if questions:
-        pairs += [("perturbed_losses", row["question"], x) for x in row.get("perturbed_answers", ())]
     return [Text(row, key, _example(row, question, answer)) for key, question, answer in pairs]
 
 
@@ -721,11 +721,10 @@ def add_losses(rows, model, tokenizer, template: str, limits: Limits, benchmark:
     whole = [t.key == "loss" and _is_attacked(t.row, benchmark) for t in texts]
     first = [1 if w else max(1, e.n_prompt) for w, e in zip(whole, encoded)]
     scores = token_scores(model, encoded, first, tokens=limits.eval_tokens,
+                          questions=[(id(t.row), t.example.question) for t in texts],
                           detailed=[t.key == "loss" for t in texts])
     for (row, key, _), e, start, attacked, score in zip(texts, encoded, first, whole, scores):
-        if not all(map(math.isfinite, score.losses)):
-            raise UserError(f"the model's loss on row {row['id']} is not a number: its weights "
-                            "are broken; make or fetch it again")
+        check_finite(score.losses, row["id"])
         answer = TokenScores(*(x[max(1, e.n_prompt) - start:] for x in score))
         loss = mean(answer.losses)
         if key == "perturbed_losses":
@@ -746,35 +745,85 @@ def add_losses(rows, model, tokenizer, template: str, limits: Limits, benchmark:
                 zlib=zlib_score(loss, tokenizer.decode(ids)))
 
 
+def check_finite(values: list[float], name: str):
+    if not all(map(math.isfinite, values)):
+        raise UserError(f"the model's loss on row {name} is not a number: its weights are broken; "
+                        "make or fetch it again")
+
+
 # Per token: -log P in nats; the likeliest id; (log P - mean) / deviation, both of log P over the
 # vocabulary (Min-K%++). The last two are empty of a text that nobody asks them of.
 TokenScores = namedtuple("TokenScores", "losses predicted standard")
 
+# Texts that begin alike, read in one row: what all share, then the rest of each, side by side.
+# place: where each id stands in its text. branch: the text it belongs to, -1 if to all. texts:
+# number of the text -> where in this row its ids stand.
+Pack = namedtuple("Pack", "ids place branch texts")
+
 
 @torch.inference_mode()
 def token_scores(model: Transformer, rows: list[Encoded], first: list[int], *, tokens: int,
-                 detailed: list[bool]) -> list[TokenScores]:
-    """Scores of each row's tokens from index first[i] (at least 1) to its end. Batches of like
-    length hold at most `tokens`; only the positions asked for reach the lm_head."""
-    device = model.embed_tokens.weight.device
-    chunk = max(1, LOGITS // model.config.vocab_size)
-    out = [None] * len(rows)
+                 questions: list | None = None, detailed: list[bool] | None = None
+                 ) -> list[TokenScores]:
+    """Scores of each row's tokens from index first[i] (at least 1) to its end. Rows that stand
+    together and have the same of `questions` are read as one: what they share only once. A batch
+    holds at most `tokens`; only the positions asked for reach the lm_head."""
+    chunk, out = max(1, LOGITS // model.config.vocab_size), [None] * len(rows)
+    detailed = detailed or [False] * len(rows)
+    packs = pack_texts([r.ids for r in rows], questions or range(len(rows)), tokens)
     with tqdm(total=len(rows), desc="losses", unit="text") as bar:
-        for part in data.batches_by_length(rows, tokens):
-            ids = data.collate([rows[i] for i in part], device).ids  # [B, T]
-            sizes = [len(rows[i].ids) - first[i] for i in part]
-            b = torch.arange(len(part)).repeat_interleave(torch.tensor(sizes))
-            t = torch.cat([torch.arange(first[i], len(rows[i].ids)) for i in part])
-            h = model.hidden(ids)[b, t - 1]  # [sum of sizes, D]
-            wanted = torch.tensor([detailed[i] for i in part])[b].to(device)
+        for part in data.batches_by_length([Encoded(p.ids, 0) for p in packs], tokens):
+            texts = [(b, i, at) for b, p in enumerate(part) for i, at in packs[p].texts.items()]
+            asked = torch.tensor([(b, at[t - 1], rows[i].ids[t], detailed[i]) for b, i, at in texts
+                                  for t in range(first[i], len(rows[i].ids))])
+            h = read_packs(model, [packs[p] for p in part])
+            b, t, labels, wanted = asked.to(h.device).T
             found = [_chunk_scores(model.logits(x), y, w) for x, y, w in zip(
-                h.split(chunk), ids[b, t].split(chunk), wanted.split(chunk))]
-            columns = [torch.cat(x).split(sizes) for x in zip(*found)]
-            for i, *values in zip(part, *columns):
+                h[b, t].split(chunk), labels.split(chunk), wanted.split(chunk))]
+            sizes = [len(rows[i].ids) - first[i] for _, i, _ in texts]
+            for (_, i, _), *values in zip(texts, *(torch.cat(x).split(sizes) for x in zip(*found))):
                 losses, *details = (x.tolist() for x in values)
                 out[i] = TokenScores(losses, *(details if detailed[i] else ([], [])))
-            bar.update(len(part))
+            bar.update(len(texts))
     return out
+
+
+def pack_texts(texts: list[list[int]], questions, tokens: int) -> list[Pack]:
+    """Texts in packs of at most `tokens` ids, if one text is no longer than that. The last token of
+    a text is predicted, and never read."""
+    packs = []
+    for _, numbers in groupby(range(len(texts)), lambda i: questions[i]):
+        numbers = list(numbers)
+        shortest = min(len(texts[i]) for i in numbers) - 1
+        shared = next((n for n in range(shortest) if len({texts[i][n] for i in numbers}) > 1),
+                      shortest)
+        pack = None
+        for i in numbers:
+            own = texts[i][shared:-1]
+            if pack is None or len(pack.ids) + len(own) > tokens:
+                pack = Pack(texts[i][:shared], list(range(shared)), [-1] * shared, {})
+                packs.append(pack)
+            start = len(pack.ids)
+            pack.texts[i] = [*range(shared), *range(start, start + len(own))]
+            pack.ids.extend(own)
+            pack.place.extend(range(shared, shared + len(own)))
+            pack.branch.extend([i] * len(own))
+    return packs
+
+
+def read_packs(model: Transformer, packs: list[Pack]) -> torch.Tensor:
+    """Final states [B, T, D] of a batch of packs: a token sees what stands before it in its own
+    text, and nothing of the texts beside it."""
+    device, width = model.embed_tokens.weight.device, max(len(p.ids) for p in packs)
+    ids, place, branch = (
+        torch.tensor([x + [pad] * (width - len(x)) for x in column], device=device)  # [B, T]
+        for column, pad in zip(list(zip(*packs))[:3], (0, 0, -1)))
+    if (branch == -1).all():
+        return model.hidden(ids)
+    sees = (branch[:, None, :] == -1) | (branch[:, None, :] == branch[:, :, None])  # [B, T, T]
+    mask = torch.zeros(sees.shape, dtype=model.embed_tokens.weight.dtype, device=device)
+    mask = mask.masked_fill(~sees.tril(), -math.inf)[:, None]  # [B, 1, T, T]
+    return model.hidden(ids, lambda q, k, v: attention(q, k, v, mask), rope=model.rope(place))
 
 
 def _chunk_scores(logits, labels, wanted):
@@ -914,70 +963,23 @@ def choice_examples(row: dict) -> list[Example]:
 
 
 def add_choice_scores(rows: list[dict], model, tokenizer, template: str, tokens: int) -> list[dict]:
-    """The rows with `scores`: log P of each choice, its eos not counted. A question is read once:
-    its choices stand behind it side by side, and none sees another."""
-    context, packed = model.config.max_position_embeddings, []
+    """The rows with `scores`: log P of each choice, its eos not counted."""
+    context, texts, questions = model.config.max_position_embeddings, [], []
     for row in rows:
-        own = "raw" if row["subject"] else template
-        packed.append(_pack([data.encode(e, tokenizer, own).ids[:-1] for e in choice_examples(row)],
-                            context, row["id"]))
-    with tqdm(total=len(rows), desc="choices", unit="question") as bar:
-        for part in data.batches_by_length([Encoded(p.ids, 0) for p in packed], tokens):
-            for i, scores in zip(part, _packed_scores(model, [packed[i] for i in part])):
-                if not all(map(math.isfinite, scores)):
-                    raise UserError(f"the model's loss on row {rows[i]['id']} is not a number: its "
-                                    "weights are broken; make or fetch it again")
-                rows[i] = rows[i] | dict(scores=scores)
-            bar.update(len(part))
+        encoded = [data.encode(e, tokenizer, "raw" if row["subject"] else template)
+                   for e in choice_examples(row)]
+        cut = max(0, max(len(e.ids) - 1 for e in encoded) - context)  # of a long question's start
+        if cut >= min(e.n_prompt for e in encoded):
+            raise UserError(f"question {row['id']}: a choice is longer than the model's context of "
+                            f"{context}; drop the question")
+        texts += [Encoded(e.ids[cut:-1], e.n_prompt - cut) for e in encoded]
+        questions += [row["id"]] * len(encoded)
+    found = iter(token_scores(model, texts, [e.n_prompt for e in texts], tokens=tokens,
+                              questions=questions))
+    rows = [row | dict(scores=[-sum(next(found).losses) for _ in row["choices"]]) for row in rows]
+    for row in rows:
+        check_finite(row["scores"], row["id"])
     return rows
-
-
-# ids: what all choices begin with, then the rest of each but its last token. place, branch: where
-# each id stands in its text, and the choice it belongs to (-1: all). goes: for each choice, the
-# indices that predict its tokens, and these.
-Packed = namedtuple("Packed", "ids place branch goes")
-
-
-def _pack(choices: list[list[int]], context: int, name: str) -> Packed:
-    shared = 0
-    while all(len(c) > shared + 1 and c[shared] == choices[0][shared] for c in choices):
-        shared += 1
-    cut = max(0, max(map(len, choices)) - context)  # a question too long loses its beginning
-    if cut >= shared or not shared:
-        raise UserError(f"question {name}: a choice is longer than the model's context of "
-                        f"{context}; drop the question")
-    ids, place = choices[0][cut:shared], list(range(shared - cut))
-    branch, goes = [-1] * len(ids), []
-    for n, choice in enumerate(choices):
-        own = choice[shared:]
-        start = len(ids)
-        goes.append(([shared - cut - 1, *range(start, start + len(own) - 1)], own))
-        ids = ids + own[:-1]
-        place += range(shared - cut, shared - cut + len(own) - 1)
-        branch += [n] * (len(own) - 1)
-    return Packed(ids, place, branch, goes)
-
-
-@torch.inference_mode()
-def _packed_scores(model: Transformer, batch: list[Packed]) -> list[list[float]]:
-    """Sum of log P over each choice's tokens, for each question."""
-    device, width = model.embed_tokens.weight.device, max(len(p.ids) for p in batch)
-    ids, place, branch = (torch.tensor([x + [pad] * (width - len(x)) for x in column], device=device)
-                          for column, pad in zip(list(zip(*batch))[:3], (0, 0, -2)))  # [B, T]
-    at = torch.arange(width, device=device)
-    sees = (branch[:, None, :] == -1) | (branch[:, None, :] == branch[:, :, None])
-    sees &= at[None, :] <= at[:, None]  # [B, T, T]
-    mask = torch.zeros(sees.shape, dtype=model.embed_tokens.weight.dtype, device=device)
-    mask = mask.masked_fill(~sees, -math.inf)[:, None]  # [B, 1, T, T]
-    h = model.hidden(ids, lambda q, k, v: attention(q, k, v, mask), rope=model.rope(place))
-    out = []
-    for b, packed in enumerate(batch):
-        scores = []
-        for where, labels in packed.goes:
-            log_p = model.logits(h[b, where]).log_softmax(-1)  # [tokens, V]
-            scores.append(log_p[range(len(labels)), labels].sum().item())
-        out.append(scores)
-    return out
 
 
 # -------------------------------------------------------------------------------------- Porter stem

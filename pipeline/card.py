@@ -37,9 +37,9 @@ print(tokenizer.decode(model.generate(**ids)[0], skip_special_tokens=True))
 def use(template: str) -> str:
     """How to ask the model something in transformers."""
     if template == "chat":
-        return USE.format(ids='ids = tokenizer.apply_chat_template([dict(role="user", content="...")'
-                              '],\n    add_generation_prompt=True, return_dict=True, '
-                              'return_tensors="pt")')
+        return USE.format(ids='asked = [dict(role="user", content="...")]\n'
+                              'ids = tokenizer.apply_chat_template(asked, add_generation_prompt=True'
+                              ',\n    return_dict=True, return_tensors="pt")')
     before, after, _ = data.TEMPLATES[template]
     return USE.format(ids=f'ids = tokenizer({f"{before}...{after}"!r}, return_tensors="pt")')
 
@@ -59,9 +59,9 @@ def provenance(s: Settings) -> tuple[str, str]:
     another name."""
     if s.tiny and not s.weights:
         about = "Its original was made here, from random weights, on the benchmark's text alone."
-        return about, ("It holds no weights of anyone else. The demo's text is under this "
-                       "project's MIT licence." if s.benchmark == "demo" else
-                       "It holds no weights of anyone else; the text it learnt has its own licence.")
+        text = ("The demo's text is under this project's MIT licence." if s.benchmark == "demo" else
+                "The text it learnt has its own licence.")
+        return about, "It holds no weights of anyone else. " + text
     source = read_stage(s.run / "original").get("source", {})
     base = (s.run / "original" / "config.json").resolve().parent  # linked, unless fine-tuned here
     name = source.get("repo") or Path(s.weights or s.model.removeprefix("hf:")).name
@@ -92,8 +92,9 @@ def write_card(folder: Path, s: Settings, used: dict, found: list[dict] = ()):
     made = replace(s, **{f.name: used[f.name] for f in fields(simu.Recipe) if f.name in used},
                    name=used.get("name", ""))
     about, licence = provenance(s)
-    metrics = (f"{table_of(COLUMNS[kind], found)}\n\n{reading(found[0]["metrics"])}" if found else
-               "Not evaluated yet: `python -m pipeline evaluate` and `report`.")
+    metrics = "Not evaluated yet: `python -m pipeline evaluate` and `report`."
+    if found:
+        metrics = table_of(COLUMNS[kind], found) + "\n\n" + reading(found[0]["metrics"])
     constants = [["optimiser", method.optimiser]]
     for part in (simu.Unlearning, *((simu.Attribution, simu.Masking) if method.masked else ())):
         constants += [[f.name, used[f.name]] for f in fields(part)

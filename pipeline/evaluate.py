@@ -19,7 +19,7 @@ def evaluation_job(s: Settings, name: str, limit: int = 0) -> Stage:
     """The evaluation of a run's stage: RUN/STAGE/eval, or eval-limit-N for a quick look."""
     folder = s.run / name
     return Stage(folder / (f"eval-limit-{limit}" if limit else "eval"), settings=s,
-                 inputs={name: content(folder)} | data_inputs(s), code=(make_evaluation,),
+                 inputs=dict(model=content(folder)) | data_inputs(s), code=(make_evaluation,),
                  takes=(data.Slice, Source, Placement, evaluation.Limits), also=dict(limit=limit))
 
 

@@ -9,32 +9,42 @@ GB is 10^9 bytes. Not counted: torch itself, CUDA's context, the allocator's rou
 import os
 import weakref
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.checkpoint import checkpoint
 
-import data
-import hub
-import original
 import simu
-import stage
 from data import Encoded
-from eval import LOGITS
-from model import Config, Transformer
-from stage import Settings, UserError
+from model import LOGITS, Config, Transformer, UserError, weight_files
+from pipeline import hub
+from pipeline.settings import (Settings, choose_device, choose_dtype, load_benchmark,
+                               resolve, tiny_config)
+from pipeline.stage import mask_name, read_stage
 
 GB = 1e9
 RESERVE = GB  # of a GPU's free memory: library workspaces and the allocator's rounding
 CARD = 80 * GB  # what is compared with where no GPU is at hand
 
-CONFIGS = {
-    "llama2-7b": Config(
-        model_type="llama", vocab_size=32000, hidden_size=4096, intermediate_size=11008,
-        num_hidden_layers=32, num_attention_heads=32, max_position_embeddings=4096),
+LLAMA2 = dict(model_type="llama", vocab_size=32000, max_position_embeddings=4096)
+CONFIGS = {  # of models that need not be at hand
+    "llama2-7b": Config(**LLAMA2, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
+                        num_attention_heads=32),
+    "llama2-13b": Config(**LLAMA2, hidden_size=5120, intermediate_size=13824, num_hidden_layers=40,
+                         num_attention_heads=40),
+    "llama2-70b": Config(**LLAMA2, hidden_size=8192, intermediate_size=28672, num_hidden_layers=80,
+                         num_attention_heads=64, num_key_value_heads=8),
+    "llama3.2-1b": Config(
+        model_type="llama", vocab_size=128256, hidden_size=2048, intermediate_size=8192,
+        num_hidden_layers=16, num_attention_heads=32, num_key_value_heads=8, head_dim=64,
+        max_position_embeddings=131072, tie_word_embeddings=True),
+    "smollm2-135m": Config(
+        model_type="llama", vocab_size=49152, hidden_size=576, intermediate_size=1536,
+        num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3,
+        max_position_embeddings=8192, tie_word_embeddings=True),
     "olmo-1b": Config(
         model_type="olmo", vocab_size=50304, hidden_size=2048, intermediate_size=8192,
         num_hidden_layers=16, num_attention_heads=16, max_position_embeddings=2048,
@@ -43,7 +53,6 @@ CONFIGS = {
         model_type="olmo", vocab_size=50304, hidden_size=2048, intermediate_size=8192,
         num_hidden_layers=16, num_attention_heads=16, max_position_embeddings=4096, clip_qkv=8.0),
 }
-FILE_BYTES = {"llama2-7b": 2, "olmo-1b": 4}  # per weight, in the published checkpoints
 CRITICAL = {("tofu", "llama2-7b"): 722, ("lume", "llama2-7b"): 1870,  # Table 5
             ("tofu", "olmo-1b"): 29554, ("lume", "olmo-1b"): 23089}
 # Tokens of the longest row and of the longest answer, eos counted, in the files and recipes used.
@@ -54,10 +63,10 @@ LONGEST = {("tofu", "llama2-7b"): (164, 105), ("tofu", "olmo-1b"): (142, 91),
            ("lume", "tiny-llama"): (432, 108), ("lume", "tiny-olmo"): (413, 103)}
 TOFU_ROWS = {"forget01": 40, "forget05": 200, "forget10": 400}
 TOFU_RETAIN_EVAL, TOFU_FACTS, LUME_ROWS = 400, 217, 2732  # rows asked about; forget rows
-STAGES = (("attribute", None), ("unlearn", "fo"), ("unlearn", "so"), ("unlearn", "simu"),
+STAGES = (("attribute", None), *(("unlearn", method) for method in simu.METHODS),
           ("evaluate", None))
-MANY = 1 << 30  # rows, where only tokens limit a batch
-COLUMNS = (9, 11, 8, 13, 8)  # widths of the table's
+ANY_NUMBER = 1 << 30  # of rows, where only tokens limit a batch
+WIDTHS = (9, 11, 8, 13, 8)  # of the table's columns
 
 
 class LiveBytes(TorchDispatchMode):
@@ -114,8 +123,9 @@ def need(s: Settings, config: Config, name: str, method: str | None = None, *, d
     """Of stage `name` ("learn", "attribute", "unlearn" with a method, "evaluate"), were every row
     `longest` tokens and every answer `answer` tokens long. Traces every layer: about 2 s for 7B."""
     if name == "learn":  # fine-tuning moves every weight, as FO does
-        return _unlearning(replace(s, batch=s.learn_batch), config, "fo", dtype, critical, longest,
-                           answer)
+        own = replace(s, batch=s.learn_batch, micro_tokens=s.learn_tokens, state=s.learn_state,
+                      checkpointing=s.learn_checkpointing)
+        return _unlearning(own, config, "fo", dtype, critical, longest, answer)
     if name == "unlearn":
         n = _unlearning(s, config, method, dtype, critical, longest, answer)
         if s.eval_epochs:
@@ -154,17 +164,13 @@ class _Fused(torch.autograd.Function):
         return tuple(torch.empty_like(t) for t in ctx.saved_tensors[:3])
 
 
-def _hidden(model: Transformer, B: int, T: int):
-    """Transformer.hidden on B rows of T tokens: [B, T, D]."""
-    def attend(q, k, v):
-        return _Fused.apply(q, k, v).transpose(1, 2).flatten(2)  # [B, T, H*hd]
+def _attend(q, k, v):
+    """In causal_attention's place: [B, T, H*hd]."""
+    return _Fused.apply(q, k, v).transpose(1, 2).flatten(2)
 
-    x = model.embed_tokens(torch.zeros(B, T, dtype=torch.int64, device="meta"))
-    cos, sin = model.rope(torch.arange(T, device="meta"))
-    for block in model.layers:
-        x = (checkpoint(block, x, cos, sin, attend, use_reentrant=False, preserve_rng_state=False)
-             if model.checkpoint and torch.is_grad_enabled() else block(x, cos, sin, attend))
-    return model.norm(x)
+
+def _hidden(model: Transformer, B: int, T: int):
+    return model.hidden(torch.zeros(B, T, dtype=torch.int64, device="meta"), _attend)
 
 
 def _unlearning(s, config, method, dtype, critical, longest, answer) -> Need:
@@ -174,8 +180,9 @@ def _unlearning(s, config, method, dtype, critical, longest, answer) -> Need:
     model = _meta(config, dtype)
     model.checkpoint = s.checkpointing
     own = {id(p): p for p in model.parameters()}
-    with simu.moving_weights(model, method, mask.view(config.num_hidden_layers, -1),
-                             getattr(torch, s.state)) as moving:
+    s = replace(s, method=method)
+    mask = mask.view(config.num_hidden_layers, -1)
+    with simu.moving_weights(model, s, mask) as moving:
         weights = own | {id(w.weight): w.weight for w in moving}  # with the critical rows
         for w in moving:
             w.weight.grad = torch.empty_like(w.weight)
@@ -186,7 +193,7 @@ def _unlearning(s, config, method, dtype, critical, longest, answer) -> Need:
         with LiveBytes(*weights.values(), *(t for w in moving
                                             for t in (w.weight.grad, w.master, w.m, w.h))) as live:
             _trace_pass(model, s, longest, answer)
-            simu.apply_updates(moving, _one_update(s, method), scale=1.0, generator=None)
+            simu.apply_updates(moving, _one_update(s), scale=1.0, generator=None)
         return Need(*sizes, live.peak - sum(sizes))
 
 
@@ -208,15 +215,12 @@ def _trace_pass(model, s, longest, answer):
     loss.backward()
 
 
-def _one_update(s, method):
+def _one_update(s):
     """The update `train` would make; its count is dropped, for meta tensors have no values."""
+    moments, step = simu.OPTIMISERS[simu.METHODS[s.method].optimiser](s, s.lr, s.weight_decay, 1)
+
     def update(p, g, m, h, moving):
-        if method == "fo":
-            simu.adamw_update(p, g, m, h, lr=s.lr, beta1=s.beta1, beta2=s.adam_beta2,
-                              eps=s.adam_eps, weight_decay=s.weight_decay, step=1)
-        else:
-            simu.sophia_update(p, g, m, h, lr=s.lr, beta1=s.beta1, beta2=s.beta2, gamma=s.gamma,
-                               eps=s.eps, weight_decay=s.weight_decay)
+        simu.masked_update(p, g, m, h, moments=moments, step=step, mask=moving.mask)
         return 0
     return update
 
@@ -224,30 +228,29 @@ def _one_update(s, method):
 def _trace_attribution(model, s, longest, answer):
     """`attribute` where it is widest: the lowest layer's path goes through all layers above."""
     c = model.config
-    B, longest = _widest(s.attribution_tokens // max(1, s.steps - 1), longest, most=MANY)
+    B, longest = _widest(s.attribution_tokens // max(1, s.steps - 1), longest, most=ANY_NUMBER)
     answer = min(answer, longest)
 
     def each(*shape):
         return [model.embed_tokens.weight.new_empty(shape) for _ in model.layers]
 
     kv = (B, longest, c.num_key_value_heads, c.head_dim)
-    run = SimpleNamespace(
-        model=model, x0=each(B, answer, c.hidden_size)[0], mid=each(B, answer, c.hidden_size),
-        beta=each(B, answer, c.hidden_size),
+    positions = torch.zeros(B, answer, dtype=torch.int64, device="meta")
+    clean = simu.Clean(
+        model, pos=positions, labels=positions, x0=each(B, answer, c.hidden_size)[0],
         keys=[k.transpose(1, 2) for k in each(*kv)],  # [B, K, T, hd]
         values=[v.transpose(1, 2) for v in each(*kv)],
-        pos=torch.zeros(B, answer, dtype=torch.int64, device="meta"),
-        labels=torch.zeros(B, answer, dtype=torch.int64, device="meta"))
-    simu._last_node(run)
+        mid=each(B, answer, c.hidden_size), beta=each(B, answer, c.hidden_size))
+    simu.last_node(clean)
     if s.steps > 1:
-        (simu._layer_path if s.path == "layer" else simu._neuron_path)(run, 0, s.steps)
+        (simu.layer_path if s.path == "layer" else simu.neuron_path)(clean, 0, s.steps)
 
 
 @torch.no_grad()
 def _trace_evaluation(model, s, longest) -> int:
     """A pass of `eval_tokens`; returns the bytes of the cache and the logits to be had beside."""
     c = model.config
-    _hidden(model, *_widest(s.eval_tokens, longest, most=MANY))
+    _hidden(model, *_widest(s.eval_tokens, longest, most=ANY_NUMBER))
     cache = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * s.eval_tokens
     logits = 2 * LOGITS * torch.float32.itemsize  # and their log-softmax
     return cache * model.embed_tokens.weight.itemsize + logits
@@ -270,30 +273,32 @@ def room(device: torch.device) -> int:
 
 def config_of(s: Settings) -> Config:
     """The shape of a run's model: its own config.json, or what it will be."""
-    for folder in (s.run / "original", s.weights):
+    for folder in (s.run / "original", hub.given_model(s)):
         if folder and os.path.isfile(os.path.join(folder, "config.json")):
             return Config.from_dir(folder)
     if s.tiny:
-        return original.tiny_config(s, SimpleNamespace(vocab_size=s.vocab, bos_id=1, eos_id=2))
-    newer = s.benchmark == "lume" and s.model == "olmo-1b"
-    return CONFIGS[s.model + "-0724" if newer else s.model]
+        return tiny_config(s, SimpleNamespace(vocab_size=s.vocab, bos_id=1, eos_id=2))
+    name = "olmo-1b-0724" if (s.benchmark, s.model) == ("lume", "olmo-1b") else s.model
+    if name not in CONFIGS:
+        raise UserError(f"the shape of {s.model} is not known before it is here; run `python -m "
+                        "pipeline original` first, or name a folder that holds its config.json")
+    return CONFIGS[name]
 
 
 def critical_count(s: Settings, config: Config) -> int:
     """Critical neurons: of the run's mask, else Table 5's, else all."""
-    made = s.run / stage.mask_name(s)
+    made = s.run / mask_name(s)
     if (made / "stage.json").is_file():
-        return stage.read_stage(made)["critical"]
+        return read_stage(made)["critical"]
     return CRITICAL.get((s.benchmark, s.model), config.num_hidden_layers * config.hidden_size)
 
 
-def check(s: Settings, config: Config, name: str, method: str | None = None, *,
-          rows: list[Encoded] = ()) -> int:
+def check_memory(s: Settings, config: Config, name: str, method: str | None = None, *,
+                 rows: list[Encoded] = ()) -> int:
     """Predicted peak in bytes of a stage about to load its model; UserError if the device has not
     that much left. rows: what it will read, instead of the benchmark's known longest row."""
-    device = stage.choose_device(s)
-    given = dict(dtype=stage.choose_dtype(s), critical=critical_count(s, config),
-                 **_lengths(s, rows))
+    device = choose_device(s)
+    given = dict(dtype=choose_dtype(s), critical=critical_count(s, config), **_lengths(s, rows))
     n, free = need(s, config, name, method, **given), room(device)
     if n.peak > free:
         raise UserError(f"{method or name} needs {n.peak / GB:.1f} GB and {device.type} has "
@@ -302,7 +307,8 @@ def check(s: Settings, config: Config, name: str, method: str | None = None, *,
 
 
 def _lengths(s: Settings, rows=()) -> dict:
-    longest, answer = LONGEST[s.benchmark, s.model]
+    longest, answer = LONGEST.get((s.benchmark, s.model)) or max(
+        x for (benchmark, _), x in LONGEST.items() if benchmark == s.benchmark)
     if rows:
         longest = max(len(r.ids) for r in rows)
         answer = max(len(r.ids) - max(r.n_prompt, 1) for r in rows)
@@ -338,9 +344,9 @@ def _advice(s, config, name, method, free: int, given: dict) -> str:
 
 def plan_command(s: Settings):
     """Print what each stage of a run needs, and whether it fits the device at hand."""
-    config, here = config_of(s), stage.choose_device(s)
+    config, here = config_of(s), choose_device(s)
     no_gpu = here.type == "cpu" and not s.tiny and s.device == "auto"
-    dtype = torch.bfloat16 if no_gpu and s.dtype == "auto" else stage.choose_dtype(s)
+    dtype = torch.bfloat16 if no_gpu and s.dtype == "auto" else choose_dtype(s)
     given = dict(dtype=dtype, critical=critical_count(s, config), **_lengths(s))
     count = sum(p.numel() for p in _meta(config, dtype).parameters())
     print(f"{s.benchmark} {s.model}: {count:,} weights, {str(dtype)[6:]}; rows of at most "
@@ -351,29 +357,29 @@ def plan_command(s: Settings):
              f"{torch.cuda.get_device_name() if here.type == 'cuda' else 'CPU'}, room for")
     print(f"{where} {free / GB:.1f} GB\n")
     unit, size = ("MB", 1e6) if s.tiny else ("GB", GB)
-    heads = zip(("weights", "gradients", "state", "activations", "peak"), COLUMNS)
+    heads = zip(("weights", "gradients", "state", "activations", "peak"), WIDTHS)
     print(f"{unit:10}{''.join(f'{head:>{w}}' for head, w in heads)}  fits")
     hints = []
-    fine_tuned = hub.original_sources(s)[1]
-    for name, method in ((("learn", None),) if fine_tuned else ()) + STAGES:
-        own = original.learning(s) if name == "learn" else _for_method(s, method)
+    sources = hub.original_sources(s)
+    for name, method in ((("learn", None),) if sources.base else ()) + STAGES:
+        own = s if method is None else _for_method(s, method)
         n = need(own, config, name, method, **given)
         parts = (n.weights, n.gradients, n.state, n.activations, n.peak)
-        cells = (f"{x / size:{w}.2f}" for x, w in zip(parts, COLUMNS))
+        cells = (f"{x / size:{w}.2f}" for x, w in zip(parts, WIDTHS))
         print(f"{method or name:10}{''.join(cells)}  {'yes' if n.peak <= free else 'no'}")
         if n.peak > free:
             hints.append(f"{method or name}: {_advice(own, config, name, method, free, given)}")
-    work = _work(s, config, given["longest"], fine_tuned)
-    print("", *hints, *work, _disk(s, config, count, dtype, fine_tuned), sep="\n")
+    work = _work(s, config, given["longest"], sources.base)
+    print("", *hints, *work, _disk(s, config, count, dtype, sources), sep="\n")
 
 
-def _for_method(s: Settings, method: str | None) -> Settings:
+def _for_method(s: Settings, method: str) -> Settings:
     """s as its recipe has it for another method, with what the user changed."""
     cell = dict(benchmark=s.benchmark, model=s.model)
-    plain = simu.resolve(cell | dict(method=s.method))
+    plain = resolve(cell | dict(method=s.method))
     changed = {f.name: getattr(s, f.name) for f in fields(s)
-               if getattr(s, f.name) != getattr(plain, f.name)}
-    return simu.resolve(cell | dict(method=method or s.method) | changed)
+               if f.name != "method" and getattr(s, f.name) != getattr(plain, f.name)}
+    return resolve(cell | dict(method=method) | changed)
 
 
 def _work(s: Settings, config: Config, longest: int, fine_tuned) -> list[str]:
@@ -386,7 +392,7 @@ def _work(s: Settings, config: Config, longest: int, fine_tuned) -> list[str]:
         lines.append(f"learn: {updates} updates, {s.learn_batch} rows each")
     lines.append(f"attribute: {forget + min(forget, retain)} pairs, {each:.1f} forward-backward "
                  "passes of a pair's answer rows each")
-    for _, method in STAGES[1:4]:
+    for method in simu.METHODS:
         own = _for_method(s, method)
         passes = 2 * -(-own.batch // max(1, own.micro_tokens // longest))
         lines.append(f"{method}: {own.epochs * forget // own.batch} updates of at most {passes} "
@@ -398,7 +404,7 @@ def _sizes(s: Settings) -> tuple[int, int, int]:
     """Forget rows, retain rows, questions: of the data where it is at hand, else as published."""
     source = hub.wanted_data(s)
     if not source or hub.have(source):
-        b = data.load_benchmark(s)
+        b = load_benchmark(s)
         asked = b.forget + b.retain_eval
         again = sum(bool(e.paraphrased_question) for e in asked)
         facts = len(b.world_facts) + len(b.real_authors)
@@ -410,11 +416,19 @@ def _sizes(s: Settings) -> tuple[int, int, int]:
     return forget, 4000 - forget, 2 * (forget + TOFU_RETAIN_EVAL) + TOFU_FACTS
 
 
-def _disk(s: Settings, config: Config, count: int, dtype: torch.dtype, fine_tuned) -> str:
-    first = count * FILE_BYTES.get(s.model, 4)
-    models = 4 if fine_tuned else 3
+def _disk(s: Settings, config: Config, count: int, dtype: torch.dtype, sources: hub.Sources) -> str:
+    kind, repo = ("base", sources.base) if sources.base else ("original", sources.original)
+    folder = hub.given_model(s)
+    if repo:
+        first = sum(size for name, size in repo.files.items() if name.endswith(".safetensors"))
+    elif folder and os.path.isdir(folder):
+        first = sum(file.stat().st_size for file in weight_files(Path(folder))[0])
+    else:
+        first = 0
+    first = first or count * 4  # made here, or of unknown size
+    models = len(simu.METHODS) + (1 if sources.base else 0)
     made = models * count * dtype.itemsize
     scores = config.num_hidden_layers * config.hidden_size * 9  # two float32 and a bool
-    return (f"disk: {(first + made + scores) / GB:.2f} GB ({'base' if fine_tuned else 'original'} "
-            f"{first / GB:.2f}, {models} models made here {made / GB:.2f}); a model made again "
-            f"needs {made / models / GB:.2f} more meanwhile")
+    return (f"disk: {(first + made + scores) / GB:.2f} GB ({kind} {first / GB:.2f}, {models} models "
+            f"made here {made / GB:.2f}); a model made again needs {made / models / GB:.2f} more "
+            "meanwhile")

@@ -543,12 +543,14 @@ def test_sentencepieces_own_sign_for_a_space_is_only_a_sign(small, kind):
     assert kind == "olmo" or row == plain
 
 
-@pytest.mark.parametrize("names", ["[]", "3", '{"chat_template": 3, "bos_token": [], "legacy": "x", '
+@pytest.mark.parametrize("names", ["[]", "3", "pipe", "folder", '{"chat_template": 3, "bos_token": [], "legacy": "x", '
                                    '"added_tokens_decoder": {"x": 1, "9": "", "-1": {}}}'])
 @pytest.mark.parametrize("kind", KINDS)
 def test_odd_tokenizer_configs(small, tmp_path, kind, names):
     data.copy_tokenizer(small[kind].path.parent, tmp_path)
-    (tmp_path / "tokenizer_config.json").write_text(names)
+    file = tmp_path / "tokenizer_config.json"
+    file.unlink()
+    {"pipe": os.mkfifo, "folder": os.mkdir}.get(names, lambda f: f.write_text(names))(file)
     if names[0] != "{":
         with pytest.raises(UserError, match="tokenizer_config.json does not hold a JSON object"):
             data.load_tokenizer(tmp_path)

@@ -3,6 +3,7 @@ models. `python tests/test_eval.py` rewrites golden/text_metrics.json from nltk 
 rouge_score, so that parity stays tested where they are not installed."""
 
 import csv
+import dataclasses
 import json
 import math
 import os
@@ -601,8 +602,9 @@ def test_one_generation_per_question_and_one_pass_for_all_texts(made, monkeypatc
     questions += [e.paraphrased_question for e in bench.forget + bench.retain_eval]
     expected = [data.encode_prompt(q, tokenizer, "qa") for q in questions]
     assert sorted(asked) == sorted(expected)  # 12 questions and 8 paraphrases, each once
-    # 8 texts a row of forget and retain, 4 a fact, 1 a non-member; all in one pass
-    assert len(passes) == 1 and passes[0][0] == 4 * 8 * 2 + 4 * 4 + 4
+    # Two rows of texts for each row of forget and retain (7 answers to the question, one to its
+    # paraphrase), one for each fact with its 4 answers and for each non-member; all in one pass.
+    assert len(passes) == 1 and passes[0][0] == 4 * 2 * 2 + 4 + 4
 
 
 def test_the_answer_as_a_draft_changes_no_word(made, monkeypatch):
@@ -665,7 +667,7 @@ def test_rows_of_ones_own_and_plain_texts(made):
     assert values["retain.rouge_l"] is not None and values["forget.extraction_strength"] > 0
     assert rows[1]["question"] + rows[1]["answer"] == texts[0].answer
     e = data.encode(texts[0], tokenizer, "qa")  # all of a text counts in the attack on it
-    losses = ev.token_scores(model, [e], [1], tokens=100, detailed=[False])[0].losses
+    losses = ev.token_scores(model, [e], [1], tokens=100)[0].losses
     assert rows[1]["mia"]["loss"] == pytest.approx(statistics.fmean(losses[:-1]), rel=1e-5)
 
 
@@ -729,7 +731,7 @@ def test_choices_cost_one_reading_of_the_question(made, tmp_path, monkeypatch):
     for row in [r for r in rows if r["split"] == "choices"]:
         for example, score in zip(ev.choice_examples(row), row["scores"], strict=True):
             e = data.encode(example, tokenizer, "raw" if row["subject"] else "qa")
-            losses = ev.token_scores(model, [e], [1], tokens=200, detailed=[False])[0].losses
+            losses = ev.token_scores(model, [e], [1], tokens=200)[0].losses
             whole.setdefault(row["id"], []).append(-sum(losses[:-1]))
         difference = [a - b for a, b in zip(whole[row["id"]], row["scores"])]  # of what all share
         assert max(difference) - min(difference) < 1e-3
@@ -737,13 +739,42 @@ def test_choices_cost_one_reading_of_the_question(made, tmp_path, monkeypatch):
     assert limited["counts"]["choices"] == 5
 
 
-def test_a_question_too_long_loses_its_beginning():
-    ids = list(range(3, 13))
-    packed = ev._pack([[*ids, 20, 21], [*ids, 22]], 8, "q")
-    assert packed.ids == [*ids[4:], 20] and packed.place == [*range(6), 6]
-    assert packed.branch == [-1] * 6 + [0] and packed.goes == [([5, 6], [20, 21]), ([5], [22])]
+def test_a_question_too_long_loses_its_beginning(made):
+    model, tokenizer, _ = loaded(made[0])
+    rows = [dict(id="q", subject="", question="What? " * 90, choices=["a", "b"], answer=0)]
+    model.config = dataclasses.replace(model.config, max_position_embeddings=40)
+    row, = ev.add_choice_scores(rows, model, tokenizer, "qa", 100)
+    e = data.encode(data.Example(rows[0]["question"], "a"), tokenizer, "qa")
+    cut = data.Encoded(e.ids[len(e.ids) - 41:-1], 40 - (len(e.ids) - 1 - e.n_prompt))
+    losses = ev.token_scores(model, [cut], [cut.n_prompt], tokens=100)[0].losses
+    assert row["scores"][0] == pytest.approx(-sum(losses), rel=1e-5)
+    rows[0]["choices"] = ["What? " * 90, "b"]
     with pytest.raises(UserError, match="question q: a choice is longer"):
-        ev._pack([[1, *ids], [2, *ids]], 8, "q")
+        ev.add_choice_scores(rows, model, tokenizer, "qa", 100)
+
+
+def test_texts_that_begin_alike_are_read_together():
+    texts = [[1, 2, 3, 4, 5], [1, 2, 9, 8], [1, 2, 3], [7, 7]]
+    packs = ev.pack_texts(texts, "aaab", 100)
+    assert packs[0] == ev.Pack([1, 2, 3, 4, 9], [0, 1, 2, 3, 2], [-1, -1, 0, 0, 1],
+                               {0: [0, 1, 2, 3], 1: [0, 1, 4], 2: [0, 1]})
+    assert packs[1] == ev.Pack([7], [0], [-1], {3: [0]})
+    assert [list(p.texts) for p in ev.pack_texts(texts, "aaab", 4)] == [[0], [1, 2], [3]]
+
+
+def test_texts_read_together_have_the_scores_of_texts_alone(made):
+    model, tokenizer, bench = loaded(made[0])
+    e = bench.retain_eval[0]
+    texts = [data.encode(data.Example(e.question, a), tokenizer, "qa")
+             for a in (e.answer, e.paraphrased_answer, *e.perturbed_answers)]
+    first, flags = [1] + [t.n_prompt for t in texts[1:]], [True] * len(texts)
+    alone = ev.token_scores(model, texts, first, tokens=300, detailed=flags)
+    for questions, tokens in (("q" * 7, 300), ("q" * 7, 40), ("qqqpprr", 300)):
+        together = ev.token_scores(model, texts, first, tokens=tokens, questions=questions,
+                                   detailed=flags)
+        for a, b in zip(alone, together, strict=True):
+            assert b.losses == pytest.approx(a.losses, abs=1e-4) and b.predicted == a.predicted
+            assert b.standard == pytest.approx(a.standard, rel=1e-3, abs=1e-3)
 
 
 @pytest.mark.parametrize("name, content, says", [

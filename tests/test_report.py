@@ -159,7 +159,7 @@ def test_report_beside_the_paper(run, capsys):
                      "SO-GradDiff, published", "SIMU-GradDiff, published"]
     assert [c.strip() for c in lines[0].split("|")[2:-1]] == [
         "Aggregate ↑", "EM-Forget ↓", "ROUGE-L-Forget ↓", "MIA ↓", "EM-Retain ↑",
-        "ROUGE-L-Retain ↑", "EM-WF ↑", "ROUGE-L-WF ↑"]
+        "ROUGE-L-Retain ↑", "EM-WF ↑", "ROUGE-L-WF ↑", "MIA, SOUL's labels", "Aggregate with it"]
     assert "0.8438" in lines[-1] and "10.25%" in lines[-1]
     assert "29554 of 32768" in (run / "report.md").read_text("utf-8")
     by_name = {e["name"]: e["metrics"]["values"]
@@ -191,11 +191,11 @@ def test_forget_quality_without_a_retain_only_model(run, tmp_path):
     assert evaluation["values"]["forget_quality"] == expected
     settings = read_json(run / "settings.json")
     write_json(elsewhere / "settings.json", settings | {"template": "llama2"})
-    with pytest.raises(UserError, match="other settings"):  # than it was evaluated under
+    with pytest.raises(UserError, match="with other --template"):
         main(["report", str(run), "--retain-only", str(elsewhere / "original")])
     spoil_model(elsewhere)
     write_json(elsewhere / "settings.json", settings)
-    with pytest.raises(UserError, match="not of the model now"):
+    with pytest.raises(UserError, match="with other model"):
         main(["report", str(run), "--retain-only", str(elsewhere / "original")])
     (elsewhere / "settings.json").unlink()
     with pytest.raises(UserError, match="not a run folder"):
@@ -231,8 +231,9 @@ def test_mean_and_deviation_over_seeds(run):
 
 
 def spoil_model(run):
-    info = read_stage(run / "original")
-    write_stage(run / "original", info | {"fingerprint": "another"})
+    path = run / "original" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-4] + b"\0\0\0\0")
+    reseal(run / "original")
 
 
 def spoil_data(run):
@@ -278,16 +279,102 @@ def spoil_all(run):
 
 
 @pytest.mark.parametrize("spoil, says", [
-    (spoil_model, "not of the model now"), (spoil_data, "not of today's retain90.json"),
-    (spoil_settings, "other settings"), (spoil_code, "different versions"),
     (spoil_with_seal, "does not follow"), (spoil_metrics, "metrics.json is not what its stage"),
     (spoil_rows, "generations.jsonl is not what its stage"),
-    (spoil_all, "holds no evaluation")])
+    (spoil_data, "of what it now holds .*data/retain90.json"),
+    (spoil_settings, "of what it now holds .*--max-total-tokens"),
+    (spoil_all, "holds no evaluation; run `python -m pipeline evaluate .* STAGE`")])
 def test_report_refuses_what_does_not_belong_together(run, spoil, says):
     spoil(run)
     with pytest.raises(UserError, match=says) as error:
         main(["report", str(run), "--recompute"])
     assert "\n" not in str(error.value) and not (run / "report.md").exists()
+
+
+@pytest.mark.parametrize("spoil, says, out", [
+    (spoil_model, "with other model", ["original", "simu-graddiff"]),
+    (spoil_code, "with other code", ["original"])])
+def test_report_leaves_stale_rows_out_and_says_so(run, capsys, spoil, says, out):
+    spoil(run)
+    main(["report", str(run)])
+    told, shown = read_json(run / "report.json"), capsys.readouterr().out
+    assert list(told["stale"]) == out and says in told["stale"]["original"]
+    assert not {e["name"] for e in told["evaluations"]} & set(out)
+    text = (run / "report.md").read_text("utf-8")
+    for name in out:
+        assert f"- {name}: " in text and f"left out: {run / name}: " in shown
+    if spoil is spoil_model:
+        assert "original was another" in told["stale"]["simu-graddiff"]
+
+
+def test_where_it_was_computed_makes_no_row_stale(run):
+    for name in ("original", "retain-only", "simu-graddiff"):
+        made = read_stage(run / name / "eval")
+        made["why"]["settings"] |= dict(device="cuda", dtype="bfloat16")
+        write_stage(run / name / "eval", made)
+    main(["report", str(run)])
+    assert read_json(run / "report.json")["stale"] == {}
+
+
+def test_report_has_both_tables_and_says_why_a_cell_is_empty(run):
+    main(["report", str(run)])
+    text = (run / "report.md").read_text("utf-8")
+    board = text[text.index("## In the leaderboard's columns"):]
+    header, _, *rows = [[c.strip() for c in x.split("|")[1:-1]] for x in board.splitlines()
+                        if x.startswith("|")][:5]
+    assert header == ["Approach", "ROUGE", "Prob", "TR", "EM", "ES", "MIA", "PrivLeak", "MU", "FQ"]
+    ideal, original, _ = (dict(zip(header, row)) for row in rows)
+    assert ideal["PrivLeak"] == "0.00" and ideal["FQ"] == "1" and original["PrivLeak"] < "-90"
+    assert "the true answers themselves score" in text and "judged by ROUGE-L" in text
+    assert "SOUL's code lays the labels out in another order" in text
+    empty = next(x for x in text.splitlines() if "string EM-RA" in x)
+    column = [c.strip() for c in empty.split("|")].index("string EM-RA")
+    cell = text[text.index(empty):].splitlines()[2].split("|")[column].strip()
+    assert cell[:3] == "– (" and f"- {cell[2:]} real_authors (every row): no such rows" in text
+
+
+def test_report_states_objective_optimiser_and_constants(run):
+    main(["report", str(run)])
+    text = (run / "report.md").read_text("utf-8")
+    for what, value in (("optimiser", "sophia"), ("objective", "graddiff"), ("gamma", "204.8")):
+        assert f"| {what:<13} | {value:<13} |" in text, what
+    readme = (run / "simu-graddiff" / "README.md").read_text("utf-8")
+    assert "| optimiser" in readme and "sophia" in readme and "OLMo-1B is under Apache" in readme
+    assert "unlearned by SIMU-GradDiff" in readme
+
+
+def test_a_model_of_ones_own_borrows_no_name_and_no_licence(run):
+    folder = run.parent / "weights"
+    copy_model(run / "original", folder)
+    settings = read_json(run / "settings.json")
+    write_json(run / "settings.json", settings | dict(model=str(folder), weights=str(folder)))
+    for name in ("original", "retain-only", "simu-graddiff"):
+        evaluate.evaluate(run, name)
+    main(["report", str(run)])
+    text = (run / "report.md").read_text("utf-8")
+    assert "published" not in text.split("## Definitions")[0] and "SOUL's labels" not in text
+    readme = (run / "simu-graddiff" / "README.md").read_text("utf-8")
+    assert "Apache" not in readme and "does not say here what licence" in readme
+    for name in ("config.json", "model.safetensors"):
+        (run / "original" / name).unlink()
+        (run / "original" / name).symlink_to(folder / name)
+    (folder / "README.md").write_text("---\nlicense: mit\ntags: [x]\n---\n# A model\n")
+    assert card.provenance(read_settings(run))[1].startswith("weights says of itself: mit.")
+
+
+def test_names_of_methods_come_from_the_table(run):
+    made = read_stage(run / "simu-graddiff")
+    for part in (made["settings"], made["why"]["settings"]):
+        part.update(method="simu-lion", objective="simnpo")
+    write_stage(run / "simu-graddiff", made)
+    (run / "simu-graddiff").rename(run / "simu-lion-simnpo")
+    main(["report", str(run)])
+    names = [e["label"] for e in read_json(run / "report.json")["evaluations"]]
+    assert names == ["Retain-only (ideal)", "Original", "simu-lion-simnpo"]
+    readme = (run / "simu-lion-simnpo" / "README.md").read_text("utf-8")
+    assert "unlearned by simu-lion-simnpo" in readme
+    optimiser = next(x for x in readme.splitlines() if x.startswith("| optimiser"))
+    assert simu.METHODS["simu-lion"].optimiser in optimiser
 
 
 def test_evaluate_refuses_what_cannot_be_evaluated(run):
