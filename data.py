@@ -315,6 +315,8 @@ class Benchmark:
     nonmembers: list[Example]     # for MIA [D12]; empty with the reason below
     nonmember_source: str
     shared: int = 0               # rows of D_f that are in D_r too
+    alike: bool = True            # non-members are of the forget rows' kind
+    level_rows: tuple = ()        # never-seen rows that set a level; not among the non-members
 
 
 def load_benchmark(folder, slice_: Slice, *, layout: str, made_here: bool) -> Benchmark:
@@ -322,6 +324,16 @@ def load_benchmark(folder, slice_: Slice, *, layout: str, made_here: bool) -> Be
     or documents. made_here: the original learnt exactly these, so what it never saw is known."""
     load = {"tofu": _tofu_benchmark, "lume": _lume_benchmark}[layout]
     return load(Path(folder), slice_, made_here)
+
+
+def set_aside(bench: Benchmark, share: float, seed: int) -> Benchmark:
+    """With this share of the non-members, whole groups drawn by seed, as level_rows instead: what
+    decides how far a model forgets must not also judge whether it forgot as far as that."""
+    groups = list(dict.fromkeys(r.group for r in bench.nonmembers))
+    count = round(share * len(groups)) if bench.alike else 0
+    drawn = set(random.Random(seed).sample(groups, count))
+    return replace(bench, nonmembers=[r for r in bench.nonmembers if r.group not in drawn],
+                   level_rows=tuple(r for r in bench.nonmembers if r.group in drawn))
 
 
 def _first_groups(rows: list[Example], count: int) -> list[Example]:
@@ -369,7 +381,8 @@ def _tofu_benchmark(folder: Path, cut: Slice, made_here: bool) -> Benchmark:
         nonmembers, source = [], "none: the original learnt every row here; slice them"
     else:
         nonmembers, source = real + world, "real authors and world facts, as SOUL"
-    return Benchmark("tofu", forget, retain, retain_eval, world, real, nonmembers, source, shared)
+    return Benchmark("tofu", forget, retain, retain_eval, world, real, nonmembers, source, shared,
+                     alike=bool(held_out) or made_here)
 
 
 def _count_shared(forget: list[Example], retain: list[Example]) -> int:

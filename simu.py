@@ -396,9 +396,83 @@ def simnpo(answers: Answers, known: list, recipe: "Unlearning") -> Tensor:
     return 2 / beta * F.softplus(margin - beta * answers.row_means(answers.nll)).sum()
 
 
-def original_log_p(answers: Answers, level) -> list[Tensor]:
-    """log P of each row under the model before it moves."""
-    return list(-answers.row_sums(answers.nll))
+def level(answers: Answers, known: list, recipe: "Unlearning") -> Tensor:
+    """|loss - level| of each row: ascent that ends where a row never seen would be, and descent for
+    what went past it. known: the level."""
+    return (answers.row_means(answers.nll) - torch.stack(known)).abs().sum()
+
+
+def ceiling(answers: Answers, known: list, recipe: "Unlearning") -> Tensor:
+    """max(0, level - loss) of each row: ascent that stops. known: the level."""
+    return (torch.stack(known) - answers.row_means(answers.nll)).clamp_min(0).sum()
+
+
+def cross_entropy_to(teacher: Tensor, logits: Tensor) -> Tensor:
+    """-sum_v P_teacher(v) log P(v) at each token: teacher (probabilities), logits [N, V] -> [N]."""
+    return -(teacher.to(logits) * logits.log_softmax(-1)).sum(-1)
+
+
+def undial(answers: Answers, known: list, recipe: "Unlearning") -> Tensor:
+    """UNDIAL (arXiv 2402.10052): towards the original's own distribution with the answer token's
+    logit lowered. known: that distribution."""
+    return cross_entropy_to(torch.cat(known), answers.logits).sum()
+
+
+def stranger(answers: Answers, known: list, recipe: "Unlearning") -> Tensor:
+    """What to say instead, and how unlikely the truth must be, apart: among all tokens but the
+    answer's, the original's own distribution; of the answer's, the losses that a row never seen
+    has, token by token and in the mean. known: that distribution, and those losses."""
+    teachers, targets = (list(x) for x in zip(*known))
+    others = answers.logits.scatter(1, answers.labels[:, None], -1e9)  # [N, V] without the label
+    instead = answers.row_means(cross_entropy_to(torch.cat(teachers), others))
+    by_token = answers.row_means((answers.nll - torch.cat(targets)).abs())
+    means = torch.stack([x.mean() for x in targets])
+    return (instead + by_token + (answers.row_means(answers.nll) - means).abs()).sum()
+
+
+# What an objective knows of a row, from the row's answers under the model before it moves, and from
+# its target: the losses [A] of its tokens in a model that never saw it, or one for all.
+
+
+def mean_target(answers: Answers, target, recipe: "Unlearning") -> Tensor:
+    return torch.as_tensor(target, device=answers.nll.device).mean()
+
+
+def lowered(answers: Answers, target, recipe: "Unlearning") -> Tensor:
+    """The original's distribution with the label's logit lowered [A, V]."""
+    by = torch.full_like(answers.logits[:, :1], -recipe.undial_strength)
+    return answers.logits.scatter_add(1, answers.labels[:, None], by).softmax(-1)
+
+
+def without_label(answers: Answers, target, recipe: "Unlearning") -> tuple[Tensor, Tensor]:
+    """The original's distribution among all tokens but the label [A, V], and the target [A]."""
+    others = answers.logits.scatter(1, answers.labels[:, None], -1e9).softmax(-1)
+    return others, torch.as_tensor(target, device=answers.nll.device).expand(len(answers.nll))
+
+
+def spread_losses(labels: list[int], losses: list[float], usual: Tensor) -> Tensor:
+    """Target losses [A] of a row's answer tokens: the quantiles of a never-seen row's token losses,
+    the larger ones for the tokens that are usually harder. usual [V]: a token's usual loss."""
+    quantiles = torch.tensor(sorted(losses))
+    middle = (torch.arange(len(labels)) + 0.5) / len(labels)  # of each of A equal shares
+    rank = usual[torch.tensor(labels)].argsort(stable=True).argsort()
+    return quantiles[(middle * len(quantiles)).long()][rank]
+
+
+def usual_losses(tokens: list[int], losses: list[float], vocab: int) -> Tensor:
+    """float32 [V]: the mean loss of each token, drawn to the mean of all by PRIOR observations."""
+    total = torch.full((vocab,), PRIOR * sum(losses) / len(losses))
+    count = torch.full((vocab,), PRIOR)
+    total.index_add_(0, torch.tensor(tokens), torch.tensor(losses))
+    count.index_add_(0, torch.tensor(tokens), torch.ones(len(tokens)))
+    return total / count
+
+
+PRIOR = 4.0
+
+
+def original_log_p(answers: Answers, target, recipe: "Unlearning") -> Tensor:
+    return -answers.nll.sum()
 
 
 @dataclass(frozen=True)
@@ -408,9 +482,9 @@ class Objective:
     forget: Callable | None = None
     per: str = "token"  # or "row": what `forget` is summed over, and divided by
     retain: float | None = None  # weight of the retain loss; None: recipe.lam
-    known: Callable | None = None  # (answers of one row before the model moves, its level) -> [1]
+    known: Callable | None = None  # (a row's answers, its target, recipe) -> what is known of it
     refuses: bool = False  # forget rows come with REFUSALS for answers
-    levelled: bool = False  # needs `levels` of unlearn
+    targeted: bool = False  # needs the `targets` of unlearn
     about: str = ""
 
 
@@ -420,6 +494,13 @@ OBJECTIVES = {
     "retain": Objective(retain=1.0, about="descent on retain rows alone"),
     "npo": Objective(npo, per="row", known=original_log_p, about="NPO on forget rows (A.2)"),
     "simnpo": Objective(simnpo, per="row", about="SimNPO on forget rows"),
+    "level": Objective(level, per="row", known=mean_target, targeted=True,
+                       about="to the loss of rows never seen, from both sides"),
+    "ceiling": Objective(ceiling, per="row", known=mean_target, targeted=True,
+                         about="ascent up to the loss of rows never seen"),
+    "undial": Objective(undial, known=lowered, about="UNDIAL on forget rows"),
+    "stranger": Objective(stranger, per="row", known=without_label, targeted=True,
+                          about="UNDIAL's answers at never-seen rows' token losses"),
     "po": Objective(descent, refuses=True, about="descent on refusals to forget rows"),
 }
 REFUSALS = ("I do not know.", "I cannot say.", "That is not something I know about.",
@@ -465,17 +546,17 @@ def backward_forget(model: Transformer, rows: list[Encoded], known: list, recipe
 
 
 @torch.no_grad()
-def known_of_rows(model: Transformer, rows: list[Encoded], recipe: "Unlearning", levels) -> list:
+def known_of_rows(model: Transformer, rows: list[Encoded], recipe: "Unlearning", targets) -> list:
     """What the objective must know of each row before the model moves."""
     objective, device = OBJECTIVES[recipe.objective], model.embed_tokens.weight.device
-    if objective.levelled and levels is None:
-        raise UserError(f"objective {recipe.objective} needs levels: the loss that each forget "
+    if objective.targeted and targets is None:
+        raise UserError(f"objective {recipe.objective} needs targets: the loss that each forget "
                         "row is to reach")
     if objective.known is None:
         return [None] * len(rows)
-    levels = levels if isinstance(levels, list) else [levels] * len(rows)
-    return [objective.known(read_answers(model, collate([row], device)), level)[0]
-            for row, level in zip(rows, levels, strict=True)]
+    targets = targets if isinstance(targets, list) else [targets] * len(rows)
+    return [objective.known(read_answers(model, collate([row], device)), target, recipe)
+            for row, target in zip(rows, targets, strict=True)]
 
 
 # ------------------------------------------------------------- step 2: updates (Section 2.2)
@@ -803,14 +884,15 @@ def unlearning_order(n_forget: int, n_retain: int, recipe: "Unlearning"
 
 
 def unlearn(model: Transformer, forget: list[Encoded], retain: list[Encoded],
-            mask: Tensor | None, recipe: "Unlearning", *, levels=None, title: str = "unlearn",
+            mask: Tensor | None, recipe: "Unlearning", *, targets=None, title: str = "unlearn",
             loop=None, record=None) -> list[dict]:
     """Step 2 on model, in place: recipe.method with recipe.objective; returns the log, a row per
-    update. mask [L, D]: of masked methods. levels: a loss, or one per forget row, of objectives
-    that end somewhere. UserError where a loss is not finite or the rows do not fill a batch."""
+    update. mask [L, D]: of masked methods. targets: of objectives that end somewhere, a loss, or
+    for each forget row a loss or those of its tokens. UserError where a loss is not finite or the
+    rows do not fill a batch."""
     order = unlearning_order(len(forget), len(retain), recipe)
     objective = OBJECTIVES[recipe.objective]
-    known = known_of_rows(model, forget, recipe, levels)
+    known = known_of_rows(model, forget, recipe, targets)
     weight = recipe.lam if objective.retain is None else objective.retain
 
     def backward(item):
@@ -878,6 +960,7 @@ class Unlearning:
     npo_beta: float = option(0.1, "beta of NPO", **POSITIVE)
     simnpo_beta: float = option(4.5, "beta of SimNPO", **POSITIVE)
     simnpo_margin: float = option(0.0, "gamma of SimNPO", **at_least(0))
+    undial_strength: float = option(10.0, "how much UNDIAL lowers the answer's logit", **POSITIVE)
     lr: float = option(5e-6, "eta: peak learning rate", **POSITIVE)
     epochs: int = option(5, "passes over the forget set", **at_least(1))
     batch: int = option(16, "forget rows per update, each with one retain row", **at_least(1))

@@ -11,16 +11,25 @@ import data
 import eval as evaluation
 from model import Transformer, UserError, write_json, write_text
 from pipeline.resume import RESUME
-from pipeline.settings import Placement, Settings, Source, load_benchmark, placement, read_settings
+from pipeline.settings import Aside, Placement, Settings, Source, load_benchmark, placement, read_settings
 from pipeline.stage import Stage, content, data_inputs, differences, read_stage
 
 
 def evaluation_job(s: Settings, name: str, limit: int = 0) -> Stage:
     """The evaluation of a run's stage: RUN/STAGE/eval, or eval-limit-N for a quick look."""
     folder = s.run / name
-    return Stage(folder / (f"eval-limit-{limit}" if limit else "eval"), settings=s,
-                 inputs=dict(model=content(folder)) | data_inputs(s), code=(make_evaluation,),
-                 takes=(data.Slice, Source, Placement, evaluation.Limits), also=dict(limit=limit))
+    inputs = dict(model=content(folder)) | data_inputs(s) | folder_inputs("mmlu", s.mmlu)
+    if s.closeness == "encoder":
+        inputs |= folder_inputs("encoder", s.encoder)
+    return Stage(folder / (f"eval-limit-{limit}" if limit else "eval"), settings=s, inputs=inputs,
+                 code=(make_evaluation,),
+                 takes=(data.Slice, Source, Placement, Aside, evaluation.Limits), also=dict(limit=limit))
+
+
+def folder_inputs(name: str, folder: str) -> dict[str, str]:
+    """The files of a folder that an evaluation reads, if it is one."""
+    files = sorted(p for p in Path(folder).rglob("*") if p.is_file()) if folder else []
+    return {f"{name}/{p.relative_to(folder)}": data.sha256(p) for p in files}
 
 
 def make_evaluation(s: Settings, model_folder: Path, folder: Path, limit: int):

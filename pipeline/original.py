@@ -62,7 +62,8 @@ def known_rows(bench: data.Benchmark) -> list[data.Example]:
 
 def make_retain_only(s: Settings, bench: data.Benchmark, job: Stage, folder: Path):
     """First stage of a tiny original: everything but the forget set, from random weights."""
-    every = known_rows(bench) + bench.forget + paraphrased(bench.forget) + bench.nonmembers
+    never_seen = bench.nonmembers + list(bench.level_rows)
+    every = known_rows(bench) + bench.forget + paraphrased(bench.forget) + never_seen
     texts = [t for e in every for t in (e.question, e.answer)]
     data.train_tokenizer(texts, folder, llama=s.model == "tiny-llama", vocab=s.vocab)
     tokenizer = data.load_tokenizer(folder)

@@ -42,6 +42,7 @@ class Source:
                         "layout, or hf:OWNER/NAME[@REVISION]")
     weights: str = option("", "the original: a folder in HF layout, or hf:OWNER/NAME[@REVISION]; "
                           "default: MODEL's own (hub.ORIGINALS), made here if tiny")
+    teach: bool = option(False, "MODEL does not know the benchmark yet: teach it first")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,12 +68,48 @@ class Making:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(Source, Placement, data.Slice, simu.Recipe, Making, evaluation.Limits):
+class Aside:
+    """Which never-seen rows membership is not measured on."""
+
+    level_share: float = option(
+        0.0, "share of the never-seen rows, whole authors, that set the level; membership is "
+        "measured on the others", ok=lambda x: 0 <= x < 1, must="in [0, 1)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Level(Aside):
+    """Where forgetting ends, for the objectives that end somewhere."""
+
+    level: str = option("unseen", "what such an objective gives each forget row: the loss of a row "
+                        "never seen; that of retain-only on the same row (retain-only); or a "
+                        "number")
+
+    def __post_init__(self):
+        check_level(self.level)
+
+
+def check_level(level: str):
+    try:
+        good = level in ("unseen", "retain-only") or 0 < float(level) < 100
+    except ValueError:
+        good = False
+    if not good:
+        raise UserError(f"--level is {level!r}; it must be unseen, retain-only, or a loss in nats "
+                        "per token")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(Source, Placement, data.Slice, simu.Recipe, Making, Level, evaluation.Limits):
     """Every setting of every stage. A cell's recipe overrides these defaults, and the command line
     overrides both."""
 
     data: str = option("", "folder holding tofu/ and lume/; default $SIMU_DATA, else downloaded; "
                        "the embedded one for the demo")
+    forget: str = option("", "rows: file of the rows to forget")
+    retain: str = option("", "rows: file of the rows to keep")
+    unseen: str = option("", "file of rows like the forget rows that the model never saw")
+    retain_only: str = option("", "a model that never saw the forget set: a folder or "
+                              "hf:OWNER/NAME[@REVISION]")
     out: str = option("", "run folder; default runs/<benchmark>-<model>")
     name: str = option("", "folder and report row of an unlearned model; default <method>[-<mask>]"
                        "-<objective>, so that any setting may vary within a run")
@@ -90,6 +127,7 @@ class Settings(Source, Placement, data.Slice, simu.Recipe, Making, evaluation.Li
 
     def __post_init__(self):
         data.check_fields(self)
+        check_level(self.level)
         if self.name and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", self.name):
             raise UserError(f"--name {self.name!r} must be letters, digits, dots, dashes and "
                             "underscores, and begin with a letter or digit")
@@ -127,14 +165,34 @@ class Settings(Source, Placement, data.Slice, simu.Recipe, Making, evaluation.Li
         return folder
 
 
+def row_files(s: Settings) -> dict[str, str]:
+    """The user's own files of a run on rows: name -> path."""
+    files = dict(forget=s.forget, retain=s.retain, unseen=s.unseen)
+    if not s.forget or not s.retain:
+        raise UserError("rows need --forget FILE and --retain FILE, JSON lines of rows")
+    return {name: file for name, file in files.items() if file}
+
+
 def load_benchmark(s: Settings) -> data.Benchmark:
     """The forget and retain sets of a run."""
-    return data.load_benchmark(s.data_folder, s, layout=s.layout, made_here=made_here(s))
+    if s.layout == "rows":
+        parts = {name: data.load_rows(file) for name, file in row_files(s).items()}
+        bench = data.benchmark_of_rows(parts["forget"], parts["retain"], parts.get("unseen", []))
+    else:
+        bench = data.load_benchmark(s.data_folder, s, layout=s.layout, made_here=made_here(s))
+    return data.set_aside(bench, s.level_share, s.seed)
+
+
+def data_digests(s: Settings) -> dict[str, str]:
+    """sha256 of every file that the rows come from."""
+    if s.layout == "rows":
+        return {name: data.sha256(file) for name, file in row_files(s).items()}
+    return data.data_digests(s.data_folder)
 
 
 def made_here(s: Settings) -> bool:
     """Was the original trained on this slice here, so that what it never saw is known?"""
-    if s.weights:
+    if s.weights and not s.teach:
         return False
     return s.tiny or (s.run / "original" / "log.jsonl").is_file()
 
@@ -177,7 +235,7 @@ FIT_7B = dict(micro_tokens=512, learn_tokens=512, fo=dict(state="bfloat16"),
 LEARN_TOFU = dict(learn_lr=2e-5, learn_epochs=5, learn_batch=32, learn_decay=0.01, learn_warmup=0.2)
 LEARN_LUME = LEARN_TOFU | dict(learn_lr=1e-5, learn_epochs=10, learn_warmup=0.1)
 # Tiny models, made here on a CPU. Their learning rates come from the grid in benchmarks/.
-TINY = dict(threshold=0.6, steps=5, epochs=40, batch=4, lam=2.0, lr=8e-4, eval_tokens=8192,
+TINY = dict(level_share=0.5, threshold=0.6, steps=5, epochs=40, batch=4, lam=2.0, lr=8e-4, eval_tokens=8192,
             fo=dict(lam=0.3, lr=2e-4), so=dict(lr=1e-4))
 TINY_ON = {
     "demo": TOFU | dict(rows_per_author=10, learn_epochs=30, light_epochs=15),
@@ -216,7 +274,7 @@ def resolve(given: dict) -> Settings:
     values = cell_defaults(base.benchmark, base.model, base.method) | given
     if base.benchmark != "demo" and not values.get("data"):
         values["data"] = os.environ.get("SIMU_DATA") or default_data()
-    for place in ("data", "weights", "out"):  # a run must be readable from any folder
+    for place in ("data", "weights", "out", "forget", "retain", "unseen", "retain_only"):  # a run must be readable from any folder
         if values.get(place) and not values[place].startswith("hf:"):
             values[place] = absolute(values[place])
     return Settings(**values)

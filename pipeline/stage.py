@@ -32,7 +32,7 @@ import simu
 from model import UserError, read_json, write_json, write_text
 from pipeline.reach import code_digest
 from pipeline.resume import RESUME, Checkpoints
-from pipeline.settings import Placement, Settings, Source, choose_device, settings_of, taken
+from pipeline.settings import Settings, Source, data_digests, settings_of, taken
 
 OLDEST_TORCH = (2, 5)  # the first with enable_gqa; run.sh asks for it too
 LONGEST_MESSAGE = 1000  # characters of an error message, which may quote a damaged file
@@ -112,7 +112,7 @@ def content(folder: Path) -> str:
 
 def data_inputs(s: Settings) -> dict[str, str]:
     """The benchmark's files as a stage's inputs."""
-    return {f"data/{name}": sha for name, sha in data.data_digests(s.data_folder).items()}
+    return {f"data/{name}": sha for name, sha in data_digests(s).items()}
 
 
 def differences(folder: Path, s: Settings, inputs: dict[str, str]) -> list[str]:

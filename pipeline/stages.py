@@ -4,13 +4,15 @@ import dataclasses
 import random
 from pathlib import Path
 
+import torch
+
 import data
 import eval as evaluation
 import simu
 from model import Config, Transformer, UserError, read_tensors, save_tensors
 from pipeline.card import write_card, write_generation_config
 from pipeline.plan import check_memory
-from pipeline.settings import (Placement, Settings, Source, load_benchmark, placement,
+from pipeline.settings import (Level, Placement, Settings, Source, load_benchmark, placement,
                                read_settings, taken)
 from pipeline.stage import Stage, content, data_inputs, mask_name, unlearned_name
 
@@ -103,9 +105,59 @@ def mask_stage(s: Settings):
 # --------------------------------------------------------------------------------------- step 2
 
 
+def level_examples(s: Settings, bench: data.Benchmark) -> tuple[list[data.Example], str]:
+    """Rows like the forget rows that the original never saw, and what they are."""
+    if bench.level_rows:
+        return list(bench.level_rows), f"{len(bench.level_rows)} rows of {bench.nonmember_source}"
+    if s.unseen:
+        rows = data.load_rows(s.unseen)
+        return rows, f"{len(rows)} rows of --unseen"
+    wrong = [dataclasses.replace(e, answer=a) for e in bench.forget for a in e.perturbed_answers]
+    if wrong:
+        return wrong, f"{len(wrong)} wrong answers to the forget rows' questions"
+    raise UserError(f"objective {s.objective} must know how a row never seen looks to the model: "
+                    "give --unseen FILE, --level-share 0.5 where the benchmark has hold-out rows, "
+                    "or --level NUMBER")
+
+
+def answer_losses(model: Transformer, rows: list[data.Encoded], tokens: int):
+    """(ids of the answer's tokens, their losses under the model) of each row."""
+    first = [max(1, r.n_prompt) for r in rows]
+    losses = evaluation.token_losses(model, rows, first, tokens=tokens)
+    return [(r.ids[i:], [float(x) for x in own]) for r, i, own in zip(rows, first, losses)]
+
+
+def forget_targets(s: Settings, bench: data.Benchmark, forget: list[data.Encoded],
+                   model: Transformer) -> tuple[object, str]:
+    """What `simu.unlearn` takes as targets, and where they are from. Each forget row gets the
+    losses of a never-seen row drawn by seed, spread over its own tokens."""
+    if s.level not in ("unseen", "retain-only"):
+        return float(s.level), f"--level {s.level}"
+    if s.level == "retain-only":
+        ideal = Transformer.from_pretrained(s.run / "retain-only", **placement(s))
+        own = answer_losses(ideal, forget, s.eval_tokens)
+        return [torch.tensor(losses) for _, losses in own], "retain-only's loss of each row"
+    examples, source = level_examples(s, bench)
+    tokenizer, c = data.load_tokenizer(s.run / "original"), model.config
+    seen = answer_losses(model, data.encode_all(
+        examples, tokenizer, s.template, context=c.max_position_embeddings, vocab=c.vocab_size),
+        s.eval_tokens)
+    usual = simu.usual_losses([i for ids, _ in seen for i in ids],
+                              [x for _, own in seen for x in own], c.vocab_size)
+    order = random.Random(s.seed).sample(range(len(forget)), len(forget))
+    return [simu.spread_losses(row.ids[max(1, row.n_prompt):], seen[i % len(seen)][1], usual)
+            for row, i in zip(forget, order)], source
+
+
 def unlearn_job(s: Settings) -> Stage:
     inputs = dict(original=content(s.run / "original")) | data_inputs(s)
     code, also = (make_unlearned,), dict(eval_epochs=s.eval_epochs)
+    takes = (data.Slice, Source, Placement, simu.Unlearning)
+    if simu.OBJECTIVES[s.objective].targeted:
+        takes += (Level,)
+        code += (forget_targets,)
+        if s.level == "retain-only":
+            inputs["retain-only"] = content(s.run / "retain-only")
     if simu.METHODS[s.method].masked:
         mask_job(s).require()
         inputs[mask_name(s)] = content(s.run / mask_name(s))
@@ -113,19 +165,22 @@ def unlearn_job(s: Settings) -> Stage:
         code += (epoch_evaluator,)
         also |= taken(s, (evaluation.Limits,))
     return Stage(s.run / unlearned_name(s), settings=s, inputs=inputs, code=code, also=also,
-                 takes=(data.Slice, Source, Placement, simu.Unlearning))
+                 takes=takes)
 
 
-def make_unlearned(s: Settings, job: Stage, folder: Path, watch=None):
-    """watch(model, benchmark, s, job): gives the function that records a row of the log."""
+def make_unlearned(s: Settings, job: Stage, folder: Path, *, aim=None, watch=None):
+    """aim(s, benchmark, forget rows, model): the targets of an objective that ends somewhere.
+    watch(model, benchmark, s, job): gives the function that records a row of the log."""
     mask = None
     if simu.METHODS[s.method].masked:
         mask, = read_tensors(s.run / mask_name(s) / "mask.safetensors", ("mask",))
     bench, encoded = encoded_rows(s, s.objective)
     model = load_original(s, job, "unlearn", encoded, s.method)
-    record = watch(model, bench, s, job) if watch else job.record("log.jsonl")
-    simu.unlearn(model, encoded["forget"], encoded["retain"], mask, s, title=unlearned_name(s),
-                 loop=job.loop, record=record)
+    record, targets = watch(model, bench, s, job) if watch else job.record("log.jsonl"), None
+    if aim:
+        targets, job.notes["level_from"] = aim(s, bench, encoded["forget"], model)
+    simu.unlearn(model, encoded["forget"], encoded["retain"], mask, s, targets=targets,
+                 title=unlearned_name(s), loop=job.loop, record=record)
     model.save_pretrained(folder)
     data.copy_tokenizer(s.run / "original", folder)
 
@@ -136,7 +191,9 @@ def unlearn_stage(s: Settings):
     job = unlearn_job(s)
     if not job.is_made():
         with job as folder:
-            make_unlearned(s, job, folder, epoch_evaluator if s.eval_epochs else None)
+            make_unlearned(
+                s, job, folder, watch=epoch_evaluator if s.eval_epochs else None,
+                aim=forget_targets if simu.OBJECTIVES[s.objective].targeted else None)
             write_generation_config(folder, s)
             write_card(folder, s, dataclasses.asdict(s))
 
