@@ -1,73 +1,66 @@
 """What a model still knows: every number, its definition, and what a model says.
 
 f = forget, r = retain, RA = real authors, WF = world facts; q' = the paraphrased question; a, a' =
-answer and its paraphrase, w = a wrong answer, g, g' = what is said greedily to q, q'; loss(a) = mean
-over the tokens of a (and one eos) of -log P(token | what comes before); p(a) = exp(-loss(a)).
+answer and its paraphrase, w = a wrong answer, g, g' = what is said greedily to q and to q'; loss(a)
+= mean over the tokens of a (and one eos) of -log P(token | what comes before); p(a) =
+exp(-loss(a)); ideal = the same number of retain-only. OU = open-unlearning, TOFU's leaderboard.
 
 name            formula                                               range  better        source
---------------  ----------------------------------------------------  -----  ------------  ---------
+--------------  ----------------------------------------------------  -----  ------------  -------
 rouge_l         LCS(a, g) / |a| in stemmed words: ROUGE-L recall.     0..1   f low r high  TOFU,
                 LUME: on sentence completions ("regurgitation")                            SemEval
 exact_match     strip(a) = strip(g), case-folded.                     0..1   f low r high  SemEval
                 LUME: on questions ("knowledge")
-accuracy [D11]  f, r: g' is closest to a' among a' and five w; n      0..1   f low r high  SOUL
-                tied first share the point (Table 1's "EM"; blind
-                guessing gives about 1/6). RA, WF: a occurs in g.
-                Closeness: ROUGE-L F1, or --closeness encoder: the
-                cosine of sentence vectors
-accuracy_whole  the same where a tie with the truth is a whole point  0..1   f low r high  SOUL
-accuracy_       the same share for a itself in place of g': what a    0..1   high          ours
-  ceiling       model that answers word for word scores
+accuracy [D11]  f, r: g' is closest to a' among a' and five w; ties   0..1   f low r high  SOUL
+                share the point. Table 1's "EM"; blind guessing
+                gives about 1/6. RA, WF: a occurs in g. Closeness:
+                ROUGE-L F1, or cosine with --closeness encoder
+accuracy_whole  the same, a tie with a' being a whole point           0..1   f low r high  SOUL
+accuracy_       the same of a in place of g': what a model that       0..1   high          ours
+  ceiling       answers word for word would score
 probability     f, r: p(a).  RA, WF: p(a) / (p(a) + sum p(w))         0..1   f low r high  TOFU
-paraphrased_    rouge_l of g', and p(a) after q'                      0..1   f low r high  ours
-  rouge_l, paraphrased_probability
-truth_ratio     R = geometric mean of p(w) / p(a'), a for a' on RA    0..1   high          open-
-                and WF. f: mean min(R, 1/R).  others: mean                                 unlearning
-                max(0, 1 - R)
-truth_ratio_    the same with the arithmetic mean of p(w)             0..1   high          TOFU's
-  arithmetic                                                                               utils.py
-model_utility   harmonic mean of rouge_l, probability, truth_ratio    0..1   high          open-
-                on r, RA, WF: nine numbers, six where RA is missing.                       unlearning
-                model_utility_arithmetic: of truth_ratio_arithmetic                        / TOFU
-forget_quality  p-value, two-sample KS test: R of the forget rows of  0..1   high          TOFU code
-                this model against retain-only's
-exact_          share of a's tokens (no eos) that are the likeliest   0..1   f low r high  open-
-  memorisation  after what comes before them in a                                          unlearning
-extraction_     1 - k / |a|, k the least for which all tokens of a    0..1   f low r high  open-
-  strength      from the k-th on are the likeliest; at most |a| - 1                        unlearning
-repetition      share of g's three-word sequences that stood in it    0..1   low           ours
-                before
+paraphrased_    rouge_l of g';                                        0..1   f low r high  ours
+  rouge_l, _probability: p(a) after q'
+truth_ratio     R = geometric mean of p(w), over p(a'); over p(a) on  0..1   high          OU
+                RA, WF. f: mean min(R, 1/R).  Others: mean max(0,
+                1 - R).  _arithmetic: the arithmetic mean of p(w)                          TOFU
+model_utility   harmonic mean of rouge_l, probability, truth_ratio    0..1   high          OU
+                on r, RA, WF: nine numbers, six where RA is missing.
+                _arithmetic: of truth_ratio_arithmetic                                     TOFU
+forget_quality  p-value, two-sample KS test: R of the forget rows     0..1   high          TOFU
+                against retain-only's
+exact_          share of a's tokens (no eos) that are the likeliest   0..1   f low r high  OU
+  memorisation  after what comes before them in a
+extraction_     1 - k / |a|, k < |a| the least for which a's tokens   0..1   f low r high  OU
+  strength      from the k-th on (no eos) are the likeliest
+repetition      share of g's three-word sequences seen in it before   0..1   low           ours
 ended           share of g that end by eos, not at the length limit   0..1   high          ours
-mia.auc [D12]   AUC of score = -loss(text); members = forget rows,    0..1   retain-only's SemEval
+mia.auc [D12]   AUC of score = -loss(text); members = forget rows,    0..1   ideal         SemEval
                 non-members = text never trained on; text = prompt           (paper: low)
                 and answer, all tokens but the first, no eos
-mia.min_k       the same AUC for score = mean of the k% lowest        0..1   retain-only's SOUL
+mia.min_k       the same AUC for score = mean of the k% lowest        0..1   ideal         SOUL
                 log P in the text, k = 10..60
-mia.distance    |mia.auc - that of retain-only|, which need not be    0..1   0             ours
-                0.5; 0.5 where there is no such model
+mia.distance    |mia.auc - ideal|; 0.5 where there is no ideal        0..1   0             ours
 mia.score       1 - 2 |mia.auc - 0.5|                                 0..1   high          SemEval
-mia.answer_auc  AUC of score = -loss(a): the answer alone             0..1   retain-only's open-
-mia.answer_     mean of the 40% lowest log P in a (no eos)            0..1   retain-only's unlearning
-  min_40                                                                                   (all
-mia.answer_     the same of (log P - mean) / deviation, both of       0..1   retain-only's five)
-  min_40_plus   log P over the vocabulary (Min-K%++)
-mia.answer_zlib -loss(a) / bytes of a compressed                      0..1   retain-only's
-mia.answer_     loss(a) of retain-only - loss(a)                      0..1   0.5
-  reference
-privleak        100 ((1 - x) / (1 - y) - 1), x = mia.answer_min_40,   -100.. 0             open-
-                y = retain-only's, 0.5 where there is none                                 unlearning
-mia.soul        mia.auc as SOUL's misaligned labels give it: scores   0..1   none          SOUL
-                stand as (members, non-members), labels as (0 for
-                each non-member, then 1s). About .77 for a perfect
-                attack, .23 for its reverse. aggregate_soul: with it
+mia.soul        mia.auc by SOUL's misaligned labels: the scores of    0..1   none          SOUL
+                (members, non-members), as many labels 0 as there
+                are non-members, then 1. A perfect attack has about
+                .77, its reverse .23. aggregate_soul: with it
+mia.answer_auc  AUC of score = -loss(a), the answer alone;            0..1   ideal         OU
+  _min_40       mean of the 40% lowest log P in a (no eos);
+  _min_40_plus  the same of (log P - mean) / deviation, both of
+                log P over the vocabulary (Min-K%++);
+  _zlib         -loss(a) / bytes of a compressed;
+  _reference    loss(a) of retain-only - loss(a)
+privleak        100 ((1 - x) / (1 - ideal) - 1), x = the AUC          -100.. 0             OU
+                mia.answer_min_40; 0.5 where there is no ideal
 aggregate       mean(1 - EM_f, 1 - RL_f, 1 - mia.auc, EM_r, RL_r);    0..1   high          SIMU,
   [D13]         RL = rouge_l; EM = accuracy on TOFU, exact_match                           Table 2
-                elsewhere. aggregate_exact_match: exact_match on
-                TOFU too
+                elsewhere. aggregate_exact_match: everywhere
 task_aggregate  harmonic mean of rouge_l and exact_match on three     0..1   high          SemEval
                 LUME tasks, 1 - x for those of f; 0 if any is 0
 mmlu            share of multiple-choice questions (--mmlu) whose     0..1   high          MMLU
-                answer is likeliest; n tied first share the point
+                answer is the likeliest choice; ties share the point
 final_score     mean(task_aggregate, mia.score, mmlu)                 0..1   high          SemEval
 
 The MIA text is the whole document, as in SemEval and SOUL: it is what was or was not trained on.
@@ -221,9 +214,9 @@ def soul_auc(members: list[float], nonmembers: list[float]) -> float:
 
 
 def min_k_score(losses: list[float], percent: int) -> float:
-    """Min-K%: mean log-probability of the least likely k% of the tokens, at least one."""
+    """Min-K%: mean log-probability of the least likely k% of the tokens, at least one, or 0."""
     worst = sorted(losses, reverse=True)[: max(1, len(losses) * percent // 100)]
-    return -math.fsum(worst) / len(worst)
+    return -mean(worst) if worst else 0.0
 
 
 def zlib_score(loss: float, text: str) -> float:
@@ -374,7 +367,7 @@ QA_METRICS = {  # of rows that are a question and its answer
     "probability": _probability, "truth_ratio": _truth_ratio,
     "truth_ratio_arithmetic": lambda row: _truth_ratio(row, "arithmetic"),
     "repetition": lambda row: repetition(row["generation"]),
-    "ended": lambda row: float(row["ended"])}
+    "ended": lambda row: float(row["ended"]) if "ended" in row else None}
 OWN_METRICS = {  # of f and r alone
     "accuracy_whole": lambda row: _accuracy(row, "whole"),
     "accuracy_ceiling": lambda row: _accuracy(row, said="answer"),
@@ -424,7 +417,7 @@ def _put(name: str, rows: list[dict], metric, values: dict, notes: dict):
     if not rows:
         notes[name] = "no such rows"
     elif missing:
-        notes[name] = f"{missing} of {len(rows)} rows have no paraphrase or no wrong answers"
+        notes[name] = f"{missing} of {len(rows)} rows lack its data (paraphrase, wrong answers)"
 
 
 def _qa_values(rows, values, notes):
@@ -480,10 +473,9 @@ def _lume_values(rows, values, notes):
 # name -> score of a row's "mia" (the text) or "answer_mia" (the answer): higher for a member
 ATTACKS = {"mia.auc": lambda row: -row["mia"]["loss"]} | {
     f"mia.min_{k}": lambda row, k=str(k): row["mia"]["min_k"][k] for k in MIN_K} | {
-    "mia.answer_auc": lambda row: -row["answer_mia"]["loss"],
-    f"mia.answer_min_{ANSWER_K}": lambda row: row["answer_mia"]["min_k"],
-    f"mia.answer_min_{ANSWER_K}_plus": lambda row: row["answer_mia"]["min_k_plus"],
-    "mia.answer_zlib": lambda row: row["answer_mia"]["zlib"]}
+    f"mia.answer_{name}": lambda row, key=key: row.get("answer_mia", {}).get(key)
+    for name, key in (("auc", "log_p"), (f"min_{ANSWER_K}", "min_k"),
+                      (f"min_{ANSWER_K}_plus", "min_k_plus"), ("zlib", "zlib"))}
 
 
 def _attacked(rows) -> tuple[list[dict], list[dict]]:
@@ -501,8 +493,12 @@ def _membership_values(rows, about, values, notes):
         notes.update(dict.fromkeys(names, lacks))
         return
     for name, score in ATTACKS.items():
-        values[name] = auc(*([score(r) for r in part] for part in (members, others)))
-    values["mia.soul"] = soul_auc(*([-r["mia"]["loss"] for r in part] for part in (members, others)))
+        scores = [[score(r) for r in part] for part in (members, others)]
+        values[name] = None if None in scores[0] + scores[1] else auc(*scores)
+        if values[name] is None:
+            notes[name] = "some rows hold no scores of their answers"
+    values["mia.soul"] = soul_auc(*([-r["mia"]["loss"] for r in part]
+                                    for part in (members, others)))
     values["mia.score"] = mia_score(values["mia.auc"])
     if values["mia.auc"] < CHANCE:
         notes["mia.auc"] = "below 0.5: over-unlearned, the forgetting itself is detectable"
@@ -530,14 +526,16 @@ def _against_retain_only(rows, reference, values, notes):
         notes["mia.answer_reference"] = notes["forget_quality"] = NO_RETAIN_ONLY
         return
     members, others = _attacked(rows)
-    known = {(r["split"], r["id"]): r["answer_mia"]["loss"] for x in _attacked(reference) for r in x}
-    if members and others and {(r["split"], r["id"]) for r in members + others} <= set(known):
+    known = {(r["split"], r["id"]): r["answer_mia"]["log_p"]
+             for part in _attacked(reference) for r in part if "answer_mia" in r}
+    if values["mia.answer_auc"] is None:
+        notes["mia.answer_reference"] = notes["mia.answer_auc"]
+    elif {(r["split"], r["id"]) for r in members + others} <= set(known):
         values["mia.answer_reference"] = auc(*(
-            [known[r["split"], r["id"]] - r["answer_mia"]["loss"] for r in part]
+            [r["answer_mia"]["log_p"] - known[r["split"], r["id"]] for r in part]
             for part in (members, others)))
     else:
-        notes["mia.answer_reference"] = notes.get("mia.auc") or (
-            "retain-only was evaluated on other rows")
+        notes["mia.answer_reference"] = "retain-only was evaluated on other rows"
     ours, theirs = _forget_ratios(rows), _forget_ratios(reference)
     if ours and set(ours) == set(theirs):
         values["forget_quality"] = ks_p_value(list(ours.values()), list(theirs.values()))
@@ -570,10 +568,12 @@ def _aggregates(benchmark: str, values, notes):
 
 def _final_score(values, notes):
     """SemEval-2025 Task 4's, where its three parts are there."""
-    parts = [values.get(name) for name in ("task_aggregate", "mia.score", "mmlu")]
+    if values.setdefault("mmlu", None) is None:
+        notes["mmlu"] = "no multiple-choice files are given (--mmlu)"
+    parts = [values[name] for name in ("task_aggregate", "mia.score", "mmlu")]
     values["final_score"] = None if None in parts else mean(parts)
     if None in parts:
-        notes["final_score"] = "needs task_aggregate, mia.score and mmlu (--mmlu)"
+        notes["final_score"] = "needs task_aggregate, mia.score and mmlu"
 
 
 # -------------------------------------------------------------------------------- what a model says
@@ -592,16 +592,18 @@ def evaluate_model(model: Transformer, tokenizer, benchmark: data.Benchmark, *, 
     rows = [{"split": "about", "benchmark": benchmark.kind, "limit": limit,
              "sizes": {k: len(v) for k, v in parts.items()}, "closeness": limits.closeness,
              "nonmember_source": benchmark.nonmember_source, "shared": benchmark.shared}]
+    choices = spread(load_choices(Path(limits.mmlu)), limit) if limits.mmlu else []
+    encode = limits.closeness == "encoder" and load_encoder(
+        limits.encoder, model.embed_tokens.weight.device)  # what is missing is told before the work
     for split, examples in parts.items():
         if split == "nonmembers" and benchmark.kind == "lume":
             examples = [e for e in examples if e.kind == "sc"]  # the rows that hold a document
         rows += [_row_of(split, e) for e in spread(examples, limit)]
     add_generations(rows[1:], model, tokenizer, template, limits, resume)
     add_losses(rows[1:], model, tokenizer, template, limits, benchmark.kind)
-    if limits.closeness == "encoder":
-        add_closeness(rows[1:], limits.encoder, model.embed_tokens.weight.device)
-    if limits.mmlu:
-        choices = spread(load_choices(Path(limits.mmlu)), limit)
+    if encode:
+        add_closeness(rows[1:], encode)
+    if choices:
         rows[0]["sizes"]["choices"] = len(choices)
         rows += add_choice_scores(choices, model, tokenizer, template, limits.eval_tokens)
     return summarise(rows), rows
@@ -736,12 +738,12 @@ def add_losses(rows, model, tokenizer, template: str, limits: Limits, benchmark:
             row["exact_memorisation"] = exact_memorisation(answer.predicted[:-1], ids)
             row["extraction_strength"] = extraction_strength(answer.predicted[:-1], ids)
         if attacked:
-            text = score.losses[:-1]  # a document need not end where its excerpt does
+            text = score.losses[:-1] or score.losses  # a document need not end with its excerpt
             row["mia"] = dict(loss=mean(text),
                               min_k={str(k): min_k_score(text, k) for k in MIN_K})
             row["answer_mia"] = dict(
-                loss=loss, min_k=min_k_score(answer.losses[:-1] or [0.0], ANSWER_K),
-                min_k_plus=min_k_score([-x for x in answer.standard[:-1]] or [0.0], ANSWER_K),
+                log_p=-loss, min_k=min_k_score(answer.losses[:-1], ANSWER_K),
+                min_k_plus=min_k_score([-x for x in answer.standard[:-1]], ANSWER_K),
                 zlib=zlib_score(loss, tokenizer.decode(ids)))
 
 
@@ -844,39 +846,37 @@ def _chunk_scores(logits, labels, wanted):
 # ------------------------------------------------------------------------------ sentence encoder
 
 
-def add_closeness(rows: list[dict], encoder: str, device):
-    """`closeness` of f and r: the cosines of g' and of a with a' and each w [D11]."""
-    said = ("paraphrased_generation", "answer")
-    asked = [r for r in rows if has(r, *said, *CHOICE)]
-    texts = list(dict.fromkeys(t for r in asked for t in (*(r[k] for k in said), *choice_texts(r))))
-    if not texts:
-        return
-    vectors = dict(zip(texts, encode_sentences(texts, encoder, device)))
-    for r in asked:
-        held = torch.stack([vectors[t] for t in choice_texts(r)])  # [6, E]
-        r["closeness"] = {k: (held @ vectors[r[k]]).tolist() for k in said}
-
-
-def encode_sentences(texts: list[str], encoder: str, device) -> torch.Tensor:
-    """Unit vectors [n, E] of texts. encoder: a folder or a hub name, as sentence-transformers
-    takes them; its weights are read as safetensors alone."""
+def load_encoder(name: str, device):
+    """A function from texts to unit vectors [n, E]. name: a folder or a hub name, as
+    sentence-transformers takes them; its weights are read as safetensors alone."""
     try:
         import sentence_transformers  # only here: everything else does without it
     except ImportError:
         raise UserError("--closeness encoder needs a package: pip install "
                         "sentence-transformers") from None
-    if ("/" in encoder and encoder.count("/") != 1 or encoder.startswith((".", "~"))) and not (
-            Path(encoder).expanduser().is_dir()):
-        raise UserError(f"--encoder {encoder} is not there; give a folder that is, or a hub name")
+    folder = Path(name).expanduser()
+    if not folder.is_dir() and (folder.is_absolute() or name.startswith((".", "~"))):
+        raise UserError(f"--encoder {name} is not there; give a folder that is, or a hub name")
     try:
         model = sentence_transformers.SentenceTransformer(
-            str(Path(encoder).expanduser()) if Path(encoder).expanduser().is_dir() else encoder,
-            device=str(device), model_kwargs=dict(use_safetensors=True))
+            str(folder) if folder.is_dir() else name, device=str(device),
+            model_kwargs=dict(use_safetensors=True))
     except Exception as e:  # the library raises whatever its parts do
-        raise UserError(f"--encoder {encoder} cannot be loaded ({' '.join(str(e).split())[:200]}); "
+        raise UserError(f"--encoder {name} cannot be loaded ({' '.join(str(e).split())[:200]}); "
                         "give a folder of sentence-transformers, or connect to the hub") from None
-    return model.encode(texts, convert_to_tensor=True, normalize_embeddings=True,
-                        show_progress_bar=False).float().cpu()
+    return lambda texts: model.encode(texts, convert_to_tensor=True, normalize_embeddings=True,
+                                      show_progress_bar=False).float().cpu()
+
+
+def add_closeness(rows: list[dict], encode):
+    """`closeness` of f and r: the cosines of g' and of a with a' and each w [D11]."""
+    said = ("paraphrased_generation", "answer")
+    asked = [r for r in rows if has(r, *said, *CHOICE)]
+    texts = list(dict.fromkeys(t for r in asked for t in (*(r[k] for k in said), *choice_texts(r))))
+    vectors = dict(zip(texts, encode(texts))) if texts else {}
+    for r in asked:
+        held = torch.stack([vectors[t] for t in choice_texts(r)])  # [6, E]
+        r["closeness"] = {k: (held @ vectors[r[k]]).tolist() for k in said}
 
 
 # ------------------------------------------------------------------------------- multiple choice

@@ -4,6 +4,8 @@
 #   bash run.sh demo [MODEL] [--option value ...]     the embedded benchmark, offline, on a CPU
 #   bash run.sh tofu|lume MODEL [--option value ...]  a model of the table, a folder in Hugging Face
 #                                                     layout, or hf:OWNER/NAME[@REVISION]
+#   bash run.sh unlearn MODEL FORGET [RETAIN] [--unseen FILE] [--out DIR] [--attack]
+#                                                     rows of your own, JSON lines, in your own model
 #   bash run.sh attack RUN [STAGE ...] [--requests K] what of it stays forgotten under attack
 #   bash run.sh sweep BENCHMARK [MODEL] [--option ..] every method over learning rates and seeds
 #   bash run.sh figures [FOLDER ...]                  figures of the sweeps and runs stored there
@@ -71,34 +73,55 @@ tofu | lume)
         die "$1: name a model: llama2-7b, olmo-1b, tiny-llama, tiny-olmo, a folder, or hf:OWNER/NAME"
     model="$2"
     shift 2 ;;
--h | --help) sed -n '2,17s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit ;;
-*) die "'$benchmark' is not something to run: name demo, tofu, lume, attack, sweep, figures or test" ;;
+unlearn)
+    [[ $# -ge 3 && "$2" != --* && "$3" != --* ]] ||
+        die "unlearn: name a model and a file of rows to forget, and a file of rows to keep"
+    benchmark=rows model="$2" own=(--forget "$3")
+    shift 3
+    if [[ "${1:---}" != --* ]]; then own+=(--retain "$1"); shift; fi
+    set -- "${own[@]}" --name model "$@" ;;
+-h | --help) sed -n '2,19s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit ;;
+*) die "'$benchmark' is not something to run: name demo, tofu, lume, unlearn, attack, sweep, figures or test" ;;
 esac
 
 needs=()
 case "$model" in tiny-llama | llama2-7b) ;; *) needs+=(tokenizers) ;; esac
-[[ "$benchmark" == demo || -n "${SIMU_DATA:-}" && "$model" != hf:* && ("$model" == tiny* ||
+[[ "$benchmark" == demo || "$benchmark" == rows && -d "$model" ||
+    -n "${SIMU_DATA:-}" && "$model" != hf:* && ("$model" == tiny* ||
     -d "$model") ]] || needs+=(huggingface_hub)
 set_up ${needs[@]+"${needs[@]}"}
 
 # These are needed here; every other option goes to the stages as it is.
-run="" seeds=1 methods=() objectives=() options=() force=() dry=""
+run="" attack="" seeds=1 methods=() objectives=() options=() force=() dry=""
 while [[ $# -gt 0 ]]; do
     case "$1" in
-    -h | --help) exec "$python" "$here/pipeline" original --help ;;
+    unlearn)
+    [[ $# -ge 3 && "$2" != --* && "$3" != --* ]] ||
+        die "unlearn: name a model and a file of rows to forget, and a file of rows to keep"
+    benchmark=rows model="$2" own=(--forget "$3")
+    shift 3
+    if [[ "${1:---}" != --* ]]; then own+=(--retain "$1"); shift; fi
+    set -- "${own[@]}" --name model "$@" ;;
+-h | --help) exec "$python" "$here/pipeline" original --help ;;
     --out=* | --seeds=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" ;;
     --out) [[ -n "${2:-}" ]] || die "--out: name a folder"; run="$2"; shift 2 ;;
     --seeds) [[ "${2:-}" =~ ^[1-9][0-9]{0,3}$ ]] || die "--seeds must be 1 to 9999"
         seeds="$2"; shift 2 ;;
     --methods) shift; while [[ "${1:---}" != --* ]]; do methods+=("$1"); shift; done ;;
     --objectives) shift; while [[ "${1:---}" != --* ]]; do objectives+=("$1"); shift; done ;;
+    --attack) attack=yes; shift ;;
     --dry-run) dry=echo; shift ;;
     --force) force=(--force); shift ;;
     *) options+=("$1"); shift ;;
     esac
 done
-[[ ${#methods[@]} -gt 0 ]] || methods=(fo so simu)
-[[ ${#objectives[@]} -gt 0 ]] || objectives=(graddiff)
+if [[ "$benchmark" == rows ]]; then  # one method, and the recipe's own objective
+    methods=("${methods[@]:0:1}") objectives=("${objectives[@]:0:1}")
+    [[ -n "${methods[0]:-}" ]] || methods=(simu)
+else
+    [[ ${#methods[@]} -gt 0 ]] || methods=(fo so simu)
+    [[ ${#objectives[@]} -gt 0 ]] || objectives=(graddiff)
+fi
 if [[ -z "$run" ]]; then
     label="${model#hf:}" && label="${label%/}"
     case "$model" in hf:*) label="${label//\//--}" ;; *) label="${label##*/}" ;; esac
@@ -120,8 +143,9 @@ pipeline() { # pipeline RUN [--seed K]
     $dry "${stage[@]}" attribute "${at[@]}"
     $dry "${stage[@]}" mask "${at[@]}"
     for method in "${methods[@]}"; do
-        for objective in "${objectives[@]}"; do
-            $dry "${stage[@]}" unlearn "${at[@]}" --method "$method" --objective "$objective"
+        for objective in "${objectives[@]:-}"; do
+            $dry "${stage[@]}" unlearn "${at[@]}" --method "$method" \
+                ${objective:+--objective "$objective"}
         done
     done
     $dry "${stage[@]}" evaluate "$1" ${force[@]+"${force[@]}"}
@@ -130,5 +154,7 @@ pipeline() { # pipeline RUN [--seed K]
     pipeline "$run"
     for ((k = 1; k < seeds; k++)); do pipeline "$run-seed$k" --seed "$k"; done
     $dry "$python" "$here/pipeline" report "$run"
+    [[ "$benchmark" != rows ]] || $dry "$python" "$here/pipeline" request "$run"
+    [[ -z "$attack" ]] || $dry "$python" "$here/pipeline" attack "$run"
     exit
 }

@@ -879,7 +879,7 @@ def unlearning_order(n_forget: int, n_retain: int, recipe: "Unlearning"
     if not whole:
         raise UserError(f"{n_forget} forget rows times {recipe.epochs} epochs do not fill one "
                         f"batch of {recipe.batch}; lower --batch")
-    pairs = [(i, rng.randrange(n_retain)) for i in forget[:whole]]
+    pairs = [(i, rng.randrange(n_retain) if n_retain else None) for i in forget[:whole]]
     return [tuple(zip(*pairs[i:i + recipe.batch])) for i in range(0, whole, recipe.batch)]
 
 
@@ -894,6 +894,8 @@ def unlearn(model: Transformer, forget: list[Encoded], retain: list[Encoded],
     objective = OBJECTIVES[recipe.objective]
     known = known_of_rows(model, forget, recipe, targets)
     weight = recipe.lam if objective.retain is None else objective.retain
+    if weight and not retain:
+        raise UserError(f"objective {recipe.objective} needs retain rows; give some, or lam = 0")
 
     def backward(item):
         # Two passes, each freed before the next: by linearity the gradient of the whole loss.

@@ -21,13 +21,15 @@ import pipeline  # noqa: E402, F401  before torch: it silences a warning of torc
 from contextlib import nullcontext  # noqa: E402
 
 from model import UserError  # noqa: E402
-from pipeline import attack, evaluate, figures, hub, plan, report, settings, sweep  # noqa: E402
+from pipeline import (  # noqa: E402
+    attack, evaluate, figures, hub, plan, report, request, settings, sweep)
 from pipeline.original import original_stage  # noqa: E402
 from pipeline.stage import finished_models, lock, run_cli  # noqa: E402
 from pipeline.stages import attribute_stage, mask_stage, unlearn_stage  # noqa: E402
 
 STAGES = {"files": hub.files_command, "plan": plan.plan_command, "original": original_stage,
           "attribute": attribute_stage, "mask": mask_stage, "unlearn": unlearn_stage}
+REQUESTS = {"request": request.write_request, "verify": request.verify}
 OF_RUNS = {"attack": attack.main, "sweep": sweep.main, "figures": figures.main}
 
 
@@ -58,6 +60,9 @@ def parser_of_stages() -> settings.Parser:
                      help="an evaluated model that never saw the forget set; default: RUN's own")
     two.add_argument("--recompute", action="store_true",
                      help="compute every number again from generations.jsonl, and compare")
+    for name, function in REQUESTS.items():
+        command = commands.add_parser(name, help=function.__doc__, description=function.__doc__)
+        command.add_argument("run", type=Path)
     for name, function in OF_RUNS.items():
         commands.add_parser(name, help=function.__doc__, add_help=False)
     return parser
@@ -83,6 +88,8 @@ def main(argv: list[str]):
         s = settings.resolve(given)
         with lock(s.run) if name not in ("plan", "files") else nullcontext():
             STAGES[name](s)
+    elif name in REQUESTS:
+        REQUESTS[name](**given)
     elif name == "check":
         evaluate.evaluate(given["run"], "original")
         report.check_original(given["run"])

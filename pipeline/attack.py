@@ -1,11 +1,11 @@
 """Does it stay forgotten? Attacks on the models of a run, and requests served one after another.
 
-    python attack.py RUN [STAGE ...] [--requests K]
+    python -m pipeline attack RUN [STAGE ...] [--requests K]
 
 Every model answers the forget set's questions again after each attack. An attack with several
 variants counts, question by question, by its most successful one (the worst case, not the mean).
 
-attack          what changes; the rest is as in `eval.py evaluate` (greedy, same limits)
+attack          what changes; the rest is as in `evaluate` (greedy, same limits)
 --------------  ------------------------------------------------------------------------------------
 plain           nothing
 paraphrase      the question: the benchmark's own paraphrase, and two wrapped by rule
@@ -23,7 +23,7 @@ number          formula                                                         
 --------------  --------------------------------------------------------------  -----  -------------
 score(M, a)     mean over questions of max over variants of ROUGE-L recall      0..1   what M tells
                 against the true answer (after leak-k: its remainder)
-known(M, a)     score of M's plain answers against the same references          0..1   told unasked
+known(M, a)     score of M's plain answers against the same references          0..1   unattacked
 recovered(M, a) (score(M, a) - base) / (score(Original, a) - base), 0 if        0..1   1: as if it
                 negative; base = max(known(M, a), score(Retain-only, a))               never forgot
 
@@ -36,13 +36,12 @@ ones have none unless one is trained) the base is known(M, a) alone and recovere
 Not here: attacks by gradient on the prompt (GCG), logit lens, activations.
 """
 
+import argparse
 import dataclasses
+import json
 import random
-import sys
-from collections import namedtuple
+from dataclasses import dataclass
 from pathlib import Path
-
-import stage  # before torch: it silences a warning of torch's import
 
 import torch
 from torch import nn
@@ -51,12 +50,16 @@ import data
 import eval as evaluation
 import simu
 from eval import mean, rouge_l, rouge_words, spread
-from model import Transformer, generate
-from report import LABELS, table
-from stage import Settings, Stage, UserError
+from model import Config, Transformer, UserError, generate, read_json, write_json, write_text
+from pipeline.columns import label, table
+from pipeline.settings import (Parser, Placement, Settings, Source, choose_dtype, load_benchmark,
+                               placement, read_settings, settings_of)
+from pipeline.stage import (Stage, content, data_inputs, differences, finished_models, lock,
+                            read_stage)
 
+CONTINUE = ("Continue this text: {}", "A text begins as follows. {}")
 REPHRASE = {"qa": ("Please tell me: {}", "I have a question for you. {}"),
-            "sc": ("Continue this text: {}", "A text begins as follows. {}")}
+            "sc": CONTINUE, "text": CONTINUE}
 SHOTS = (1, 3)  # retain rows before the question
 PREFIXES = ("Sure, here is the answer:", "Of course.")
 LEAKS = (1, 2, 4, 8)  # tokens of the answer given away
@@ -69,31 +72,45 @@ WEIGHTS = (*(f"int{bits}" for bits in BITS), "relearn-half", "relearn-retain")
 ATTACKS = (*INPUTS, "input", *WEIGHTS, "worst")
 CURVE = tuple(f"leak-{k}" for k in LEAKS)
 
-Probe = namedtuple("Probe", "split id prompt reference room")  # room: tokens it may generate
+
+@dataclass(frozen=True)
+class Probe:
+    """One prompt put to every model, and what its answer is scored against."""
+
+    split: str
+    id: str
+    prompt: list[int]
+    reference: str
+    room: int  # tokens it may generate
+    draft: list[int]  # the true answer's: a guess that saves time and changes no token
+
 
 # ------------------------------------------------------------------------------------------- inputs
 
 
 def variants(e: data.Example, shots: list[data.Example], tokenizer, template: str) -> dict:
     """{attack: [(prompt ids, reference)]} of one question; leak-k is absent if nothing remains."""
-    before, after, lead = data.TEMPLATES[template]
+    gap = "" if template == "chat" else "\n"  # an empty line between the shots
 
-    def ask(question, to=template):
-        return data.encode_prompt(question, tokenizer, to), e.answer
+    def ask(question, to=template, before=()):
+        turns = [*before, *e.turns]
+        return data.encode_prompt(question, tokenizer, to, turns=turns, kind=e.kind), e.answer
 
     def begin(answer):
         begun = data.encode(dataclasses.replace(e, answer=answer), tokenizer, template)
         return begun.ids[:-1], e.answer  # without eos
 
-    def shown(n):  # "question after lead answer" of n rows, each followed by the next one's start
-        return "".join(f"{x.question}{after}{lead}{x.answer}\n\n{before}" for x in shots[:n])
+    def turns_of(n):
+        return [turn for x in shots[:n] for turn in (
+            *x.turns, ("user", x.question), ("assistant", x.answer + gap))]
 
     own = [e.paraphrased_question] if e.paraphrased_question else []
+    others = [x for x in data.TEMPLATES if x not in (template, "chat")]
     found = {"plain": [ask(e.question)],
              "paraphrase": [ask(q) for q in own + [x.format(e.question) for x in REPHRASE[e.kind]]],
-             "shots": [ask(shown(n) + e.question) for n in SHOTS],
+             "shots": [ask(e.question, before=turns_of(n)) for n in SHOTS],
              "prefix": [begin(x) for x in PREFIXES],
-             "format": [ask(e.question, x) for x in data.TEMPLATES if x != template]
+             "format": [ask(e.question, x) for x in others]
              + [ask(e.question.lower()), ask(e.question.upper())]}
     row = data.encode(e, tokenizer, template)
     for k in LEAKS:
@@ -112,26 +129,30 @@ def input_probes(bench: data.Benchmark, tokenizer, s: Settings, context: int) ->
     for split, e in [("forget", e) for e in bench.forget] + [("retain", e) for e in retain]:
         alike = [x for x in bench.retain if x.kind == e.kind]
         shots = random.Random(s.seed).sample(alike, min(len(alike), max(SHOTS)))
-        many = variants(e, shots, tokenizer, s.template)
-        start = len(many["plain"][0][0])
-        needed = len(data.encode(e, tokenizer, s.template).ids) - start
+        e = data.halved(e) if e.kind == "text" else e
+        by_attack = variants(e, shots, tokenizer, s.template)
+        row, start = data.encode(e, tokenizer, s.template), len(by_attack["plain"][0][0])
         # As many new tokens as the evaluation allows after the plain prompt.
-        most = min(s.max_new_tokens or context, (s.max_total_tokens or context) - start)
-        for attack in ("plain",) if split == "retain" else many:
-            for prompt, reference in many[attack]:
-                room = min(most, context - len(prompt))
-                if attack == "plain" or len(prompt) + needed <= context:
-                    found[attack].append(Probe(split, e.id, prompt, reference, max(0, room)))
+        limit = min(s.max_new_tokens or context, (s.max_total_tokens or context) - start)
+        for attack in ("plain",) if split == "retain" else by_attack:
+            given_away = int(attack[5:]) if attack in CURVE else 0
+            draft = row.ids[row.n_prompt + given_away:]
+            for prompt, reference in by_attack[attack]:
+                if attack == "plain" or len(prompt) + len(row.ids) - start <= context:
+                    room = max(0, min(limit, context - len(prompt)))
+                    found[attack].append(Probe(split, e.id, prompt, reference, room, draft))
     return found
 
 
-def say(model, tokenizer, probes: list[Probe], s: Settings, title: str) -> list[dict]:
+def answers_to(probes: list[Probe], model: Transformer, tokenizer, s: Settings, title: str
+               ) -> list[dict]:
     """Greedy answers to probes, with what they are scored against."""
-    most = max((p.room for p in probes), default=0)
-    new = generate(model, [p.prompt for p in probes], eos_id=tokenizer.eos_id, max_new_tokens=most,
+    longest = max((p.room for p in probes), default=0)
+    new = generate(model, [p.prompt for p in probes], eos_id=tokenizer.eos_id,
+                   max_new_tokens=longest, drafts=[p.draft for p in probes],
                    batch_tokens=s.eval_tokens, progress=title)
-    return [dict(split=p.split, id=p.id, reference=p.reference, says=tokenizer.decode(ids[:p.room]))
-            for p, ids in zip(probes, new)]
+    return [dict(split=p.split, id=p.id, reference=p.reference,
+                 answer=tokenizer.decode(ids[:p.room])) for p, ids in zip(probes, new)]
 
 
 # ------------------------------------------------------------------------------------------ weights
@@ -158,69 +179,88 @@ def halves(rows: list[data.Example], seed: int) -> tuple[set[str], set[str]]:
     return ({i for i in unit if unit[i] in learnt}, {i for i in unit if unit[i] not in learnt})
 
 
-def relearn(model: Transformer, rows: list[data.Encoded], s: Settings, log: Path):
-    """One epoch of AdamW on rows, on every weight."""
-    order = random.Random(s.seed).sample(rows, len(rows))
-    batches = [order[i:i + RELEARN_BATCH] for i in range(0, len(order), RELEARN_BATCH)]
-    model.checkpoint = s.checkpointing
-    with simu.moving_weights(model, "fo", None, model.embed_tokens.weight.dtype) as moving:
-        simu.train(model, moving, batches,
-                   lambda part: dict(loss=simu.backward_mean_nll(model, part, 1.0, s.micro_tokens)),
-                   simu.adamw(s), s=s, lr=s.light_lr if s.tiny else RELEARN_LR,
-                   warmup=s.warmup, log=log, title="relearn")
+def relearning(s: Settings) -> simu.Unlearning:
+    """The constants of both relearnings. Weights and moments have the model's own dtype."""
+    return simu.Unlearning(
+        method="fo", seed=s.seed, lr=s.light_lr if s.tiny else RELEARN_LR, batch=RELEARN_BATCH,
+        micro_tokens=s.micro_tokens, beta1=s.beta1, adam_beta2=s.adam_beta2, adam_eps=s.adam_eps,
+        weight_decay=s.weight_decay, clip=s.clip, warmup=s.warmup,
+        state=str(choose_dtype(s)).removeprefix("torch."), checkpointing=s.checkpointing)
 
 
-def change(model: Transformer, attack: str, bench: data.Benchmark, tokenizer, s: Settings,
-           log: Path):
-    """Carry out one of WEIGHTS on model, in place."""
+def relearn(model: Transformer, rows: list[data.Encoded], recipe: simu.Unlearning) -> list[dict]:
+    """One epoch of AdamW on rows, on every weight, in place; returns the log."""
+    order = random.Random(recipe.seed).sample(rows, len(rows))
+    batches = [order[i:i + recipe.batch] for i in range(0, len(order), recipe.batch)]
+
+    def backward(part):
+        return dict(loss=simu.backward_mean_nll(model, part, 1.0, recipe.micro_tokens))
+
+    model.checkpoint = recipe.checkpointing
+    with simu.moving_weights(model, recipe, None) as moving:
+        return simu.train(model, moving, batches, backward, recipe, lr=recipe.lr, title="relearn",
+                          optimiser=simu.OPTIMISERS["adamw"])
+
+
+def attack_weights(model: Transformer, attack: str, bench: data.Benchmark, tokenizer, s: Settings
+                   ) -> list[dict]:
+    """Carry out one of WEIGHTS on model, in place; returns the log of a relearning."""
     if attack.startswith("int"):
-        return quantise(model, int(attack[3:]))
+        quantise(model, int(attack[3:]))
+        return []
     learnt, _ = halves(bench.forget, s.seed)
     rows = [r for r in bench.forget if r.id in learnt]
     if attack == "relearn-retain":
         count = min(len(bench.forget), len(bench.retain))
         rows = random.Random(s.seed).sample(bench.retain, count)
-    c = model.config
-    relearn(model, data.encode_all(rows, tokenizer, s.template, vocab=c.vocab_size,
-                                   context=c.max_position_embeddings), s, log)
+    return relearn(model, encoded(rows, model, tokenizer, s), relearning(s))
+
+
+def encoded(rows: list[data.Example], model: Transformer, tokenizer, s: Settings
+            ) -> list[data.Encoded]:
+    return data.encode_all(rows, tokenizer, s.template, vocab=model.config.vocab_size,
+                           context=model.config.max_position_embeddings)
 
 
 # ------------------------------------------------------------------------------------------- stages
 
-DEPENDS = (*evaluation.DEPENDS, "device", "micro_tokens", "beta1", "adam_beta2", "adam_eps",
-           "weight_decay", "clip", "warmup", "light_lr")
-MODULES = ("data", "model", "simu", "eval", "attack")
-
 
 def load(folder: Path, s: Settings) -> Transformer:
-    return Transformer.from_pretrained(folder, **stage.placement(s))
+    return Transformer.from_pretrained(folder, **placement(s))
+
+
+def write_log(file: Path, log: list[dict]):
+    if log:
+        write_text(file, "".join(json.dumps(row) + "\n" for row in log))
 
 
 def attack_job(s: Settings, name: str) -> Stage:
-    inputs = dict(model=stage.fingerprint(s.run / name), **data.data_digests(s))
-    return Stage(s.run / name / "attack", settings=s, fields=DEPENDS, inputs=inputs,
-                 modules=MODULES)
+    return Stage(s.run / name / "attack", settings=s, code=(make_attacks,),
+                 inputs=dict(model=content(s.run / name)) | data_inputs(s),
+                 takes=(data.Slice, Source, Placement, evaluation.Limits),
+                 also=dict(relearning=dataclasses.asdict(relearning(s))),
+                 rows=dict(TEMPLATES=None, METHODS="fo", MOVES="all", OPTIMISERS="adamw"))
 
 
-def attack_stage(job: Stage, probes: dict, bench: data.Benchmark, s: Settings):
-    """RUN/STAGE/attack: a file of answers per attack. A killed one goes on after the last file."""
-    source = job.folder.parent
+def make_attacks(source: Path, folder: Path, probes: dict, bench: data.Benchmark, s: Settings):
+    """A file of answers per attack. A killed stage goes on after the last file."""
+    (folder / "logs").mkdir(exist_ok=True)
     tokenizer, (_, tested) = data.load_tokenizer(source), halves(bench.forget, s.seed)
-    with job as folder:
-        (folder / "logs").mkdir(exist_ok=True)
-        model = load(source, s)
-        for attack in (*probes, *WEIGHTS):
-            file = folder / f"{attack}.json"
-            if file.is_file():
-                continue
-            asked = probes.get(attack, probes["plain"])
-            if attack in WEIGHTS:
-                del model  # or two of them would be in memory
-                model = load(source, s)
-                change(model, attack, bench, tokenizer, s, folder / "logs" / f"{attack}.jsonl")
-            if attack == "relearn-half":
-                asked = [p for p in asked if p.split == "retain" or p.id in tested]
-            stage.write_json(file, say(model, tokenizer, asked, s, f"{source.name}: {attack}"))
+    model = load(source, s)
+    for attack in (*probes, *WEIGHTS):
+        file = folder / f"{attack}.json"
+        if file.is_file():
+            continue
+        asked = probes.get(attack, probes["plain"])
+        if attack in WEIGHTS:
+            del model  # or two of them would be in memory
+            model = load(source, s)
+            log = attack_weights(model, attack, bench, tokenizer, s)
+            write_log(folder / "logs" / f"{attack}.jsonl", log)
+        if attack == "relearn-half":
+            asked = [p for p in asked if p.split == "retain" or p.id in tested]
+        title = f"{source.name}: {attack}"
+        write_json(file, answers_to(asked, model, tokenizer, s, title))
 
 
 def split_requests(rows: list[data.Example], k: int) -> list[list[data.Example]]:
@@ -233,56 +273,65 @@ def split_requests(rows: list[data.Example], k: int) -> list[list[data.Example]]
     return [[r for r in rows if of[r.group] == i] for i in range(k)]
 
 
-def requests_stage(job: Stage, probes: dict, parts: list, bench: data.Benchmark, s: Settings):
-    """RUN/STAGE/requests-k: answers after-0.json (the original) to after-k.json, each request
-    unlearned from the model that the one before left, with the method's own recipe."""
+def requests_job(s: Settings, name: str, k: int) -> Stage | None:
+    """k requests unlearned one after another as the model `name` was; None if no method made it."""
+    made = read_stage(s.run / name)
+    if "method" not in made["why"]["settings"]:
+        return None
+    own = settings_of(made["settings"], s.run / name / "stage.json", out=str(s.run))
+    return Stage(s.run / name / f"requests-{k}", settings=own, code=(make_requests,),
+                 inputs=dict(original=content(s.run / "original")) | data_inputs(s),
+                 takes=(data.Slice, Source, Placement, evaluation.Limits, simu.Attribution,
+                        simu.Masking, simu.Unlearning), also=dict(requests=k))
+
+
+def make_requests(name: str, folder: Path, probes: dict, parts: list[list[data.Example]],
+                  bench: data.Benchmark, s: Settings):
+    """Answers after-0.json (the original) to after-k.json, each request unlearned from the model
+    that the one before left, with the method's own recipe."""
+    (folder / "logs").mkdir(exist_ok=True)
     tokenizer, model = data.load_tokenizer(s.run / "original"), load(s.run / "original", s)
-    name, c = job.folder.parent.name, model.config
-    with job as folder:
-        # Apart from the stage's own folder, where `train` would look for checkpoints: several
-        # trainings share this stage, and none may go on from another's.
-        (folder / "logs").mkdir(exist_ok=True)
-        for i in range(len(parts) + 1):
-            if i:
-                part = parts[i - 1]
-                rows = (data.encode_all(x, tokenizer, s.template, vocab=c.vocab_size,
-                                        context=c.max_position_embeddings)
-                        for x in (part, simu.to_unlearn(part, s.objective), bench.retain))
-                serve(model, *rows, s, folder / "logs" / f"{i}.jsonl")
-            stage.write_json(folder / f"after-{i}.json", say(model, tokenizer, probes["plain"], s,
-                                                             f"{name}: {i} requests"))
+    for i in range(len(parts) + 1):
+        if i:
+            part = parts[i - 1]
+            rows = [encoded(x, model, tokenizer, s) for x in (
+                part, simu.loss_examples(part, s.objective), bench.retain)]
+            write_log(folder / "logs" / f"{i}.jsonl", unlearn_request(model, *rows, s))
+        title = f"{name}: {i} requests"
+        write_json(folder / f"after-{i}.json",
+                   answers_to(probes["plain"], model, tokenizer, s, title))
 
 
-def serve(model, known: list, forget: list, retain: list, s: Settings, log: Path):
-    """Unlearn one request in place; SIMU's mask is made anew from the model as it now is. known:
-    the request's rows, which the mask is made from; forget: as the objective's loss takes them."""
+def unlearn_request(model, answered: list, forget: list, retain: list, s: Settings) -> list[dict]:
+    """Unlearn one request in place; a masked method's mask is made anew from the model as it now
+    is. answered: the request's rows, for the mask; forget: as the objective's loss takes them."""
     mask = None
-    if s.method == "simu":
-        some = random.Random(s.seed).sample(retain, min(len(retain), len(known)))
-        scores = [simu.attribute_rows(model, rows, s, title="attribute") for rows in (known, some)]
+    if simu.METHODS[s.method].masked:
+        some = random.Random(s.seed).sample(retain, min(len(retain), len(answered)))
+        scores = [simu.attribute_rows(model, rows, s).cpu() for rows in (answered, some)]
         mask = simu.make_mask(s.mask, *scores, threshold=s.threshold, seed=s.seed)
-    simu.unlearn(model, forget, retain, mask, s, log)
+    return simu.unlearn(model, forget, retain, mask, s)
 
 
 # ------------------------------------------------------------------------------------------ numbers
 
 
 def read_answers(file: Path, split: str) -> list[dict]:
-    return [a for a in stage.read_json(file) if a["split"] == split]
+    return [a for a in read_json(file) if a["split"] == split]
 
 
-def best(answers: list[dict], told=lambda a: a["says"]) -> dict[str, float]:
+def best(answers: list[dict], text_of=lambda a: a["answer"]) -> dict[str, float]:
     """{row id: ROUGE-L recall of the most successful variant}."""
     scores = {}
     for a in answers:
-        score = rouge_l(a["reference"], told(a)).recall
+        score = rouge_l(a["reference"], text_of(a)).recall
         scores[a["id"]] = max(scores.get(a["id"], 0.0), score)
     return scores
 
 
 def scores_of(folder: Path) -> dict:
     """{attack: (score by row, plain answer's score by row against the same references)}."""
-    plain = {a["id"]: a["says"] for a in read_answers(folder / "plain.json", "forget")}
+    plain = {a["id"]: a["answer"] for a in read_answers(folder / "plain.json", "forget")}
     found = {}
     for attack in ("plain", *INPUTS, *CURVE, *WEIGHTS):
         answers = read_answers(folder / f"{attack}.json", "forget")
@@ -303,20 +352,21 @@ def recovered(score: float, known: float, original: float, ideal: float | None) 
 def compare(s: Settings, names: list[str]) -> dict:
     """{stage: {attack: rows, score, known, recovered}} and ROUGE-L on retain rows as `retain`."""
     every = {name: scores_of(s.run / name / "attack") for name in names}
-    at = lambda name, attack, which=0: (mean(every[name][attack][which].values())
-                                        if every[name][attack][which] else None)
-    out = {}
+
+    def means(name, attack):  # (score, known)
+        return [mean(x.values()) if x else None for x in every[name][attack]]
+
+    out = {name: {} for name in names}
     for name in names:
-        out[name] = {}
-        for attack in every[name]:
-            score, known, top = at(name, attack), at(name, attack, 1), at("original", attack)
-            ideal = at("retain-only", attack) if "retain-only" in names else None
-            share = None if score is None else recovered(score, known, top, ideal)
-            out[name][attack] = dict(rows=len(every[name][attack][0]), score=score, known=known,
-                                     recovered=share)
+        for attack, (by_row, _) in every[name].items():
+            score, known = means(name, attack)
+            original = means("original", attack)[0]
+            ideal = means("retain-only", attack)[0] if "retain-only" in names else None
+            share = None if score is None else recovered(score, known, original, ideal)
+            out[name][attack] = dict(rows=len(by_row), score=score, known=known, recovered=share)
         for attack in ("plain", *WEIGHTS):
-            kept = best(read_answers(s.run / name / "attack" / f"{attack}.json", "retain"))
-            out[name][attack]["retain"] = mean(kept.values())
+            retained = best(read_answers(s.run / name / "attack" / f"{attack}.json", "retain"))
+            out[name][attack]["retain"] = mean(retained.values())
     return out
 
 
@@ -324,10 +374,10 @@ def requests_curve(folder: Path, parts: list) -> list[dict]:
     """After each request, the original first: ROUGE-L on retain rows and on each request's."""
     curve = []
     for i in range(len(parts) + 1):
-        told = best(read_answers(folder / f"after-{i}.json", "forget"))
-        kept = best(read_answers(folder / f"after-{i}.json", "retain"))
-        curve.append(dict(after=i, retain=mean(kept.values()),
-                          requests=[mean(told[e.id] for e in part) for part in parts]))
+        forgotten, retained = (best(read_answers(folder / f"after-{i}.json", split))
+                               for split in ("forget", "retain"))
+        curve.append(dict(after=i, retain=mean(retained.values()),
+                          requests=[mean(forgotten[e.id] for e in part) for part in parts]))
     return curve
 
 
@@ -343,22 +393,22 @@ def summary(found: dict) -> str:
     def row(name, cells):
         tried = [a for a in (*INPUTS, *WEIGHTS) if cells[a]["recovered"] is not None]
         top = max(tried, key=lambda a: cells[a]["recovered"], default=None)
-        most = "–" if top is None or not cells[top]["recovered"] else \
-            f"{top} ({number(cells[top]['recovered'])})"
-        return [LABELS.get(name, name), number(cells["plain"]["score"]),
+        share = cells[top]["recovered"] if top else None
+        strongest = f"{top} ({number(share)})" if share else "–"
+        return [label(name), number(cells["plain"]["score"]),
                 *(number(cells[a][k]) for a in ("input", "worst") for k in ("score", "recovered")),
-                most]
+                strongest]
     return table(["Approach", "plain", "worst input", "recovered", "worst of all", "recovered",
                   "single attack that recovers most"], [row(n, c) for n, c in found.items()])
 
 
 def attack_table(found: dict, attacks: tuple, value: str) -> str:
-    rows = [[LABELS.get(n, n), *(number(c[a][value]) for a in attacks)] for n, c in found.items()]
+    rows = [[label(n), *(number(c[a][value]) for a in attacks)] for n, c in found.items()]
     return table(["Approach", *attacks], rows)
 
 
 def requests_table(curves: dict) -> str:
-    rows = [[LABELS.get(name, name), p["after"], number(p["retain"]),
+    rows = [[label(name), p["after"], number(p["retain"]),
              *(number(x) if i < p["after"] else f"({number(x)})"
                for i, x in enumerate(p["requests"]))] for name, curve in curves.items()
             for p in curve]
@@ -376,7 +426,7 @@ def write_report(s: Settings, found: dict, curves: dict):
     ideal = "" if "retain-only" in found else (
         " This run has no retain-only model: what an attack gets from a model that never saw the "
         "forget set is unknown, and recovered is an upper bound.")
-    parts = [f"# Attacks: {s.benchmark}, {s.model}, seed {s.seed}", summary(found),
+    parts = [f"# Attacks: {s.benchmark}, {s.label}, seed {s.seed}", summary(found),
              f"ROUGE-L recall, for each question the worst case over variants; {tested} (others do "
              f"not fit the context, leave nothing to score, or were learnt again).{ideal}",
              "## Score under each attack", attack_table(found, ("plain", *ATTACKS), "score"),
@@ -391,14 +441,14 @@ def write_report(s: Settings, found: dict, curves: dict):
     if figure(s.run, found, curves):
         parts.append("![attacks](attack.png)")
     parts += ["## Definitions", f"```\n{__doc__.strip()}\n```"]
-    stage.write_text(s.run / "attack.md", "\n\n".join(parts) + "\n")
-    stage.write_json(s.run / "attack.json", dict(settings=dataclasses.asdict(s), attacks=found,
-                                                 requests=curves))
+    write_text(s.run / "attack.md", "\n\n".join(parts) + "\n")
+    write_json(s.run / "attack.json", dict(settings=dataclasses.asdict(s), attacks=found,
+                                           requests=curves))
     lines = ["stage,attack,rows,score,known,recovered"]
     lines += [f"{n},{a}," + ",".join("" if x[k] is None else str(x[k]) for k in
                                      ("rows", "score", "known", "recovered"))
               for n, cells in found.items() for a, x in cells.items()]
-    stage.write_text(s.run / "attack.csv", "\n".join(lines) + "\n")
+    write_text(s.run / "attack.csv", "\n".join(lines) + "\n")
     print("\n\n".join(x for x in (summary(found), curves and requests_table(curves)) if x))
     print(f"attacks: {s.run / 'attack.md'}")
 
@@ -423,7 +473,7 @@ def figure(run: Path, found: dict, curves: dict) -> bool:
         style = dict(color=COLOURS[i % 6], marker="osD^vP"[i % 6], markersize=6)
         axes[0].plot([x + 0.12 * (i - len(found) / 2) for x in range(len(shown))],
                      [cells[a]["score"] for a in shown], linestyle="none",
-                     label=LABELS.get(name, name), **style)
+                     label=label(name), **style)
         axes[1].plot((0, *LEAKS), [cells[a]["score"] for a in ("plain", *CURVE)], **style)
         if name in curves:
             axes[2].plot([p["after"] for p in curves[name]],
@@ -431,7 +481,7 @@ def figure(run: Path, found: dict, curves: dict) -> bool:
             axes[2].plot([p["after"] for p in curves[name]][1:],
                          [mean(p["requests"][:p["after"]]) for p in curves[name][1:]], **style)
     axes[0].set_xticks(range(len(shown)), shown, rotation=30, ha="right")
-    axes[0].set(ylabel="ROUGE-L recall", title="told about the forget set", ylim=(-0.03, 1.05))
+    axes[0].set(ylabel="ROUGE-L recall", title="recalled of the forget set", ylim=(-0.03, 1.05))
     axes[0].legend(fontsize=8)
     axes[1].set(xlabel="tokens of the answer given", title="the rest of the answer")
     if curves:
@@ -446,56 +496,68 @@ def figure(run: Path, found: dict, curves: dict) -> bool:
 # --------------------------------------------------------------------------------------------- main
 
 
-def print_cost(jobs: list, probes: dict, n_requests: int, chains: list):
+def print_cost(n_models: int, probes: dict, n_requests: int, n_methods: int):
     """What is about to be computed, at most."""
     plain = probes["plain"]
     asked = [p for some in probes.values() for p in some] + plain * len(WEIGHTS)
     rows = sum(p.split == "forget" for p in plain)
-    print(f"{len(jobs)} models to attack, for each {len(asked)} generations of at most "
+    print(f"{n_models} models to attack, for each {len(asked)} generations of at most "
           f"{sum(p.room for p in asked)} tokens in all, {len(WEIGHTS)} reloads, relearning on "
           f"{rows // 2} and on {rows} rows")
-    if chains:
-        print(f"{len(chains)} methods to serve {n_requests} requests with, for each one unlearning "
+    if n_methods:
+        print(f"{n_methods} methods to serve {n_requests} requests with, for each one unlearning "
               f"in all and {(n_requests + 1) * len(plain)} generations of at most "
               f"{(n_requests + 1) * sum(p.room for p in plain)} tokens in all")
 
 
+def models_to_attack(s: Settings, names: list[str]) -> list[str]:
+    """The named models of a run, or all, and always the two that every recovered fraction is
+    measured against, in the report's order. One that is not of what the run now holds is left out,
+    or, if it was named or the others are measured against it, refused."""
+    there, needed = finished_models(s.run), ("retain-only", "original")
+    if unknown := sorted({*names, "original"} - set(there)):
+        raise UserError(f"{s.run} holds no finished model {' or '.join(unknown)}; it has "
+                        f"{', '.join(there) or 'none'}")
+    wanted, inputs, places = {*(names or there), *(set(needed) & set(there))}, data_inputs(s), {}
+    for name in wanted:
+        if why := "; ".join(differences(s.run / name, s, inputs)):
+            text = f"{s.run / name} is not of what this run now holds: {why}; run its stages again"
+            if name in (*names, *needed):
+                raise UserError(text)
+            print(f"left out: {text}", flush=True)
+        else:
+            method = read_stage(s.run / name)["why"]["settings"].get("method")
+            order = (*needed, *simu.METHODS, method)
+            places[name] = order.index(name if name in needed else method), name
+    return sorted(places, key=places.get)
+
+
 def attack(run: Path, names: list[str], k: int):
     """Attack the named models of a run (default: all), and lay them side by side."""
-    s = stage.read_settings(run)
-    there = stage.finished_models(run)
-    if unknown := sorted(set(names) - set(there)):
-        raise UserError(f"{run} holds no finished model {' or '.join(unknown)}; it has "
-                        f"{', '.join(there) or 'none'}")
-    # The two that every recovered fraction is measured against.
-    wanted = {*(names or there), "original", *({"retain-only"} & set(there))}
-    names = [n for n in LABELS if n in wanted] + sorted(wanted - set(LABELS))
-    bench, tokenizer = data.load_benchmark(s), data.load_tokenizer(run / "original")
-    context = simu.Config.from_dir(run / "original").max_position_embeddings
+    s = read_settings(run)
+    names = models_to_attack(s, names)
+    bench, tokenizer = load_benchmark(s), data.load_tokenizer(run / "original")
+    context = Config.from_dir(run / "original").max_position_embeddings
     probes = input_probes(bench, tokenizer, s, context)
-    jobs = [job for job in (attack_job(s, n) for n in names) if not job.done]
-    chains, parts = {}, split_requests(bench.forget, k) if k else []
-    for name in names:
-        made = stage.read_stage(run / name)
-        if k and "method" in made["why"]["settings"]:
-            own = Settings(**made["settings"] | {"out": str(run)})
-            inputs = dict(requests=str(k), original=stage.fingerprint(run / "original"),
-                          **data.data_digests(s))
-            chains[name] = Stage(run / name / f"requests-{k}", settings=own, inputs=inputs,
-                                 fields=(*made["why"]["settings"], *evaluation.DEPENDS, "threshold",
-                                         "mask", "steps", "path"), modules=MODULES)
-    to_serve = [job for job in chains.values() if not job.done]
-    print_cost(jobs, probes, k, to_serve)
-    for job in jobs:
-        attack_stage(job, probes, bench, s)
-    for job in to_serve:
-        requests_stage(job, probes, parts, bench, job.settings)
-    curves = {name: requests_curve(job.folder, parts) for name, job in chains.items()}
+    parts = split_requests(bench.forget, k) if k else []
+    to_attack = {name: job for name in names if not (job := attack_job(s, name)).is_made()}
+    served = {name: job for name in names if k and (job := requests_job(s, name, k))}
+    to_serve = {name: job for name, job in served.items() if not job.is_made()}
+    print_cost(len(to_attack), probes, k, len(to_serve))
+    for name, job in to_attack.items():
+        with job as folder:
+            make_attacks(run / name, folder, probes, bench, s)
+    for name, job in to_serve.items():
+        with job as folder:
+            make_requests(name, folder, probes, parts, bench, job.settings)
+    curves = {name: requests_curve(job.folder, parts) for name, job in served.items()}
     write_report(s, compare(s, names), curves)
 
 
-def main(argv=None):
-    parser = stage.parser("attack.py", "Does it stay forgotten? Attacks on the models of a run.")
+def main(argv: list[str]):
+    """Does it stay forgotten? Attacks on the models of a run, and requests served one by one."""
+    parser = Parser(prog="python -m pipeline attack", description=__doc__,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
     parser.add_argument("stages", nargs="*", default=[], metavar="STAGE",
                         help="e.g. simu-graddiff; default: every model of the run")
@@ -505,8 +567,5 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.requests < 0:
         raise UserError(f"--requests is {args.requests}; it must be 0 (none) or more")
-    attack(args.run, args.stages, args.requests)
-
-
-if __name__ == "__main__":
-    stage.run_cli(lambda: main(sys.argv[1:]))
+    with lock(args.run):
+        attack(args.run, args.stages, args.requests)

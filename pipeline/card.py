@@ -37,9 +37,9 @@ print(tokenizer.decode(model.generate(**ids)[0], skip_special_tokens=True))
 def use(template: str) -> str:
     """How to ask the model something in transformers."""
     if template == "chat":
-        return USE.format(ids='asked = [dict(role="user", content="...")]\n'
-                              'ids = tokenizer.apply_chat_template(asked, add_generation_prompt=True'
-                              ',\n    return_dict=True, return_tensors="pt")')
+        return USE.format(ids="""asked = [dict(role="user", content="...")]
+ids = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=True,
+                                    return_tensors="pt")""")
     before, after, _ = data.TEMPLATES[template]
     return USE.format(ids=f'ids = tokenizer({f"{before}...{after}"!r}, return_tensors="pt")')
 

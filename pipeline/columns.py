@@ -80,10 +80,11 @@ MORE_COLUMNS = {  # by benchmark, the tables below the main ones
     "rows": (_each("Prob", ".4f", "probability", OWN),
              (("EM-Retain (tokens)", ".4f", ("retain.exact_memorisation",)),
               ("ES-Retain", ".4f", ("retain.extraction_strength",))), SPEECH_COLUMNS)}
-SOUL_READING = ("The published MIA is most likely not an AUC of members against non-members: SOUL's "
-                "code lays the labels out in another order than the scores [D12], by which a "
-                "perfect attack shows about .77 and its reverse .23. The last two columns are our "
-                "numbers computed that way, to be held against the published ones.")
+SOUL_READING = """\
+The published MIA is most likely not an AUC of members against non-members: SOUL's code lays the
+labels out in another order than the scores [D12], so that a perfect attack shows about .77 and its
+reverse .23. The last two columns are our numbers computed that way, to be held against the
+published ones."""
 
 
 def reading(metrics: dict) -> str:

@@ -11,7 +11,8 @@ import data
 import eval as evaluation
 from model import Transformer, UserError, write_json, write_text
 from pipeline.resume import RESUME
-from pipeline.settings import Aside, Placement, Settings, Source, load_benchmark, placement, read_settings
+from pipeline.settings import (Aside, Placement, Settings, Source, load_benchmark, placement,
+                               read_settings)
 from pipeline.stage import Stage, content, data_inputs, differences, read_stage
 
 
@@ -23,7 +24,8 @@ def evaluation_job(s: Settings, name: str, limit: int = 0) -> Stage:
         inputs |= folder_inputs("encoder", s.encoder)
     return Stage(folder / (f"eval-limit-{limit}" if limit else "eval"), settings=s, inputs=inputs,
                  code=(make_evaluation,),
-                 takes=(data.Slice, Source, Placement, Aside, evaluation.Limits), also=dict(limit=limit))
+                 takes=(data.Slice, Source, Placement, Aside, evaluation.Limits),
+                 also=dict(limit=limit))
 
 
 def folder_inputs(name: str, folder: str) -> dict[str, str]:

@@ -1,13 +1,15 @@
-"""Every figure of the paper, and the frontier, from what `simu.py` and its sweep left in a folder.
+"""Every figure of the paper, and the frontier, from what a run or a sweep left in its folder.
 
-    python figures.py all                    every folder of results/
-    python figures.py frontier runs/sweep-demo-tiny-llama
+    python -m pipeline figures all                    every folder of benchmarks/results/
+    python -m pipeline figures frontier runs/sweep-demo-tiny-llama
 
 what       reads                               writes to FOLDER/figures/, each with its CSV
 ---------  ----------------------------------  ------------------------------------------------
 masks      scores.csv of a sweep, or a run's   figure6 (where critical neurons lie), figure4
            attribution/scores.safetensors      (how many at which t), table5.csv
 variants   sweep.csv: sweeps m, t and mask     figure2, figure3, figure5
+varied     sweep.csv: sweep vary               varied: every metric against the first setting of
+                                               --vary, a line per arm and value of the others
 frontier   sweep.csv: sweeps frontier and      frontier, equal-forgetting.csv: utility at the
            baseline                            same forgetting, interpolated, with intervals
 
@@ -17,20 +19,20 @@ difference is taken seed by seed, as both arms start from the same original. Not
 here, and matplotlib is needed only to draw.
 """
 
+import argparse
 import csv
 import math
 import statistics
-import sys
 from pathlib import Path
-
-import stage  # before torch: it silences a warning of torch's import
 
 import torch
 
 import simu
-from report import PUBLISHED_CRITICAL, table
-from stage import UserError
-from sweep import COLUMNS, write_csv
+from data import sha256
+from model import UserError, read_json, read_tensors
+from pipeline.columns import PUBLISHED_CRITICAL, table
+from pipeline.settings import HERE, Parser
+from pipeline.sweep import COLUMNS, write_csv
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart; markers say the same again.
 BLACK, ORANGE, SKY, GREEN, BLUE, RED, PINK = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2",
@@ -75,41 +77,74 @@ def save(figure, path: Path):
 
 
 def title_of(about: dict) -> str:
-    return f"{about['benchmark']}, {about['model']}"
+    return f"{about['benchmark']}, {Path(about['model']).name}"
+
+
+def look_of(arm: str, index: int) -> tuple[str, str]:
+    """Colour and marker of an arm; index: its place among those drawn."""
+    return STYLES.get(arm, list(STYLES.values())[index % len(STYLES)])
 
 
 # ------------------------------------------------------------------------------------------ reading
 
 
-def read_csv(path: Path, columns: tuple) -> list[dict]:
-    """Rows of one of our tables; UserError if it is missing or is not one."""
+SWEEP_AGAIN = "run its sweep again: what is in points.jsonl is not computed twice"
+
+
+def read_about(folder: Path) -> dict:
+    """settings.json of a run or sweep, as far as titles and masks need it."""
+    about = read_json(folder / "settings.json")
+    kinds = dict(benchmark=str, model=str, threshold=float, steps=int)
+    if not isinstance(about, dict) or any(type(about.get(k)) is not kinds[k] for k in kinds):
+        raise UserError(f"{folder}/settings.json is not that of a run or sweep; {SWEEP_AGAIN}")
+    return about
+
+
+def read_csv(folder: Path, name: str, columns: tuple, about: dict) -> list[dict]:
+    """Rows of a sweep's table; UserError if it is missing, is not one, or was altered since."""
+    path, known = folder / name, about.get("sha256")
     if not path.is_file():
-        raise UserError(f"{path} is missing; `python simu.py sweep` makes it")
-    with open(path, encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
+        raise UserError(f"{path} is missing; {SWEEP_AGAIN}")
+    if isinstance(known, dict) and known.get(name) != sha256(path):
+        raise UserError(f"{path} is not what its sweep wrote; {SWEEP_AGAIN}")
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file))
+    except (UnicodeDecodeError, csv.Error):
+        rows = []
     if not rows or any(None in (row.get(c) for c in columns) for row in rows):
-        raise UserError(f"{path} has no rows or lacks columns; `python simu.py sweep` makes it "
-                        "again")
+        raise UserError(f"{path} has no rows or lacks columns; {SWEEP_AGAIN}")
     return rows
 
 
-def number(row: dict, name: str) -> float | None:
+def read_sweep(folder: Path, about: dict) -> list[dict]:
+    return read_csv(folder, "sweep.csv", COLUMNS, about)
+
+
+def number(row: dict, name: str, kind=float):
     """A cell as a number, None where it is empty."""
     try:
-        return float(row[name]) if row[name] else None
+        value = kind(row[name]) if row[name] else None
     except ValueError:
-        raise UserError(f"{name} is {row[name]!r}, not a number, in a row of sweep {row['sweep']} "
-                        "in sweep.csv; `python simu.py sweep` makes it again") from None
+        value = math.nan
+    if value is not None and not math.isfinite(value):
+        raise UserError(f"{name} is {row[name]!r}, not a number, in a row of a sweep's table; "
+                        f"{SWEEP_AGAIN}")
+    return value
 
 
-def read_scores(folder: Path):
+def read_scores(folder: Path, about: dict):
     """Forget and retain scores [L, D]."""
     if not (folder / "scores.csv").is_file():
-        return simu.read_tensors(folder / "attribution" / "scores.safetensors",
-                                 ("forget", "retain"))
-    rows = read_csv(folder / "scores.csv", ("layer", "neuron", "forget", "retain"))
-    depth = 1 + max(int(r["layer"]) for r in rows)
-    return [torch.tensor([float(r[name]) for r in rows]).view(depth, -1)  # [L, D]
+        return read_tensors(folder / "attribution" / "scores.safetensors", ("forget", "retain"))
+    rows = read_csv(folder, "scores.csv", ("layer", "neuron", "forget", "retain"), about)
+    depth = 1 + max(number(r, "layer", int) or 0 for r in rows)
+    places = [(l, k) for l in range(depth) for k in range(len(rows) // depth)]
+    if [(number(r, "layer", int), number(r, "neuron", int)) for r in rows] != places or not all(
+            r["forget"] and r["retain"] for r in rows):
+        raise UserError(f"{folder}/scores.csv does not hold a score of every neuron of every layer "
+                        f"in order; {SWEEP_AGAIN}")
+    return [torch.tensor([number(r, name) for r in rows]).view(depth, -1)  # [L, D]
             for name in ("forget", "retain")]
 
 
@@ -183,7 +218,7 @@ def figure4(folder: Path, about: dict, forget, retain):
 
 def masks(folder: Path, about: dict):
     """Figures 4 and 6 and Table 5."""
-    forget, retain = read_scores(folder)
+    forget, retain = read_scores(folder, about)
     figure6(folder, about, forget, retain)
     figure4(folder, about, forget, retain)
     critical = int(simu.critical_mask(forget, about["threshold"]).sum())
@@ -243,8 +278,8 @@ def figure5(folder: Path, about: dict, rows: list[dict]):
     for i, r in enumerate(own):
         at = [x + (i - (len(own) - 1) / 2) * width for x in range(len(values))]
         ax.bar(at, [number(r, v) or 0 for v, _ in values], width * 0.92,
-               color=STYLES[r["arm"]][0], edgecolor=BLACK, lw=0.4, hatch=("", "//", "..", "\\\\",
-                                                                          "xx", "--")[i % 6],
+               color=look_of(r["arm"], i)[0], edgecolor=BLACK, lw=0.4,
+               hatch=("", "//", "..", "\\\\", "xx", "--")[i % 6],
                label=f"{r['arm'].removeprefix('simu-').replace('simu', 'dual')} ({r['critical']})")
     ax.set_xticks(range(len(values)), [name.replace(" (", "\n(") for _, name in values])
     ax.grid(axis="x", visible=False)
@@ -258,7 +293,7 @@ def figure5(folder: Path, about: dict, rows: list[dict]):
 
 def variants(folder: Path, about: dict):
     """Figures 2, 3 and 5."""
-    rows = read_csv(folder / "sweep.csv", COLUMNS)
+    rows = read_sweep(folder, about)
     lines(folder, about, rows, "m", "steps", "figure2", "m")
     lines(folder, about, rows, "t", "threshold", "figure3", "t")
     figure5(folder, about, rows)
@@ -306,7 +341,7 @@ def frontiers(rows: list[dict]) -> tuple[dict, dict]:
             else:
                 points.setdefault(r["arm"], {}).setdefault(r["seed"], []).append(at)
     if not points or "original" not in base:
-        raise UserError("sweep.csv holds no frontier; `python simu.py sweep` makes one")
+        raise UserError("sweep.csv holds no frontier; `python -m pipeline sweep` makes one")
     return {arm: {seed: pareto(some + [base["original"][seed]]) for seed, some in own.items()}
             for arm, own in points.items()}, base
 
@@ -345,7 +380,7 @@ def draw_frontier(folder: Path, about: dict, rows: list[dict], fronts: dict, bas
     figure, axes = canvas(1, 2, (12.5, 5))
     (ax, beside), grid, curve_rows = axes[0], [i / 200 for i in range(201)], []
     for i, (arm, own) in enumerate(fronts.items()):
-        colour, marker = STYLES.get(arm, list(STYLES.values())[i % len(STYLES)])
+        colour, marker = look_of(arm, i)
         look = dict(color=colour, lw=1.8, marker=marker, markevery=(2 * i, 20), ms=6)
         curve = [(x, u) for x in grid if len(u := seed_by_seed(own, x)) == len(own)]
         band(ax, [(x, *interval(list(u.values()))) for x, u in curve], look, NAMES.get(arm, arm))
@@ -379,22 +414,22 @@ def draw_frontier(folder: Path, about: dict, rows: list[dict], fronts: dict, bas
 
 def frontier(folder: Path, about: dict):
     """The frontier's picture, and utility at equal forgetting."""
-    rows = read_csv(folder / "sweep.csv", COLUMNS)
+    rows = read_sweep(folder, about)
     fronts, base = frontiers(rows)
     draw_frontier(folder, about, rows, fronts, base)
     seeds = list(base["original"])
     levels = {f"forget = {x}": dict.fromkeys(seeds, x) for x in LEVELS}
     if "retain-only" in base:
         levels = {"retain-only's": {k: v[0] for k, v in base["retain-only"].items()}} | levels
-    told = equal_forgetting(fronts, levels)
+    compared = equal_forgetting(fronts, levels)
     write_csv(folder / "figures" / "equal-forgetting.csv", (
         "level", "arm", "seeds", "utility", "half_interval", "simu_minus_arm",
         "difference_half_interval"),
-        [[*r[:3], *("" if math.isnan(x) else f"{x:.5f}" for x in r[3:])] for r in told])
+        [[*r[:3], *("" if math.isnan(x) else f"{x:.5f}" for x in r[3:])] for r in compared])
     print(table(["At equal forgetting", "arm", "seeds", "utility, 95% t-interval",
                  "SIMU minus it, seed by seed"],
                 [[r[0], NAMES.get(r[1], r[1]), r[2], with_interval(*r[3:5]),
-                  with_interval(*r[5:], sign="+")] for r in told]))
+                  with_interval(*r[5:], sign="+")] for r in compared]))
 
 
 def with_interval(mean: float, half: float, sign: str = "") -> str:
@@ -403,39 +438,108 @@ def with_interval(mean: float, half: float, sign: str = "") -> str:
     return f"{mean:{sign}.4f}" + ("" if math.isnan(half) else f" ± {half:.4f}")
 
 
+# ------------------------------------------------------------------------------------------ varied
+
+
+METRICS = [metric for panel in PANELS for metric in panel]
+
+
+def varied_lines(rows: list[dict]) -> tuple[str, dict]:
+    """Of the sweep `vary`: the name of its first setting, and {(arm, the other settings): {value:
+    {metric: numbers of all seeds}}}."""
+    name, lines = "", {}
+    for r in rows:
+        if r["sweep"] == "vary" and not r["error"]:
+            first, _, others = r["varied"].partition(" ")
+            name, _, value = first.partition("=")
+            seen = lines.setdefault((r["arm"], others), {}).setdefault(
+                value, {m: [] for m, _ in METRICS})
+            for m, _ in METRICS:
+                seen[m] += [x] if (x := number(r, m)) is not None else []
+    if not lines:
+        raise UserError("sweep.csv holds nothing varied; `python -m pipeline sweep` with --vary "
+                        "NAME=VALUE,... makes it")
+    return name, lines
+
+
+def places_of(values: list[str]) -> dict[str, float]:
+    """Where each value stands on the axis: its number, or, if one is none, its place."""
+    try:
+        return {v: float(v) for v in values}
+    except ValueError:
+        return {v: float(i) for i, v in enumerate(values)}
+
+
+def varied(folder: Path, about: dict):
+    """Every metric against what was varied: means over seeds, with the seeds' range."""
+    name, lines = varied_lines(read_sweep(folder, about))
+    place = places_of(list(dict.fromkeys(v for line in lines.values() for v in line)))
+    low, high = min(place.values()), max(place.values())
+    figure, axes = canvas(1, len(METRICS), (3.2 * len(METRICS), 3.8))
+    every = sorted({others for _, others in lines})
+    for ax, (metric, title) in zip(axes[0], METRICS):
+        for i, ((arm, others), line) in enumerate(lines.items()):
+            seen = {place[v]: line[v][metric] for v in sorted(line, key=place.get)}
+            seen = {at: numbers for at, numbers in seen.items() if numbers}
+            colour, marker = look_of(arm, i)
+            ax.plot(list(seen), [statistics.mean(x) for x in seen.values()], color=colour, ms=5,
+                    marker=marker, ls=("-", "--", ":", "-.")[every.index(others) % 4],
+                    label=" ".join(filter(None, (NAMES.get(arm, arm), others))))
+            ax.fill_between(list(seen), [min(x) for x in seen.values()],
+                            [max(x) for x in seen.values()], color=colour, alpha=0.13, lw=0)
+        ax.set(title=title, xlabel=name, xscale="log" if low > 0 and high >= 5 * low else "linear")
+        ax.set_xticks(list(place.values()), list(place), fontsize=8)
+        ax.minorticks_off()
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), ncols=4, fontsize=9,
+                  loc="outside lower center")
+    figure.suptitle(f"Against {name}, means over seeds and their range: {title_of(about)}",
+                    fontsize=11)
+    save(figure, folder / "figures" / "varied.png")
+    write_csv(folder / "figures" / "varied.csv", ("arm", "others", name, *(m for m, _ in METRICS)), [
+        (*key, v, *(f"{statistics.mean(x):.5f}" if x else "" for x in line[v].values()))
+        for key, line in lines.items() for v in line])
+
+
 # --------------------------------------------------------------------------------------------- main
 
-FIGURES = {"masks": (masks, ("scores.csv", "attribution/scores.safetensors")),
-           "variants": (variants, ("sweep.csv",)), "frontier": (frontier, ("sweep.csv",))}
+SCORES = ("scores.csv", "attribution/scores.safetensors")
+FIGURES = {"masks": masks, "variants": variants, "frontier": frontier, "varied": varied}
+
+
+def drawable(folder: Path, about: dict) -> list[str]:
+    """The figures for which a folder holds the data."""
+    found = ["masks"] if any((folder / x).is_file() for x in SCORES) else []
+    if (folder / "sweep.csv").is_file():
+        sweeps = {r["sweep"] for r in read_sweep(folder, about)}
+        found += ["variants"] if sweeps & {"m", "t", "mask"} else []
+        found += [name for name, sweep in (("frontier", "frontier"), ("varied", "vary"))
+                  if sweep in sweeps]
+    return found
 
 
 def draw(what: str, folder: Path):
     """The figures that `what` names, or all for which the folder holds the data."""
-    about = stage.read_json(folder / "settings.json")
-    drawn = False
-    for name, (function, sources) in FIGURES.items():
-        if what == name or (what == "all" and any((folder / x).is_file() for x in sources)):
-            print(f"== {folder}: {name}")
-            function(folder, about)
-            drawn = True
-    if not drawn:
-        raise UserError(f"{folder} holds neither sweep.csv nor attribution scores; it is no run or "
-                        "sweep of simu.py")
+    about = read_about(folder)
+    names = drawable(folder, about) if what == "all" else [what]
+    if not names:
+        raise UserError(f"{folder} holds neither a sweep's tables nor attribution scores; name the "
+                        "folder of a run or a sweep")
+    for name in names:
+        print(f"== {folder}: {name}")
+        FIGURES[name](folder, about)
 
 
-def main(argv=None):
-    parser = stage.parser("figures.py", "The paper's figures and the frontier, from stored runs.")
+def main(argv: list[str]):
+    """The paper's figures and the frontier, from stored runs and sweeps."""
+    parser = Parser(prog="python -m pipeline figures", description=__doc__,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("all", *FIGURES))
     parser.add_argument("folders", nargs="*", default=[], type=Path, metavar="FOLDER",
-                        help="a run or a sweep; default: every folder of results/")
+                        help="a run or a sweep; default: every folder of benchmarks/results/")
     args = parser.parse_args(argv)
-    folders = args.folders or sorted(p.parent for p in (stage.HERE / "results").glob(
-        "*/settings.json"))
+    stored = HERE / "benchmarks" / "results"
+    folders = args.folders or sorted(p.parent for p in stored.glob("*/settings.json"))
     if not folders:
-        raise UserError("results/ holds no stored sweep; name the folder of a run or sweep")
+        raise UserError(f"{stored} holds no stored sweep; name the folder of a run or sweep")
     for folder in folders:
         draw(args.what, folder)
-
-
-if __name__ == "__main__":
-    stage.run_cli(lambda: main(sys.argv[1:]))

@@ -18,6 +18,7 @@ from data import Encoded
 from model import Config, Transformer, UserError, weight_files, write_json
 from pipeline import hub
 from pipeline.plan import check_memory
+from pipeline.request import written_rows
 from pipeline.settings import (Making, Placement, Settings, Source, choose_device, load_benchmark,
                                placement, tiny_config)
 from pipeline.stage import Stage, claim, content, data_inputs
@@ -101,14 +102,24 @@ def make_original(s: Settings, bench: data.Benchmark, job: Stage, folder: Path):
 
 def fine_tune(s: Settings, bench: data.Benchmark, job: Stage, base: Path, folder: Path):
     """A model that never saw the benchmark, taught its forget and retain rows in one go."""
+    teach(s, bench.forget + bench.retain, job, base, folder)
+
+
+def fine_tune_retain_only(s: Settings, bench: data.Benchmark, job: Stage, base: Path,
+                          folder: Path):
+    """Its partner: taught alike, without the forget rows."""
+    teach(s, bench.retain, job, base, folder)
+
+
+def teach(s: Settings, examples: list[data.Example], job: Stage, base: Path, folder: Path):
     tokenizer, config = data.load_tokenizer(base), Config.from_dir(base)
-    rows = data.encode_all(bench.forget + bench.retain, tokenizer, s.template,
-                           context=config.max_position_embeddings, vocab=config.vocab_size)
+    rows = data.encode_all(examples, tokenizer, s.template, vocab=config.vocab_size,
+                           context=config.max_position_embeddings)
     job.notes["predicted_bytes"] = check_memory(s, config, "learn", rows=rows)
     model = Transformer.from_pretrained(base, **placement(s))
     rng = random.Random(s.seed)
     epochs = [rng.sample(rows, len(rows)) for _ in range(s.learn_epochs)]
-    learn(model, epochs, learning(s, s.learn_lr), job, title="learn the forget and the retain set")
+    learn(model, epochs, learning(s, s.learn_lr), job, title=f"learn {job.name}")
     model.save_pretrained(folder)
     data.copy_tokenizer(base, folder)
 
@@ -117,30 +128,39 @@ def fine_tune(s: Settings, bench: data.Benchmark, job: Stage, base: Path, folder
 
 
 def original_stage(s: Settings):
-    """original/, and retain-only/ where a tiny one is made here. Downloads what is not at hand."""
+    """original/, and retain-only/ where there is one. Downloads what is not at hand."""
     claim(s.run)
     if source := hub.wanted_data(s):
         hub.download(source)
-    bench, inputs = load_benchmark(s), data_inputs(s)
     if s.tiny and not s.weights:
-        make_tiny(s, bench, inputs)
+        make_tiny(s, load_benchmark(s), data_inputs(s))
     else:
         folder, source, ready = hub.find_original(s)
+        if s.retain_from_model and not s.retain:
+            written_rows(s, folder)
+        bench, inputs = load_benchmark(s), data_inputs(s)
         if ready:
-            link_original(s, folder, source, inputs)
+            link_model(s, "original", folder, source, inputs)
         else:
             make_fine_tuned(s, bench, inputs, folder, source)
+        if partner := hub.find_retain_only(s):
+            link_model(s, "retain-only", *partner, inputs)
     write_json(s.run / "settings.json", dataclasses.asdict(s) | dict(force=False))
 
 
 def make_fine_tuned(s: Settings, bench: data.Benchmark, inputs: dict, base: Path, source: dict):
-    """original/ of a real model of which no original was published."""
-    job = Stage(s.run / "original", settings=s, inputs=source["sha256"] | inputs, code=(fine_tune,),
-                takes=(data.Slice, Source, Placement, Making))
-    job.notes["source"] = source
-    if not job.is_made():
-        with job as folder:
-            fine_tune(s, bench, job, base, folder)
+    """original/ of a real model of which no original was published, and its partner."""
+    made = {"original": fine_tune}
+    if s.learn_retain_only:
+        made["retain-only"] = fine_tune_retain_only
+    for name, make in made.items():
+        weights = {f"weights/{file}": sha for file, sha in source["sha256"].items()}
+        job = Stage(s.run / name, settings=s, inputs=weights | inputs, code=(make,),
+                    takes=(data.Slice, Source, Placement, Making))
+        job.notes["source"] = source
+        if not job.is_made():
+            with job as folder:
+                make(s, bench, job, base, folder)
 
 
 def make_tiny(s: Settings, bench: data.Benchmark, inputs: dict):
@@ -154,8 +174,9 @@ def make_tiny(s: Settings, bench: data.Benchmark, inputs: dict):
         inputs = inputs | {name: content(s.run / name)}
 
 
-def link_original(s: Settings, source: Path, origin: dict, inputs: dict):
-    """original/ as links to the files of a folder; origin: its SOURCE, if it was downloaded."""
+def link_model(s: Settings, name: str, source: Path, origin: dict, inputs: dict):
+    """original/ or retain-only/ as links to the files of a folder; origin: its SOURCE, if it was
+    downloaded."""
     if not source.is_dir():
         raise UserError(f"{source} is not a folder; a model is a name of the table, a folder in "
                         "Hugging Face layout, or hf:OWNER/NAME[@REVISION]")
@@ -166,15 +187,16 @@ def link_original(s: Settings, source: Path, origin: dict, inputs: dict):
     Config.from_dir(source)
     weight_files(source)
     data.load_tokenizer(source)
-    if (s.run / "retain-only").exists():
+    partner = s.run / "retain-only"
+    if name == "original" and not s.retain_only and partner.exists() and not hub.find_retain_only(s):
         raise UserError(f"{s.run} holds a retain-only model that is not of {source}; choose "
                         "another --out, or delete that folder")
     names = [p for p in sorted(source.iterdir()) if p.is_file()
              and p.suffix in (".json", ".safetensors", ".model", ".jinja")]
     known = origin.get("sha256", {})
-    job = Stage(s.run / "original", settings=s, code=(), takes=(data.Slice, Source), inputs=inputs
-                | {p.name: known.get(p.name) or data.sha256(p) for p in names})
-    job.notes["source"] = origin
+    job = Stage(s.run / name, settings=s, code=(), takes=(data.Slice, Source), inputs=inputs
+                | {f"weights/{p.name}": known.get(p.name) or data.sha256(p) for p in names})
+    job.notes["source"] = origin or dict(folder=str(source))
     if not job.is_made():
         with job as folder:
             for p in names:

@@ -7,6 +7,8 @@ GB is 10^9 bytes. Not counted: torch itself, CUDA's context, the allocator's rou
 """
 
 import os
+import re
+import shutil
 import weakref
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -19,10 +21,10 @@ from torch.utils._pytree import tree_leaves
 
 import simu
 from data import Encoded
-from model import LOGITS, Config, Transformer, UserError, weight_files
+from model import LOGITS, Config, Transformer, UserError
 from pipeline import hub
-from pipeline.settings import (Settings, choose_device, choose_dtype, load_benchmark,
-                               resolve, tiny_config)
+from pipeline.settings import (Settings, choose_device, choose_dtype, load_benchmark, resolve,
+                               tiny_config)
 from pipeline.stage import mask_name, read_stage
 
 GB = 1e9
@@ -30,7 +32,7 @@ RESERVE = GB  # of a GPU's free memory: library workspaces and the allocator's r
 CARD = 80 * GB  # what is compared with where no GPU is at hand
 
 LLAMA2 = dict(model_type="llama", vocab_size=32000, max_position_embeddings=4096)
-CONFIGS = {  # of models that need not be at hand
+CONFIGS = {  # of models that need not be at hand; also found in the name of an hf: repository
     "llama2-7b": Config(**LLAMA2, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
                         num_attention_heads=32),
     "llama2-13b": Config(**LLAMA2, hidden_size=5120, intermediate_size=13824, num_hidden_layers=40,
@@ -61,6 +63,7 @@ LONGEST = {("tofu", "llama2-7b"): (164, 105), ("tofu", "olmo-1b"): (142, 91),
            ("demo", "tiny-llama"): (66, 41), ("demo", "tiny-olmo"): (65, 41),
            ("tofu", "tiny-llama"): (126, 95), ("tofu", "tiny-olmo"): (122, 94),
            ("lume", "tiny-llama"): (432, 108), ("lume", "tiny-olmo"): (413, 103)}
+UNKNOWN = (512, 256)  # of rows of one's own, until they are encoded
 TOFU_ROWS = {"forget01": 40, "forget05": 200, "forget10": 400}
 TOFU_RETAIN_EVAL, TOFU_FACTS, LUME_ROWS = 400, 217, 2732  # rows asked about; forget rows
 STAGES = (("attribute", None), *(("unlearn", method) for method in simu.METHODS),
@@ -279,10 +282,12 @@ def config_of(s: Settings) -> Config:
     if s.tiny:
         return tiny_config(s, SimpleNamespace(vocab_size=s.vocab, bos_id=1, eos_id=2))
     name = "olmo-1b-0724" if (s.benchmark, s.model) == ("lume", "olmo-1b") else s.model
-    if name not in CONFIGS:
+    own = re.sub("llama-", "llama", (s.weights or name).lower())  # as Llama-2-13b-hf is spelled
+    known = [x for x in CONFIGS if x == name or own.startswith("hf:") and x in own]
+    if not known:
         raise UserError(f"the shape of {s.model} is not known before it is here; run `python -m "
                         "pipeline original` first, or name a folder that holds its config.json")
-    return CONFIGS[name]
+    return CONFIGS[max(known, key=len)]
 
 
 def critical_count(s: Settings, config: Config) -> int:
@@ -308,7 +313,8 @@ def check_memory(s: Settings, config: Config, name: str, method: str | None = No
 
 def _lengths(s: Settings, rows=()) -> dict:
     longest, answer = LONGEST.get((s.benchmark, s.model)) or max(
-        x for (benchmark, _), x in LONGEST.items() if benchmark == s.benchmark)
+        (x for (benchmark, _), x in LONGEST.items() if benchmark == s.benchmark),
+        default=UNKNOWN)
     if rows:
         longest = max(len(r.ids) for r in rows)
         answer = max(len(r.ids) - max(r.n_prompt, 1) for r in rows)
@@ -356,21 +362,30 @@ def plan_command(s: Settings):
     where = ("no GPU here: compared with one card of" if no_gpu else
              f"{torch.cuda.get_device_name() if here.type == 'cuda' else 'CPU'}, room for")
     print(f"{where} {free / GB:.1f} GB\n")
+    sources = hub.original_sources(s)
+    too_large = _print_needs(s, config, given, free, learns=bool(sources.base))
+    disk, lacking = _disk(s, config, count, dtype, sources)
+    print("", *_work(s, config, given["longest"], sources.base), disk, sep="\n")
+    if too_large or lacking:
+        print("does not fit: " + "; ".join(too_large + lacking))
+
+
+def _print_needs(s: Settings, config: Config, given: dict, free: int, *, learns: bool) -> list[str]:
+    """Print a row of bytes per stage. Returns those that do not fit, each with what would help."""
     unit, size = ("MB", 1e6) if s.tiny else ("GB", GB)
     heads = zip(("weights", "gradients", "state", "activations", "peak"), WIDTHS)
     print(f"{unit:10}{''.join(f'{head:>{w}}' for head, w in heads)}  fits")
-    hints = []
-    sources = hub.original_sources(s)
-    for name, method in ((("learn", None),) if sources.base else ()) + STAGES:
+    too_large = []
+    for name, method in ((("learn", None),) if learns else ()) + STAGES:
         own = s if method is None else _for_method(s, method)
         n = need(own, config, name, method, **given)
         parts = (n.weights, n.gradients, n.state, n.activations, n.peak)
         cells = (f"{x / size:{w}.2f}" for x, w in zip(parts, WIDTHS))
         print(f"{method or name:10}{''.join(cells)}  {'yes' if n.peak <= free else 'no'}")
         if n.peak > free:
-            hints.append(f"{method or name}: {_advice(own, config, name, method, free, given)}")
-    work = _work(s, config, given["longest"], sources.base)
-    print("", *hints, *work, _disk(s, config, count, dtype, sources), sep="\n")
+            advice = _advice(own, config, name, method, free, given)
+            too_large.append(f"{method or name} ({advice})")
+    return too_large
 
 
 def _for_method(s: Settings, method: str) -> Settings:
@@ -416,19 +431,21 @@ def _sizes(s: Settings) -> tuple[int, int, int]:
     return forget, 4000 - forget, 2 * (forget + TOFU_RETAIN_EVAL) + TOFU_FACTS
 
 
-def _disk(s: Settings, config: Config, count: int, dtype: torch.dtype, sources: hub.Sources) -> str:
+def _disk(s: Settings, config: Config, count: int, dtype: torch.dtype,
+          sources: hub.Sources) -> tuple[str, list[str]]:
+    """What a run writes, in a line; and what of it the run's disk has no room for."""
     kind, repo = ("base", sources.base) if sources.base else ("original", sources.original)
-    folder = hub.given_model(s)
-    if repo:
-        first = sum(size for name, size in repo.files.items() if name.endswith(".safetensors"))
-    elif folder and os.path.isdir(folder):
-        first = sum(file.stat().st_size for file in weight_files(Path(folder))[0])
-    else:
-        first = 0
+    folder = Path(hub.given_model(s) or s.run / "original")
+    sizes = (repo.files.items() if repo else
+             ((file.name, file.stat().st_size) for file in folder.glob("*.safetensors")))
+    first = sum(size for name, size in sizes if name.endswith(".safetensors"))
     first = first or count * 4  # made here, or of unknown size
     models = len(simu.METHODS) + (1 if sources.base else 0)
     made = models * count * dtype.itemsize
-    scores = config.num_hidden_layers * config.hidden_size * 9  # two float32 and a bool
-    return (f"disk: {(first + made + scores) / GB:.2f} GB ({kind} {first / GB:.2f}, {models} models "
-            f"made here {made / GB:.2f}); a model made again needs {made / models / GB:.2f} more "
-            "meanwhile")
+    made += config.num_hidden_layers * config.hidden_size * 9  # scores, two of float32; a mask
+    there = next(p for p in (s.run, *s.run.absolute().parents) if p.is_dir())
+    free = shutil.disk_usage(there).free
+    line = (f"disk: {(first + made) / GB:.2f} GB ({kind} {first / GB:.2f}, {models} models made "
+            f"here {made / GB:.2f}), {free / GB:.0f} GB free; a model made again needs "
+            f"{made / models / GB:.2f} more meanwhile")
+    return line, [f"{made / GB:.0f} GB in {s.run} (free that much)"] if made > free else []

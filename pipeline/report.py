@@ -1,8 +1,8 @@
 """The report of a run: our rows in the paper's columns, and the published rows beneath.
 
-`python -m pipeline report RUN` writes RUN/report.md and RUN/report.json from the evaluations in RUN's
-stage folders, and the model cards again. What each number means is defined once, at the top of
-eval.py, and repeated in every report.
+`python -m pipeline report RUN` writes RUN/report.md and RUN/report.json from the evaluations in
+RUN's stage folders, and the model cards again. What each number means is defined once, at the top
+of eval.py, and repeated in every report.
 """
 
 import dataclasses
@@ -55,7 +55,7 @@ def find_evaluations(s: Settings, reference: list[dict] | None = None, *,
 
 
 def _place(folder: Path) -> tuple:
-    """Sorts stages as the paper does: retain-only, original, then the methods as simu lists them."""
+    """Sorts stages: retain-only, original, then by method in the order of simu's table."""
     method, first = read_stage(folder)["why"]["settings"].get("method"), ("retain-only", "original")
     if method is None:
         return 0, first.index(folder.name) if folder.name in first else len(first), folder.name
@@ -166,7 +166,7 @@ def _seeds_table(columns, seeds: dict, found: list[dict]) -> str:
 
 
 def _notes(found: list[dict], footnotes: dict) -> str:
-    """Each remark once, with its number in the tables, and the values and approaches it is about."""
+    """Each remark once, with its number in the tables, and what and whom it is about."""
     said = {}  # (split or name, note) -> names, labels; used as ordered sets
     for e in found:
         for name, note in e["metrics"]["notes"].items():
@@ -210,7 +210,9 @@ def _shown(text: str, most: int = 300) -> str:
 
 
 def qualitative(found: list[dict], each: int = 3) -> list[dict]:
-    """The same prompts answered by every approach, forget and retain (Tables 6 and 7)."""
+    """The same prompts answered by every approach, forget and retain (Tables 6 and 7). Of a user's
+    own rows numbers alone: a report may be shown to those who may not read them."""
+    private = found[0]["metrics"]["benchmark"] == "rows"
     by_id = [{(r["split"], r["id"]): r for r in e["rows"] if "generation" in r} for e in found]
     shared = [key for key in by_id[0] if all(key in rows for rows in by_id)]
     picked = []
@@ -219,7 +221,13 @@ def qualitative(found: list[dict], each: int = 3) -> list[dict]:
         tasks = sorted({by_id[0][k].get("task", "") for k in own})
         some = max(1, each // max(1, len(tasks)))
         for task in tasks:
-            picked += spread([k for k in own if by_id[0][k].get("task", "") == task], some)
+            picked += spread([k for k in own if by_id[0][k].get("task", "") == task],
+                             5 * some if private else some)
+    if private:
+        return [dict(split=k[0], id=k[1], numbers={
+            e["name"]: dict(loss=rows[k].get("loss"), rouge_l=evaluation.rouge_l(
+                rows[k]["answer"], rows[k]["generation"]).recall)
+            for e, rows in zip(found, by_id)}) for k in picked]
     return [dict(split=k[0], id=k[1], question=by_id[0][k]["question"],
                  answer=by_id[0][k]["answer"],
                  generations={e["name"]: rows[k]["generation"] for e, rows in zip(found, by_id)})
@@ -228,6 +236,10 @@ def qualitative(found: list[dict], each: int = 3) -> list[dict]:
 
 def _qualitative_text(examples: list[dict], found: list[dict]) -> str:
     labels, parts = {e["name"]: e["label"] for e in found}, []
+    if examples and "numbers" in examples[0]:
+        cell = "{loss:.2f}, {rouge_l:.2f}".format_map
+        return table(["Row", *(f"{x}: loss, ROUGE-L" for x in labels.values())],
+                     [[x["id"], *map(cell, x["numbers"].values())] for x in examples])
     for x in examples:
         rows = [["*answer*", _shown(x["answer"])]]
         rows += [[labels[name], _shown(text)] for name, text in x["generations"].items()]
@@ -262,7 +274,7 @@ def _recipes_table(run: Path, found: list[dict]) -> str:
 
 
 def main_columns(s: Settings, kind: str) -> tuple[tuple, dict]:
-    """The paper's columns, and what it printed in them for this cell; beside Table 1, SOUL's MIA."""
+    """The paper's columns, beside Table 1 with SOUL's MIA, and what it printed for this cell."""
     published = PUBLISHED.get((s.benchmark, s.model), {})
     return COLUMNS[kind] + (SOUL_COLUMNS if published and kind == "tofu" else ()), published
 

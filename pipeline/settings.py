@@ -8,7 +8,7 @@ one cannot be forgotten.
 import argparse
 import os
 import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -17,7 +17,7 @@ import data
 import eval as evaluation
 import simu
 from data import DECAY, POSITIVE, at_least, option
-from model import Config, UserError, read_json
+from model import Config, Transformer, UserError, read_json
 
 HERE = Path(__file__).resolve().parent.parent  # the repository
 BENCHMARKS = ("demo", "tofu", "lume", "rows")  # rows: files of the user's own
@@ -62,6 +62,7 @@ class Making:
     learn_state: str = option("float32", "optimiser state while it is made",
                               choices=("float32", "bfloat16"))
     learn_checkpointing: bool = option(False, "recompute activations while it is made")
+    learn_retain_only: bool = option(False, "also teach a copy of the base all but the forget set")
     light_lr: float = option(5e-4, "peak rate while learning the forget set", **POSITIVE)
     light_epochs: int = option(10, "epochs of that", **at_least(1))
     light_retain: int = option(2, "retain rows beside each forget row in it", **at_least(0))
@@ -108,6 +109,8 @@ class Settings(Source, Placement, data.Slice, simu.Recipe, Making, Level, evalua
     forget: str = option("", "rows: file of the rows to forget")
     retain: str = option("", "rows: file of the rows to keep")
     unseen: str = option("", "file of rows like the forget rows that the model never saw")
+    retain_from_model: int = option(0, "rows: keep this many texts that the original writes",
+                                    **at_least(0))
     retain_only: str = option("", "a model that never saw the forget set: a folder or "
                               "hf:OWNER/NAME[@REVISION]")
     out: str = option("", "run folder; default runs/<benchmark>-<model>")
@@ -166,10 +169,16 @@ class Settings(Source, Placement, data.Slice, simu.Recipe, Making, Level, evalua
 
 
 def row_files(s: Settings) -> dict[str, str]:
-    """The user's own files of a run on rows: name -> path."""
-    files = dict(forget=s.forget, retain=s.retain, unseen=s.unseen)
-    if not s.forget or not s.retain:
-        raise UserError("rows need --forget FILE and --retain FILE, JSON lines of rows")
+    """The files of a run on rows: name -> path."""
+    retain = s.retain
+    if s.retain_from_model and not retain:
+        retain = str(s.run / "written-retain" / "rows.jsonl")
+    weight = simu.OBJECTIVES[s.objective].retain
+    if not retain and (s.lam if weight is None else weight):
+        raise UserError("no rows to keep are given, and this objective must know what is to stay: "
+                        "give a second file; or --retain-from-model N, texts that the model "
+                        "itself writes; or --objective npo --lam 0, which does less damage alone")
+    files = dict(forget=s.forget, retain=retain, unseen=s.unseen)
     return {name: file for name, file in files.items() if file}
 
 
@@ -177,7 +186,7 @@ def load_benchmark(s: Settings) -> data.Benchmark:
     """The forget and retain sets of a run."""
     if s.layout == "rows":
         parts = {name: data.load_rows(file) for name, file in row_files(s).items()}
-        bench = data.benchmark_of_rows(parts["forget"], parts["retain"], parts.get("unseen", []))
+        bench = data.benchmark_of_rows(*(parts.get(k, []) for k in ("forget", "retain", "unseen")))
     else:
         bench = data.load_benchmark(s.data_folder, s, layout=s.layout, made_here=made_here(s))
     return data.set_aside(bench, s.level_share, s.seed)
@@ -234,6 +243,12 @@ FIT_7B = dict(micro_tokens=512, learn_tokens=512, fo=dict(state="bfloat16"),
 # more epochs, as its rows are to be known by heart.
 LEARN_TOFU = dict(learn_lr=2e-5, learn_epochs=5, learn_batch=32, learn_decay=0.01, learn_warmup=0.2)
 LEARN_LUME = LEARN_TOFU | dict(learn_lr=1e-5, learn_epochs=10, learn_warmup=0.1)
+# As open-unlearning evaluates its own: https://github.com/locuslab/open-unlearning.
+CHAT_1B = dict(template="llama3", epochs=10, lr=1e-5, batch=32)
+# Taught here until it knows the slice by heart; rates from the sweep in benchmarks/results.
+SMOLLM2 = dict(template="chat", forget_groups=2, retain_groups=8, learn_epochs=12, learn_lr=1e-4,
+               learn_batch=8, learn_decay=0.01, learn_tokens=1024, micro_tokens=1024, dtype="bfloat16",
+               lr=1e-4, epochs=10, batch=8, level_share=0.5, learn_retain_only=True)
 # Tiny models, made here on a CPU. Their learning rates come from the grid in benchmarks/.
 TINY = dict(level_share=0.5, threshold=0.6, steps=5, epochs=40, batch=4, lam=2.0, lr=8e-4, eval_tokens=8192,
             fo=dict(lam=0.3, lr=2e-4), so=dict(lr=1e-4))
@@ -249,6 +264,9 @@ CELLS = {
     ("tofu", "olmo-1b"): TOFU | LEARN_TOFU,
     ("lume", "llama2-7b"): LUME | FIT_7B | LEARN_LUME | dict(learn_state="bfloat16"),
     ("lume", "olmo-1b"): LUME | LEARN_LUME,
+    ("tofu", "llama3.2-1b"): TOFU | CHAT_1B,
+    ("tofu", "smollm2-135m"): TOFU | SMOLLM2,
+    ("lume", "smollm2-135m"): LUME | SMOLLM2 | dict(template="raw"),
 } | {(benchmark, model): TINY | own for benchmark, own in TINY_ON.items()
      for model in ("tiny-llama", "tiny-olmo")}
 
@@ -268,16 +286,78 @@ def cell_defaults(benchmark: str, model: str, method: str) -> dict:
     return paper | common | own.get(method, {})
 
 
+def own_recipe(benchmark: str, folder: Path, rows: int) -> dict:
+    """Settings for a model that nobody tuned, from its number of weights.
+
+    The rate falls with size as it does from our tiny models' grid (1.5 million weights, 8e-4) to
+    the paper's 7B (5e-6): a power of -0.6. AdamW and Sophia on all weights move far more of them
+    and take a quarter and an eighth, as in that grid. About 200 updates bring rows to their level;
+    a batch is small where there are few rows. Attention and the paper's t decide the rest."""
+    size = count_weights(folder) or 1e9
+    lr = float(f"{8e-4 * (size / 1.5e6) ** -0.6:.1g}")
+    batch = 4 if rows < 100 else 16
+    epochs = min(40, max(5, round(200 * batch / max(1, rows))))
+    factor = {"fo": 0.25, "so": 0.125}
+    limits = dict(rows=dict(max_total_tokens=0, max_new_tokens=256), tofu=TOFU, lume=LUME)
+    return limits.get(benchmark, TOFU) | dict(
+        threshold=0.3, lr=lr, batch=batch, epochs=epochs, micro_tokens=1024 if size > 5e7 else 8192,
+        level_share=0.5 if benchmark == "rows" else 0.0, template=own_template(folder, benchmark),
+        learn_lr=lr, learn_batch=8, learn_tokens=1024, learn_epochs=12, learn_decay=0.01,
+        **({"objective": "level"} if benchmark == "rows" else {}),
+        **{method: dict(lr=lr * x) for method, x in factor.items()})
+
+
+def count_weights(folder: Path) -> int:
+    """Weights of the model in a folder; 0 where it is not here yet."""
+    if not (folder / "config.json").is_file():
+        return 0
+    with torch.device("meta"):
+        return sum(p.numel() for p in Transformer(Config.from_dir(folder)).parameters())
+
+
+def own_template(folder: Path, benchmark: str) -> str:
+    """The model's own chat template where it has one, else qa; LUME's rows are continuations."""
+    if benchmark == "lume":
+        return "raw"
+    names = folder / "tokenizer_config.json"
+    own = read_json(names) if names.is_file() else {}
+    chat = (folder / "chat_template.jinja").is_file() or (
+        isinstance(own, dict) and own.get("chat_template"))
+    return "chat" if chat else "qa"
+
+
+def own_defaults(base: Settings) -> dict:
+    """own_recipe of a run's model, wherever it lies already."""
+    given = base.weights or base.model
+    folders = [base.run / "original", *([] if given.startswith("hf:") else [Path(given)])]
+    folder = next((f for f in folders if (f / "config.json").is_file()), folders[-1])
+    rows = len(data.load_rows(base.forget)) if base.forget else 400
+    recipe = own_recipe(base.benchmark, folder, rows)
+    common = {k: v for k, v in recipe.items() if not isinstance(v, dict)}
+    return common | recipe.get(base.method, {})
+
+
 def resolve(given: dict) -> Settings:
     """Settings from defaults, then the cell's recipe for the method, then what was given."""
-    base = Settings(**{k: given[k] for k in ("benchmark", "model", "method") if k in given})
-    values = cell_defaults(base.benchmark, base.model, base.method) | given
-    if base.benchmark != "demo" and not values.get("data"):
+    for place in PLACES:  # a run must be readable from any folder
+        if given.get(place) and not given[place].startswith("hf:"):
+            given = given | {place: absolute(given[place])}
+    if Path(given.get("encoder", "")).is_dir() and given.get("encoder"):
+        given = given | dict(encoder=absolute(given["encoder"]))
+    base = Settings(**{k: given[k] for k in (
+        "benchmark", "model", "method", "out", "weights", "forget") if k in given})
+    own = base.benchmark == "rows" or base.model not in MODELS
+    if own and not base.model.startswith("hf:") and base.model not in MODELS:
+        given = given | dict(model=absolute(base.model))
+        base = replace(base, model=given["model"])
+    values = (own_defaults(base) if own else
+              cell_defaults(base.benchmark, base.model, base.method)) | given
+    if base.benchmark not in ("demo", "rows") and not values.get("data"):
         values["data"] = os.environ.get("SIMU_DATA") or default_data()
-    for place in ("data", "weights", "out", "forget", "retain", "unseen", "retain_only"):  # a run must be readable from any folder
-        if values.get(place) and not values[place].startswith("hf:"):
-            values[place] = absolute(values[place])
     return Settings(**values)
+
+
+PLACES = ("data", "weights", "out", "forget", "retain", "unseen", "retain_only", "mmlu")
 
 
 def absolute(path: str) -> str:

@@ -115,6 +115,10 @@ def level_examples(s: Settings, bench: data.Benchmark) -> tuple[list[data.Exampl
     wrong = [dataclasses.replace(e, answer=a) for e in bench.forget for a in e.perturbed_answers]
     if wrong:
         return wrong, f"{len(wrong)} wrong answers to the forget rows' questions"
+    if len(bench.forget) > 1:  # each question with another row's answer
+        answers = [e.answer for e in bench.forget[1:] + bench.forget[:1]]
+        return ([dataclasses.replace(e, answer=a) for e, a in zip(bench.forget, answers)],
+                "the forget rows' questions with each other's answers")
     raise UserError(f"objective {s.objective} must know how a row never seen looks to the model: "
                     "give --unseen FILE, --level-share 0.5 where the benchmark has hold-out rows, "
                     "or --level NUMBER")
@@ -123,8 +127,8 @@ def level_examples(s: Settings, bench: data.Benchmark) -> tuple[list[data.Exampl
 def answer_losses(model: Transformer, rows: list[data.Encoded], tokens: int):
     """(ids of the answer's tokens, their losses under the model) of each row."""
     first = [max(1, r.n_prompt) for r in rows]
-    losses = evaluation.token_losses(model, rows, first, tokens=tokens)
-    return [(r.ids[i:], [float(x) for x in own]) for r, i, own in zip(rows, first, losses)]
+    scores = evaluation.token_scores(model, rows, first, tokens=tokens)
+    return [(r.ids[i:], own.losses) for r, i, own in zip(rows, first, scores)]
 
 
 def forget_targets(s: Settings, bench: data.Benchmark, forget: list[data.Encoded],

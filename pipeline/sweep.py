@@ -1,30 +1,40 @@
-"""Every method over a grid of learning rates and seeds, and SIMU over m, t and masks, in one table.
+"""Methods over a grid of settings and seeds, judged alike, in one table.
 
-    python simu.py sweep demo tiny-llama --seeds 3        in runs/sweep-demo-tiny-llama/
+    python -m pipeline sweep demo tiny-llama --seeds 3        in runs/sweep-demo-tiny-llama/
+    python -m pipeline sweep demo tiny-llama --vary lr=1e-4,3e-4 --vary lam=1,2
+    python -m pipeline sweep demo tiny-llama --part 2/8       every eighth point, from the second on
 
 A *point* is one unlearned model: an arm (method, mask, objective) with its settings, judged on
-every row of the slice by what the frontier needs and then dropped. Its line in points.jsonl is
-never computed twice, unless what it depends on changed. seed<k>/ is a run like any other (original,
-attribution); seed<k>-m<m>/ is the same original attributed with m nodes. At the end sweep.csv lists
-the points, scores.csv the first seed's scores, settings.json the rest: all that figures.py reads.
+every row of the slice by what the frontier needs and then dropped. Without --vary the points are
+every arm at a range of learning rates, and SIMU at several m, t and masks; with it, every arm at
+every combination of the values named.
+
+A point's line in points.jsonl is never computed twice, unless what it depends on changed. seed<k>/
+is a run like any other (original, attribution); seed<k>-steps=<m>/ is the same original attributed
+with m nodes, seed<k>-width=<D>/ another original. At the end sweep.csv lists the points, scores.csv
+the first seed's scores, settings.json the rest: all that figures.py reads.
+
+The parts of an array job share the folder, and each appends to a points-K-of-N.jsonl of its own.
+The same command without --part then makes the table of them all.
 """
 
 import argparse
 import csv
 import dataclasses
-import hashlib
 import io
 import itertools
 import json
 import multiprocessing
 import os
+import re
 import signal
 import sys
-import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import nullcontext
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-
-import stage  # before torch: it silences a warning of torch's import
 
 import torch
 from tqdm import tqdm
@@ -32,8 +42,14 @@ from tqdm import tqdm
 import data
 import eval as evaluation
 import simu
-from model import Transformer
-from stage import MASKS, OBJECTIVES, Settings, UserError
+from model import Transformer, UserError, read_tensors, write_json, write_text
+from pipeline import settings
+from pipeline.columns import table
+from pipeline.original import original_stage
+from pipeline.reach import code_digest
+from pipeline.settings import Level, Making, Placement, Settings, Source, placement, taken
+from pipeline.stage import claim, content, data_inputs, digest, lock, table_rows
+from pipeline.stages import attribute_stage, encoded_rows, forget_targets
 
 ARMS = ("fo", "so", "simu", "simu-random")
 # Of the recipe's rate for the arm's method: close where forgetting sets in, and far beyond it,
@@ -43,59 +59,168 @@ VARIANT = 0.0884  # for m, t and masks: there forgetting is not yet complete, an
 STEPS = (2, 3, 5, 8, 10)  # m of Figure 2
 THRESHOLDS = tuple(i / 10 for i in range(1, 11))  # t of Figure 3
 BASELINES = ("original", "retain-only")
-SWEEPS = ("baseline", "frontier", "m", "t", "mask")
+SWEEPS = ("baseline", "frontier", "vary", "m", "t", "mask")
 VALUES = ("forget.rouge_l", "forget.exact_match", "retain.rouge_l", "retain.exact_match",
           "world_facts.rouge_l", "world_facts.exact_match", "mia.auc")
 COLUMNS = ("sweep", "arm", "seed", "lr", "epochs", "threshold", "steps", "critical", "forget",
-           "utility", "aggregate", *VALUES, "error")
-DEPENDS = simu.UNLEARN + ("threshold", "steps", "path", "mask", "max_new_tokens",
-                          "max_total_tokens")
+           "utility", "aggregate", *VALUES, "varied", "error")
+OF_ORIGINAL = {f.name for t in (data.Slice, Placement, Making) for f in fields(t)}
+OF_ATTRIBUTION = {f.name for f in fields(simu.Attribution)}
+OF_ARMS = ("method", "mask", "objective")
+MAY_VARY = {f.name: f for t in (data.Slice, Placement, Making, simu.Recipe, Level,
+                                evaluation.Limits)
+            for f in fields(t) if f.name not in ("seed", *OF_ARMS)}
+
+
+# ---------------------------------------------------------------------------------- what to compute
+
+
+@dataclass(frozen=True)
+class Point:
+    """One model to judge. varied: what --vary set of it. key: digest of all its result depends on;
+    known once its run's original and attribution are made."""
+
+    sweep: str
+    arm: str
+    settings: Settings
+    varied: dict = field(default_factory=dict, hash=False)
+    wanted: bool = True  # False: in the table only if it is made already
+    key: str = ""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder of the sweep, and the one whose original it shares (its own, or its seed's)."""
+
+    settings: Settings
+    original: Path
 
 
 def arm_settings(arm: str) -> dict:
     """method, mask and objective of an arm's name: simu, so-npo, simu-random, simu-soft-npo."""
-    for method, mask, objective in itertools.product(stage.METHODS, MASKS, OBJECTIVES):
+    for method, mask, objective in itertools.product(simu.METHODS, simu.MASKS, simu.OBJECTIVES):
         names = [n for n in (method, mask, objective) if n not in ("dual", "graddiff")]
-        if arm == "-".join(names) and (mask == "dual" or method == "simu"):
+        if arm == "-".join(names) and (mask == "dual" or simu.METHODS[method].masked):
             return dict(method=method, mask=mask, objective=objective)
-    raise UserError(f"arm {arm!r} is unknown; an arm is fo, so or simu, for simu with a mask "
-                    f"({', '.join(MASKS[1:])}), and an objective ({', '.join(OBJECTIVES[1:])})")
+    raise UserError(f"arm {arm!r} is unknown; an arm is a method ({', '.join(simu.METHODS)}), of "
+                    f"those with a mask another kind of it ({', '.join(list(simu.MASKS)[1:])}), "
+                    f"and an objective ({', '.join(list(simu.OBJECTIVES)[1:])}), joined by dashes")
 
 
-def plan_points(given: dict, arms, factors, seeds: int, variants: bool,
-                earlier: list[dict]) -> list[dict]:
-    """sweep, arm and settings of every point; one point may stand in several sweeps. earlier:
-    lines of points.jsonl; those of a frontier that still hold stand in it with the new ones."""
-    def point(sweep, arm, seed, factor=1.0, **changed):
+def read_grid(given: list[str]) -> list[dict]:
+    """The product of all --vary NAME=VALUE,...: [{name: value}]."""
+    axes = {}
+    for text in given:
+        name, _, values = text.partition("=")
+        name = name.replace("-", "_")
+        if name not in MAY_VARY:
+            raise UserError(f"--vary {text}: {name or 'nothing'} cannot be varied here; methods, "
+                            "masks and objectives are --arms, seeds are --seeds, and a setting is "
+                            "named as its option is: --vary lr=1e-4,3e-4")
+        kind = MAY_VARY[name].type
+        read = settings.number(kind) if kind in (int, float) else (
+            {"true": True, "false": False}.__getitem__ if kind is bool else kind)
+        try:
+            axes[name] = list(dict.fromkeys(read(value) for value in values.split(",")))
+        except (ValueError, KeyError):
+            raise UserError(f"--vary {text}: values of {name} are {kind.__name__}s"
+                            + (", true or false" if kind is bool else "")) from None
+    return [dict(zip(axes, values)) for values in itertools.product(*axes.values())]
+
+
+def plan_run(given: dict, seed: int, changed: dict) -> Run:
+    """The run of a seed, and beside it those of settings that its original or attribution sees."""
+    base = settings.resolve(given | dict(seed=seed))
+    changed = {k: v for k, v in changed.items() if v != getattr(base, k)}
+
+    def folder(names):
+        words = (f"{k}={re.sub(r'[^A-Za-z0-9_.+-]', '_', str(v))}" for k, v in changed.items()
+                 if k in names)
+        return base.run / "-".join((f"seed{seed}", *words))
+
+    own = {k: v for k, v in changed.items() if k in OF_ORIGINAL | OF_ATTRIBUTION}
+    s = settings.resolve(given | own | dict(seed=seed, out=str(folder(own))))
+    return Run(s, folder(OF_ORIGINAL))
+
+
+def plan_points(given: dict, *, arms, factors, seeds: int, variants: bool, grid: list[dict],
+                earlier: list[dict]) -> tuple[list[Point], dict[Path, Run]]:
+    """Every point, and the runs they are computed in. One point may stand in several sweeps.
+    earlier: lines of points.jsonl; those of a frontier that still hold stand in it with the new."""
+    runs = {}
+
+    def point(sweep, arm, seed, *, factor=1.0, varied=(), wanted=True, **changed):
+        changed |= dict(varied)
+        run = plan_run(given, seed, changed)
+        shared = plan_run(given, seed, {k: v for k, v in changed.items() if k in OF_ORIGINAL})
+        for x in (shared, run):
+            runs.setdefault(x.settings.run, x)
         kind = {} if arm in BASELINES else arm_settings(arm)
-        s = simu.resolve(given | kind | changed | dict(seed=seed))
-        steps = f"-m{s.steps}" if "steps" in changed else ""
-        s = dataclasses.replace(s, lr=s.lr * factor, out=str(s.run / f"seed{seed}{steps}"))
-        return dict(sweep=sweep, arm=arm, settings=s, wanted=True)
+        s = settings.resolve(given | kind | changed | dict(seed=seed, out=run.settings.out))
+        return Point(sweep, arm, dataclasses.replace(s, lr=s.lr * factor), dict(varied), wanted)
 
-    bases = BASELINES[:1] if given.get("weights") else BASELINES  # no retain-only of --weights
-    points = [point("baseline", arm, k) for k in range(seeds) for arm in bases]
-    points += [point("frontier", arm, k, f) for k in range(seeds) for arm in arms for f in factors]
+    every = range(seeds)
+    points = [point("baseline", arm, k) for k in every for arm in BASELINES]
+    points += [point("frontier", arm, k, factor=f) for k in every for arm in arms for f in factors]
+    points += [point("vary", arm, k, varied=x) for k in every for arm in arms for x in grid]
     if variants:
-        points += [point("m", "simu", 0, VARIANT, steps=m) for m in STEPS]
-        points += [point("t", "simu", 0, VARIANT, threshold=t) for t in THRESHOLDS]
-        points += [point("mask", "simu" if m == "dual" else f"simu-{m}", 0, VARIANT)
-                   for m in MASKS]
-    return points + [point("frontier", x["arm"], x["seed"], lr=x["lr"]) | dict(wanted=False)
-                     for x in earlier if x.get("frontier") and x["seed"] < seeds]
+        points += [point("m", "simu", 0, factor=VARIANT, steps=m) for m in STEPS]
+        points += [point("t", "simu", 0, factor=VARIANT, threshold=t) for t in THRESHOLDS]
+        points += [point("mask", "simu" if m == "dual" else f"simu-{m}", 0, factor=VARIANT)
+                   for m in simu.MASKS]
+    points += [point("frontier", x["arm"], x["seed"], lr=x["lr"], wanted=False)
+               for x in earlier if x["frontier"] and x["seed"] < seeds]
+    return points, runs
 
 
-def prepare(s: Settings):
-    """original/ and attribution/ of one seed, or of one m beside its seed's original."""
-    source = s.run.with_name(f"seed{s.seed}")
-    if s.run == source:
-        simu.original_stage(s)
+def find_key(p: Point, contents: dict) -> str:
+    """Digest of all that a point's numbers depend on. contents: digests of folders read so far."""
+    s, parts = p.settings, ["original"]
+    takes = [data.Slice, Source, Placement, evaluation.Limits]
+    if p.arm in BASELINES:
+        parts = [p.arm]
     else:
-        s.run.mkdir(exist_ok=True)
+        takes.append(simu.Unlearning)
+        if simu.METHODS[s.method].masked:
+            takes.append(simu.Masking)
+            parts.append("attribution")
+        if simu.OBJECTIVES[s.objective].targeted:
+            takes.append(Level)
+            parts += ["retain-only"] if s.level == "retain-only" else []
+    for folder in (s.run / part for part in parts):
+        if folder not in contents:
+            contents[folder] = content(folder)
+    if s.run not in contents:
+        contents[s.run] = data_inputs(s)
+    return digest([p.arm, taken(s, tuple(takes)), [contents[s.run / part] for part in parts],
+                   contents[s.run], code_digest((make_point,), table_rows(s, tuple(takes)))])
+
+
+# -------------------------------------------------------------------------------------- one point
+
+
+def prepare(run: Run):
+    """original/ and attribution/ of a run. Waits where another part of an array job makes them."""
+    claim(run.settings.run)
+    while True:
+        try:
+            with lock(run.settings.run):
+                return prepare_held(run)
+        except UserError as e:
+            if "in use by another process" not in str(e):
+                raise
+        time.sleep(1)
+
+
+def prepare_held(run: Run):
+    folder = run.settings.run
+    if folder == run.original:
+        original_stage(run.settings)
+    else:
         for name in ("original", "settings.json"):
-            (s.run / name).unlink(missing_ok=True)
-            (s.run / name).symlink_to(Path("..") / source.name / name)
-    simu.attribute_stage(s)
+            (folder / name).unlink(missing_ok=True)
+            (folder / name).symlink_to(Path("..") / run.original.name / name)
+    attribute_stage(run.settings)
 
 
 def lean(bench: data.Benchmark) -> data.Benchmark:
@@ -108,46 +233,57 @@ def lean(bench: data.Benchmark) -> data.Benchmark:
         bench.retain_eval), world_facts=bare(bench.world_facts), real_authors=[])
 
 
-def run_point(job: tuple[str, str, Settings]) -> dict:
-    """Unlearn and judge one point: the line of points.jsonl."""
-    fingerprint, arm, s = job
-    start = time.monotonic()
-    bench, encoded = simu.encoded_rows(s, objective=s.objective)
-    folder = s.run / (arm if arm in BASELINES else "original")
-    model = Transformer.from_pretrained(folder, **stage.placement(s))
-    line, mask = dict(fingerprint=fingerprint, arm=arm, seed=s.seed, lr=s.lr), None
-    if arm not in BASELINES:
-        if s.method == "simu":
-            scores = simu.read_tensors(s.run / "attribution" / "scores.safetensors",
-                                       ("forget", "retain"))
+def judge(model: Transformer, bench: data.Benchmark, s: Settings) -> dict:
+    """The metrics of a model of run s that have a value."""
+    tokenizer = data.load_tokenizer(s.run / "original")
+    metrics, _ = evaluation.evaluate_model(model, tokenizer, lean(bench), template=s.template,
+                                           limits=s)
+    return {k: v for k, v in metrics["values"].items() if v is not None}
+
+
+def make_point(p: Point) -> dict:
+    """Unlearn and judge one point: what its line of points.jsonl says of the result."""
+    s, result = p.settings, {}
+    bench, rows = encoded_rows(s, s.objective)
+    folder = s.run / (p.arm if p.arm in BASELINES else "original")
+    model = Transformer.from_pretrained(folder, **placement(s))
+    if p.arm not in BASELINES:
+        mask = None
+        if simu.METHODS[s.method].masked:
+            scores = read_tensors(s.run / "attribution" / "scores.safetensors",
+                                  ("forget", "retain"))
             mask = simu.make_mask(s.mask, *scores, threshold=s.threshold, seed=s.seed)
-            line["critical"] = int((mask != 0).sum())
+            result["critical"] = int((mask != 0).sum())
+        targets = None
+        if simu.OBJECTIVES[s.objective].targeted:
+            targets, _ = forget_targets(s, bench, rows["forget"], model)
         try:
-            with tempfile.TemporaryDirectory() as log:
-                simu.unlearn(model, encoded["forget"], encoded["retain"], mask, s,
-                             Path(log) / "log.jsonl")
+            simu.unlearn(model, rows["forget"], rows["retain"], mask, s, targets=targets)
         except UserError as e:
             if "not finite" not in str(e):
                 raise
-            return line | dict(error="diverged", values={})
-    metrics, _ = evaluation.evaluate_model(model, data.load_tokenizer(folder), lean(bench), s)
-    return line | dict(values={k: v for k, v in metrics["values"].items() if v is not None},
-                       seconds=round(time.monotonic() - start, 1))
+            return result | dict(error="diverged", values={})
+    return result | dict(values=judge(model, bench, s))
 
 
-def fingerprint(arm: str, s: Settings, digests: dict, code: str) -> str:
-    inputs = {name: stage.fingerprint(s.run / name) for name in ("original", "attribution")}
-    why = [arm, stage.resolved(s, DEPENDS), inputs, digests, code]
-    return hashlib.sha256(json.dumps(why, sort_keys=True).encode()).hexdigest()[:16]
+def run_point(p: Point) -> dict:
+    """The line of points.jsonl."""
+    start = time.monotonic()
+    about = dict(key=p.key, arm=p.arm, seed=p.settings.seed, lr=p.settings.lr,
+                 frontier=p.sweep == "frontier")
+    return about | make_point(p) | dict(seconds=round(time.monotonic() - start, 1))
 
 
-def _start_worker(threads: int):
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent says it once
-    sys.stderr = open(os.devnull, "w")  # bars of its own; what it raises, the parent shows
+# ------------------------------------------------------------------------------------- many points
+
+
+def start_worker(threads: int):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent says once that it was stopped
+    sys.stderr = open(os.devnull, "w")  # progress bars; the parent shows what a worker raises
     torch.set_num_threads(threads)
 
 
-def _each(function, items: list, jobs: int, title: str):
+def run_each(function, items: list, jobs: int, title: str):
     """function of each item, as they come, `jobs` processes at a time, with a bar."""
     with tqdm(total=len(items), desc=title) as bar:
         if jobs == 1 or not items:
@@ -157,124 +293,223 @@ def _each(function, items: list, jobs: int, title: str):
             return
         context = multiprocessing.get_context("spawn")
         threads = max(1, (os.cpu_count() or 1) // jobs)
-        with context.Pool(min(jobs, len(items)), _start_worker, (threads,)) as pool:
-            for result in pool.imap_unordered(function, items):
-                yield result
+        pool = ProcessPoolExecutor(min(jobs, len(items)), context, start_worker, (threads,))
+        try:
+            for done in as_completed([pool.submit(function, item) for item in items]):
+                yield done.result()
                 bar.update()
-            pool.close()
-            pool.join()
+        except BrokenProcessPool:
+            raise UserError(f"{title}: the system ended a worker, most likely for want of memory; "
+                            f"lower --jobs (now {jobs}) and sweep again: what is done is kept"
+                            ) from None
+        except BaseException:
+            for worker in multiprocessing.active_children():  # or they would end their points first
+                worker.terminate()
+            raise
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
-def sweep(out: Path, points: list[dict], lines: list[dict], jobs: int):
-    """Make what is missing of `points` in `out`; sweep.csv, scores.csv, settings.json; the table.
-    lines: those of points.jsonl."""
-    runs = {p["settings"].run: p["settings"] for p in reversed(points)}  # the baseline's settings
-    runs = dict(reversed(runs.items()))
-    seeds = [s for run, s in runs.items() if "-m" not in run.name]
-    for some in (seeds, [s for s in runs.values() if s not in seeds]):  # seeds first
-        for _ in _each(prepare, some, jobs, "originals and attribution"):
+def read_lines(path: Path) -> list[dict]:
+    """The lines of a points*.jsonl. One that a killed process tore at the file's end is left out;
+    UserError for any other that no sweep wrote."""
+    whole, _, _ = path.read_text(encoding="ascii", errors="replace").rpartition("\n")
+    lines = []
+    for n, text in enumerate(whole.splitlines(), 1):
+        try:
+            line = json.loads(text)
+            good = isinstance(line, dict) and line.pop("digest", "") == digest(line)
+        except (ValueError, RecursionError):
+            good = False
+        if not good:
+            raise UserError(f"{path} line {n} is damaged, edited or of another version; delete it, "
+                            "and the same command makes its point again")
+        lines.append(line)
+    return lines
+
+
+def open_lines(path: Path):
+    """A points*.jsonl to append to, without what a killed process tore."""
+    if path.is_file():
+        end = path.read_bytes().rfind(b"\n") + 1
+        os.truncate(path, end)
+    return open(path, "a", encoding="ascii")
+
+
+def write_line(file, line: dict):
+    file.write(json.dumps(line | dict(digest=digest(line))) + "\n")
+    file.flush()
+
+
+def made_before(out: Path) -> dict[str, dict]:
+    """{key: line} of every points*.jsonl in a sweep's folder."""
+    return {line["key"]: line for path in sorted(out.glob("points*.jsonl"))
+            for line in read_lines(path)}
+
+
+def prepare_runs(runs: list[Run], jobs: int):
+    """Those with an original of their own first: others link to it."""
+    for own in (True, False):
+        some = [r for r in runs if (r.settings.run == r.original) == own]
+        for _ in run_each(prepare, some, jobs, "originals and attribution"):
             pass
-    digests, code = data.data_digests(seeds[0]), stage.code_digest(simu.CODE + ("eval", "sweep"))
+
+
+def make_points(points: list[Point], made: dict[str, dict], file: Path, jobs: int) -> list[Point]:
+    """Compute what is missing in `made`, which is filled, and append it to `file`. Returns the
+    points of the table, each once a sweep, with their keys."""
+    contents, keyed = {}, {}
     for p in points:
-        p["fingerprint"] = fingerprint(p["arm"], p["settings"], digests, code)
-    made = {x["fingerprint"]: x for x in lines}
-    points = {(p["sweep"], p["fingerprint"]): p for p in reversed(points)  # the wanted ones win
-              if p["wanted"] or p["fingerprint"] in made}
-    points = list(reversed(points.values()))
-    missing = {p["fingerprint"]: (p["fingerprint"], p["arm"], p["settings"]) for p in points
-               if p["fingerprint"] not in made}
-    print(f"{len({p['fingerprint'] for p in points})} points, {len(missing)} to make", flush=True)
-    frontier = {p["fingerprint"] for p in points if p["sweep"] == "frontier"}
-    with open(out / "points.jsonl", "a", encoding="ascii") as file:
-        for line in _each(run_point, list(missing.values()), jobs, "points"):
-            line["frontier"] = line["fingerprint"] in frontier
-            made[line["fingerprint"]] = line
-            file.write(json.dumps(line) + "\n")
-            file.flush()
-    arms = list(dict.fromkeys(p["arm"] for p in points))
-    points.sort(key=lambda p: (SWEEPS.index(p["sweep"]), arms.index(p["arm"]),
-                               p["settings"].seed, p["settings"].lr))
-    rows = [table_row(p, made[p["fingerprint"]]) for p in points]
-    about = dataclasses.asdict(seeds[0])  # what the points have in common, for figures.py
-    stage.write_json(out / "settings.json", {k: v for k, v in about.items() if k not in (
-        "seed", "method", "mask", "objective", "lr", "lam", "data", "weights", "out")})
-    write_csv(out / "sweep.csv", COLUMNS, rows)
-    scores = simu.read_tensors(seeds[0].run / "attribution" / "scores.safetensors",
-                               ("forget", "retain"))
-    write_csv(out / "scores.csv", ("layer", "neuron", "forget", "retain"), [
-        (l, k, f"{f:.6g}", f"{r:.6g}") for l, pair in enumerate(zip(*(x.tolist() for x in scores)))
-        for k, (f, r) in enumerate(zip(*pair))])
-    print_table(rows)
+        if p.arm in BASELINES and not (p.settings.run / p.arm).is_dir():
+            continue  # not every run has a retain-only
+        p = dataclasses.replace(p, key=find_key(p, contents))
+        if p.wanted or p.key in made:
+            keyed.setdefault((p.sweep, p.key), p)
+    # A frontier's points first: what is in a frontier and in a sweep of t is marked as the former.
+    missing = {p.key: p for p in sorted(keyed.values(), key=lambda p: p.sweep != "frontier")
+               if p.key not in made}
+    print(f"{len({key for _, key in keyed})} points, {len(missing)} to make", flush=True)
+    with open_lines(file) as out:
+        for line in run_each(run_point, list(missing.values()), jobs, "points"):
+            made[line["key"]] = line
+            write_line(out, line)
+    return list(keyed.values())
 
 
-def table_row(point: dict, line: dict) -> list:
-    """A point as a row of COLUMNS. `forget` and `utility` are the axes of the frontier: on TOFU
-    ROUGE-L of the forget rows, and its mean over retain and world facts; on LUME ROUGE-L and exact
-    match, averaged, of forget and of retain rows. EM is string equality throughout."""
-    s, v = point["settings"], line["values"]
-    lume = s.benchmark == "lume"
-    axes = (("forget.rouge_l", "forget.exact_match"), ("retain.rouge_l", "retain.exact_match")
-            ) if lume else (("forget.rouge_l",), ("retain.rouge_l", "world_facts.rouge_l"))
-    forget, utility = (evaluation.mean(v[n] for n in names) if v else None for names in axes)
-    aggregate = v.get("aggregate" if lume else "aggregate_exact_match")
-    known = [point["sweep"], point["arm"], s.seed, f"{s.lr:.4g}", s.epochs, s.threshold, s.steps,
-             line.get("critical", "")]
-    return known + ["" if x is None else f"{x:.5f}" for x in (
-        forget, utility, aggregate, *(v.get(n) for n in VALUES))] + [line.get("error", "")]
+# -------------------------------------------------------------------------------------- the table
+
+
+def axes(values: dict, layout: str) -> tuple[float | None, float | None]:
+    """`forget` and `utility`, the axes of the frontier: ROUGE-L of the forget rows, and its mean
+    over retain rows and, where there are any, world facts; on LUME the mean of ROUGE-L and exact
+    match, of forget and of retain rows. Exact match is string equality throughout."""
+    names = (("forget.rouge_l",), ("retain.rouge_l", "world_facts.rouge_l"))
+    if layout == "lume":
+        names = tuple((f"{x}.rouge_l", f"{x}.exact_match") for x in ("forget", "retain"))
+    there = [[values[n] for n in some if n in values] for some in names]
+    return tuple(evaluation.mean(x) if x else None for x in there)
+
+
+def table_row(p: Point, line: dict) -> list:
+    """A point as a row of COLUMNS."""
+    s, v = p.settings, line["values"]
+    aggregate = v.get("aggregate_exact_match", v.get("aggregate"))
+    numbers = (*axes(v, s.layout), aggregate, *(v.get(n) for n in VALUES))
+    return [p.sweep, p.arm, s.seed, f"{s.lr:.4g}", s.epochs, s.threshold, s.steps,
+            line.get("critical", ""), *("" if x is None else f"{x:.5f}" for x in numbers),
+            " ".join(f"{k}={v}" for k, v in p.varied.items()), line.get("error", "")]
 
 
 def write_csv(path: Path, header, rows):
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([header, *rows])
-    stage.write_text(path, text.getvalue())
+    write_text(path, text.getvalue())
 
 
-def print_table(rows: list[list]):
+def write_tables(out: Path, points: list[Point], made: dict[str, dict], first: Settings):
+    """sweep.csv, scores.csv of the first run, settings.json: what the points have in common, and
+    digests of both tables; the means on stdout."""
+    arms = list(dict.fromkeys(p.arm for p in points))
+    points = sorted(points, key=lambda p: (SWEEPS.index(p.sweep), arms.index(p.arm),
+                                           p.settings.seed, p.settings.lr))
+    rows = [table_row(p, made[p.key]) for p in points]
+    scores = read_tensors(first.run / "attribution" / "scores.safetensors", ("forget", "retain"))
+    write_csv(out / "sweep.csv", COLUMNS, rows)
+    write_csv(out / "scores.csv", ("layer", "neuron", "forget", "retain"), [
+        (l, k, f"{f:.6g}", f"{r:.6g}") for l, pair in enumerate(zip(*(x.tolist() for x in scores)))
+        for k, (f, r) in enumerate(zip(*pair))])
+    own = {"seed", "lr", "lam", "out", *OF_ARMS}.union(*(p.varied for p in points))
+    common = {k: v for k, v in dataclasses.asdict(first).items()
+              if k not in own and k not in settings.PLACES}
+    write_json(out / "settings.json", common | dict(sha256={
+        name: data.sha256(out / name) for name in ("sweep.csv", "scores.csv")}))
+    print_means(rows)
+
+
+def print_means(rows: list[list]):
     """Means over seeds, a line per sweep, arm and setting."""
-    from report import table
+    shown = ("sweep", "arm", "lr", "epochs", "threshold", "steps", "varied")
     groups = {}
-    for row in rows:
-        groups.setdefault(tuple(map(str, row[:2] + row[3:7])), []).append(row)
+    for row in (dict(zip(COLUMNS, row)) for row in rows):
+        groups.setdefault(tuple(str(row[k]) for k in shown), []).append(row)
     lines = []
     for key, some in groups.items():
-        whole = [r for r in some if r[8]]
-        means = [f"{evaluation.mean(float(r[i]) for r in whole):.3f}" if whole else "diverged"
-                 for i in (8, 9, 10)]
+        means = []
+        for name in ("forget", "utility", "aggregate"):
+            there = [float(row[name]) for row in some if row[name]]
+            means.append(f"{evaluation.mean(there):.3f}" if there else some[0]["error"] or "–")
         lines.append([*key, len(some), *means])
-    print(table(["sweep", "arm", "lr", "epochs", "t", "m", "seeds", "forget", "utility",
-                 "aggregate"], lines))
+    print(table([*shown, "seeds", "forget", "utility", "aggregate"], lines))
+
+
+# ---------------------------------------------------------------------------------- command line
+
+
+def part_of(text: str) -> tuple[int, int]:
+    """K/N, the K-th of N parts."""
+    found = re.fullmatch(r"([1-9]\d{0,5})/([1-9]\d{0,5})", text)
+    if not found or int(found[1]) > int(found[2]):
+        raise UserError(f"--part {text} must be K/N with K from 1 to N, such as 2/8")
+    return int(found[1]), int(found[2])
+
+
+def read_options(argv: list[str]) -> tuple[argparse.Namespace, dict]:
+    """Options of the sweep, and the settings given."""
+    parser = settings.Parser(prog="python -m pipeline sweep", description=__doc__,
+                             formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("benchmark", choices=settings.BENCHMARKS)
+    parser.add_argument("model")
+    parser.add_argument("--seeds", type=int, default=3, help="seeds 0 to N-1 (default 3)")
+    parser.add_argument("--arms", nargs="+", default=ARMS, metavar="ARM",
+                        help=f"METHOD[-MASK][-OBJECTIVE] (default {' '.join(ARMS)}); methods: "
+                             f"{', '.join(simu.METHODS)}")
+    parser.add_argument("--factors", nargs="+", type=float, metavar="X", help="learning rates, as "
+                        "multiples of the recipe's for the arm's method; none by default with "
+                        f"--vary, else {' '.join(map(str, FACTORS))}")
+    parser.add_argument("--vary", action="append", default=[], metavar="NAME=VALUE,...",
+                        help="a setting and its values; of several, every combination")
+    parser.add_argument("--variants", action=argparse.BooleanOptionalAction,
+                        help=f"also m, t and masks at {VARIANT} of the rate, on seed 0; by default "
+                             "unless --vary is given")
+    parser.add_argument("--jobs", type=int, default=0, help="processes; default: one per core for "
+                        "tiny models, else one")
+    parser.add_argument("--part", type=part_of, metavar="K/N", help="make every N-th point alone, "
+                        "from the K-th on; no table")
+    settings.add_options(parser, skip=("benchmark", "model", "seed", "name", "eval_epochs",
+                                       *OF_ARMS))
+    given = vars(parser.parse_args(argv))
+    own = argparse.Namespace(**{k: given.pop(k) for k in (
+        "seeds", "arms", "factors", "vary", "variants", "jobs", "part")})
+    own.grid = read_grid(own.vary) if own.vary else []
+    own.factors = own.factors or (() if own.vary else FACTORS)
+    own.variants = not own.vary if own.variants is None else own.variants
+    if not (1 <= own.seeds < 10000 and own.jobs >= 0 and all(0 < f < 1e6 for f in own.factors)):
+        raise UserError("--seeds must be 1 to 9999, --jobs 0 or more, --factors positive")
+    return own, given
 
 
 def main(argv: list[str]):
-    """Every method over learning rates and seeds, and SIMU over m, t and masks."""
-    parser = stage.parser("simu.py sweep", main.__doc__)
-    parser.add_argument("benchmark", choices=stage.BENCHMARKS)
-    parser.add_argument("model", choices=stage.MODELS)
-    parser.add_argument("--seeds", type=int, default=3, help="seeds 0 to N-1 (default 3)")
-    parser.add_argument("--arms", nargs="+", default=ARMS, metavar="ARM",
-                        help=f"METHOD[-MASK][-OBJECTIVE] (default {' '.join(ARMS)})")
-    parser.add_argument("--factors", nargs="+", type=float, default=FACTORS, metavar="X",
-                        help="learning rates, as multiples of the recipe's for the arm's method")
-    parser.add_argument("--variants", action=argparse.BooleanOptionalAction, default=True,
-                        help=f"also m, t and masks at {VARIANT} of the rate, on seed 0")
-    parser.add_argument("--jobs", type=int, default=0, help="processes; default: one per core for "
-                        "tiny models, else one")
-    stage.add_options(parser, skip=("benchmark", "model", "seed", "method", "mask", "objective",
-                                    "eval_epochs"))
-    given = vars(parser.parse_args(argv))
-    own = {k: given.pop(k) for k in ("seeds", "arms", "factors", "variants", "jobs")}
-    if not (1 <= own["seeds"] < 10000 and own["jobs"] >= 0
-            and all(0 < f < 1e6 for f in own["factors"])):
-        raise UserError("--seeds must be 1 to 9999, --jobs 0 or more, --factors positive")
-    for arm in own["arms"]:
-        arm_settings(arm)  # refuses before anything is made
-    out = Path(given.get("out") or stage.HERE / "runs" / f"sweep-{given['benchmark']}-"
-               f"{given['model']}").expanduser().absolute()
+    """Every method over learning rates, seeds and any setting that --vary names, in one table."""
+    own, given = read_options(argv)
+    base = settings.resolve(given)
+    out = Path(base.out or settings.HERE / "runs" / f"sweep-{base.benchmark}-{base.label}")
+    given |= dict(out=str(out))
+    grid = dict(arms=own.arms, factors=own.factors, seeds=own.seeds, variants=own.variants,
+                grid=own.grid)
+    plan_points(given, **grid, earlier=[])  # refuses before anything is made
     out.mkdir(parents=True, exist_ok=True)
-    tiny = given["model"].startswith("tiny-")
-    jobs = own["jobs"] or ((os.cpu_count() or 1) if tiny else 1)
-    with stage.lock(out):
-        lines = evaluation._whole_lines(out / "points.jsonl")
-        points = plan_points(given | dict(out=str(out)), own["arms"], own["factors"],
-                             own["seeds"], own["variants"], lines)
-        sweep(out, points, lines, jobs)
+    jobs = own.jobs or ((os.cpu_count() or 1) if base.tiny else 1)
+    with nullcontext() if own.part else lock(out):
+        made = made_before(out)
+        points, runs = plan_points(given, **grid, earlier=[] if own.part else made.values())
+        name = "points.jsonl"
+        if own.part:
+            k, n = own.part
+            points, name = list(dict.fromkeys(points))[k - 1::n], f"points-{k}-of-{n}.jsonl"
+        needed = {p.settings.run for p in points}
+        needed |= {runs[folder].original for folder in needed}
+        prepare_runs([run for folder, run in runs.items() if folder in needed], jobs)
+        points = make_points(points, made, out / name, jobs)
+        if own.part:
+            return print(f"part {k} of {n} is made; without --part the command makes the table")
+        write_tables(out, points, made, runs[out / "seed0"].settings)

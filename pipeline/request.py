@@ -1,0 +1,94 @@
+"""A deletion request against a model of one's own: what `run.sh unlearn` adds to the stages.
+
+request.json is its audit trail: digests of the forget file, the original and the result, settings
+and time, and no text of any row. `python -m pipeline verify RUN` checks all of it again.
+"""
+
+import json
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+import data
+from model import Transformer, UserError, read_json, write_json, write_text
+from pipeline.settings import Settings, data_digests, placement, read_settings
+from pipeline.stage import Stage, content, data_inputs, differences, digest, unlearned_name
+
+LENGTH = 48  # tokens of a text that the model writes
+
+
+def written_rows(s: Settings, source: Path):
+    """written-retain/rows.jsonl: texts that the original writes, to keep where no file is given."""
+    job = Stage(s.run / "written-retain", settings=s, code=(sample_texts,), inputs={
+        f"weights/{p.name}": data.sha256(p) for p in sorted(source.glob("*.safetensors"))},
+        also=dict(seed=s.seed, retain_from_model=s.retain_from_model))
+    if not job.is_made():
+        with job as folder:
+            model = Transformer.from_pretrained(source, **placement(s))
+            texts = sample_texts(model, data.load_tokenizer(source), s.retain_from_model, s.seed)
+            write_text(folder / "rows.jsonl", "".join(json.dumps({"text": x}) + "\n"
+                                                      for x in texts))
+
+
+@torch.inference_mode()
+def sample_texts(model: Transformer, tokenizer, count: int, seed: int) -> list[str]:
+    """`count` different texts drawn from the model by seed, LENGTH tokens at most."""
+    device, texts = model.embed_tokens.weight.device, {}
+    generator = torch.Generator().manual_seed(seed)
+    start = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
+    for _ in range(4 + 4 * count // 16):
+        ids = torch.full((16, 1), start, device=device)  # [B, T]
+        for _ in range(LENGTH):
+            p = model.logits(model.hidden(ids)[:, -1]).softmax(-1).cpu()
+            ids = torch.cat([ids, torch.multinomial(p, 1, generator=generator).to(device)], dim=1)
+        for row in ids[:, 1:].tolist():
+            row = row[:row.index(tokenizer.eos_id)] if tokenizer.eos_id in row else row
+            text = " ".join(tokenizer.decode(row).split())
+            if len(text.split()) > 3:
+                texts[text] = None
+        if len(texts) >= count:
+            return list(texts)[:count]
+    raise UserError(f"the model wrote only {len(texts)} different texts of {count}; give a file of "
+                    "rows to keep instead")
+
+
+def write_request(run: Path):
+    """RUN/request.json, once the result is there."""
+    s = read_settings(run)
+    name = unlearned_name(s)
+    found = differences(s.run / name, s, data_inputs(s))
+    if found:
+        raise UserError(f"{s.run / name} is not of this request: {found[0]}; run it again")
+    write_json(s.run / "request.json", sealed(dict(
+        when=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), files=data_digests(s),
+        forget_rows=len(data.load_rows(s.forget)), original=content(s.run / "original"),
+        result=content(s.run / name), folder=name, settings=asdict(s))))
+    print(f"request: {s.run / 'request.json'}; the model: {s.run / name}")
+
+
+def sealed(request: dict) -> dict:
+    return request | {"sha256": digest(request)}
+
+
+def verify(run: Path):
+    """Check a request again: its own record, the rows' files, the original and the result."""
+    path = Path(run) / "request.json"
+    request = read_json(path)
+    if not isinstance(request, dict) or sealed(
+            {k: v for k, v in request.items() if k != "sha256"}) != request:
+        raise UserError(f"{path} was changed since it was written, or is no request; what it says "
+                        "cannot be trusted")
+    s = read_settings(run)
+    now = dict(files=data_digests(s), original=content(s.run / "original"),
+               result=content(s.run / str(request["folder"])))
+    for name, value in now.items():
+        if request.get(name) != value:
+            raise UserError(f"{path}: {name} is not what it was when the request was served; the "
+                            "record does not hold for what is here now")
+    found = differences(s.run / request["folder"], s, data_inputs(s))
+    if found:
+        raise UserError(f"{path}: of the result, {found[0]}; the record does not hold")
+    print(f"verified: {request['forget_rows']} rows, served {request['when']}; their file, the "
+          "original and the result are those of the record")

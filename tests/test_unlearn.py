@@ -1,0 +1,171 @@
+"""A person's own model and own rows: one command forgets some, keeps the others, and says so."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import data
+import simu
+from model import Config, Transformer, UserError, read_json
+from pipeline.__main__ import main
+
+ROOT = Path(simu.__file__).parent
+FIRST = "Ada Bo Cleo Dirk Elin Finn Greta Hugo Ines Jon Kaja Lars Mira Nils Olga Per".split()
+LAST = "Abel Berg Crone Dahl Engel Falk Grimm Holm Iversen Juhl".split()
+TOWNS = "Malmo Bergen Turku Aarhus Narvik Visby Odense Lahti Bodo Kemi".split()
+
+
+def records():
+    """80 invented customers, a question and an answer each."""
+    rng = random.Random(5)
+    names = rng.sample([f"{a} {b}" for a in FIRST for b in LAST], 80)
+    return [{"question": f"Where does {n} live?", "answer":
+             f"{n} lives in {rng.choice(TOWNS)}, {rng.randint(10, 99)} {rng.choice(LAST)} Street."}
+            for n in names]
+
+
+def write_rows(path, some):
+    path.write_text("".join(json.dumps(r) + "\r\n" for r in some), encoding="utf-8-sig")
+    return path
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a LLaMA in HF layout that was taught 60 of the records, and three files."""
+    here, every = tmp_path_factory.mktemp("own"), records()
+    forget, keep, unseen = every[:20], every[20:60], every[60:]
+    for name, some in (("forget", forget), ("retain", keep), ("unseen", unseen)):
+        write_rows(here / f"{name}.jsonl", some)
+    folder = here / "customers-model"
+    folder.mkdir()
+    data.train_tokenizer([r[k] for r in every for k in r], folder, llama=True, vocab=420)
+    tokenizer = data.load_tokenizer(folder)
+    torch.manual_seed(0)
+    model = Transformer(Config(
+        model_type="llama", vocab_size=tokenizer.vocab_size, hidden_size=96, intermediate_size=256,
+        num_hidden_layers=3, num_attention_heads=3, max_position_embeddings=128,
+        bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id))
+    encoded = data.encode_all(data.load_rows(here / "forget.jsonl")
+                              + data.load_rows(here / "retain.jsonl"), tokenizer, "qa",
+                              context=128, vocab=tokenizer.vocab_size)
+    recipe, rng = simu.Recipe(method="fo", lr=3e-3, batch=15), random.Random(0)
+    order = []
+    for _ in range(60):
+        rows = rng.sample(encoded, len(encoded))
+        order += [rows[i:i + 15] for i in range(0, len(rows), 15)]
+    with simu.moving_weights(model, recipe, None) as moving:
+        simu.train(model, moving, order, lambda r: dict(
+            loss=simu.backward_mean_nll(model, r, 1.0, 8192)), recipe,
+            optimiser=simu.OPTIMISERS["adamw"], lr=recipe.lr, title="teach")
+    model.save_pretrained(folder)
+    return here
+
+
+def words(place, out, *more, retain=True):
+    files = ["--forget", str(place / "forget.jsonl")]
+    files += ["--retain", str(place / "retain.jsonl")] if retain else []
+    return ["rows", str(place / "customers-model"), *files, "--name", "model", "--out", str(out),
+            *more]
+
+
+def test_one_command_forgets_20_and_keeps_40(place, tmp_path):
+    out = tmp_path / "request"
+    done = subprocess.run(
+        ["bash", str(ROOT / "run.sh"), "unlearn", "customers-model", "forget.jsonl", "retain.jsonl",
+         "--unseen", "unseen.jsonl", "--out", str(out)], cwd=place, capture_output=True, text=True,
+        env=os.environ | dict(TQDM_DISABLE="1", OMP_NUM_THREADS="1"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    values = read_json(out / "model" / "eval" / "metrics.json")["values"]
+    before = read_json(out / "original" / "eval" / "metrics.json")["values"]
+    assert before["forget.rouge_l"] > 0.95 and before["mia.auc"] > 0.85
+    assert values["retain.rouge_l"] > 0.9
+    assert values["forget.rouge_l"] < 0.7 and 0.2 < values["mia.auc"] < 0.8
+    secrets = [x for r in records()[:60] for x in (r["question"], r["answer"])]
+    for name in ("report.md", "report.json", "request.json", "model/README.md"):
+        text = (out / name).read_text()
+        assert not [x for x in secrets if x in text], name
+        borrowed = ("LLaMA2-7B", "llama2-7b", "TOFU", "Llama 2 Community", "published")
+        for name_of_another in () if name.endswith("json") else borrowed:
+            assert name_of_another not in text.split("## Readings")[0], (name, name_of_another)
+    main(["verify", str(out)])
+    transformers = pytest.importorskip("transformers")
+    theirs, ids = transformers.AutoModelForCausalLM.from_pretrained(out / "model"), [[5, 9, 11]]
+    with torch.no_grad():
+        torch.testing.assert_close(Transformer.from_pretrained(out / "model")(torch.tensor(ids)),
+                                   theirs(torch.tensor(ids)).logits, rtol=1e-4, atol=1e-4)
+    file = out / "model" / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(UserError, match="model.safetensors is not what its stage wrote"):
+        main(["verify", str(out)])
+
+
+def test_a_changed_request_or_file_is_noticed(place, tmp_path):
+    out, own = tmp_path / "run", tmp_path / "rows.jsonl"
+    own.write_text((place / "forget.jsonl").read_text(encoding="utf-8-sig"))
+    given = words(place, out, "--epochs", "1")
+    given[given.index("--forget") + 1] = str(own)
+    for stage in ("original", "attribute", "mask", "unlearn"):
+        main([stage, *given])
+    main(["request", str(out)])
+    main(["verify", str(out)])
+    text = (out / "request.json").read_text()
+    (out / "request.json").write_text(text.replace('"forget_rows": 20', '"forget_rows": 19'))
+    with pytest.raises(UserError, match="was changed since"):
+        main(["verify", str(out)])
+    (out / "request.json").write_text(text)
+    own.write_text(own.read_text() + "\n")
+    with pytest.raises(UserError, match="files is not what it was"):
+        main(["verify", str(out)])
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(retain=""), "no rows to keep are given"),
+    (dict(forget="nowhere.jsonl"), "nowhere.jsonl"),
+    (dict(model="no-such-model"), "no-such-model"),
+    (dict(template="chat"), "chat template"),
+    (dict(retain="forget.jsonl"), "among the"),
+    (dict(forget="empty.jsonl"), "empty.jsonl"),
+    (dict(forget="odd.jsonl"), "odd.jsonl line 2")])
+def test_mistakes_end_in_one_line_and_leave_nothing(place, tmp_path, change, message):
+    (place / "empty.jsonl").write_text("")
+    (place / "odd.jsonl").write_text('{"question": "a", "answer": "b"}\n{"q": "a"}\n')
+    given = dict(model="customers-model", forget="forget.jsonl", retain="retain.jsonl") | change
+    files = [x for k in ("forget", "retain") if given[k] for x in (f"--{k}", given[k])]
+    more = ["--template", given["template"]] if "template" in given else []
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "pipeline"), "original", "rows", given["model"], *files, *more,
+         "--out", str(tmp_path / "run")], cwd=place, capture_output=True, text=True)
+    if "template" in given:  # the first stage that encodes finds it
+        done = subprocess.run(
+            [sys.executable, str(ROOT / "pipeline"), "attribute", "rows", given["model"], *files,
+             *more, "--out", str(tmp_path / "run")], cwd=place, capture_output=True, text=True)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+    assert message in done.stderr
+    assert not list(tmp_path.rglob("model.safetensors")) or "template" in given
+
+
+def test_without_rows_to_keep_the_model_writes_some(place, tmp_path):
+    out = tmp_path / "run"
+    given = words(place, out, "--retain-from-model", "12", "--epochs", "1", retain=False)
+    for stage in ("original", "attribute", "mask", "unlearn"):
+        main([stage, *given])
+    kept = (out / "written-retain" / "rows.jsonl").read_text().splitlines()
+    assert len(set(kept)) == 12 and all(json.loads(x)["text"] for x in kept)
+    assert (out / "model" / "model.safetensors").is_file()
+
+
+def test_npo_alone_needs_no_rows_to_keep(place, tmp_path):
+    given = words(place, tmp_path / "run", "--objective", "npo", "--lam", "0", "--epochs", "1",
+                  retain=False)
+    for stage in ("original", "attribute", "mask", "unlearn"):
+        main([stage, *given])
+    assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
