@@ -92,7 +92,7 @@ case "$model" in tiny-llama | llama2-7b) ;; *) needs+=(tokenizers) ;; esac
 set_up ${needs[@]+"${needs[@]}"}
 
 # These are needed here; every other option goes to the stages as it is.
-run="" attack="" seeds=1 methods=() objectives=() options=() force=() dry=""
+run="" attack="" also="" seeds=1 methods=() objectives=() options=() force=() dry=""
 while [[ $# -gt 0 ]]; do
     case "$1" in
     unlearn)
@@ -120,6 +120,7 @@ if [[ "$benchmark" == rows ]]; then  # one method, and the recipe's own objectiv
     [[ -n "${methods[0]:-}" ]] || methods=(simu)
 else
     [[ ${#methods[@]} -gt 0 ]] || methods=(fo so simu)
+    [[ ${#objectives[@]} -gt 0 || "$benchmark" != demo ]] || also=stranger  # beside the paper's
     [[ ${#objectives[@]} -gt 0 ]] || objectives=(graddiff)
 fi
 if [[ -z "$run" ]]; then
@@ -148,6 +149,7 @@ pipeline() { # pipeline RUN [--seed K]
                 ${objective:+--objective "$objective"}
         done
     done
+    [[ -z "$also" ]] || $dry "${stage[@]}" unlearn "${at[@]}" --method simu --objective "$also"
     $dry "${stage[@]}" evaluate "$1" ${force[@]+"${force[@]}"}
 }
 { # read whole before it starts, so that editing this file does not derail a run

@@ -52,10 +52,11 @@ import simu
 from eval import mean, rouge_l, rouge_words, spread
 from model import Config, Transformer, UserError, generate, read_json, write_json, write_text
 from pipeline.columns import label, table
-from pipeline.settings import (Parser, Placement, Settings, Source, choose_dtype, load_benchmark,
-                               placement, read_settings, settings_of)
+from pipeline.settings import (Level, Parser, Placement, Settings, Source, choose_dtype,
+                               load_benchmark, placement, read_settings, settings_of)
 from pipeline.stage import (Stage, content, data_inputs, differences, finished_models, lock,
                             read_stage)
+from pipeline.stages import forget_targets
 
 CONTINUE = ("Continue this text: {}", "A text begins as follows. {}")
 REPHRASE = {"qa": ("Please tell me: {}", "I have a question for you. {}"),
@@ -279,10 +280,13 @@ def requests_job(s: Settings, name: str, k: int) -> Stage | None:
     if "method" not in made["why"]["settings"]:
         return None
     own = settings_of(made["settings"], s.run / name / "stage.json", out=str(s.run))
+    models = ["original"]
+    if simu.OBJECTIVES[own.objective].targeted and own.level == "retain-only":
+        models.append("retain-only")
     return Stage(s.run / name / f"requests-{k}", settings=own, code=(make_requests,),
-                 inputs=dict(original=content(s.run / "original")) | data_inputs(s),
+                 inputs={x: content(s.run / x) for x in models} | data_inputs(s),
                  takes=(data.Slice, Source, Placement, evaluation.Limits, simu.Attribution,
-                        simu.Masking, simu.Unlearning), also=dict(requests=k))
+                        simu.Masking, simu.Unlearning, Level), also=dict(requests=k))
 
 
 def make_requests(name: str, folder: Path, probes: dict, parts: list[list[data.Example]],
@@ -296,13 +300,17 @@ def make_requests(name: str, folder: Path, probes: dict, parts: list[list[data.E
             part = parts[i - 1]
             rows = [encoded(x, model, tokenizer, s) for x in (
                 part, simu.loss_examples(part, s.objective), bench.retain)]
-            write_log(folder / "logs" / f"{i}.jsonl", unlearn_request(model, *rows, s))
+            targets = None
+            if simu.OBJECTIVES[s.objective].targeted:
+                targets, _ = forget_targets(s, bench, rows[1], model)
+            write_log(folder / "logs" / f"{i}.jsonl", unlearn_request(model, *rows, targets, s))
         title = f"{name}: {i} requests"
         write_json(folder / f"after-{i}.json",
                    answers_to(probes["plain"], model, tokenizer, s, title))
 
 
-def unlearn_request(model, answered: list, forget: list, retain: list, s: Settings) -> list[dict]:
+def unlearn_request(model, answered: list, forget: list, retain: list, targets, s: Settings
+                    ) -> list[dict]:
     """Unlearn one request in place; a masked method's mask is made anew from the model as it now
     is. answered: the request's rows, for the mask; forget: as the objective's loss takes them."""
     mask = None
@@ -310,7 +318,7 @@ def unlearn_request(model, answered: list, forget: list, retain: list, s: Settin
         some = random.Random(s.seed).sample(retain, min(len(retain), len(answered)))
         scores = [simu.attribute_rows(model, rows, s).cpu() for rows in (answered, some)]
         mask = simu.make_mask(s.mask, *scores, threshold=s.threshold, seed=s.seed)
-    return simu.unlearn(model, forget, retain, mask, s)
+    return simu.unlearn(model, forget, retain, mask, s, targets=targets)
 
 
 # ------------------------------------------------------------------------------------------ numbers

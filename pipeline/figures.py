@@ -259,7 +259,7 @@ def lines(folder: Path, about: dict, rows: list[dict], sweep: str, x: str, name:
         ax.title.set_fontsize(10)
         if len(panel) > 1:
             ax.legend(fontsize=9)
-    critical = sorted(int(r["critical"]) for r in own)
+    critical = sorted(number(r, "critical", int) or 0 for r in own)
     figure.suptitle(f"Figure {name[-1]}: {title_of(about)}, SIMU, seed {own[0]['seed']}; "
                     f"{critical[0]} to {critical[-1]} critical neurons", fontsize=11)
     save(figure, folder / "figures" / f"{name}.png")
@@ -495,7 +495,8 @@ def varied(folder: Path, about: dict):
     figure.suptitle(f"Against {name}, means over seeds and their range: {title_of(about)}",
                     fontsize=11)
     save(figure, folder / "figures" / "varied.png")
-    write_csv(folder / "figures" / "varied.csv", ("arm", "others", name, *(m for m, _ in METRICS)), [
+    header = ("arm", "others", name, *(m for m, _ in METRICS))
+    write_csv(folder / "figures" / "varied.csv", header, [
         (*key, v, *(f"{statistics.mean(x):.5f}" if x else "" for x in line[v].values()))
         for key, line in lines.items() for v in line])
 

@@ -349,6 +349,9 @@ def resolve(given: dict) -> Settings:
     own = base.benchmark == "rows" or base.model not in MODELS
     if own and not base.model.startswith("hf:") and base.model not in MODELS:
         given = given | dict(model=absolute(base.model))
+        if not base.weights and not Path(given["model"]).is_dir():
+            raise UserError(f"MODEL {base.model} is no name of the table ({', '.join(MODELS)}), no "
+                            "folder, and not hf:OWNER/NAME[@REVISION]")
         base = replace(base, model=given["model"])
     values = (own_defaults(base) if own else
               cell_defaults(base.benchmark, base.model, base.method)) | given
@@ -380,7 +383,8 @@ def read_settings(run: Path) -> Settings:
 def settings_of(values, path: Path, **changed) -> Settings:
     """Settings from what a file of ours says of them; UserError names the file."""
     known = {f.name: f.type for f in fields(Settings)}
-    if not isinstance(values, dict) or not set(values) <= set(known) or not all(
+    named = {"benchmark", "model", "seed"}  # without which it is no run's
+    if not isinstance(values, dict) or not named <= set(values) <= set(known) or not all(
             type(values[k]) in (known[k], int if known[k] is float else known[k]) for k in values):
         raise UserError(f"{path} does not hold the settings of a run of this version; run "
                         "`python -m pipeline original` again")

@@ -269,6 +269,8 @@ def make_point(p: Point) -> dict:
 def run_point(p: Point) -> dict:
     """The line of points.jsonl."""
     start = time.monotonic()
+    if p.settings.tiny and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)  # as the stages do
     about = dict(key=p.key, arm=p.arm, seed=p.settings.seed, lr=p.settings.lr,
                  frontier=p.sweep == "frontier")
     return about | make_point(p) | dict(seconds=round(time.monotonic() - start, 1))

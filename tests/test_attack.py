@@ -1,7 +1,6 @@
 """Attacks: each one is shown to break a model whose forgetting is only a thin layer, and the
 numbers made of them are checked by hand."""
 
-import dataclasses
 import json
 import random
 import shutil
@@ -298,8 +297,9 @@ def test_each_request_starts_from_the_model_before(served, method):
             for i in (1, 2)]
     retain, model = encode(served.bench.retain), served.load()
     for part, log in zip(parts, logs):
-        assert attack.unlearn_request(model, part, part, retain, s) == log
-    assert attack.unlearn_request(served.load(), parts[1], parts[1], retain, s) != logs[1]
+        assert attack.unlearn_request(model, part, part, retain, None, s) == log
+    fresh = served.load()
+    assert attack.unlearn_request(fresh, parts[1], parts[1], retain, None, s) != logs[1]
     curve = read_json(served.run / "attack.json")["requests"][f"{method}-graddiff"]
     assert [p["after"] for p in curve] == [0, 1, 2]
     assert curve[2]["requests"] == [
@@ -324,6 +324,15 @@ def test_a_request_to_po_refuses_and_its_mask_is_made_from_the_answers(lab, tmp_
     attack.make_requests("simu-po", tmp_path, {"plain": []}, parts, lab.bench, s)
     assert [answered for answered, _ in seen] == [[e.answer for e in part] for part in parts]
     assert all(set(forget) <= set(simu.REFUSALS) for _, forget in seen)
+
+
+def test_a_request_to_an_objective_that_ends_somewhere_has_targets(lab, tmp_path, monkeypatch):
+    s, seen = replace(lab.s, objective="level", level="2.5"), []
+    monkeypatch.setattr(attack, "unlearn_request", lambda *given: seen.append(given[4]) or [])
+    monkeypatch.setattr(attack, "answers_to", lambda *_: [])
+    parts = attack.split_requests(lab.bench.forget, 2)
+    attack.make_requests("simu-level", tmp_path, {"plain": []}, parts, lab.bench, s)
+    assert seen == [2.5, 2.5]
 
 
 def test_again_is_skipped_and_a_killed_one_goes_on_to_the_same_bytes(lab, attacked, tmp_path,
@@ -360,6 +369,7 @@ def test_the_printed_cost_is_what_is_generated(lab, attacked, tmp_path, monkeypa
     run, asked = tmp_path / "run", []
     shutil.copytree(lab.run, run, ignore=shutil.ignore_patterns("attack", "*graddiff", "thin",
                                                                 "retain-only"))
+    change_inputs(run / "original", lambda inputs: inputs.pop("retain-only"))
     generate = attack.generate
 
     def counted(model, prompts, **options):
@@ -382,14 +392,17 @@ def test_mistakes(lab):
             attack.main(words)
 
 
-def test_a_model_unlearned_from_another_original_is_refused(lab, served, attacked, tmp_path, capsys):
-    run = tmp_path / "run"
-    shutil.copytree(lab.run, run, ignore=shutil.ignore_patterns("fo-graddiff", "requests-*"))
-    folder = run / "simu-graddiff"
+def change_inputs(folder, change):
     made = read_json(folder / "stage.json")
     del made["sha256"]
-    made["why"]["inputs"]["original"] = "0" * 64
+    change(made["why"]["inputs"])
     stage.write_stage(folder, made)
+
+
+def test_a_model_of_another_original_is_refused(lab, served, attacked, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(lab.run, run, ignore=shutil.ignore_patterns("fo-graddiff", "requests-*"))
+    change_inputs(run / "simu-graddiff", lambda inputs: inputs.update(original="0" * 64))
     with pytest.raises(UserError, match="simu-graddiff is not of what .* original was another"):
         attack.main([str(run), "simu-graddiff"])
     capsys.readouterr()

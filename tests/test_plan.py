@@ -1,18 +1,19 @@
 """The plan against what is really alive, its goals, its refusals; and the cost of attribution."""
 
+import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-import plan
 import simu
-import stage
 from data import Encoded, collate
-from model import Config, Transformer
-from plan import LiveBytes, Need
-from stage import Settings, UserError
+from model import Config, Transformer, UserError
+from pipeline import hub, plan, stage
+from pipeline.plan import LiveBytes, Need
+from pipeline.settings import Settings, resolve
 
 LLAMA = dict(model_type="llama", num_key_value_heads=2, tie_word_embeddings=False)
 OLMO = dict(model_type="olmo", tie_word_embeddings=True, clip_qkv=8.0)
@@ -36,7 +37,7 @@ def rows(n, *, longest=24, answer=16, vocab=300):
             for _ in range(n)]
 
 
-def alive(c, s, method, dtype, folder) -> Need:
+def alive(c, s, method, dtype) -> Need:
     """Bytes of a real run of two updates, counted on the tensors themselves."""
     torch.manual_seed(0)
     model = Transformer(c).to(dtype)
@@ -58,7 +59,7 @@ def alive(c, s, method, dtype, folder) -> Need:
 
         simu.apply_updates = spy
         try:
-            simu.unlearn(model, rows(12), rows(12), mask, s, folder / "log.jsonl")
+            simu.unlearn(model, rows(12), rows(12), mask, s)
         finally:
             simu.apply_updates = real
     return Need(*seen[-1], live.peak - sum(seen[-1]))
@@ -67,13 +68,13 @@ def alive(c, s, method, dtype, folder) -> Need:
 @pytest.mark.parametrize("kind, dtype, state", [
     (LLAMA, torch.float32, "float32"), (LLAMA, torch.bfloat16, "float32"),
     (OLMO, torch.bfloat16, "bfloat16"), (OLMO, torch.float32, "bfloat16")])
-@pytest.mark.parametrize("method", ["fo", "so", "simu"])
-def test_unlearning_needs_what_was_planned(kind, method, dtype, state, tmp_path):
+@pytest.mark.parametrize("method", simu.METHODS)
+def test_unlearning_needs_what_was_planned(kind, method, dtype, state):
     for checkpointing in (False, True):
         s = settings(state=state, checkpointing=checkpointing)
         planned = plan.need(s, config(kind), "unlearn", method, dtype=dtype, critical=CRITICAL,
                             **LENGTHS)
-        real = alive(config(kind), s, method, dtype, tmp_path)
+        real = alive(config(kind), s, method, dtype)
         assert (planned.weights, planned.gradients, planned.state) == (
             real.weights, real.gradients, real.state)
         assert planned.activations == pytest.approx(real.activations, rel=0.25)
@@ -105,7 +106,7 @@ def test_activations_by_autograds_own_count(kind, method):
     mask = torch.zeros(c.num_hidden_layers, c.hidden_size, dtype=torch.bool)
     mask.view(-1)[torch.arange(CRITICAL) * 13] = True
     B = s.micro_tokens // LENGTHS["longest"]
-    with simu.moving_weights(model, method, mask, torch.float32):
+    with simu.moving_weights(model, replace(s, method=method), mask):
         saved = saved_for_backward(model, collate(rows(B)))
     logits = B * LENGTHS["answer"] * c.vocab_size * 4
     assert planned.activations == pytest.approx(saved + 2 * logits, rel=0.25)
@@ -148,7 +149,7 @@ def test_live_bytes_counts_each_memory_once_and_while_it_lives():
 def goal(method=None, name="unlearn", **changes) -> float:
     """GB that a stage of tofu/llama2-7b needs on a GPU."""
     given = dict(benchmark="tofu", model="llama2-7b") | changes
-    s = simu.resolve(given | (dict(method=method) if method else {}))
+    s = resolve(given | (dict(method=method) if method else {}))
     longest, answer = plan.LONGEST["tofu", "llama2-7b"]
     return plan.need(s, plan.CONFIGS["llama2-7b"], name, method, dtype=torch.bfloat16,
                      critical=plan.CRITICAL["tofu", "llama2-7b"], longest=longest,
@@ -172,7 +173,7 @@ def test_attribution_and_evaluation_fit_one_48_gb_card():
 
 
 def test_seven_billion_weights_by_hand():
-    n = plan.need(simu.resolve(dict(benchmark="tofu", model="llama2-7b")),
+    n = plan.need(resolve(dict(benchmark="tofu", model="llama2-7b")),
                   plan.CONFIGS["llama2-7b"], "unlearn", "simu", dtype=torch.bfloat16, critical=722,
                   longest=2, answer=1)
     attention, rows_ = 32 * 4 * 4096 * 4096, 722 * 11008
@@ -181,8 +182,10 @@ def test_seven_billion_weights_by_hand():
     assert n.state == 12 * (attention + rows_)  # float32 master, m, h
 
 
-@pytest.mark.parametrize("name, count", [("llama2-7b", 6_738_415_616), ("olmo-1b", 1_176_764_416),
-                                         ("olmo-1b-0724", 1_279_787_008)])
+@pytest.mark.parametrize("name, count", [
+    ("llama2-7b", 6_738_415_616), ("llama2-13b", 13_015_864_320), ("llama2-70b", 68_976_648_192),
+    ("llama3.2-1b", 1_235_814_400), ("smollm2-135m", 134_515_008), ("olmo-1b", 1_176_764_416),
+    ("olmo-1b-0724", 1_279_787_008)])
 def test_configs_have_the_published_number_of_weights(name, count):
     assert sum(p.numel() for p in plan._meta(plan.CONFIGS[name], torch.bfloat16).parameters()
                ) == count
@@ -193,42 +196,77 @@ def test_configs_have_the_published_number_of_weights(name, count):
 
 @pytest.mark.parametrize("name, method", plan.STAGES)
 def test_what_cannot_fit_is_refused_in_one_line(name, method, monkeypatch, tmp_path):
-    s = simu.resolve(dict(benchmark="demo", model="tiny-llama", out=str(tmp_path), depth=1))
+    s = resolve(dict(benchmark="demo", model="tiny-llama", out=str(tmp_path), depth=1))
     c = plan.config_of(s)
-    need = plan.check(s, c, name, method)
+    need = plan.check_memory(s, c, name, method)
     monkeypatch.setattr(plan, "room", lambda device: need)
-    assert plan.check(s, c, name, method) == need
+    assert plan.check_memory(s, c, name, method) == need
     monkeypatch.setattr(plan, "room", lambda device: need - 1)
     with pytest.raises(UserError, match=r"needs .* GB .* left; --\S+.* would need") as e:
-        plan.check(s, c, name, method)
+        plan.check_memory(s, c, name, method)
     assert "\n" not in str(e.value)
     monkeypatch.setattr(plan, "room", lambda device: 1)
     with pytest.raises(UserError, match="no setting makes it fit"):
-        plan.check(s, c, name, method)
+        plan.check_memory(s, c, name, method)
 
 
 def test_a_stages_own_rows_replace_the_known_lengths(tmp_path):
-    s = simu.resolve(dict(benchmark="demo", model="tiny-llama", out=str(tmp_path)))
+    s = resolve(dict(benchmark="demo", model="tiny-llama", out=str(tmp_path)))
     c = plan.config_of(s)
-    assert plan.check(s, c, "unlearn", "so", rows=rows(3, longest=9, answer=4)) < plan.check(
+    assert plan.check_memory(s, c, "unlearn", "so", rows=rows(3, longest=9, answer=4)) < plan.check_memory(
         s, c, "unlearn", "so")
 
 
 def test_the_table_names_every_stage(capsys, monkeypatch, tmp_path):
     monkeypatch.delenv("SIMU_DATA", raising=False)
-    plan.plan_command(simu.resolve(dict(benchmark="lume", model="olmo-1b", out=str(tmp_path))))
+    plan.plan_command(resolve(dict(benchmark="lume", model="olmo-1b", out=str(tmp_path))))
     out = capsys.readouterr().out
-    for word in ("attribute", "fo", "so", "simu", "evaluate"):
+    for word in ("attribute", *simu.METHODS, "evaluate"):
         assert f"\n{word} " in out
     assert "1,279,787,008 weights" in out and "23089 of 32768" in out
     assert "fo: 341 updates" in out and "so: 682 updates" in out  # 5 and 10 epochs of 1092 rows
+    assert "does not fit" not in out
+
+
+def test_what_does_not_fit_is_one_line(capsys, monkeypatch, tmp_path):
+    s = resolve(dict(benchmark="tofu", model="tiny-llama", out=str(tmp_path), depth=1))
+    monkeypatch.setattr(plan, "_sizes", lambda s: (40, 60, 100))
+    monkeypatch.setattr(plan, "room", lambda device: 10**6)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1))
+    plan.plan_command(s)
+    line, = (x for x in capsys.readouterr().out.splitlines() if "does not fit" in x)
+    for word in ("attribute (", *(f"{method} (" for method in simu.METHODS), "evaluate (", "GB in"):
+        assert word in line
+
+
+def test_sizes_that_one_card_cannot_hold_are_known_by_name(tmp_path):
+    s = replace(Settings(benchmark="tofu", model="llama2-7b", out=str(tmp_path)),
+                model="hf:meta-llama/Llama-2-70b-chat-hf")
+    assert plan.config_of(s) == plan.CONFIGS["llama2-70b"]
+    assert plan.config_of(replace(s, model="hf:allenai/OLMo-1B-0724-hf")) == plan.CONFIGS[
+        "olmo-1b-0724"]
+    with pytest.raises(UserError, match="shape of hf:a/b is not known"):
+        plan.config_of(replace(s, model="hf:a/b"))
+    given = dict(dtype=torch.bfloat16, critical=722, longest=164, answer=105)
+    seventy = plan.need(resolve(dict(benchmark="tofu", model="llama2-7b")),
+                        plan.CONFIGS["llama2-70b"], "attribute", **given)
+    assert seventy.weights == 2 * 68_976_648_192 > plan.CARD  # not even the weights
+
+
+def test_disk_counts_the_bytes_of_the_given_weights(tmp_path):
+    s = Settings(benchmark="tofu", model="llama2-7b", weights=str(tmp_path), out=str(tmp_path))
+    with open(tmp_path / "model.safetensors", "wb") as file:
+        file.truncate(3_000_000_000)  # takes no room
+    line, _ = plan._disk(s, config(), 1000, torch.bfloat16, hub.Sources())
+    assert "(original 3.00, " in line
 
 
 def test_the_plan_reads_the_mask_once_it_is_made(tmp_path):
-    s = simu.resolve(dict(benchmark="tofu", model="llama2-7b", out=str(tmp_path)))
+    s = resolve(dict(benchmark="tofu", model="llama2-7b", out=str(tmp_path)))
     assert plan.critical_count(s, plan.config_of(s)) == 722
     (tmp_path / "mask").mkdir()
-    stage.write_stage(tmp_path / "mask", dict(critical=5, files={}))
+    stage.write_stage(tmp_path / "mask", dict(critical=5, files={}, fingerprint="", why={},
+                                              settings={}, seconds=0.0))
     assert plan.critical_count(s, plan.config_of(s)) == 5
 
 
