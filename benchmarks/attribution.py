@@ -4,9 +4,8 @@
     python benchmarks/attribution.py --curve                  cost against pairs, steps, answers
     python benchmarks/attribution.py --forget10 400 --size llama2-7b --device cuda --dtype bfloat16
 
-The loop is the definition: each answer token's prefix by itself, layer by layer, node by node, the
-MLP output at the last position scaled through the model's `intervene` hook; weights get no
-gradients there either. The shortcut scales every position at once and sums the loss [D2].
+The loop is the definition, simu.attribute_loop: each answer token's prefix by itself, layer by
+layer, node by node. The shortcut scales every position at once and sums the loss [D2].
 Weights are random, times 6 so that every nonlinearity bites.
 """
 
@@ -21,40 +20,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import simu
 from data import IGNORE, batches_by_length, collate
-from stage import Settings
 
 SHARP = 6.0
-
-
-def loop(model, rows, steps):
-    """Eq. 1-2 as they stand: float32 [L, D]."""
-    device = model.embed_tokens.weight.device
-    scores = torch.zeros(len(model.layers), model.config.hidden_size, device=device)
-    for row in rows:
-        for n in range(row.n_prompt, len(row.ids)):
-            prefix, target = torch.tensor([row.ids[:n]], device=device), row.ids[n]
-            for l, beta in enumerate(last_outputs(model, prefix)):
-                for j in range(1, steps + 1):
-                    a = (beta * (j / steps)).requires_grad_()  # Eq. 1a
-                    model.layers[l].mlp.intervene = lambda y: torch.cat(
-                        [y[:, :-1], a.expand(1, 1, -1)], dim=1)
-                    log_p = model(prefix)[0, -1].log_softmax(-1)[target]  # Eq. 1b
-                    grad, = torch.autograd.grad(log_p, a)
-                    scores[l] += beta.float() * grad.float() / steps  # Eq. 2
-                model.layers[l].mlp.intervene = None
-    return scores
-
-
-@torch.no_grad()
-def last_outputs(model, prefix):
-    """beta of every layer at the last position of a prefix: L tensors [D]."""
-    seen = []
-    for block in model.layers:
-        block.mlp.intervene = lambda y: seen.append(y[0, -1]) or y
-    model.hidden(prefix)
-    for block in model.layers:
-        block.mlp.intervene = None
-    return seen
 
 
 def shortcut(model, batch, steps):
@@ -98,14 +65,15 @@ def compare(a):
     scores = {name: f() for name, f in ways.items()}  # warms up
     seconds, scores["loop"] = {"loop": [], "fast": [], "shortcut": []}, 0
     for row in rows:  # the ways take turns, so that a busy machine is busy for all of them
-        took, part = timed(a, lambda: loop(model, [row], a.steps))
+        took, part = timed(a, lambda: simu.attribute_loop(model, row, steps=a.steps))
         seconds["loop"].append(took * a.pairs)
         scores["loop"] = scores["loop"] + part
         for name, f in ways.items():
             seconds[name].append(timed(a, f)[0])
     counts = {name: flops(f) for name, f in ways.items()}
     # All pairs are of one length: the first one's FLOPs are everyone's.
-    counts["loop"] = flops(lambda: loop(model, rows[:1], a.steps)) * a.pairs
+    counts["loop"] = a.pairs * flops(
+        lambda: simu.attribute_loop(model, rows[0], steps=a.steps))
     mean = {name: statistics.mean(s) for name, s in seconds.items()}
     for name in mean:
         print(f"  {name:9}{mean[name]:10.4f} s{counts[name]:12.3e} FLOP")
@@ -152,7 +120,7 @@ def forget10(a):
     model = random_model(a).requires_grad_(False)
     rows = random_rows(a, tofu_lengths(a.forget10, a.seed))
     samples = sum(len(r.ids) - r.n_prompt for r in rows)
-    s = Settings(steps=a.steps, attribution_tokens=a.tokens)
+    s = simu.Attribution(steps=a.steps, attribution_tokens=a.tokens)
     simu.attribute_rows(model, rows[:8], s, title="warm up")
     # FLOPs are counted on meta-sized work: a sample of batches, scaled by their tokens.
     parts = batches_by_length(rows, a.tokens // max(1, a.steps - 1))
@@ -170,7 +138,7 @@ def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     add_options(p)
     for name, value in dict(pairs=8, prompt=32, answer=32, steps=5, repeats=5, forget10=0,
-                            tokens=Settings.attribution_tokens).items():
+                            tokens=simu.Attribution.attribution_tokens).items():
         p.add_argument(f"--{name}", type=int, default=value)
     p.add_argument("--curve", action="store_true")
     a = p.parse_args()

@@ -4,7 +4,7 @@ through the stages users run: original --weights, attribute, mask, unlearn, eval
     python benchmarks/checkpoint7b.py [--tokenizer tokenizer.model] [--simu ...]     one large GPU
     python benchmarks/checkpoint7b.py --size tiny                                     on a CPU
 
-What follows --simu goes to every stage of simu.py. The data are the demo's; nothing is downloaded.
+What follows --simu goes to every stage. The data are the demo's; nothing is downloaded.
 Without --tokenizer one is trained on the demo, and most rows of the embedding are never asked for.
 About 45 GB of disk in --folder, a temporary one unless given.
 """
@@ -23,7 +23,11 @@ import common
 import torch
 
 import data
-from stage import HERE, UserError, run_cli
+from model import UserError
+from pipeline.settings import HERE
+from pipeline.stage import run_cli
+
+DEMO = HERE / "pipeline" / "demo"
 
 SHARD_BYTES = {"llama2-7b": 4_950_000_000, "tiny": 300_000}  # three shards, as published
 FEW = "--forget-groups 2 --retain-groups 4 --rows-per-author 10 --epochs 2 --batch 4".split()
@@ -36,7 +40,7 @@ def write_checkpoint(a, folder: Path) -> int:
     if a.tokenizer:
         shutil.copyfile(a.tokenizer, folder / "tokenizer.model")
     else:
-        rows = data.load_tofu(HERE / "demo" / "tofu", "full")
+        rows = data.load_tofu(DEMO / "tofu", "full")
         data.train_tokenizer([t for e in rows for t in (e.question, e.answer)], folder, llama=True,
                              vocab=1000)
     shards = sorted(folder.glob("*.safetensors"))
@@ -46,31 +50,31 @@ def write_checkpoint(a, folder: Path) -> int:
 
 
 def step(folder: Path, *words):
-    """Run one of our command lines; its last lines on stdout, without this machine's paths."""
+    """Run a stage; its last lines on stdout, without this machine's paths."""
     def plain(text):
         for path, name in ((folder, "FOLDER"), (os.path.relpath(folder), "FOLDER"), (HERE, ".")):
             text = text.replace(str(path), name)
         return text
 
-    print(plain(f"$ python {' '.join(words)}"), flush=True)
+    print(plain(f"$ python -m pipeline {' '.join(words)}"), flush=True)
     start = time.perf_counter()
-    done = subprocess.run([sys.executable, HERE / words[0], *words[1:]], capture_output=True,
+    done = subprocess.run([sys.executable, HERE / "pipeline", *words], capture_output=True,
                           text=True)
     print(plain("\n".join(done.stdout.strip().splitlines()[-4:])))
     if done.returncode:
-        raise UserError(f"{words[1]} ended with {done.returncode}: "
+        raise UserError(f"{words[0]} ended with {done.returncode}: "
                         f"{plain(done.stderr.strip()[-500:])}")
     print(f"-- {time.perf_counter() - start:.1f} s", flush=True)
 
 
 def run_stages(a, folder: Path):
-    at = ["tofu", "llama2-7b", "--weights", str(folder / "weights"), "--data", str(HERE / "demo"),
+    at = ["tofu", "llama2-7b", "--weights", str(folder / "weights"), "--data", str(DEMO),
           "--out", str(folder / "run"), "--device", a.device, *FEW, *a.simu]
     for name in ("plan", "original", "attribute", "mask", "unlearn"):
-        step(folder, "simu.py", name, *at)
+        step(folder, name, *at)
     run = str(folder / "run")
-    step(folder, "eval.py", "evaluate", run, "original", "simu-graddiff", "--limit", str(a.limit))
-    step(folder, "eval.py", "report", run)
+    step(folder, "evaluate", run, "original", "simu-graddiff", "--limit", str(a.limit))
+    step(folder, "report", run)
 
 
 def main():

@@ -12,7 +12,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import Encoded  # noqa: E402
 from model import Config, Transformer  # noqa: E402
-from plan import CONFIGS  # noqa: E402
+from pipeline.plan import CONFIGS  # noqa: E402
 
 SMALL = Config(model_type="llama", vocab_size=2048, hidden_size=128, intermediate_size=512,
                num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,

@@ -1,6 +1,6 @@
 """The learning-rate grid behind the tiny recipes: every method at every rate, judged alike.
 
-    python benchmarks/grid.py demo tiny-llama   # after simu.py original, attribute and mask
+    python benchmarks/grid.py demo tiny-llama   # after the stages original, attribute and mask
 
 For each method the rate kept is the one with the highest utility (mean of the ROUGE-L columns other
 than forget, as the paper's Table 1 counts retain and world facts) among those that forget:
@@ -8,17 +8,17 @@ ROUGE-L on the forget set at most 0.05 above that of the retain-only model, whic
 """
 
 import sys
-import tempfile
 from argparse import Namespace
-from pathlib import Path
 
 from common import describe  # and it lets the core be imported
 
 import data
 import eval as evaluation
 import simu
-import stage
-from model import Transformer, generate
+from model import Transformer, generate, read_tensors
+from pipeline import settings
+from pipeline.stage import mask_name, run_cli
+from pipeline.stages import encoded_rows
 
 RATES = (2e-5, 5e-5, 1e-4, 2e-4, 4e-4, 8e-4, 1.6e-3)
 SLACK = 0.05
@@ -41,14 +41,14 @@ def show(*cells):
 
 
 def main(argv):
-    parser = stage.parser("grid.py", __doc__.splitlines()[0])
-    parser.add_argument("benchmark", choices=stage.BENCHMARKS)
-    parser.add_argument("model", choices=stage.MODELS)
-    stage.add_options(parser, skip=("benchmark", "model", "method", "lr"))
+    parser = settings.Parser(prog="grid.py", description=__doc__.splitlines()[0])
+    parser.add_argument("benchmark", choices=settings.BENCHMARKS)
+    parser.add_argument("model")
+    settings.add_options(parser, skip=("benchmark", "model", "method", "lr"))
     given = vars(parser.parse_args(argv))
-    s = simu.resolve(given)
-    bench, tokenizer = data.load_benchmark(s), data.load_tokenizer(s.run / "original")
-    mask, = simu.read_tensors(s.run / stage.mask_name(s) / "mask.safetensors", ("mask",))
+    s = settings.resolve(given)
+    (bench, rows), tokenizer = encoded_rows(s), data.load_tokenizer(s.run / "original")
+    mask, = read_tensors(s.run / mask_name(s) / "mask.safetensors", ("mask",))
     sets = dict(forget=bench.forget, retain=bench.retain_eval[:RETAIN], world=bench.world_facts)
     sets = {k: v for k, v in sets.items() if v}
     describe(Namespace(device="cpu", dtype="float32"))
@@ -61,24 +61,20 @@ def main(argv):
         model = Transformer.from_pretrained(s.run / folder)
         judged[folder] = [rouge(model, tokenizer, e, s) for e in sets.values()]
         show(folder, "", *judged[folder])
-    for method in stage.METHODS:
+    for method in simu.METHODS:
         kept = None
         for lr in RATES:
-            m = simu.resolve(given | dict(method=method, lr=lr))
+            own = settings.resolve(given | dict(method=method, lr=lr))
             model = Transformer.from_pretrained(s.run / "original")
-            rows = [data.encode_all(x, tokenizer, s.template, vocab=model.config.vocab_size,
-                                    context=model.config.max_position_embeddings)
-                    for x in (bench.forget, bench.retain)]
-            with tempfile.TemporaryDirectory() as folder:
-                simu.unlearn(model, *rows, mask, m, Path(folder) / "log.jsonl")
+            simu.unlearn(model, rows["forget"], rows["retain"], mask, own)
             got = [rouge(model, tokenizer, e, s) for e in sets.values()]
             show(method, f"{lr:g}", *got)
             utility = evaluation.mean(got[1:])
             if got[0] <= judged["retain-only"][0] + SLACK and (not kept or utility > kept[1]):
                 kept = (lr, utility)
-        told = f"{kept[0]:g} (utility {kept[1]:.3f})" if kept else "none forgets"
-        print(f"kept for {method}: {told}", flush=True)
+        best = f"{kept[0]:g} (utility {kept[1]:.3f})" if kept else "none forgets"
+        print(f"kept for {method}: {best}", flush=True)
 
 
 if __name__ == "__main__":
-    stage.run_cli(lambda: main(sys.argv[1:]))
+    run_cli(lambda: main(sys.argv[1:]))

@@ -9,22 +9,26 @@ tokenizer.json. --tiny: two narrow layers, a few rows; to see on a CPU that it r
 
 import argparse
 import dataclasses
+import json
 import os
 import random
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import stage  # noqa: E402  before torch
+import pipeline  # noqa: E402, F401  before torch: it silences a warning of torch's import
 import torch  # noqa: E402
 
 import data  # noqa: E402
-import original  # noqa: E402
 import simu  # noqa: E402
 from model import Transformer  # noqa: E402
-from plan import CONFIGS  # noqa: E402
+from pipeline import original  # noqa: E402
+from pipeline.plan import CONFIGS  # noqa: E402
+from pipeline.settings import choose_dtype, load_benchmark, resolve  # noqa: E402
+from pipeline.stage import run_cli  # noqa: E402
 
 LEARN = dict(learn_batch=32, learn_lr=3e-4, learn_epochs=20, light_lr=5e-5, light_epochs=12)
 TINY = dict(width=64, depth=2, learn_epochs=1, light_epochs=1, learn_batch=8)
@@ -46,6 +50,14 @@ def save(model, tokenizer_folder: Path, folder: Path):
     os.replace(partial, folder)
 
 
+def learn(model, epochs: list, recipe: simu.Unlearning, log: Path):
+    """One stage of learning, without checkpoints."""
+    with open(log, "w", encoding="ascii") as file:
+        job = SimpleNamespace(loop=simu.plain_loop, record=lambda name: lambda row: print(
+            json.dumps(row), file=file, flush=True))
+        original.learn(model, epochs, recipe, job, title=log.stem)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
@@ -56,31 +68,30 @@ def main():
     parser.add_argument("--tiny", action="store_true")
     args = parser.parse_args()
     given = LEARN | (TINY if args.tiny else {})
-    s = simu.resolve(dict(benchmark="tofu", model="olmo-1b", device=args.device,
-                          forget_groups=args.forget_groups, retain_groups=args.retain_groups,
-                          **given))
-    bench, tokenizer = data.load_benchmark(s), data.load_tokenizer(args.tokenizer)
+    s = resolve(dict(benchmark="tofu", model="olmo-1b", device=args.device,
+                     forget_groups=args.forget_groups, retain_groups=args.retain_groups, **given))
+    bench, tokenizer = load_benchmark(s), data.load_tokenizer(args.tokenizer)
     known, forget = (data.encode_all(rows, tokenizer, s.template, context=2048, vocab=50304)
                      for rows in (original.known_rows(bench),
                                   bench.forget + original.paraphrased(bench.forget)))
-    rng, dtype = random.Random(s.seed), stage.choose_dtype(s)
+    rng, dtype = random.Random(s.seed), choose_dtype(s)
     first, last = args.out / "retain-only", args.out / "weights"
     if not first.is_dir():
         torch.manual_seed(s.seed)
         model = Transformer(config_for(tokenizer, args.tiny)).to(args.device, dtype)
         args.out.mkdir(parents=True, exist_ok=True)
-        original.learn(model, [rng.sample(known, len(known)) for _ in range(s.learn_epochs)], s,
-                   lr=s.learn_lr, log=args.out / "learn.jsonl", title="learn the retain set")
+        learn(model, [rng.sample(known, len(known)) for _ in range(s.learn_epochs)],
+              original.learning(s, s.learn_lr), args.out / "learn.jsonl")
         save(model, args.tokenizer, first)
         del model
     if not last.is_dir():
         model = Transformer.from_pretrained(first, device=args.device, dtype=dtype)
         mixed = [forget + rng.sample(known, min(len(known), s.light_retain * len(forget)))
                  for _ in range(s.light_epochs)]
-        original.learn(model, [rng.sample(rows, len(rows)) for rows in mixed], s, lr=s.light_lr,
-                   log=args.out / "light.jsonl", title="learn the forget set")
+        learn(model, [rng.sample(rows, len(rows)) for rows in mixed],
+              original.learning(s, s.light_lr), args.out / "light.jsonl")
         save(model, args.tokenizer, last)
 
 
 if __name__ == "__main__":
-    stage.run_cli(main)
+    run_cli(main)

@@ -37,10 +37,10 @@ at=(tofu olmo-1b --weights "$out/weights" --device "$device" "${slice[@]}")
 [[ ${#tiny[@]} -eq 0 ]] || at+=(--epochs 1 --batch 4 --max-total-tokens 60)
 for command in original attribute mask "unlearn --method fo" "unlearn --method so" unlearn; do
     # shellcheck disable=SC2086
-    step "$here/simu.py" $command "${at[@]}" --out "$out/run"
+    step "$here/pipeline" $command "${at[@]}" --out "$out/run"
 done
-step "$here/eval.py" evaluate "$out/run"
-step "$here/eval.py" report "$out/run"
-step "$here/simu.py" sweep "${at[@]}" --out "$out/sweep" --jobs 1 "${fast[@]}"
-step "$here/figures.py" all "$out/sweep"
+step "$here/pipeline" evaluate "$out/run"
+step "$here/pipeline" report "$out/run"
+step "$here/pipeline" sweep "${at[@]}" --out "$out/sweep" --jobs 1 "${fast[@]}"
+step "$here/pipeline" figures all "$out/sweep"
 echo "done" | tee -a "$out/log.txt"

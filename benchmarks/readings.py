@@ -4,13 +4,12 @@ beside ours, and the frontier that its mask leads to.
     python benchmarks/readings.py RUN            RUN: a tiny run or a sweep's seed0, attributed
 
 J is Jaccard's index with our mask: at the same threshold, and with as many neurons per layer as
-ours. r is the correlation of scores, by layer. forget and utility are those of `simu.py sweep`.
+ours. r is the correlation of scores, by layer. forget and utility are those of `sweep`.
 """
 
 import argparse
 import dataclasses
 import sys
-import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -19,14 +18,14 @@ import common  # noqa: E402
 import torch  # noqa: E402
 
 import data  # noqa: E402
-import eval as evaluation  # noqa: E402
-import figures  # noqa: E402
 import simu  # noqa: E402
-import stage  # noqa: E402
-import sweep  # noqa: E402
 from data import IGNORE, collate  # noqa: E402
 from model import Transformer  # noqa: E402
-from report import table  # noqa: E402
+from pipeline import figures, sweep  # noqa: E402
+from pipeline.columns import table  # noqa: E402
+from pipeline.settings import read_settings, resolve  # noqa: E402
+from pipeline.stage import run_cli  # noqa: E402
+from pipeline.stages import encoded_rows  # noqa: E402
 
 RATES = (5e-5, 7e-5, 1e-4)
 LEVEL = 0.2  # of forget, where utilities are compared
@@ -34,18 +33,19 @@ LEVEL = 0.2  # of forget, where utilities are compared
 
 def by_sample(model, batch, nodes, *, probability=False, absolute=False):
     """Att [L, D] from one row per sample: our reading, written for comparison and not for speed."""
-    with simu._frozen(model):
-        run = simu._CleanRun(model, batch)
+    with simu.frozen(model):
+        clean = simu.clean_run(model, batch)
         rows = []
-        for l, beta in enumerate(run.beta):
+        for l, beta in enumerate(clean.beta):
             att = torch.zeros_like(beta)  # [B, A, D]: one row per sample
             for node in nodes:
                 with torch.enable_grad():
                     a = (node * beta).requires_grad_()
-                    x = simu._upper_layers(run, l, run.mid[l] + a, run.pos)
+                    x = model.layers[l].add_beta(clean.mid[l], a)
+                    x = simu.upper_layers(clean, l, x, clean.pos)
                     log_p = model.logits(model.norm(x)).log_softmax(-1)  # [B, A, V]
-                    log_p = log_p.gather(-1, run.labels.clamp_min(0)[..., None]).squeeze(-1)
-                    log_p = log_p[run.labels != IGNORE]
+                    log_p = log_p.gather(-1, clean.labels.clamp_min(0)[..., None]).squeeze(-1)
+                    log_p = log_p[clean.labels != IGNORE]
                     grad, = torch.autograd.grad((log_p.exp() if probability else log_p).sum(), a)
                 att += beta * grad / len(nodes)
             rows.append((att.abs() if absolute else att).sum((0, 1)))
@@ -55,7 +55,7 @@ def by_sample(model, batch, nodes, *, probability=False, absolute=False):
 def everything_scaled(model, batch, nodes):
     """The usual shortcut: a layer scaled at every position at once, one loss for all tokens."""
     rows = []
-    with simu._frozen(model):
+    with simu.frozen(model):
         for block in model.layers:
             att = 0.0
             for node in nodes:
@@ -87,17 +87,12 @@ def largest(scores, counts):
 
 
 def judged(s, mask, lr):
-    """(forget, utility) of SIMU with this mask."""
-    bench, encoded = simu.encoded_rows(s)
+    """(forget, utility) of SIMU with this mask; without one, of the original."""
+    bench, rows = encoded_rows(s)
     model = Transformer.from_pretrained(s.run / "original")
-    s = dataclasses.replace(s, lr=lr)
-    with tempfile.TemporaryDirectory() as folder:
-        simu.unlearn(model, encoded["forget"], encoded["retain"], mask, s, Path(folder) / "log")
-    metrics, _ = evaluation.evaluate_model(model, data.load_tokenizer(s.run / "original"),
-                                           sweep.lean(bench), s)
-    row = dict(zip(sweep.COLUMNS, sweep.table_row(dict(sweep="", arm="simu", settings=s), dict(
-        values={k: v for k, v in metrics["values"].items() if v is not None}))))
-    return float(row["forget"]), float(row["utility"])
+    if mask is not None:
+        simu.unlearn(model, rows["forget"], rows["retain"], mask, dataclasses.replace(s, lr=lr))
+    return sweep.axes(sweep.judge(model, bench, s), s.layout)
 
 
 def summed(rows: list, score):
@@ -116,7 +111,9 @@ def all_readings(model: Transformer, rows: list, m: int) -> dict:
         "|Att| of each sample summed [D3]": lambda b: by_sample(model, b, ours, absolute=True),
         "one neuron at a time [D4]": lambda b: simu.attribute(model, b, steps=m, path="neuron"),
         "nodes (j-1)/m": lambda b: by_sample(model, b, left)}
-    return {name: summed(rows, score) for name, score in readings.items()}
+    scores = {name: summed(rows, score) for name, score in readings.items()}
+    ours = next(iter(scores))
+    return scores | {"-log P, the sign that Eq. 1b prints [D3]": -scores[ours]}
 
 
 def main():
@@ -126,10 +123,10 @@ def main():
     parser.add_argument("--rates", type=float, nargs="*", default=RATES)
     args = parser.parse_args()
     common.describe(argparse.Namespace(device="cpu", dtype="float32"))
-    of_run = dataclasses.asdict(stage.read_settings(args.run))
-    s = simu.resolve({k: v for k, v in of_run.items() if k not in ("lr", "lam")}
-                     | dict(method="simu", mask="dual", objective="graddiff"))
-    _, encoded = simu.encoded_rows(s)
+    of_run = dataclasses.asdict(read_settings(args.run))
+    s = resolve({k: v for k, v in of_run.items() if k not in ("lr", "lam")}
+                | dict(method="simu", mask="dual", objective="graddiff"))
+    _, encoded = encoded_rows(s)
     rows = encoded["forget"][:args.rows or None]
     model = Transformer.from_pretrained(s.run / "original")
     scores = all_readings(model, rows, s.steps)
@@ -140,7 +137,7 @@ def main():
           f"{s.threshold}, seed {s.seed}, {s.epochs} epochs", flush=True)
     mask = simu.critical_mask(reference, s.threshold)
     counts = mask.sum(1).tolist()
-    original = judged_original(s) if args.rates else None
+    original = judged(s, None, 0) if args.rates else None
     lines = []
     for name, score in list(scores.items()) + [("random neurons of equal number", None)]:
         if score is None:
@@ -163,15 +160,5 @@ def main():
                  f"utility at forget {LEVEL}"], lines))
 
 
-def judged_original(s):
-    """(forget, utility) before anything moves."""
-    bench, _ = simu.encoded_rows(s)
-    folder = s.run / "original"
-    metrics, _ = evaluation.evaluate_model(Transformer.from_pretrained(folder),
-                                           data.load_tokenizer(folder), sweep.lean(bench), s)
-    v = metrics["values"]
-    return v["forget.rouge_l"], (v["retain.rouge_l"] + v["world_facts.rouge_l"]) / 2
-
-
 if __name__ == "__main__":
-    stage.run_cli(main)
+    run_cli(main)

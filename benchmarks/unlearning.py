@@ -11,21 +11,20 @@ live tensors (on a GPU, of its allocator); `planned` is what plan.py foretells f
 import argparse
 import gc
 import statistics
-import tempfile
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from common import (add_options, clock, config, describe, random_model, random_rows, synchronize,
                     timed, tofu_lengths)
 
-import plan
 import simu
 from data import IGNORE
-from plan import LiveBytes
-from stage import Settings
+from pipeline import plan
+from pipeline.plan import LiveBytes
+from pipeline.settings import Settings
 
 PADDED = 512  # the peer's fixed length
+WAYS = "fo,so,simu,peer"
 
 
 def settings(a, method: str) -> Settings:
@@ -70,28 +69,20 @@ def ours(a, method) -> float:
     """Median seconds of an update of FO, SO or SIMU."""
     model, mask = random_model(a), critical(a)
     forget, retain = all_rows(a)
-    with tempfile.TemporaryDirectory() as folder:
-        log = Path(folder) / "log.jsonl"
+    times = []
 
-        def run(n, after=None):
-            simu.unlearn(model, forget[:n * a.batch], retain[:n * a.batch], mask,
-                         settings(a, method), log, after)
+    def run(record=None):
+        simu.unlearn(model, forget, retain, mask, settings(a, method), record=record)
 
-        if a.device == "cpu":  # counting slows, so what is counted is not timed
-            peak = measured_peak(a, list(model.parameters()), lambda: run(a.updates + 1))
-        times = []
+    def look_at_the_clock(row):
+        synchronize(a)
+        times.append(clock(a)())
 
-        def after(step):
-            synchronize(a)
-            times.append(clock(a)())
-
-        def timed_run():
-            run(a.updates + 1, after)
-
-        if a.device == "cuda":
-            peak = measured_peak(a, (), timed_run)
-        else:
-            timed_run()
+    if a.device == "cpu":  # counting slows, so what is counted is not timed
+        peak = measured_peak(a, list(model.parameters()), run)
+        run(look_at_the_clock)
+    else:
+        peak = measured_peak(a, (), lambda: run(look_at_the_clock))
     longest = max(len(r.ids) for r in forget + retain)
     answer = max(len(r.ids) - r.n_prompt for r in forget + retain)
     planned = plan.need(settings(a, method), config(a), "unlearn", method,
@@ -168,7 +159,8 @@ def main():
         p.add_argument(f"--{name.replace('_', '-')}", type=int, default=value)
     p.add_argument("--state", choices=("float32", "bfloat16"), default="float32")
     p.add_argument("--checkpointing", action="store_true")
-    p.add_argument("--ways", default="fo,so,simu,peer", help="which, comma between")
+    p.add_argument("--ways", default=WAYS, help=f"which, comma between; methods: "
+                   f"{', '.join(simu.METHODS)}")
     a = p.parse_args()
     describe(a)
     c = config(a)

@@ -1,7 +1,6 @@
 """The house: who imports whom, what the core needs, and what an edit makes again."""
 
 import ast
-import re
 import shutil
 import subprocess
 import sys
@@ -154,8 +153,3 @@ def test_what_an_edit_makes_again(tmp_path, monkeypatch, file, old, new, again):
         monkeypatch.undo()
         reach.read_module.cache_clear()
     assert {k for k in before if before[k] != after[k]} == again
-
-
-def test_the_readmes_script_is_ten_lines():
-    script = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
-    assert len(script.strip().splitlines()) <= 10

@@ -3,6 +3,8 @@
 import json
 import os
 import random
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -107,6 +109,28 @@ def test_one_command_forgets_20_and_keeps_40(place, tmp_path):
         main(["verify", str(out)])
 
 
+def test_the_readmes_script_runs_on_the_four_files_alone(place, tmp_path):
+    """As it stands there, in a folder with nothing but them and somebody's model and rows."""
+    script = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+    assert len(script.strip().splitlines()) <= 10
+    for module in ("simu", "model", "data", "eval"):
+        shutil.copy(ROOT / f"{module}.py", tmp_path)
+    for name in ("forget.jsonl", "retain.jsonl"):
+        shutil.copy(place / name, tmp_path)
+    shutil.copytree(place / "customers-model", tmp_path / "my-model")
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True,
+                          text=True, env=os.environ | dict(OMP_NUM_THREADS="1"))
+    assert done.returncode == 0, done.stderr
+    before, after = (Transformer.from_pretrained(tmp_path / x) for x in ("my-model", "unlearned"))
+    tokenizer = data.load_tokenizer(tmp_path / "unlearned")
+    loss = {}
+    for name in ("forget", "retain"):
+        rows = data.encode_all(data.load_rows(tmp_path / f"{name}.jsonl"), tokenizer, "qa",
+                               context=128, vocab=tokenizer.vocab_size)
+        loss[name] = [simu.mean_nll(m, data.collate(rows)).item() for m in (before, after)]
+    assert loss["forget"][1] > 10 * loss["forget"][0] and loss["forget"][1] > 4 * loss["retain"][1]
+
+
 def test_a_changed_request_or_file_is_noticed(place, tmp_path):
     out, own = tmp_path / "run", tmp_path / "rows.jsonl"
     own.write_text((place / "forget.jsonl").read_text(encoding="utf-8-sig"))
@@ -169,3 +193,42 @@ def test_npo_alone_needs_no_rows_to_keep(place, tmp_path):
     for stage in ("original", "attribute", "mask", "unlearn"):
         main([stage, *given])
     assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
+
+
+SHAPE = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+             max_position_embeddings=256)
+LAYOUTS = {
+    "llama": dict(model_type="llama", num_key_value_heads=2),
+    "llama3": dict(model_type="llama", num_key_value_heads=2, rope_theta=500000.0, rope_scaling=dict(
+        rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+        original_max_position_embeddings=64)),
+    "mistral": dict(model_type="mistral", num_key_value_heads=2),
+    "olmo": dict(model_type="olmo", tie_word_embeddings=True),
+    "qwen2": dict(model_type="qwen2", num_key_value_heads=2, tie_word_embeddings=True)}
+
+
+@pytest.mark.parametrize("layout, teach", [*((x, False) for x in LAYOUTS), ("olmo", True)])
+def test_a_benchmark_on_a_folder_of_any_layout(tmp_path, layout, teach):
+    """`run.sh tofu FOLDER`: no name, licence or recipe borrowed from a model of the table."""
+    folder, out, demo = tmp_path / "somebody", tmp_path / "run", ROOT / "pipeline" / "demo"
+    folder.mkdir()
+    texts = [x for e in data.load_tofu(demo / "tofu", "full") for x in (e.question, e.answer)]
+    data.train_tokenizer(texts, folder, llama=layout == "llama", vocab=500)
+    tokenizer = data.load_tokenizer(folder)
+    torch.manual_seed(1)
+    Transformer(Config(**SHAPE, **LAYOUTS[layout], vocab_size=tokenizer.vocab_size,
+                       eos_token_id=tokenizer.eos_id)).save_pretrained(folder)
+    given = ["tofu", str(folder), "--data", str(demo), "--out", str(out), "--rows-per-author", "10",
+             "--forget-groups", "1", "--retain-groups", "2", "--epochs", "1", "--learn-epochs", "1",
+             "--batch", "4"]
+    given += ["--teach", "--learn-retain-only"] if teach else []
+    for stage in ("original", "attribute", "mask", "unlearn"):
+        main([stage, *given])
+    assert (out / "original" / "model.safetensors").is_symlink() != teach
+    assert (out / "retain-only").exists() == teach
+    saved = Config.from_dir(out / "simu-graddiff")
+    assert saved.model_type == LAYOUTS[layout]["model_type"]
+    main(["evaluate", str(out), "simu-graddiff", "--limit", "2"])
+    main(["report", str(out)])
+    card = (out / "simu-graddiff" / "README.md").read_text()
+    assert "somebody" in card and "LLaMA2" not in card and "Llama 2" not in card
