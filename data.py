@@ -10,6 +10,7 @@ Not here: tools in chats, streaming, multi-process loading.
 
 import contextlib
 import hashlib
+import importlib
 import io
 import json
 import os
@@ -80,6 +81,20 @@ def check_fields(settings):
             raise UserError(f"{name} is {value!r}; choose {' or '.join(meta['choices'])}")
         if meta.get("ok") and not meta["ok"](value):
             raise UserError(f"{name} is {value}; it must be {meta['must']}")
+
+
+def optional_package(name: str, needed_by, least: tuple = ()):
+    """The module `name`, which one function alone needs; UserError if it is missing or older than
+    the version `least`."""
+    try:
+        module = importlib.import_module(name)
+        if least and [int(n) for n in re.findall(r"\d+", version(name))[:3]] < list(least):
+            raise ImportError
+    except ImportError:
+        wanted = f"'{name}>={'.'.join(map(str, least))}'" if least else name.split(".")[0]
+        raise UserError(f"{needed_by} needs a package: pip install "
+                        f"{wanted.replace('_', '-')}") from None
+    return module
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -250,13 +265,8 @@ def batches_by_length(rows: list[Encoded], tokens: int) -> list[list[int]]:
 def _compiled_chat(source: str):
     """A chat template as transformers compiles it. It comes with the model, from a stranger: it
     runs in jinja's sandbox."""
-    try:
-        import jinja2
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-        if [int(n) for n in re.findall(r"\d+", version("jinja2"))[:3]] < [3, 1, 6]:
-            raise ImportError  # one can break out of an older one's sandbox
-    except ImportError:
-        raise UserError("--template chat needs a package: pip install 'jinja2>=3.1.6'") from None
+    jinja2 = optional_package("jinja2", "--template chat", (3, 1, 6))  # whose sandbox holds
+    sandbox = optional_package("jinja2.sandbox", "--template chat")
 
     def refuse(message):
         raise jinja2.TemplateError(message)
@@ -264,7 +274,7 @@ def _compiled_chat(source: str):
     def tojson(value, ensure_ascii=False, **layout):
         return json.dumps(value, ensure_ascii=ensure_ascii, **layout)
 
-    env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
+    env = sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
                                         extensions=["jinja2.ext.loopcontrols"])
     env.filters["tojson"] = tojson
     # Llama 3's own date where it is told none: a run must say tomorrow what it says today.
@@ -659,10 +669,7 @@ class JsonTokenizer:
     model's config.json names. names: the content of tokenizer_config.json."""
 
     def __init__(self, path: Path, eos_ids: list[int], names: dict):
-        try:
-            import tokenizers  # sentencepiece cannot read this format
-        except ImportError:
-            raise UserError(f"{path} needs a package: pip install tokenizers") from None
+        tokenizers = optional_package("tokenizers", path)  # sentencepiece cannot read this format
         self.path = path
         with self._library("is not a tokenizer.json"):
             self._tok = tokenizers.Tokenizer.from_file(str(path))

@@ -849,11 +849,7 @@ def _chunk_scores(logits, labels, wanted):
 def load_encoder(name: str, device):
     """A function from texts to unit vectors [n, E]. name: a folder or a hub name, as
     sentence-transformers takes them; its weights are read as safetensors alone."""
-    try:
-        import sentence_transformers  # only here: everything else does without it
-    except ImportError:
-        raise UserError("--closeness encoder needs a package: pip install "
-                        "sentence-transformers") from None
+    sentence_transformers = data.optional_package("sentence_transformers", "--closeness encoder")
     folder = Path(name).expanduser()
     if not folder.is_dir() and (folder.is_absolute() or name.startswith((".", "~"))):
         raise UserError(f"--encoder {name} is not there; give a folder that is, or a hub name")

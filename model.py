@@ -541,9 +541,12 @@ def generate(model, prompts, *, max_new_tokens=None, eos_id, max_total_tokens=No
             raise UserError(f"prompt {i} with its new tokens takes {len(prompt) + limits[i]} "
                             f"positions; a batch of {batch_tokens} tokens cannot hold it: raise "
                             "the batch's tokens or lower the number of new tokens")
+    drafts = [None] * len(prompts) if drafts is None else drafts
+    if len(drafts) != len(prompts):
+        raise UserError(f"{len(prompts)} prompts and {len(drafts)} drafts; each prompt takes one, "
+                        "which may be empty")
     rows = [Row(prompt, limit, [i for i in draft or [] if 0 <= i < model.config.vocab_size])
-            for prompt, limit, draft in zip(prompts, limits, drafts or [None] * len(prompts),
-                                            strict=True)]
+            for prompt, limit, draft in zip(prompts, limits, drafts)]
     with tqdm(total=len(rows), desc=progress, unit="row", disable=progress is None) as bar:
         for batch in row_batches([len(p) for p in prompts], limits, batch_tokens):
             decode(model, [rows[i] for i in batch], eos_id)
@@ -564,6 +567,8 @@ class Row:
 
     def to_read(self) -> list[int]:
         """Ids of the next pass: the last one, which no pass has read yet, and those guessed."""
+        if not self.ahead:
+            return self.ids[-1:]
         wanted = min(self.ahead, self.end - len(self.ids) - 1)
         guess = self.source[self.at:self.at + wanted]
         while self.source is self.ids and len(guess) < wanted:  # a loop goes on as it began
@@ -595,35 +600,36 @@ class Cache:
     overwrite them."""
 
     def __init__(self, c: Config, B: int, columns: int, like):
-        shape = (B, c.num_key_value_heads, columns, c.head_dim)
+        shape = (B, 2 * c.num_key_value_heads, columns, c.head_dim)  # keys, then values
         # Zeroed: a masked key weighs 0, but 0 times an uninitialised NaN would be NaN.
-        self.k = [like.new_zeros(shape) for _ in range(c.num_hidden_layers)]  # [B, K, columns, hd]
-        self.v = [like.new_zeros(shape) for _ in range(c.num_hidden_layers)]
+        self.kv = [like.new_zeros(shape) for _ in range(c.num_hidden_layers)]
         self.end = 0  # columns in use
 
     def prefill(self, rows: slice, layer: int, q, k, v):
         """Causal attention over the prompts of some rows, whose keys and values are kept."""
-        width = k.shape[2]
-        self.end = max(self.end, width)
-        self.k[layer][rows, :, :width], self.v[layer][rows, :, :width] = k, v
+        self.end = max(self.end, k.shape[2])
+        self.kv[layer][rows, :, :k.shape[2]] = torch.cat((k, v), dim=1)
         return causal_attention(q, k, v)
 
     def place(self, row, slot, position, width: int, end: int):
         """Say of N new tokens which row each belongs to, its place among the at most `width` new
         ones of that row, and its position, all below `end` (int64 [N] each). `step` takes them
         as they are, without padding."""
-        self.row, self.slot, self.position, self.end = row, slot, position, end
-        last = position.new_zeros(len(self.k[0]), width)  # a slot without token sees column 0
+        self.row, self.slot, self.end = row, slot, end
+        B, heads, columns, _ = self.kv[0].shape
+        head = torch.arange(heads, device=row.device)[:, None]
+        self.lines = ((row * heads + head) * columns + position).flatten()  # [2K * N]
+        last = position.new_zeros(B, width)  # a slot without token sees column 0
         last[row, slot] = position
         unseen = torch.arange(end, device=row.device) > last[..., None]  # [B, width, end]
-        self.mask = self.k[0].new_zeros(unseen.shape).masked_fill_(unseen, -math.inf)[:, None]
+        self.mask = self.kv[0].new_zeros(unseen.shape).masked_fill_(unseen, -math.inf)[:, None]
 
     def step(self, layer: int, q, k, v):
         """Attention of the placed tokens, q [1, H, N, hd] and k, v [1, K, N, hd], on all that each
         may see -> [1, N, H*hd]"""
-        keys, values = self.k[layer][:, :, :self.end], self.v[layer][:, :, :self.end]
-        keys[self.row, :, self.position] = k[0].transpose(0, 1)  # [N, K, hd]
-        values[self.row, :, self.position] = v[0].transpose(0, 1)
+        kv = self.kv[layer]
+        kv.view(-1, kv.shape[-1]).index_copy_(0, self.lines, torch.cat((k, v), dim=1).flatten(0, 2))
+        keys, values = kv[:, :, :self.end].chunk(2, dim=1)  # [B, K, end, hd]
         B, _, width, _ = self.mask.shape
         if width == 1:  # N is B
             return attention(q.transpose(0, 2), keys, values, self.mask).transpose(0, 1)
@@ -636,10 +642,9 @@ class Cache:
         """Drop all rows but these (distinct int64 indices), which take this order. Those among
         the first len(rows) should stand at their own place: they are not copied."""
         moved = (rows != torch.arange(len(rows), device=rows.device)).nonzero()[:, 0]
-        for layers in (self.k, self.v):
-            for layer, x in enumerate(layers):
-                x[moved, :, :self.end] = x[rows[moved], :, :self.end]
-                layers[layer] = x[:len(rows)]
+        for layer, x in enumerate(self.kv):
+            x[moved, :, :self.end] = x[rows[moved], :, :self.end]
+            self.kv[layer] = x[:len(rows)]
 
 
 def new_tokens(c: Config, i: int, prompt: list[int], max_new, max_total) -> int:
@@ -717,10 +722,14 @@ def read_on(model, cache: Cache, rows: list[Row], rope) -> list[list[int]]:
     """One pass over each row's last id and what it may say next. Returns, for each row, the
     model's choice after each id that was read."""
     read = [row.to_read() for row in rows]
-    table = [(token, b, slot, len(row.ids) - 1 + slot) for b, row in enumerate(rows)
-             for slot, token in enumerate(read[b])]
-    ids, row, slot, position = torch.tensor(table, device=model.embed_tokens.weight.device).T
-    cache.place(row, slot, position, max(map(len, read)), 1 + max(line[-1] for line in table))
+    begin = [len(row.ids) - 1 for row in rows]
+    table = torch.tensor([
+        [token for ids in read for token in ids],
+        [b for b, ids in enumerate(read) for _ in ids],
+        [slot for ids in read for slot in range(len(ids))],
+        [at + slot for at, ids in zip(begin, read) for slot in range(len(ids))]])
+    ids, row, slot, position = table.to(model.embed_tokens.weight.device)
+    cache.place(row, slot, position, width=max(map(len, read)), end=1 + int(table[3].max()))
     attend = [partial(cache.step, layer) for layer in range(len(model.layers))]
     h = model.hidden(ids[None], attend, rope=[x[position][None] for x in rope])  # [1, N, D]
     chosen = iter(best_ids(model, h[0]))

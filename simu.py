@@ -477,7 +477,7 @@ def original_log_p(answers: Answers, target, recipe: "Unlearning") -> Tensor:
 
 @dataclass(frozen=True)
 class Objective:
-    """Loss = mean of `forget` over the batch's forget tokens or rows + weight * mean retain loss."""
+    """Loss = mean of `forget` over the batch's forget tokens or rows + weight * retain loss."""
 
     forget: Callable | None = None
     per: str = "token"  # or "row": what `forget` is summed over, and divided by

@@ -1,77 +1,62 @@
 """Greedy decoding here against transformers' generate: same weights, prompts and device, one run.
 
-    python benchmarks/decoding.py [--device cuda --dtype bfloat16 --learn 0 ...]
+    python benchmarks/decoding.py [--size llama2-7b --device cuda --dtype bfloat16 --learn 0 ...]
 
-The model has the shape of this project's tiny LLaMA and first memorises random answers to random
-questions, so that rows end as real answers do: each at its own step. Default lengths are spread
-like TOFU's forget10 answers (18 to 95 tokens, mean 43); LUME's, whose few long texts keep a whole
-batch waiting, are `--answer_min 1 --answer_mean 19 --answer_max 154 --new 200`. A second
-comparison lets every row run to the end, where only the cost of a step counts. `--learn 0` keeps
-random weights: for large models. transformers gets one batch, padded on the left, its key/value
-cache and sdpa attention. The two take turns; times are the fastest of `--repeats`, and tokens are
-compared.
+Three models: one that has memorised random answers to random questions, each ending at its own
+step; the same one collapsed by gradient ascent on them, so that it repeats itself; and random
+weights, which no draft ever fits. Lengths are those of TOFU's forget10. The drafts are the answers.
+`--learn 0` leaves out the first two: for large models.
+
+transformers gets one batch, padded on the left, its key/value cache and sdpa attention. `--before`
+names an older checkout, whose generate takes its turn too. All take turns; times are the fastest of
+`--repeats`. Tokens are compared with transformers', and passes counted.
 """
 
 import argparse
-import os
-import subprocess
+import importlib.util
 import sys
 import tempfile
-import time
 from pathlib import Path
+
+from common import (
+    add_options, config, describe, random_model, random_rows, timed, tofu_lengths)
 
 import torch
 import torch.nn.functional as F
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-from model import Config, Transformer, generate  # noqa: E402
+from data import collate
+from model import Transformer, generate
 
 EOS = 0
 
 
 def arguments():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    for name, value in dict(prompts=64, shortest=12, longest=30, new=150, answer_min=18,
-                            answer_mean=43, answer_max=95, hidden=128, layers=4,
-                            heads=4, kv_heads=2, ffn=512, vocab=2048, learn=400, repeats=15,
-                            threads=2, seed=0).items():
+    add_options(p)
+    p.set_defaults(size="small")
+    for name, value in dict(prompts=64, new=150, learn=400, collapse=40, repeats=7,
+                            threads=1).items():
         p.add_argument(f"--{name}", type=int, default=value)
-    p.add_argument("--device", default="cpu")
-    p.add_argument("--dtype", default="float32")
+    p.add_argument("--before", type=Path, help="an older checkout of this repository")
     return p.parse_args()
 
 
-def make_rows(a, g):
-    """Random prompts and answers; answers' lengths are the least plus an exponential, cut off."""
-    def text(low, high):
-        n = int(torch.randint(low, high + 1, (1,), generator=g))
-        return torch.randint(1, a.vocab, (n,), generator=g).tolist()
-    tail = torch.empty(a.prompts).exponential_(1 / (a.answer_mean - a.answer_min), generator=g)
-    lengths = (a.answer_min + tail).clamp(max=a.answer_max).int().tolist()
-    return [text(a.shortest, a.longest) for _ in lengths], [text(n, n) for n in lengths]
-
-
-def memorise(model, prompts, answers, steps: int) -> float:
-    """Full-batch Adam on the answers and their eos, until they are known; the last loss."""
-    rows = [p + t + [EOS] for p, t in zip(prompts, answers)]
-    width = max(map(len, rows))
-    ids = torch.tensor([r + [EOS] * (width - len(r)) for r in rows])  # [B, T]
-    targets = torch.tensor([[-100] * (len(p) - 1) + r[len(p):] + [-100] * (width - len(r))
-                            for p, r in zip(prompts, rows)])  # [B, T - 1]
-    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+def descend(model, rows, steps: int, lr: float, sign: float, enough) -> float:
+    """Full-batch Adam on sign * the loss of answers and eos; stops where enough(loss)."""
+    batch = collate(rows)
+    optimizer = torch.optim.Adam(model.parameters(), lr=lr)
     for _ in range(steps):
-        loss = F.cross_entropy(model(ids[:, :-1]).flatten(0, 1), targets.flatten())
+        loss = F.cross_entropy(model(batch.ids).flatten(0, 1), batch.targets.flatten())
+        if enough(loss):
+            break
         optimizer.zero_grad()
-        loss.backward()
+        (sign * loss).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        if loss < 0.02:
-            break
     return loss.item()
 
 
-def their_way(model, prompts, new, eos):
+def ask_transformers(model, prompts, new, eos):
     """transformers' generate on one left-padded batch; ids without eos and pads."""
     width = max(map(len, prompts))
     pads = [width - len(p) for p in prompts]
@@ -83,33 +68,55 @@ def their_way(model, prompts, new, eos):
     return [row[:row.index(eos)] if eos in row else row for row in out]
 
 
-def compare(a, label, ours, theirs, prompts, eos):
-    ways = {"ours": lambda: generate(ours, prompts, max_new_tokens=a.new, eos_id=eos),
-            "transformers": lambda: their_way(theirs, prompts, a.new, eos)}
+def older(folder: Path):
+    """The model module of another checkout."""
+    sys.path.append(str(folder))  # its model.py may import its other modules
+    spec = importlib.util.spec_from_file_location("older_model", folder / "model.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["older_model"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def count_passes(model) -> list[int]:
+    """A list that grows by one at each of the model's passes."""
+    passes = []
+    model.layers[0].register_forward_hook(lambda *_: passes.append(1))
+    return passes
+
+
+def compare(a, label, model, prompts, drafts, eos):
+    """Let every way decode the same prompts with the same weights, in turns."""
+    import transformers
+    dtype = getattr(torch, a.dtype)
+    options = dict(max_new_tokens=a.new, eos_id=eos)
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        ours = Transformer.from_pretrained(folder, dtype=dtype, device=a.device)
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        theirs = theirs.to(a.device).eval()
+        counted = {"drafted": count_passes(ours)}
+        ways = {"transformers": lambda: ask_transformers(theirs, prompts, a.new, eos),
+                "drafted": lambda: generate(ours, prompts, drafts=drafts, **options)}
+        if a.before:
+            module = older(a.before)
+            before = module.Transformer.from_pretrained(folder, dtype=dtype, device=a.device)
+            counted["before"] = count_passes(before)
+            ways["before"] = lambda: module.generate(before, prompts, **options)
     seconds, texts = {name: [] for name in ways}, {}
     for _ in range(a.repeats):
         for name, way in ways.items():
-            start = time.perf_counter()
-            texts[name] = way()  # Python lists: the device has finished
-            seconds[name].append(time.perf_counter() - start)
-    best = {name: min(s) for name, s in seconds.items()}
-    lengths = [len(text) for text in texts["ours"]]
-    same = sum(x == y for x, y in zip(texts["ours"], texts["transformers"]))
+            s, texts[name] = timed(a, way)
+            seconds[name].append(s)
+    lengths = [len(text) for text in texts["drafted"]]
     print(f"{label}: {sum(lengths)} new tokens in {len(prompts)} rows of {min(lengths)} to "
           f"{max(lengths)}")
-    for name, s in best.items():
-        print(f"  {name:13}{s:8.3f} s {sum(lengths) / s:9.0f} tokens/s")
-    print(f"  ratio {best['transformers'] / best['ours']:.2f}, "
-          f"rows with equal tokens {same}/{len(prompts)}")
-
-
-def processor(a) -> str:
-    if a.device.startswith("cuda"):
-        return torch.cuda.get_device_name()
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    name = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), "CPU")
-    return f"{name}, {a.threads} of {os.cpu_count()} threads"
+    for name, s in seconds.items():
+        same = sum(x == y for x, y in zip(texts[name], texts["transformers"]))
+        passes = f"{len(counted[name]) // a.repeats} passes" if name in counted else ""
+        print(f"  {name:13}{min(s):8.3f} s {sum(lengths) / min(s):9.0f} tokens/s  "
+              f"{min(seconds['transformers']) / min(s):5.2f} times transformers  "
+              f"{same}/{len(prompts)} rows equal  {passes}")
 
 
 def main():
@@ -117,29 +124,23 @@ def main():
     import transformers
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(a.threads)
-    commit = subprocess.run(["git", "log", "-1", "--format=%h"], capture_output=True, text=True,
-                            cwd=ROOT).stdout.strip()
-    print("python", *sys.argv)
-    print(f"commit {commit}, torch {torch.__version__}, transformers "
-          f"{transformers.__version__}, {processor(a)}")
-    torch.manual_seed(a.seed)
-    prompts, answers = make_rows(a, torch.Generator().manual_seed(a.seed))
-    model = Transformer(Config(
-        model_type="llama", vocab_size=a.vocab, hidden_size=a.hidden, intermediate_size=a.ffn,
-        num_hidden_layers=a.layers, num_attention_heads=a.heads, num_key_value_heads=a.kv_heads,
-        max_position_embeddings=a.longest + a.new + 1))
-    loss = f"{memorise(model, prompts, answers, a.learn):.3f}" if a.learn else "not trained"
-    dtype = getattr(torch, a.dtype)
-    with tempfile.TemporaryDirectory() as folder:
-        model.to(dtype).save_pretrained(folder)
-        ours = Transformer.from_pretrained(folder, dtype=dtype, device=a.device)
-        theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-        theirs = theirs.to(a.device).eval()
-    print(f"{sum(p.numel() for p in ours.parameters()):,} parameters, {a.dtype}, loss {loss}; "
-          f"prompts of {a.shortest} to {a.longest} tokens, at most {a.new} new")
+    describe(a)
+    rows = random_rows(a, tofu_lengths(a.prompts, a.seed))
+    for row in rows:
+        row.ids.append(EOS)
+    prompts = [row.ids[:row.n_prompt] for row in rows]
+    answers = [row.ids[row.n_prompt:-1] for row in rows]
+    print(f"transformers {transformers.__version__}; {a.size}, "
+          f"{sum(p.numel() for p in Transformer(config(a)).parameters()):,} weights; at most "
+          f"{a.new} new tokens")
     if a.learn:
-        compare(a, "answers that end", ours, theirs, prompts, EOS)
-    compare(a, "every row to the end", ours, theirs, prompts, None)
+        model = random_model(a)
+        loss = descend(model, rows, a.learn, 3e-3, 1.0, lambda loss: loss < 0.02)
+        compare(a, f"memorised (loss {loss:.3f})", model, prompts, answers, EOS)
+        loss = descend(model, rows, a.collapse, 1e-3, -1.0, lambda loss: loss > 20)
+        compare(a, f"collapsed (loss {loss:.3f})", model, prompts, answers, EOS)
+    compare(a, "random weights, every row to the end", random_model(a, sharp=12.0), prompts,
+            answers, None)
 
 
 if __name__ == "__main__":

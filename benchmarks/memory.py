@@ -26,7 +26,8 @@ from common import Config, Transformer, describe
 import torch
 
 import model as module
-from stage import UserError, run_cli, write_json
+from model import UserError, write_json
+from pipeline.stage import run_cli
 
 GB = 1e9
 SIZES = {"2gb": Config(model_type="llama", vocab_size=32000, hidden_size=2048,
@@ -42,9 +43,9 @@ def write_checkpoint(config: Config, folder: Path, shards: int = 3) -> tuple[int
     largest tensor)."""
     g = torch.Generator().manual_seed(0)
     tensors = {name: torch.randn(shape[-1:], generator=g).half().expand(shape)  # no memory yet
-               for name, shape in module._shapes(config).items()}
+               for name, shape in module.tensor_shapes(config).items()}
     sizes = [t.nbytes for t in tensors.values()]
-    where, parts = {}, module._split(tensors, -(-sum(sizes) // shards) + max(sizes))
+    where, parts = {}, module.split_shards(tensors, -(-sum(sizes) // shards) + max(sizes))
     for i, part in enumerate(parts, 1):
         file = f"model-{i:05}-of-{len(parts):05}.safetensors"
         module.save_tensors(folder / file, part, metadata={"format": "pt"})
@@ -109,7 +110,7 @@ def main():
     a.device, a.dtype = "cpu", "float32"
     describe(a)
     with tempfile.TemporaryDirectory() as folder:
-        weights = sum(s.numel() for s in module._shapes(SIZES[a.size]).values()) * 2
+        weights = sum(s.numel() for s in module.tensor_shapes(SIZES[a.size]).values()) * 2
         if shutil.disk_usage(folder).free < 3 * weights:
             raise UserError(f"{folder} has no room for {3 * weights / GB:.1f} GB; set TMPDIR")
         total, largest = write_checkpoint(SIZES[a.size], Path(folder))

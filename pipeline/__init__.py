@@ -1,4 +1,4 @@
-"""Everything around the method: run folders, downloads, plans, reports, sweeps, attacks, figures."""
+"""Around the method: run folders, downloads, plans, reports, sweeps, attacks, figures."""
 
 import warnings
 

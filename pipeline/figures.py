@@ -539,7 +539,7 @@ def main(argv: list[str]):
                         help="a run or a sweep; default: every folder of benchmarks/results/")
     args = parser.parse_args(argv)
     stored = HERE / "benchmarks" / "results"
-    folders = args.folders or sorted(p.parent for p in stored.glob("*/settings.json"))
+    folders = args.folders or sorted(p.parent for p in stored.glob("*/sweep.csv"))
     if not folders:
         raise UserError(f"{stored} holds no stored sweep; name the folder of a run or sweep")
     for folder in folders:

@@ -187,8 +187,7 @@ def link_model(s: Settings, name: str, source: Path, origin: dict, inputs: dict)
     Config.from_dir(source)
     weight_files(source)
     data.load_tokenizer(source)
-    partner = s.run / "retain-only"
-    if name == "original" and not s.retain_only and partner.exists() and not hub.find_retain_only(s):
+    if name == "original" and (s.run / "retain-only").exists() and not hub.find_retain_only(s):
         raise UserError(f"{s.run} holds a retain-only model that is not of {source}; choose "
                         "another --out, or delete that folder")
     names = [p for p in sorted(source.iterdir()) if p.is_file()

@@ -72,13 +72,14 @@ def called(node: ast.Call) -> str:
 
 
 def is_settings(module: str, node) -> bool:
-    """A dataclass of options: a stage records the values it takes, so the class itself is no code."""
+    """A dataclass of options: a stage records the values it takes, so the class is no code."""
     if not isinstance(node, ast.ClassDef):
         return False
     options = any(isinstance(x, ast.AnnAssign) and isinstance(x.value, ast.Call)
                   and called(x.value) == "option" for x in node.body)
     defined, _ = read_module(module)
-    return options or any(is_settings(module, defined.get(getattr(b, "id", ""))) for b in node.bases)
+    bases = (defined.get(getattr(base, "id", "")) for base in node.bases)
+    return options or any(is_settings(module, base) for base in bases)
 
 
 def table_row(node, key: str):

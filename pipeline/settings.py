@@ -1,8 +1,8 @@
 """Every setting of every stage, its default for each cell, and the command line made of them.
 
 `Settings` is the union of what the core's functions ask for (data.Slice, simu.Recipe, eval.Limits)
-and of what only a run needs. A stage depends on whole dataclasses of it, so a field that is added to
-one cannot be forgotten.
+and of what only a run needs. A stage depends on whole dataclasses of it, so a field that is added
+to one cannot be forgotten.
 """
 
 import argparse
@@ -247,11 +247,11 @@ LEARN_LUME = LEARN_TOFU | dict(learn_lr=1e-5, learn_epochs=10, learn_warmup=0.1)
 CHAT_1B = dict(template="llama3", epochs=10, lr=1e-5, batch=32)
 # Taught here until it knows the slice by heart; rates from the sweep in benchmarks/results.
 SMOLLM2 = dict(template="chat", forget_groups=2, retain_groups=8, learn_epochs=12, learn_lr=1e-4,
-               learn_batch=8, learn_decay=0.01, learn_tokens=1024, micro_tokens=1024, dtype="bfloat16",
-               lr=1e-4, epochs=10, batch=8, level_share=0.5, learn_retain_only=True)
+               learn_batch=8, learn_decay=0.01, learn_tokens=1024, micro_tokens=1024,
+               dtype="bfloat16", lr=1e-4, epochs=10, batch=8, level_share=0.5, learn_retain_only=True)
 # Tiny models, made here on a CPU. Their learning rates come from the grid in benchmarks/.
-TINY = dict(level_share=0.5, threshold=0.6, steps=5, epochs=40, batch=4, lam=2.0, lr=8e-4, eval_tokens=8192,
-            fo=dict(lam=0.3, lr=2e-4), so=dict(lr=1e-4))
+TINY = dict(threshold=0.6, steps=5, epochs=40, batch=4, lam=2.0, lr=8e-4, eval_tokens=8192,
+            level_share=0.5, fo=dict(lam=0.3, lr=2e-4), so=dict(lr=1e-4))
 TINY_ON = {
     "demo": TOFU | dict(rows_per_author=10, learn_epochs=30, light_epochs=15),
     "tofu": TOFU | dict(forget_groups=2, retain_groups=15, learn_epochs=25, light_epochs=15,

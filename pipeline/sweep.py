@@ -47,7 +47,8 @@ from pipeline import settings
 from pipeline.columns import table
 from pipeline.original import original_stage
 from pipeline.reach import code_digest
-from pipeline.settings import Level, Making, Placement, Settings, Source, placement, taken
+from pipeline.settings import (Aside, Level, Making, Placement, Settings, Source, placement,
+                               taken)
 from pipeline.stage import claim, content, data_inputs, digest, lock, table_rows
 from pipeline.stages import attribute_stage, encoded_rows, forget_targets
 
@@ -176,7 +177,7 @@ def plan_points(given: dict, *, arms, factors, seeds: int, variants: bool, grid:
 def find_key(p: Point, contents: dict) -> str:
     """Digest of all that a point's numbers depend on. contents: digests of folders read so far."""
     s, parts = p.settings, ["original"]
-    takes = [data.Slice, Source, Placement, evaluation.Limits]
+    takes = [data.Slice, Source, Placement, Aside, evaluation.Limits]
     if p.arm in BASELINES:
         parts = [p.arm]
     else:

@@ -373,7 +373,7 @@ def test_after_a_fault_the_same_command_goes_on(server, tmp_path, checkpoint):
 
 @pytest.mark.parametrize("words, told", [
     ("--weights hf:tiny", "is not hf:OWNER/NAME"),
-    ("--weights nowhere", "is named hf:OWNER/NAME[@REVISION]"),
+    ("--weights nowhere", "or hf:OWNER/NAME[@REVISION]"),
     ("--weights hf:me/tiny@../x", "revision ../x")])
 def test_names_that_are_none(server, tmp_path, capfd, words, told):
     server.refuse["revision/.."] = (404, "RevisionNotFound")

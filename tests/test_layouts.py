@@ -1,5 +1,5 @@
 """The checkpoints people bring: LLaMA in all its spellings, OLMo in HF's and its original layout,
-Llama 3.2, Qwen2.5, OLMo-2. Each against transformers, each with its faults named; attribution and
+Llama 3.2, Mistral, Qwen2.5, OLMo-2. Each against transformers, each with its faults named; attribution and
 unlearning on them; and our own export read back by transformers, tokenizer and text included."""
 
 import copy
@@ -12,14 +12,13 @@ import torch
 from safetensors.torch import load_file
 
 import data
-import eval as evaluation
 import model as module
 import simu
-import stage
-from model import Config, Transformer, generate, save_tensors
-from stage import UserError
-from test_pipeline import MICRO, ROOT
-from test_simu import one_prefix_at_a_time, rows
+from model import Config, Transformer, UserError, generate, read_json, save_tensors, write_json
+from pipeline import settings, stage
+from pipeline.__main__ import main
+from test_pipeline import DEMO, MICRO
+from test_simu import rows
 
 SHAPE = dict(vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
              num_attention_heads=4, max_position_embeddings=64)
@@ -30,6 +29,7 @@ OURS = {  # layout: what makes one of ours
     "llama-3.2": dict(model_type="llama", num_key_value_heads=2, tie_word_embeddings=True,
                       rope_theta=5e5, rope_scaling=LLAMA3),
     "qwen2.5": dict(model_type="qwen2", num_key_value_heads=2, tie_word_embeddings=True),
+    "mistral": dict(model_type="mistral", num_key_value_heads=2),
     "olmo": dict(model_type="olmo", clip_qkv=0.4),
     "olmo2": dict(model_type="olmo2", num_key_value_heads=2),
     "original olmo": dict(model_type="olmo", tie_word_embeddings=True),
@@ -101,7 +101,7 @@ def save(model, folder, kind):
     if kind.startswith("original"):
         file = folder / "model.safetensors"
         save_tensors(file, {k: t.clone() for k, t in fuse(load_file(file)).items()})
-        stage.write_json(folder / "config.json", original_config(model.config))
+        write_json(folder / "config.json", original_config(model.config))
     return folder
 
 
@@ -123,8 +123,9 @@ def check_parity(mine, theirs, *, new=12):
         assert relative(mine(ids), theirs(ids).logits) < 1e-5
     free = generate(mine, PROMPTS, max_new_tokens=new, eos_id=None)
     eos = free[0][new // 2]
-    assert generate(mine, PROMPTS, max_new_tokens=new, eos_id=eos) == [
-        their_greedy(theirs, p, new=new, eos_id=eos) for p in PROMPTS]
+    want = [their_greedy(theirs, p, new=new, eos_id=eos) for p in PROMPTS]
+    assert generate(mine, PROMPTS, max_new_tokens=new, eos_id=eos) == want
+    assert generate(mine, PROMPTS, max_new_tokens=new, eos_id=eos, drafts=free) == want
 
 
 # --------------------------------------------------------------------- parity with transformers
@@ -136,6 +137,9 @@ def their_model(hf, kind):
     make = {
         "llama-3.2": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(
             **wide, tie_word_embeddings=True, rope_parameters=LLAMA3 | {"rope_theta": 5e5})),
+        "mistral": lambda: hf.MistralForCausalLM(hf.MistralConfig(**wide, sliding_window=64)),
+        "mistral, no window": lambda: hf.MistralForCausalLM(hf.MistralConfig(
+            **wide, sliding_window=None, head_dim=12)),
         "qwen2.5": lambda: hf.Qwen2ForCausalLM(hf.Qwen2Config(
             **wide, tie_word_embeddings=True, sliding_window=8, use_sliding_window=False)),
         "qwen2.5, untied": lambda: hf.Qwen2ForCausalLM(hf.Qwen2Config(
@@ -152,8 +156,8 @@ def their_model(hf, kind):
     return model
 
 
-@pytest.mark.parametrize("kind", ["llama-3.2", "qwen2.5", "qwen2.5, untied", "olmo2",
-                                  "olmo2, tied", "olmo, clipped"])
+@pytest.mark.parametrize("kind", ["llama-3.2", "mistral", "mistral, no window", "qwen2.5",
+                                  "qwen2.5, untied", "olmo2", "olmo2, tied", "olmo, clipped"])
 def test_parity_and_the_way_back(hf, kind, tmp_path):
     theirs = their_model(hf, kind)
     theirs.save_pretrained(tmp_path / "theirs")
@@ -185,7 +189,7 @@ def test_original_olmo_layout_equals_transformers_olmo(hf, tied, clip, kv, tmp_p
     config = Config.from_dir(tmp_path)
     file = tmp_path / "model.safetensors"
     save_tensors(file, fuse(load_file(file)))
-    stage.write_json(tmp_path / "config.json", original_config(config))
+    write_json(tmp_path / "config.json", original_config(config))
     mine = Transformer.from_pretrained(tmp_path)
     assert mine.config == dataclasses.replace(config, bos_token_id=None)
     check_parity(mine, theirs)
@@ -201,7 +205,7 @@ def in_shards(folder, count: int, change=lambda t: t):
         file = f"model-{i:05}-of-{count:05}.safetensors"
         save_tensors(folder / file, {n: tensors[n].contiguous() for n in part})
         where |= dict.fromkeys(part, file)
-    stage.write_json(folder / module.INDEX,
+    write_json(folder / module.INDEX,
                      {"metadata": {"total_size": 1}, "weight_map": where})
 
 
@@ -220,10 +224,10 @@ def test_llama_as_hubs_hold_it(hf, shards, dtype, old, pad_row, tmp_path):
     if shards > 1:
         in_shards(tmp_path, shards, older if old else lambda t: t)
     if old:
-        raw = stage.read_json(tmp_path / "config.json")
+        raw = read_json(tmp_path / "config.json")
         for key in ("rope_parameters", "rope_theta", "num_key_value_heads", "head_dim"):
             raw.pop(key, None)
-        stage.write_json(tmp_path / "config.json", raw)
+        write_json(tmp_path / "config.json", raw)
     mine = Transformer.from_pretrained(tmp_path)
     assert mine.config.vocab_size == 96 + pad_row
     # Not theirs.float(): casting that model has cast its RoPE frequencies too.
@@ -235,6 +239,7 @@ def test_llama_as_hubs_hold_it(hf, shards, dtype, old, pad_row, tmp_path):
 VICTIM = {"llama": "model.layers.1.mlp.up_proj.weight",
           "llama-3.2": "model.layers.0.self_attn.k_proj.weight",
           "qwen2.5": "model.layers.1.self_attn.k_proj.bias", "olmo": "lm_head.weight",
+          "mistral": "model.layers.0.self_attn.v_proj.weight",
           "olmo2": "model.layers.0.self_attn.q_norm.weight",
           "original olmo": "model.transformer.blocks.1.att_proj.weight",
           "original olmo, untied": "model.transformer.ff_out.weight"}
@@ -264,7 +269,7 @@ def test_every_layout_names_what_does_not_fit(kind, tmp_path):
 
 def test_a_config_of_another_layout_than_the_weights(tmp_path):
     folder = save(ours("original olmo"), tmp_path, "original olmo")
-    stage.write_json(folder / "config.json", ours("original olmo").config.to_hf(torch.float32))
+    write_json(folder / "config.json", ours("original olmo").config.to_hf(torch.float32))
     with pytest.raises(UserError, match="missing: model.embed_tokens.*unexpected: model.transf"):
         Transformer.from_pretrained(folder)
 
@@ -286,7 +291,8 @@ def test_a_tied_original_head_may_be_stored(tmp_path):
     ("qwen2.5", dict(use_sliding_window=True), "use_sliding_window = True is not supported"),
     ("qwen2.5", dict(layer_types=["full_attention", "sliding_attention"]), "layer_types = "),
     ("qwen2.5", dict(layer_types=3), "layer_types = 3 is not supported"),
-    ("llama", dict(model_type="mistral"), "model_type = 'mistral': must be llama or"),
+    ("llama", dict(model_type="mixtral"), "model_type = 'mixtral': must be llama or"),
+    ("mistral", dict(sliding_window=63), "sliding_window = 63 is below max_position_embeddings"),
     ("llama", dict(attention_bias=True), "attention_bias = True is not supported"),
     ("llama", dict(mlp_bias=True), "mlp_bias = True is not supported"),
     ("llama", dict(rope_scaling={"type": "linear", "factor": 2}), "rope_scaling = .*linear"),
@@ -305,8 +311,8 @@ def test_a_tied_original_head_may_be_stored(tmp_path):
 ])
 def test_what_is_not_computed_here_is_refused(kind, change, told, tmp_path):
     folder = save(ours(kind), tmp_path, kind)
-    raw = stage.read_json(folder / "config.json")
-    stage.write_json(folder / "config.json", raw | change)
+    raw = read_json(folder / "config.json")
+    write_json(folder / "config.json", raw | change)
     with pytest.raises(UserError, match=told) as e:
         Transformer.from_pretrained(folder)
     assert "\n" not in str(e.value)
@@ -320,30 +326,29 @@ def test_what_is_not_computed_here_is_refused(kind, change, told, tmp_path):
     ("olmo2", "neuron", 2)])
 def test_attribution_equals_the_loop(kind, path, steps):
     model, pairs = ours(kind), rows(2 if path == "layer" else 1, vocab=96)
-    want = sum(one_prefix_at_a_time(model, r, steps, path) for r in pairs)
+    want = sum(simu.attribute_loop(model, r, steps=steps, path=path) for r in pairs)
     got = simu.attribute(model, data.collate(pairs), steps=steps, path=path)
     assert relative(got, want) < 2e-5
 
 
 @pytest.mark.parametrize("kind", ["qwen2.5", "olmo2"])
-def test_projections_and_their_biases_move_and_norms_do_not(kind, tmp_path):
+def test_projections_and_their_biases_move_and_norms_do_not(kind):
     model = ours(kind)
     before = copy.deepcopy(dict(model.named_parameters()))
     mask = torch.zeros(2, 32, dtype=torch.bool)
     mask[0, 5] = True
-    with simu.moving_weights(model, "simu", mask, torch.float32) as moving:
+    recipe = simu.Recipe(epochs=1, batch=2, lr=1e-2)
+    with simu.moving_weights(model, recipe, mask) as moving:
         names = {w.name: w.decayed for w in moving}
     assert {n.split(".", 2)[2] for n in names if "self_attn" in n} == {
         f"self_attn.{x}_proj.weight" for x in "qkvo"} | (
         {f"self_attn.{x}_proj.bias" for x in "qkv"} if kind == "qwen2.5" else set())
     assert [n for n in names if "self_attn" not in n] == ["layers.0.mlp.down_proj.rows"]
     assert all(decayed == (not n.endswith("bias")) for n, decayed in names.items())
-    with simu.moving_weights(model, "fo", None, torch.float32) as moving:
+    with simu.moving_weights(model, dataclasses.replace(recipe, method="fo"), None) as moving:
         assert {w.name for w in moving} == set(before)
         assert {w.decayed for w in moving if "norm" in w.name or "bias" in w.name} == {False}
-    s = simu.resolve(dict(benchmark="demo", model="tiny-llama", epochs=1, batch=2, lr=1e-2))
-    simu.unlearn(model, rows(2, vocab=96), rows(2, seed=1, vocab=96), mask, s,
-                 tmp_path / "log.jsonl")
+    simu.unlearn(model, rows(2, vocab=96), rows(2, seed=1, vocab=96), mask, recipe)
     for name, now in model.named_parameters():
         old = before[name]
         if "_proj" in name and "self_attn" in name:
@@ -376,7 +381,7 @@ def byte_level(folder, *, post=None, specials=(), names=None, **config):
         pre_tokenizers.Split(tokenizers.Regex(r"\s+|\p{N}{1,3}| ?[^\s\p{N}]+"), "isolated"),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     tok.decoder = decoders.ByteLevel()
-    texts = [t for e in data.load_tofu(ROOT / "demo" / "tofu", "forget10")
+    texts = [t for e in data.load_tofu(DEMO / "tofu", "forget10")
              for t in (e.question, e.answer)]
     tok.train_from_iterator(texts, trainers.BpeTrainer(
         vocab_size=400, show_progress=False,
@@ -391,9 +396,9 @@ def byte_level(folder, *, post=None, specials=(), names=None, **config):
     tok.save(str(folder / "tokenizer.json"))
     ids = {k: [tok.token_to_id(x) if isinstance(x, str) else x for x in v] for k, v in
            config.items()}
-    stage.write_json(folder / "config.json",
+    write_json(folder / "config.json",
                      {k: v if len(v) > 1 else v[0] for k, v in ids.items()})
-    stage.write_json(folder / "tokenizer_config.json", data.PLAIN_IN_TRANSFORMERS | (names or {}))
+    write_json(folder / "tokenizer_config.json", data.PLAIN_IN_TRANSFORMERS | (names or {}))
     return data.load_tokenizer(folder), tok.token_to_id
 
 
@@ -438,7 +443,7 @@ def test_a_post_processors_bos_may_be_switched_off(tmp_path):
                         names=dict(add_bos_token=False))
     assert tok.bos_id is None
     (tmp_path / "t" / "tokenizer_config.json").write_text("[]")
-    with pytest.raises(UserError, match="tokenizer_config.json .* must hold a JSON object"):
+    with pytest.raises(UserError, match="tokenizer_config.json does not hold a JSON object"):
         data.load_tokenizer(tmp_path / "t")
 
 
@@ -447,11 +452,11 @@ def test_a_post_processors_bos_may_be_switched_off(tmp_path):
 
 def unlearned(out, name, *options):
     """The stages up to a report, SIMU alone, in this process."""
-    words = ["demo", name, "--out", str(out), *MICRO, "--data", str(ROOT / "demo"),
+    words = ["demo", name, "--out", str(out), *MICRO, "--data", str(DEMO),
              *"--forget-groups 1 --retain-groups 4 --learn-epochs 6 --max-total-tokens 96".split(),
              *options]
     for command in ("original", "attribute", "mask", "unlearn"):
-        simu.main([command, *words])
+        main([command, *words])
     return out
 
 
@@ -468,7 +473,7 @@ def check_same_text(hf, folder, s, card: bool):
     theirs = hf.AutoModelForCausalLM.from_pretrained(folder)
     lengths = {} if card else dict(max_length=s.max_total_tokens)
     said = []
-    for e in data.load_benchmark(s).retain[:40:10]:
+    for e in settings.load_benchmark(s).retain[:40:10]:
         text = f"Question: {e.question}\nAnswer: {e.answer[:len(e.answer) // 2]}"
         prompt = data.encode_prompt(text, tok, "raw")
         given = their_tok(text, return_tensors="pt")
@@ -487,7 +492,7 @@ def check_same_text(hf, folder, s, card: bool):
 def test_transformers_says_what_we_say(hf, runs, name):
     if name == "tiny-llama":
         pytest.importorskip("google.protobuf")
-    s = stage.read_settings(runs[name])
+    s = settings.read_settings(runs[name])
     check_same_text(hf, runs[name] / "original", s, card=False)
     check_same_text(hf, runs[name] / "simu-graddiff", s, card=True)
 
@@ -500,8 +505,8 @@ def test_the_card_says_what_was_done_and_then_what_came_of_it(runs):
     assert "Not evaluated yet" in card and "| epochs " in card and str(out) not in card
     made = stage.read_stage(out / "mask")
     assert f"{made['critical']} of {made['total']}" in card
-    evaluation.main(["evaluate", str(out), "original", "simu-graddiff", "--limit", "4"])
-    evaluation.main(["report", str(out)])
+    main(["evaluate", str(out), "original", "simu-graddiff", "--limit", "4"])
+    main(["report", str(out)])
     card = (folder / "README.md").read_text()
     assert "Not evaluated yet" not in card and "SIMU-GradDiff (partial: " in card
     assert "| Original" in card and "Licence" in card
@@ -517,13 +522,13 @@ def test_a_run_from_the_original_olmo_layout(hf, runs, tmp_path):
     model = Transformer.from_pretrained(made / "original")
     save(model, source, "original olmo")
     data.copy_tokenizer(made / "original", source)
-    config = stage.read_json(source / "tokenizer_config.json")
-    stage.write_json(source / "tokenizer_config.json", config | dict(
+    config = read_json(source / "tokenizer_config.json")
+    write_json(source / "tokenizer_config.json", config | dict(
         auto_map={"AutoTokenizer": ["x.X", "x.X"]}, tokenizer_class="OLMoTokenizer"))
     out = unlearned(tmp_path / "run", "tiny-olmo", "--weights", str(source))
     scores = [(run / "attribution" / "scores.safetensors").read_bytes() for run in (made, out)]
     assert scores[0] == scores[1]
-    check_same_text(hf, out / "simu-graddiff", stage.read_settings(out), card=True)
+    check_same_text(hf, out / "simu-graddiff", settings.read_settings(out), card=True)
     kept = (out / "simu-graddiff" / "tokenizer_config.json").read_text()
     assert "auto_map" not in kept and "OLMoTokenizer" not in kept
     assert "Base: hub." in (out / "simu-graddiff" / "README.md").read_text()

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 import model as module
-from model import Config, Transformer, generate, save_tensors
-from stage import UserError
+from model import Config, Transformer, UserError, generate, read_tensors, save_tensors
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden"
@@ -147,7 +147,7 @@ def test_greedy_tokens_equal_transformers(theirs):
     assert got == [their_greedy(model, p, new=24, eos_id=eos) for p in prompts]
 
 
-@pytest.mark.parametrize("shard_bytes", [module.SHARD_BYTES, 20_000])
+@pytest.mark.parametrize("shard_bytes", [10 ** 9, 20_000])
 def test_saved_model_loads_in_transformers(theirs, tmp_path, shard_bytes):
     hf = pytest.importorskip("transformers")
     model, folder, _ = theirs
@@ -161,7 +161,7 @@ def test_saved_model_loads_in_transformers(theirs, tmp_path, shard_bytes):
     assert again.config.dtype == torch.float32
     files = sorted(file.name for file in tmp_path.iterdir())
     assert "config.json" in files and "generation_config.json" in files
-    assert not any(name.endswith(".part") for name in files)
+    assert not any("partial" in name for name in files)
     assert ("model.safetensors.index.json" in files) == (shard_bytes == 20_000)
 
 
@@ -319,7 +319,7 @@ def test_finished_rows_leave_the_batch(monkeypatch):
     inner = module.Cache.step
 
     def step(self, layer, q, k, v):
-        rows.append(q.shape[0])
+        rows.append(len(self.kv[layer]))
         return inner(self, layer, q, k, v)
 
     monkeypatch.setattr(module.Cache, "step", step)
@@ -368,10 +368,118 @@ def test_progress_bar_counts_rows(capsys):
     ([[3, 97]], {}, "prompt 0 has token ids outside.*97"),
     ([[3, -1]], {}, "prompt 0 has token ids outside"),
     ([[1] * 30], {"batch_tokens": 20}, "prompt 0 .* 38 positions; a batch of 20 tokens"),
+    ([[5], [6]], {"drafts": [[7]]}, "2 prompts and 1 drafts"),
 ])
 def test_generate_faults(prompts, limits, told):
     with pytest.raises(UserError, match=told):
         generate(random_model(), prompts, max_new_tokens=8, eos_id=None, **limits)
+
+
+# ------------------------------------------------------------------------------------- drafts
+
+
+@pytest.fixture
+def passes():
+    """A model and the list that gets, at each of its passes, how many tokens the pass read."""
+    model, read = random_model(), []
+    model.layers[0].register_forward_hook(lambda _, args, __: read.append(args[0].shape[1]))
+    return model, read
+
+
+def said(model, read, prompts, **options):
+    """The texts, and how many passes followed the reading of the prompts."""
+    read.clear()
+    texts = generate(model, prompts, **dict(max_new_tokens=40, eos_id=None) | options)
+    return texts, len(read) - -(-len(prompts) // module.PROMPTS_AT_ONCE)
+
+
+def test_a_right_draft_is_checked_in_few_passes(passes):
+    prompts = prompts_of([5, 1, 17, 2])
+    free, steps = said(*passes, prompts)
+    drafted, few = said(*passes, prompts, drafts=free)
+    assert drafted == free and few <= 5 < steps <= 39
+    # One token to believe in the draft, then 1 + 4, 1 + 8, 1 + 16, and what is left.
+    assert passes[1][1:] == [4 * n for n in (5, 9, 17, 8)]
+
+
+def wrong_at(texts, place):
+    return [text[:place] + [(text[place] + 1) % 97] + text[place + 1:] for text in texts]
+
+
+@pytest.mark.parametrize("changes", [
+    {}, {"num_key_value_heads": 4, "tie_word_embeddings": True}, {"model_type": "mistral"},
+    {"model_type": "olmo", "clip_qkv": 0.7, "num_key_value_heads": 1}, {"model_type": "olmo2"}])
+def test_no_draft_changes_a_token(changes):
+    model = random_model(**changes)
+    prompts = prompts_of([3, 20, 1, 8, 8, 13, 30, 2])
+    free = [slow_greedy(model, p, new=30, eos_id=None) for p in prompts]
+    eos = an_eos(free)
+    want = [text[:text.index(eos)] if eos in text else text for text in free]
+    for drafts in (free[::-1], *(wrong_at(free, place) for place in (0, 1, 9)), [[], None] * 4,
+                   [text * 3 for text in free], [text[:i] for i, text in enumerate(free)],
+                   [[5] * 40] * 8, [[97, -1, 10 ** 9]] * 8):
+        for options in ({}, {"batch_tokens": 120}):
+            got = generate(model, prompts, max_new_tokens=30, eos_id=eos, drafts=drafts, **options)
+            assert got == want
+
+
+def test_a_wrong_draft_costs_no_pass(passes):
+    prompts = prompts_of([5, 9])
+    free, steps = said(*passes, prompts)
+    for drafts in ([[1] * 40] * 2, wrong_at(free, 0)):
+        got, count = said(*passes, prompts, drafts=drafts)
+        assert got == free and count <= steps
+
+
+def test_a_row_that_left_its_draft_finds_back(passes):
+    prompts = prompts_of([5])
+    free, _ = said(*passes, prompts)
+    _, alone = said(*passes, prompts, drafts=free)
+    got, back = said(*passes, prompts, drafts=wrong_at(free, 9))
+    assert got == free and back <= alone + 5
+
+
+def test_a_collapsed_row_is_its_own_draft(passes):
+    model, read = passes
+    for block in model.layers:  # the next token depends on the last one alone: every text loops
+        block.self_attn.o_proj.weight.data.zero_()
+    prompts = prompts_of([4, 11, 2])
+    texts, few = said(model, read, prompts, max_new_tokens=50)
+    assert texts == [slow_greedy(model, p, new=50, eos_id=None) for p in prompts]
+    period = max(len(set(text)) for text in texts)
+    assert few < period + 12 < 49
+
+
+@pytest.mark.parametrize("after", [[], [3], [4, 9, 2, 60, 3] * 4])
+def test_eos_inside_a_draft_ends_the_row(passes, after):
+    prompts = prompts_of([6, 3])
+    free, _ = said(*passes, prompts)
+    for place in (0, 1, 7, 20):
+        eos = free[0][place]
+        want = [text[:text.index(eos)] if eos in text else text for text in free]
+        drafts = [text + [eos] + after for text in want]
+        assert said(*passes, prompts, drafts=drafts, eos_id=eos)[0] == want
+        assert said(*passes, prompts, drafts=free, eos_id=eos)[0] == want
+
+
+def test_drafts_keep_to_limits_and_context(passes):
+    prompts = prompts_of([10, 60, 3])  # context 64
+    free, _ = said(*passes, prompts, max_new_tokens=None)
+    assert [len(text) for text in free] == [54, 4, 61]
+    drafts = [text + [1] * 50 for text in free]
+    assert said(*passes, prompts, max_new_tokens=None, drafts=drafts)[0] == free
+    for new in (0, 1, 2, 6, 7):
+        got, _ = said(*passes, prompts, max_new_tokens=new, drafts=drafts)
+        assert got == [text[:new] for text in free]
+
+
+def test_rows_advance_each_by_its_own_count(passes):
+    prompts = prompts_of([7] * 6)
+    free, steps = said(*passes, prompts)
+    got, count = said(*passes, prompts, drafts=free[:3] + [None] * 3)
+    assert got == free and count == steps
+    read = passes[1][1:]
+    assert read[0] == 3 * 5 + 3 and read[-1] == 3  # the finished three have left
 
 
 # ------------------------------------------------------------------------------------- loading
@@ -566,7 +674,8 @@ def test_old_and_new_configs_agree(folder):
 
 
 @pytest.mark.parametrize("key, value, told", [
-    ("model_type", "gpt2", "model_type = 'gpt2': must be llama or olmo or olmo2 or qwen2"),
+    ("model_type", "gpt2",
+     "model_type = 'gpt2': must be llama or mistral or olmo or olmo2 or qwen2"),
     ("model_type", None, "model_type is missing"),
     ("vocab_size", None, "vocab_size is missing"),
     ("rms_norm_eps", None, "rms_norm_eps is missing"),
@@ -606,13 +715,38 @@ def test_config_faults(folder, key, value, told):
 
 
 @pytest.mark.parametrize("changes, told", [
-    ({"model_type": "llama", "clip_qkv": 8.0}, "clip_qkv = 8.0: must be null for llama"),
+    ({"model_type": "llama", "clip_qkv": 8.0},
+     "clip_qkv = 8.0: must be null for llama, which does not clip"),
     ({"model_type": "olmo", "clip_qkv": -1}, "clip_qkv = -1: must be null or a number above 0"),
     ({"model_type": "olmo", "norm_eps": 1e-6}, "rms_norm_eps = 1e-06: must be 1e-05 for olmo"),
 ])
 def test_config_made_in_code_is_checked_too(changes, told):
     with pytest.raises(UserError, match=told):
         Config(**SHAPE | changes)
+
+
+@pytest.mark.parametrize("window, good", [
+    (None, True), (64, True), (4096, True), (63, False), (8, False), ("64", False)])
+def test_a_sliding_window_below_the_context_is_refused(window, good, tmp_path):
+    random_model(model_type="mistral").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["sliding_window"] is None and "attention_bias" not in config
+    edit_json(tmp_path / "config.json", lambda raw: raw.update(sliding_window=window))
+    if good:
+        assert Transformer.from_pretrained(tmp_path).config == random_model(
+            model_type="mistral").config
+    else:
+        refused(tmp_path, f"config.json: sliding_window = '?{window}'? is below "
+                          "max_position_embeddings = 64 and not computed here; lower")
+
+
+def test_a_window_that_is_not_named_is_the_one_transformers_takes(tmp_path):
+    random_model(model_type="mistral", max_position_embeddings=4097).save_pretrained(tmp_path)
+    Config.from_dir(tmp_path)
+    edit_json(tmp_path / "config.json", lambda raw: raw.pop("sliding_window"))
+    refused(tmp_path, "sliding_window = 4096 is below max_position_embeddings = 4097")
+    edit_json(tmp_path / "config.json", lambda raw: raw.update(max_position_embeddings=4096))
+    Config.from_dir(tmp_path)
 
 
 @pytest.mark.parametrize("text, told", [
@@ -642,8 +776,38 @@ def test_save_tensors_is_safetensors(tmp_path):
     assert set(back) == set(tensors)
     for name, want in tensors.items():
         assert back[name].dtype == want.dtype and torch.equal(back[name], want), name
-    with module.safe_open(tmp_path / "t.safetensors", framework="pt") as file:
+    with safe_open(tmp_path / "t.safetensors", framework="pt") as file:
         assert file.metadata() == {"format": "pt"}
+
+
+def test_read_tensors_names_what_is_wrong(tmp_path):
+    file = tmp_path / "t.safetensors"
+    save_tensors(file, {"a": torch.arange(3), "b": torch.ones(2)})
+    b, a = read_tensors(file, ("b", "a"))
+    assert a.tolist() == [0, 1, 2] and b.tolist() == [1, 1]
+    for damage in (lambda: read_tensors(file, ("c",)), lambda: cut(file, 20) or read_tensors(
+            file, ("a",)), lambda: file.unlink() or read_tensors(file, ("a",))):
+        with pytest.raises(UserError, match="t.safetensors is missing or damaged; delete"):
+            damage()
+
+
+@pytest.mark.parametrize("write", [
+    lambda path: module.write_text(path, "new\n"),
+    lambda path: save_tensors(path, {"a": torch.ones(3)})])
+def test_files_are_written_beside_and_renamed(write, tmp_path):
+    path, beside = tmp_path / "deep" / "x", tmp_path / "deep" / ".x.simu-partial"
+    write(path)
+    whole = path.read_bytes()
+    path.write_text("old\n")
+    beside.write_text("what a killed process left")
+    write(path)
+    assert path.read_bytes() == whole and not beside.exists()
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.write_text("not ours")
+    beside.symlink_to(elsewhere)  # someone else's folder: nothing is written through their link
+    with pytest.raises(UserError, match="partial is in the way of x; delete it"):
+        write(path)
+    assert elsewhere.read_text() == "not ours" and beside.is_symlink()
 
 
 def test_a_save_that_fails_leaves_the_old_file(folder, monkeypatch):
@@ -656,7 +820,7 @@ def test_a_save_that_fails_leaves_the_old_file(folder, monkeypatch):
     with pytest.raises(OSError):
         random_model(vocab_size=50).save_pretrained(folder)
     assert (folder / "model.safetensors").read_bytes() == before
-    assert not list(folder.glob("*.part"))
+    assert not list(folder.glob(".*"))
 
 
 def test_saving_again_replaces_other_layouts(folder, sharded):
@@ -687,7 +851,6 @@ def test_saved_bfloat16_stays(tmp_path):
     assert json.loads((tmp_path / "config.json").read_text())["torch_dtype"] == "bfloat16"
     back = load_file(tmp_path / "model.safetensors")
     assert {t.dtype for t in back.values()} == {torch.bfloat16}
-
 
 
 def test_no_numpy_needed(tmp_path):
