@@ -449,10 +449,9 @@ def repo_of(given: str, flag: str) -> Repo | None:
 
 def original_sources(s: Settings) -> Sources:
     """Where a run's models come from, but for those that are folders or made here."""
-    given, retain_only = given_model(s), getattr(s, "retain_only", "")
-    if given:
+    if given := given_model(s):
         repo = repo_of(given, "--weights" if s.weights else "MODEL")
-        sources = Sources(base=repo) if getattr(s, "teach", False) else Sources(repo)
+        sources = Sources(base=repo) if s.teach else Sources(repo)
     elif s.tiny:
         sources = Sources()
     elif (s.benchmark, s.model) in ORIGINALS:
@@ -460,8 +459,8 @@ def original_sources(s: Settings) -> Sources:
     else:
         raise UserError(f"no model that knows {s.benchmark}'s rows is published for {s.model}; "
                         "pass --weights")
-    if retain_only:
-        sources = sources._replace(retain_only=repo_of(retain_only, "--retain-only"))
+    if s.retain_only:
+        sources = sources._replace(retain_only=repo_of(s.retain_only, "--retain-only"))
     return sources
 
 
@@ -475,7 +474,7 @@ def find_original(s: Settings) -> tuple[Path, dict, bool]:
     whether it is ready. Downloads what is not here."""
     original, base, _ = original_sources(s)
     if not original and not base:
-        folder, ready = Path(given_model(s)).resolve(), not getattr(s, "teach", False)
+        folder, ready = Path(given_model(s)).resolve(), not s.teach
         files = [] if ready or not folder.is_dir() else [p for p in folder.iterdir() if p.is_file()]
         return folder, {} if ready else dict(sha256={p.name: data.sha256(p) for p in files}), ready
     if original and not (base and have(base) and not have(original)):  # fallen back: stay there
@@ -493,9 +492,8 @@ def find_original(s: Settings) -> tuple[Path, dict, bool]:
 def find_retain_only(s: Settings) -> tuple[Path, dict] | None:
     """Folder of a model that never saw the forget set, and its SOURCE; None if the run has none
     that is published or given."""
-    repo, given = original_sources(s).retain_only, getattr(s, "retain_only", "")
-    if not repo:
-        return (Path(given).resolve(), {}) if given else None
+    if not (repo := original_sources(s).retain_only):
+        return (Path(s.retain_only).resolve(), {}) if s.retain_only else None
     folder = download(repo)
     return folder, read_source(folder)
 

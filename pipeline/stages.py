@@ -196,10 +196,31 @@ def unlearn_stage(s: Settings):
     if not job.is_made():
         with job as folder:
             make_unlearned(
-                s, job, folder, watch=epoch_evaluator if s.eval_epochs else None,
+                s, job, folder, watch=epoch_evaluator if s.eval_epochs else
+                loss_reporter if s.layout == "rows" else None,
                 aim=forget_targets if simu.OBJECTIVES[s.objective].targeted else None)
             write_generation_config(folder, s)
             write_card(folder, s, dataclasses.asdict(s))
+
+
+def loss_reporter(model: Transformer, bench: data.Benchmark, s: Settings, job: Stage):
+    """`record` of simu.train: also prints, eight times in all, the mean loss of at most 8 rows of
+    each kind, so that a person sees where forgetting stands."""
+    tokenizer, c = data.load_tokenizer(s.run / "original"), model.config
+    record, updates = job.record("log.jsonl"), len(bench.forget) * s.epochs // s.batch
+    kinds = {name: data.encode_all(evaluation.spread(list(some), 8), tokenizer, s.template,
+                                   context=c.max_position_embeddings, vocab=c.vocab_size)
+             for name, some in (("forget", bench.forget), ("retain", bench.retain),
+                                ("never seen", bench.nonmembers)) if some}
+
+    def report(row: dict):
+        record(row)
+        if row["step"] % max(1, updates // 8) == 0:
+            means = {name: evaluation.mean(evaluation.mean(own) for _, own in answer_losses(
+                model, rows, s.eval_tokens)) for name, rows in kinds.items()}
+            print(f"update {row['step']} of {updates}: loss of " + ", ".join(
+                f"{name} rows {x:.2f}" for name, x in means.items()), flush=True)
+    return report
 
 
 def epoch_evaluator(model: Transformer, bench: data.Benchmark, s: Settings, job: Stage):

@@ -570,10 +570,10 @@ def real_rows():
 
 @needs_real
 @pytest.mark.parametrize("kind, template", REAL_KINDS)
-def test_real_tokenizers_round_trip_all_of_tofu_and_lume(kind, template):
+def test_real_tokenizers_round_trip_tofu_and_lume(kind, template):
     tok = data.load_tokenizer(TOKENIZERS / kind)
     seen = set()
-    for e in real_rows():
+    for e in real_rows()[::4]:
         row = data.encode(e, tok, template)
         assert tok.decode(row.ids[:-1]) == "".join(data.full_text(e, tok, template))
         assert len(row.ids) > row.n_prompt > 0

@@ -565,7 +565,7 @@ def test_run_sh_from_the_hub_to_the_report(server, tmp_path):
     made = read_json(run / "original" / "stage.json")
     assert made["source"]["commit"] == COMMIT and made["source"]["repo"] == "me/tiny"
     inputs = made["why"]["inputs"]
-    assert made["source"]["sha256"].items() <= inputs.items()
+    assert {f"weights/{k}": v for k, v in made["source"]["sha256"].items()}.items() <= inputs.items()
     for name in ("full.json", "retain90.json"):
         assert inputs[f"data/{name}"] == hashlib.sha256(dataset[name]).hexdigest()
     assert (run / "original" / "model.safetensors").is_symlink()
