@@ -534,13 +534,8 @@ def generate(model, prompts, *, max_new_tokens=None, eos_id, max_total_tokens=No
     then checked in one pass, and a wrong draft costs time but changes no token. In float32 a row's
     tokens do not depend on its company or draft; in bfloat16 rounding may decide a near tie.
     UserError for a prompt that is empty, too long or not in vocabulary."""
-    limits = [new_tokens(model.config, i, prompt, max_new_tokens, max_total_tokens)
+    limits = [new_tokens(model.config, i, prompt, max_new_tokens, max_total_tokens, batch_tokens)
               for i, prompt in enumerate(prompts)]
-    for i, prompt in enumerate(prompts):
-        if len(prompt) + limits[i] > batch_tokens:
-            raise UserError(f"prompt {i} with its new tokens takes {len(prompt) + limits[i]} "
-                            f"positions; a batch of {batch_tokens} tokens cannot hold it: raise "
-                            "the batch's tokens or lower the number of new tokens")
     drafts = [None] * len(prompts) if drafts is None else drafts
     if len(drafts) != len(prompts):
         raise UserError(f"{len(prompts)} prompts and {len(drafts)} drafts; each prompt takes one, "
@@ -551,47 +546,52 @@ def generate(model, prompts, *, max_new_tokens=None, eos_id, max_total_tokens=No
         for batch in row_batches([len(p) for p in prompts], limits, batch_tokens):
             decode(model, [rows[i] for i in batch], eos_id)
             bar.update(len(batch))
-    return [row.ids[row.start:] for row in rows]
+    return [row.ids[row.begin + len(prompt):] for row, prompt in zip(rows, prompts)]
 
 
 class Row:
-    """A text being decoded, and the place in its draft or in itself where it has been before: what
-    stands there is a guess at what it says next."""
+    """A text being decoded. `ids` holds prompt and draft, then from `begin` on the prompt again and
+    what was said. The text is followed in its draft, or, where it leaves that, from the place where
+    its last two ids last stood side by side: what comes there is the guess at what it says next."""
 
     def __init__(self, prompt: list[int], limit: int, draft: list[int]):
-        self.ids, self.start, self.end = list(prompt), len(prompt), len(prompt) + limit
-        self.source, self.at = prompt + draft, len(prompt)  # the guess starts at source[at]
-        pairs = zip(self.source, self.source[1:])  # two ids -> where the id after them stands
-        self.after = {pair: (self.source, at) for at, pair in enumerate(pairs, 2)}
+        before = prompt + draft if draft else []
+        self.ids, self.begin = before + prompt, len(before)
+        self.end = len(self.ids) + limit
+        self.after = {pair_key(*pair): at for at, pair in enumerate(zip(self.ids, self.ids[1:]), 2)}
+        self.at = len(prompt)  # where the guess stands
         self.ahead = 0  # guessed ids to read in the next pass
 
     def to_read(self) -> list[int]:
         """Ids of the next pass: the last one, which no pass has read yet, and those guessed."""
-        if not self.ahead:
-            return self.ids[-1:]
         wanted = min(self.ahead, self.end - len(self.ids) - 1)
-        guess = self.source[self.at:self.at + wanted]
-        while self.source is self.ids and len(guess) < wanted:  # a loop goes on as it began
+        guess = self.ids[self.at:self.at + wanted]
+        while len(guess) < wanted:  # a loop goes on as it began
             guess = (guess + guess)[:wanted]
         return self.ids[-1:] + guess
 
     def add(self, chosen: list[int], eos_id) -> bool:
         """Take the model's own choice after each id that was read, up to the first that was not
         guessed: what was read after it is not this text. False: the row has ended."""
+        ids = self.ids
         for token in chosen:
             if token == eos_id:
                 return False
-            pair, at = (self.ids[-1], token), len(self.ids)
-            guessed = self.source[self.at:self.at + 1] == [token]
-            self.source, self.at = ((self.source, self.at + 1) if guessed else
-                                    self.after.get(pair, (self.ids, at + 1)))
-            self.after[pair] = self.ids, at + 1
-            self.ids.append(token)
+            guessed = self.at < len(ids) and ids[self.at] == token
+            key = pair_key(ids[-1], token)
+            self.at = self.at + 1 if guessed else self.after.get(key, len(ids) + 1)
+            ids.append(token)
+            self.after[key] = len(ids)
             if not guessed:
                 break
-        # A wrong guess costs little: no more is read ahead until a guess comes true again.
+        # After a wrong guess nothing is read ahead until one comes true that was not read.
         self.ahead = min(LONGEST_DRAFT, max(FIRST_DRAFT, 2 * self.ahead)) if guessed else 0
-        return len(self.ids) < self.end
+        return len(ids) < self.end
+
+
+def pair_key(first: int, second: int) -> int:
+    """One number for two ids: many tuples would keep Python's garbage collector busy."""
+    return first << 32 | second
 
 
 class Cache:
@@ -604,6 +604,8 @@ class Cache:
         # Zeroed: a masked key weighs 0, but 0 times an uninitialised NaN would be NaN.
         self.kv = [like.new_zeros(shape) for _ in range(c.num_hidden_layers)]
         self.end = 0  # columns in use
+        self.column = torch.arange(columns, device=like.device)
+        self.head = columns * torch.arange(shape[1], device=like.device)[:, None]
 
     def prefill(self, rows: slice, layer: int, q, k, v):
         """Causal attention over the prompts of some rows, whose keys and values are kept."""
@@ -611,18 +613,21 @@ class Cache:
         self.kv[layer][rows, :, :k.shape[2]] = torch.cat((k, v), dim=1)
         return causal_attention(q, k, v)
 
-    def place(self, row, slot, position, width: int, end: int):
-        """Say of N new tokens which row each belongs to, its place among the at most `width` new
-        ones of that row, and its position, all below `end` (int64 [N] each). `step` takes them
-        as they are, without padding."""
-        self.row, self.slot, self.end = row, slot, end
-        B, heads, columns, _ = self.kv[0].shape
-        head = torch.arange(heads, device=row.device)[:, None]
-        self.lines = ((row * heads + head) * columns + position).flatten()  # [2K * N]
-        last = position.new_zeros(B, width)  # a slot without token sees column 0
-        last[row, slot] = position
-        unseen = torch.arange(end, device=row.device) > last[..., None]  # [B, width, end]
+    def place(self, begin: list[int], counts: list[int]):
+        """Say that the next pass reads counts[b] tokens of row b, which stand from begin[b] on.
+        Returns their positions, int64 [N]; `step` takes the N tokens as they are, unpadded."""
+        device, (B, heads, columns, _) = self.kv[0].device, self.kv[0].shape
+        self.row, self.slot, position = torch.tensor([
+            [row for row, n in enumerate(counts) for _ in range(n)],
+            [slot for n in counts for slot in range(n)],
+            [at + slot for at, n in zip(begin, counts) for slot in range(n)]]).to(device)
+        self.end = max(at + n for at, n in zip(begin, counts))
+        self.lines = (self.head + self.row * heads * columns + position).flatten()  # [2K * N]
+        last = position.new_zeros(B, max(counts))  # a slot without token sees column 0
+        last[self.row, self.slot] = position
+        unseen = self.column[:self.end] > last[..., None]  # [B, width, end]
         self.mask = self.kv[0].new_zeros(unseen.shape).masked_fill_(unseen, -math.inf)[:, None]
+        return position
 
     def step(self, layer: int, q, k, v):
         """Attention of the placed tokens, q [1, H, N, hd] and k, v [1, K, N, hd], on all that each
@@ -647,8 +652,8 @@ class Cache:
             self.kv[layer] = x[:len(rows)]
 
 
-def new_tokens(c: Config, i: int, prompt: list[int], max_new, max_total) -> int:
-    """How many tokens prompt i may get."""
+def new_tokens(c: Config, i: int, prompt: list[int], max_new, max_total, batch_tokens) -> int:
+    """How many tokens prompt i may get; UserError if the prompt cannot be continued."""
     context = c.max_position_embeddings
     if not prompt:
         raise UserError(f"prompt {i} is empty; there is nothing to continue")
@@ -660,7 +665,12 @@ def new_tokens(c: Config, i: int, prompt: list[int], max_new, max_total) -> int:
                         f"{c.vocab_size}; is this the model's own tokenizer?")
     longest = context if max_total is None else min(context, max_total)
     room = max(0, longest - len(prompt))
-    return room if max_new is None else min(room, max_new)
+    room = room if max_new is None else min(room, max_new)
+    if len(prompt) + room > batch_tokens:
+        raise UserError(f"prompt {i} with its new tokens takes {len(prompt) + room} positions; a "
+                        f"batch of {batch_tokens} tokens cannot hold it: raise the batch's tokens "
+                        "or lower the number of new tokens")
+    return room
 
 
 def row_batches(lengths: list[int], limits: list[int], budget: int):
@@ -681,7 +691,7 @@ def row_batches(lengths: list[int], limits: list[int], budget: int):
 @torch.inference_mode()
 def decode(model, rows: list[Row], eos_id):
     """Let the rows of one batch say all they will."""
-    like, columns = model.embed_tokens.weight, max(row.end for row in rows)
+    like, columns = model.embed_tokens.weight, max(row.end - row.begin for row in rows)
     rope = model.rope(torch.arange(columns, device=like.device))  # [columns, hd]
     cache = Cache(model.config, len(rows), columns, like)
     chosen = read_prompts(model, cache, rows)
@@ -709,8 +719,9 @@ def read_prompts(model, cache: Cache, rows: list[Row]) -> list[list[int]]:
     device, chosen = model.embed_tokens.weight.device, []
     for i in range(0, len(rows), PROMPTS_AT_ONCE):
         part = slice(i, i + PROMPTS_AT_ONCE)
-        lengths = [len(row.ids) for row in rows[part]]
-        padded = [row.ids + [0] * (max(lengths) - len(row.ids)) for row in rows[part]]
+        texts = [row.ids[row.begin:] for row in rows[part]]
+        lengths = [len(text) for text in texts]
+        padded = [text + [0] * (max(lengths) - len(text)) for text in texts]
         attend = [partial(cache.prefill, part, layer) for layer in range(len(model.layers))]
         h = model.hidden(torch.tensor(padded, device=device), attend)  # [b, T, D]
         last = torch.tensor(lengths, device=device) - 1
@@ -722,16 +733,10 @@ def read_on(model, cache: Cache, rows: list[Row], rope) -> list[list[int]]:
     """One pass over each row's last id and what it may say next. Returns, for each row, the
     model's choice after each id that was read."""
     read = [row.to_read() for row in rows]
-    begin = [len(row.ids) - 1 for row in rows]
-    table = torch.tensor([
-        [token for ids in read for token in ids],
-        [b for b, ids in enumerate(read) for _ in ids],
-        [slot for ids in read for slot in range(len(ids))],
-        [at + slot for at, ids in zip(begin, read) for slot in range(len(ids))]])
-    ids, row, slot, position = table.to(model.embed_tokens.weight.device)
-    cache.place(row, slot, position, width=max(map(len, read)), end=1 + int(table[3].max()))
+    position = cache.place([len(row.ids) - row.begin - 1 for row in rows], list(map(len, read)))
+    ids = torch.tensor([[token for ids in read for token in ids]], device=position.device)
     attend = [partial(cache.step, layer) for layer in range(len(model.layers))]
-    h = model.hidden(ids[None], attend, rope=[x[position][None] for x in rope])  # [1, N, D]
+    h = model.hidden(ids, attend, rope=[x[position][None] for x in rope])  # [1, N, D]
     chosen = iter(best_ids(model, h[0]))
     return [list(islice(chosen, len(ids))) for ids in read]
 

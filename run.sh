@@ -95,14 +95,7 @@ set_up ${needs[@]+"${needs[@]}"}
 run="" attack="" also="" seeds=1 methods=() objectives=() options=() force=() dry=""
 while [[ $# -gt 0 ]]; do
     case "$1" in
-    unlearn)
-    [[ $# -ge 3 && "$2" != --* && "$3" != --* ]] ||
-        die "unlearn: name a model and a file of rows to forget, and a file of rows to keep"
-    benchmark=rows model="$2" own=(--forget "$3")
-    shift 3
-    if [[ "${1:---}" != --* ]]; then own+=(--retain "$1"); shift; fi
-    set -- "${own[@]}" --name model "$@" ;;
--h | --help) exec "$python" "$here/pipeline" original --help ;;
+    -h | --help) exec "$python" "$here/pipeline" original --help ;;
     --out=* | --seeds=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" ;;
     --out) [[ -n "${2:-}" ]] || die "--out: name a folder"; run="$2"; shift 2 ;;
     --seeds) [[ "${2:-}" =~ ^[1-9][0-9]{0,3}$ ]] || die "--seeds must be 1 to 9999"

@@ -9,7 +9,8 @@ weights, which no draft ever fits. Lengths are those of TOFU's forget10. The dra
 
 transformers gets one batch, padded on the left, its key/value cache and sdpa attention. `--before`
 names an older checkout, whose generate takes its turn too. All take turns; times are the fastest of
-`--repeats`. Tokens are compared with transformers', and passes counted.
+`--repeats`. Tokens are compared with transformers', passes counted, and the work that no way can
+save (each token of prompt and text through each matrix once) set against the matmul rate.
 """
 
 import argparse
@@ -19,7 +20,7 @@ import tempfile
 from pathlib import Path
 
 from common import (
-    add_options, config, describe, random_model, random_rows, timed, tofu_lengths)
+    add_options, config, describe, matmul_rate, random_model, random_rows, timed, tofu_lengths)
 
 import torch
 import torch.nn.functional as F
@@ -109,14 +110,19 @@ def compare(a, label, model, prompts, drafts, eos):
             s, texts[name] = timed(a, way)
             seconds[name].append(s)
     lengths = [len(text) for text in texts["drafted"]]
+    matrices = sum(p.numel() for p in ours.parameters() if p.dim() == 2)
+    if ours.lm_head is not None:
+        matrices -= ours.embed_tokens.weight.numel()  # looked up, not multiplied
+    flop, rate = 2 * matrices * (sum(lengths) + sum(map(len, prompts))), matmul_rate(a)
     print(f"{label}: {sum(lengths)} new tokens in {len(prompts)} rows of {min(lengths)} to "
           f"{max(lengths)}")
     for name, s in seconds.items():
         same = sum(x == y for x, y in zip(texts[name], texts["transformers"]))
         passes = f"{len(counted[name]) // a.repeats} passes" if name in counted else ""
-        print(f"  {name:13}{min(s):8.3f} s {sum(lengths) / min(s):9.0f} tokens/s  "
-              f"{min(seconds['transformers']) / min(s):5.2f} times transformers  "
-              f"{same}/{len(prompts)} rows equal  {passes}")
+        print(f"  {name:13}{min(s):8.3f} s {sum(lengths) / min(s):8.0f} tokens/s "
+              f"{min(seconds['transformers']) / min(s):6.2f} times transformers "
+              f"{flop / min(s) / rate:5.0%} of the matmul rate, {same}/{len(prompts)} rows equal"
+              f"{passes and ', ' + passes}")
 
 
 def main():

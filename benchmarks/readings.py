@@ -116,6 +116,25 @@ def all_readings(model: Transformer, rows: list, m: int) -> dict:
     return scores | {"-log P, the sign that Eq. 1b prints [D3]": -scores[ours]}
 
 
+def line_of(name: str, score, reference, s, rates, original) -> list:
+    """A row of the table. score: None for random neurons; original: (forget, utility) of it."""
+    mask = simu.critical_mask(reference, s.threshold)
+    if score is None:
+        own = same = simu.make_mask("random", reference, reference, threshold=s.threshold,
+                                    seed=s.seed)
+        r = "–"
+    else:
+        own = simu.critical_mask(score, s.threshold)
+        same = largest(score, mask.sum(1).tolist())
+        r = " ".join(f"{torch.corrcoef(torch.stack(pair))[0, 1]:.2f}"
+                     for pair in zip(score, reference))
+    points = [judged(s, own, lr) for lr in rates]
+    at = figures.utility_at(figures.pareto(points + [original]), LEVEL) if points else None
+    print("done:", name, flush=True)
+    return [name, int(own.sum()), *(f"{jaccard(x, mask):.2f}" for x in (own, same)), r,
+            *(f"{f:.3f} / {u:.3f}" for f, u in points), "–" if at is None else f"{at:.3f}"]
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", type=Path)
@@ -135,26 +154,9 @@ def main():
     print(f"simu.attribute differs from the loop by {(check - reference).abs().max():.1e} of "
           f"{reference.abs().max():.3g}; {len(rows)} forget rows, m = {s.steps}, t = "
           f"{s.threshold}, seed {s.seed}, {s.epochs} epochs", flush=True)
-    mask = simu.critical_mask(reference, s.threshold)
-    counts = mask.sum(1).tolist()
     original = judged(s, None, 0) if args.rates else None
-    lines = []
-    for name, score in list(scores.items()) + [("random neurons of equal number", None)]:
-        if score is None:
-            own = same = simu.make_mask("random", reference, reference, threshold=s.threshold,
-                                        seed=s.seed)
-            r = "–"
-        else:
-            own, same = simu.critical_mask(score, s.threshold), largest(score, counts)
-            r = " ".join(f"{torch.corrcoef(torch.stack(pair))[0, 1]:.2f}"
-                         for pair in zip(score, reference))
-        points = [judged(s, own, lr) for lr in args.rates]
-        cells = [f"{f:.3f} / {u:.3f}" for f, u in points]
-        at = figures.utility_at(figures.pareto(points + [original]), LEVEL) if points else None
-        overlaps = [f"{jaccard(x, mask):.2f}" for x in (own, same)]
-        lines.append([name, int(own.sum()), *overlaps, r, *cells,
-                      "–" if at is None else f"{at:.3f}"])
-        print("done:", name, flush=True)
+    lines = [line_of(name, score, reference, s, args.rates, original)
+             for name, score in [*scores.items(), ("random neurons of equal number", None)]]
     print(table(["reading", "critical", "J at t", "J equal size", "r by layer",
                  *(f"forget / utility, {lr:g}" for lr in args.rates),
                  f"utility at forget {LEVEL}"], lines))

@@ -404,7 +404,8 @@ def draw_frontier(folder: Path, about: dict, rows: list[dict], fronts: dict, bas
     beside.set(ylabel="difference in utility", title="SIMU (critical mask) minus another, by seed")
     for one, left in ((ax, -0.02), (beside, 0.5)):
         one.set(xlabel="forgetting: 1 - what is left of the forget set", xlim=(left, 1.01))
-        one.legend(fontsize=9, loc="lower left")
+        if one.get_legend_handles_labels()[0]:
+            one.legend(fontsize=9, loc="lower left")
     figure.suptitle(f"Utility against forgetting, 95% bands: {title_of(about)}, "
                     f"{len(base['original'])} seeds", fontsize=11)
     save(figure, folder / "figures" / "frontier.png")

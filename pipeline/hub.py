@@ -207,7 +207,8 @@ def _ask(repo: Repo) -> tuple[str, list[File]]:
                 files.append(File(f.rfilename, f.size, digest, url))
     except (TypeError, ValueError, AttributeError) as e:
         raise UserError(f"{page(repo)} is described in a way that is not understood "
-                        f"({data.one_line(e)}); check HF_ENDPOINT, or update huggingface_hub") from None
+                        f"({data.one_line(e)}); check HF_ENDPOINT, or update "
+                        "huggingface_hub") from None
     return info.sha, files
 
 

@@ -152,6 +152,11 @@ def _meta(config: Config, dtype: torch.dtype) -> Transformer:
         return Transformer(config).to(dtype)
 
 
+def _weights(config: Config, dtype: torch.dtype) -> int:
+    """Bytes of a model."""
+    return sum(p.numel() for p in _meta(config, dtype).parameters()) * dtype.itemsize
+
+
 class _Fused(torch.autograd.Function):
     """Stands in for fused attention, which `meta` would spell out: keeps what its kernels keep."""
 
@@ -335,14 +340,15 @@ def _advice(s, config, name, method, free: int, given: dict) -> str:
         ways = [*less, narrow, *(narrow | way for way in less)]
     if given["dtype"] == torch.float32:
         ways += [dict(dtype="bfloat16") | way for way in ({}, *ways)]
-    for way in ways:
+    def peak(way):
         changed = {**given, "dtype": torch.bfloat16} if "dtype" in way else given
-        peak = need(replace(s, **way), config, name, method, **changed).peak
-        if peak <= free:
-            flags = (f"--{k.replace('_', '-')}" + ("" if v is True else f" {v}")
-                     for k, v in way.items())
-            return f"{' '.join(flags)} would need {peak / GB:.1f} GB"
-    return "no setting makes it fit: use a larger device"
+        return need(replace(s, **way), config, name, method, **changed).peak
+
+    if _weights(config, torch.bfloat16) > free or peak(ways[-1]) > free:  # all of them at once
+        return "no setting makes it fit: use a larger device"
+    way = next(way for way in ways if peak(way) <= free)
+    flags = (f"--{k.replace('_', '-')}" + ("" if v is True else f" {v}") for k, v in way.items())
+    return f"{' '.join(flags)} would need {peak(way) / GB:.1f} GB"
 
 
 # -------------------------------------------------------------------------------------- the table
@@ -354,7 +360,7 @@ def plan_command(s: Settings):
     no_gpu = here.type == "cpu" and not s.tiny and s.device == "auto"
     dtype = torch.bfloat16 if no_gpu and s.dtype == "auto" else choose_dtype(s)
     given = dict(dtype=dtype, critical=critical_count(s, config), **_lengths(s))
-    count = sum(p.numel() for p in _meta(config, dtype).parameters())
+    count = _weights(config, dtype) // dtype.itemsize
     print(f"{s.benchmark} {s.model}: {count:,} weights, {str(dtype)[6:]}; rows of at most "
           f"{given['longest']} tokens, {given['answer']} of them answer; {given['critical']} of "
           f"{config.num_hidden_layers * config.hidden_size} neurons critical")
@@ -375,7 +381,7 @@ def _print_needs(s: Settings, config: Config, given: dict, free: int, *, learns:
     unit, size = ("MB", 1e6) if s.tiny else ("GB", GB)
     heads = zip(("weights", "gradients", "state", "activations", "peak"), WIDTHS)
     print(f"{unit:10}{''.join(f'{head:>{w}}' for head, w in heads)}  fits")
-    too_large = []
+    too_large = {}
     for name, method in ((("learn", None),) if learns else ()) + STAGES:
         own = s if method is None else _for_method(s, method)
         n = need(own, config, name, method, **given)
@@ -384,8 +390,8 @@ def _print_needs(s: Settings, config: Config, given: dict, free: int, *, learns:
         print(f"{method or name:10}{''.join(cells)}  {'yes' if n.peak <= free else 'no'}")
         if n.peak > free:
             advice = _advice(own, config, name, method, free, given)
-            too_large.append(f"{method or name} ({advice})")
-    return too_large
+            too_large.setdefault(advice, []).append(method or name)
+    return [f"{', '.join(names)} ({advice})" for advice, names in too_large.items()]
 
 
 def _for_method(s: Settings, method: str) -> Settings:

@@ -32,7 +32,7 @@ import simu
 from model import UserError, read_json, write_json, write_text
 from pipeline.reach import code_digest
 from pipeline.resume import RESUME, Checkpoints
-from pipeline.settings import Settings, Source, data_digests, settings_of, taken
+from pipeline.settings import Making, Settings, Source, data_digests, settings_of, taken
 
 OLDEST_TORCH = (2, 5)  # the first with enable_gqa; run.sh asks for it too
 LONGEST_MESSAGE = 1000  # characters of an error message, which may quote a damaged file
@@ -148,7 +148,9 @@ def finished_models(run: Path) -> list[str]:
 
 def table_rows(s: Settings, takes: tuple) -> dict[str, str | None]:
     """Of each table that a fork edits, the row that a stage's settings name (see reach.py)."""
-    rows = dict(ARCHITECTURES=architecture(s))
+    # A stage that makes an original cannot ask it which architecture it is.
+    made = Making in takes and not s.tiny
+    rows = dict(ARCHITECTURES=None if made else architecture(s))
     if data.Slice in takes:
         rows["TEMPLATES"] = s.template
     if simu.Masking in takes:
@@ -164,7 +166,8 @@ def architecture(s: Settings) -> str | None:
     """The run's model_type, where it is known already."""
     if s.tiny and not s.weights:
         return "llama" if s.model == "tiny-llama" else "olmo"
-    for folder in (s.run / "original", Path(s.weights or ".")):
+    folders = [s.run / "original"] + [Path(x) for x in (s.weights, s.model) if Path(x).is_absolute()]
+    for folder in folders:
         if (folder / "config.json").is_file():
             raw = read_json(folder / "config.json")
             kind = raw.get("model_type") if isinstance(raw, dict) else None

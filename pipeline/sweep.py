@@ -29,6 +29,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -284,6 +285,13 @@ def start_worker(threads: int):
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent says once that it was stopped
     sys.stderr = open(os.devnull, "w")  # progress bars; the parent shows what a worker raises
     torch.set_num_threads(threads)
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def end_with_parent():
+    """A worker whose parent was killed would wait for work for ever, its memory held."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def run_each(function, items: list, jobs: int, title: str):
@@ -421,9 +429,9 @@ def write_tables(out: Path, points: list[Point], made: dict[str, dict], first: S
     write_csv(out / "scores.csv", ("layer", "neuron", "forget", "retain"), [
         (l, k, f"{f:.6g}", f"{r:.6g}") for l, pair in enumerate(zip(*(x.tolist() for x in scores)))
         for k, (f, r) in enumerate(zip(*pair))])
-    own = {"seed", "lr", "lam", "out", *OF_ARMS}.union(*(p.varied for p in points))
-    common = {k: v for k, v in dataclasses.asdict(first).items()
-              if k not in own and k not in settings.PLACES}
+    own = {"seed", "lr", "lam", *OF_ARMS, *settings.PLACES}.union(*(p.varied for p in points))
+    of_scores = ("threshold", "steps")  # of the first run, varied or not: masks are drawn with them
+    common = {k: v for k, v in dataclasses.asdict(first).items() if k not in own or k in of_scores}
     write_json(out / "settings.json", common | dict(sha256={
         name: data.sha256(out / name) for name in ("sweep.csv", "scores.csv")}))
     print_means(rows)

@@ -29,12 +29,14 @@ from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import stage  # noqa: E402
+import pipeline  # noqa: E402, F401  before torch: it silences a warning of torch's import
 import tqdm  # noqa: E402
 
 import eval as evaluation  # noqa: E402
 import model  # noqa: E402
 import simu  # noqa: E402
+from pipeline import stage, sweep  # noqa: E402
+from pipeline.__main__ import main as command_line  # noqa: E402
 
 LIMIT = 20  # seconds a case may take
 ROOM = 3 << 30  # bytes of memory a worker may take beyond what it starts with
@@ -47,19 +49,19 @@ CELLS = {"tofu": "tiny-llama", "lume": "tiny-olmo"}
 # ------------------------------------------------------------------------------- the command line
 
 
-def cli(main, *words) -> tuple[int, str]:
+def cli(*words) -> tuple[int, str]:
     """Exit status and stderr, native libraries' included, of a command line run in this process;
     what run_cli lets through is a traceback and status 1."""
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="backslashreplace") as file, \
             contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.redirect_stderr(file))
         stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
-        for module in (simu, model, evaluation):  # bars go to stderr too
+        for module in (simu, model, evaluation, sweep):  # bars go to stderr too
             stack.enter_context(mock.patch.object(module, "tqdm", _quiet))
         saved = os.dup(2)
         os.dup2(file.fileno(), 2)
         try:
-            stage.run_cli(lambda: main([str(w) for w in words]))
+            stage.run_cli(lambda: command_line([str(w) for w in words]))
             status = 0
         except SystemExit as e:
             status = e.code or 0
@@ -77,7 +79,7 @@ def _quiet(*args, **options):
     return tqdm.tqdm(*args, **{**options, "disable": True})
 
 
-def told(status: int, stderr: str, wanted: int = 2) -> bool:
+def is_one_line(status: int, stderr: str, wanted: int = 2) -> bool:
     """A mistake ended as it must: this status, and one line."""
     return (status == wanted and stderr.startswith("error: ") and stderr.count("\n") == 1
             and stderr.endswith("\n"))
@@ -122,9 +124,9 @@ def make_world(world: Path):
         out = world / f"run-{cell}"
         for words in (["original"], ["attribute"], ["mask"], ["unlearn", "--method", "fo"],
                       ["unlearn", "--method", "simu"]):
-            simu.main([words[0], *options(world, cell, out), *words[1:]])
-        evaluation.main(["evaluate", str(out), "original", "simu-graddiff"])
-        evaluation.main(["report", str(out)])
+            command_line([words[0], *options(world, cell, out), *words[1:]])
+        command_line(["evaluate", str(out), "original", "simu-graddiff"])
+        command_line(["report", str(out)])
         for folder in ("weights", "sharded"):
             target = world / f"{folder}-{cell}"
             shutil.copytree(out / "original", target,
@@ -134,7 +136,7 @@ def make_world(world: Path):
 
 
 def write_rows(path: Path, rows: list[dict]):
-    stage.write_text(path, "".join(json.dumps(r) + "\n" for r in rows))
+    model.write_text(path, "".join(json.dumps(r) + "\n" for r in rows))
 
 
 def options(world: Path, cell: str, out: Path) -> list[str]:
@@ -272,21 +274,21 @@ def run_case(world: Path, case: int, seed: int) -> tuple[str, str]:
     if name.startswith("run-"):
         shutil.copytree(world / f"run-{cell}", out)
         (out / name.partition("/")[2]).write_bytes(content)
-        jobs = [(evaluation.main, "report", out),
-                (simu.main, "mask", *options(world, cell, out), "--threshold", "0.4"),
-                (simu.main, "unlearn", *options(world, cell, out), "--threshold", "0.4")]
+        jobs = [("report", out),
+                ("mask", *options(world, cell, out), "--threshold", "0.4"),
+                ("unlearn", *options(world, cell, out), "--threshold", "0.4")]
     else:
         (world / name).write_bytes(content)
         weights = name.partition("/")[0] if "tokenizer" in name or "-" in name.split("/")[0] else ""
         words = options(world, cell, out) + ["--weights", world / (weights or f"weights-{cell}")]
-        jobs = [(simu.main, "original", *words), (simu.main, "attribute", *words),
-                (evaluation.main, "evaluate", out, "original")]
+        jobs = [("original", *words), ("attribute", *words),
+                ("evaluate", out, "original")]
     try:
         for job in jobs:
             status, stderr = cli(*job)
             if status == 0 and not stderr:
                 continue
-            if told(status, stderr):
+            if is_one_line(status, stderr):
                 return "refused", stderr
             return ("traceback" if status == 1 else "output"), stderr
         return "success", ""

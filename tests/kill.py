@@ -10,8 +10,8 @@ be torn, which a clock would never hit. Odd runs are killed the other way round.
 command runs to its end.
 
 Compared: every file of the run. Wall times and memory differ from run to run, so these and nothing
-else are left out: `seconds` and `peak_*` in stage.json and in report.json's costs, and the rows of
-the table "Time and memory" in report.md. A file too many or too few counts as a difference.
+else are left out: `seconds` and `peak_*` in stage.json and in report.json's costs, the dates of
+files in stage.json, and the rows of the table "Time and memory" in report.md. A file too many or too few counts as a difference.
 """
 
 import json
@@ -31,7 +31,7 @@ sys.path.insert(0, str(ROOT))
 
 import eval as evaluation  # noqa: E402
 from pipeline import resume  # noqa: E402
-from pipeline.__main__ import main as command  # noqa: E402
+from pipeline.__main__ import main as command_line  # noqa: E402
 
 SIZE = ("--data {data} --width 64 --depth 2 --vocab 500 --context 160 --max-total-tokens 40 "
         "--forget-groups 1 --retain-groups 2 --steps 3 --attribution-tokens 400 --learn-epochs 4 "
@@ -49,15 +49,15 @@ MADE = re.compile(r"\[([\w/-]+)\] ([\d.]+ s,|already)")
 def stages(run: Path, size: str, commands):
     for command in commands:
         name, *options = command.split()
-        command([name, "demo", "tiny-llama", "--out", str(run),
-                   *size.format(data=ROOT / "pipeline" / "demo").split(), *options])
+        command_line([name, "demo", "tiny-llama", "--out", str(run),
+                      *size.format(data=ROOT / "pipeline" / "demo").split(), *options])
 
 
 def pipeline(run: Path):
     """What run.sh does, in this process."""
     stages(run, SIZE, COMMANDS)
-    command(["evaluate", str(run)])
-    command(["report", str(run)])
+    command_line(["evaluate", str(run)])
+    command_line(["report", str(run)])
 
 
 def short_pipeline(run: Path):
@@ -153,6 +153,8 @@ def snapshot(run: Path) -> dict[str, object]:
             for part in content.get("costs", [content]):
                 for key in [k for k in part if k == "seconds" or k.startswith("peak_")]:
                     del part[key]
+            for sealed in content.get("files", {}).values() if path.name == "stage.json" else ():
+                del sealed[2]  # when the file was written
         if path.name == "report.md":
             content = re.sub(rb"## Time and memory\n.*?\n(?=## )", b"", content, flags=re.S)
         files[str(path.relative_to(run))] = content

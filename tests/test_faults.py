@@ -21,13 +21,12 @@ import pytest
 import torch
 
 import data
-import eval as evaluation
 import fuzz
 import model
-import plan
 import simu
-import stage
 from model import INDEX, Transformer, save_tensors
+from pipeline import plan, stage
+from pipeline.__main__ import main as command_line
 
 ROOT = Path(simu.__file__).parent
 WHOLE, SHARDS = "weights-tofu/model.safetensors", f"sharded-tofu/{INDEX}"
@@ -52,21 +51,21 @@ def w(world, tmp_path):
 def listing(folder: Path) -> dict:
     """What stands under final names."""
     return {str(p): (p.stat().st_size, p.stat().st_mtime_ns) for p in folder.rglob("*")
-            if p.is_file() and p.name != ".lock" and ".partial" not in str(p)}
+            if p.is_file() and p.name != stage.LOCK and ".simu-partial" not in str(p)}
 
 
 def words_of(w: Path, command: str) -> tuple:
-    """(main, *words) of a command: its stage, then where, then more options. Where: a folder of
+    """The words of a command: its stage, then where, then more options. Where: a folder of
     weights, for which a new run is made; or a finished run."""
     name, where, *more = command.split(" ")
     more = [x.replace("@", str(w)) for x in more]
     if name in ("evaluate", "report"):
-        return (evaluation.main, name, w / where, *more)
+        return (name, w / where, *more)
     cell = where.rpartition("-")[2] if where.rpartition("-")[2] in fuzz.CELLS else "tofu"
     if where.startswith("run-"):
-        return (simu.main, name, *fuzz.options(w, cell, w / where), *more)
+        return (name, *fuzz.options(w, cell, w / where), *more)
     weights = ["--weights", str(w / where)] if where != "new" else []
-    return (simu.main, name, *fuzz.options(w, cell, w / "out"), *weights, *more)
+    return (name, *fuzz.options(w, cell, w / "out"), *weights, *more)
 
 
 def refused(w: Path, commands: list[str], says: str):
@@ -75,7 +74,7 @@ def refused(w: Path, commands: list[str], says: str):
         assert fuzz.cli(*words_of(w, command)) == (0, ""), command
     before = listing(w)
     status, stderr = fuzz.cli(*words_of(w, commands[-1]))
-    assert fuzz.told(status, stderr), stderr
+    assert fuzz.is_one_line(status, stderr), stderr
     assert re.search(says, stderr), stderr
     assert listing(w) == before
 
@@ -145,7 +144,7 @@ def weight(value: float):
         own = Transformer.from_pretrained(w / "weights-tofu")
         with torch.no_grad():
             own.layers[0].mlp.up_proj.weight[3, 5] = value
-        save_tensors(w / WHOLE, {model._hf(k): p for k, p in own.named_parameters()})
+        save_tensors(w / WHOLE, {model.hf_name(k): p for k, p in own.named_parameters()})
     return spoil
 
 
@@ -342,11 +341,11 @@ FAULTS = {
         nothing, ["report run-tofu --retain-only @/run-tofu/mask"], "mask is no evaluated model"),
     "too few rows for a batch": (nothing, ["unlearn run-tofu --batch 50"], "lower --batch"),
     # Files of a run.
-    "settings: null": (put("run-tofu/settings.json", None), MASK, "settings.json is not the sett"),
-    "settings: {}": (put("run-tofu/settings.json", {}), MASK, "settings.json is not the settings"),
+    "settings: null": (put("run-tofu/settings.json", None), MASK, "settings.json does not hold the sett"),
+    "settings: {}": (put("run-tofu/settings.json", {}), MASK, "settings.json does not hold the settings"),
     "settings: cut": (cut("run-tofu/settings.json"), MASK, "settings.json is not valid JSON"),
     "settings: wrong type": (
-        field("run-tofu/settings.json", seed="0"), MASK, "is not the settings"),
+        field("run-tofu/settings.json", seed="0"), MASK, "does not hold the settings"),
     "settings: out of range": (
         field("run-tofu/settings.json", lr=10**400), MASK, "settings.json: --lr is 1"),
     "settings: NUL": (field("run-tofu/settings.json", data="a\0"), REPORT, "not UTF-8 text"),
@@ -364,7 +363,7 @@ FAULTS = {
     "metrics: cut": (cut(f"{EVAL}/metrics.json"), REPORT, CHANGED),
     "metrics: edited": (
         change(f"{EVAL}/metrics.json", lambda x: x.replace(b"25", b"75", 1)), REPORT, CHANGED),
-    "metrics: gone": (gone(f"{EVAL}/metrics.json"), REPORT, "metrics.json is missing"),
+    "metrics: gone": (gone(f"{EVAL}/metrics.json"), REPORT, "metrics.json is gone"),
     "generations: cut": (
         change(f"{EVAL}/generations.jsonl", lambda x: b"".join(x.splitlines(True)[:-1])), REPORT,
         CHANGED),
@@ -372,7 +371,7 @@ FAULTS = {
     "generations: edited": (
         change(f"{EVAL}/generations.jsonl", lambda x: x.replace(b"Ann", b"Abe")), REPORT, CHANGED),
     "generations: gone": (
-        gone(f"{EVAL}/generations.jsonl"), REPORT, "generations.jsonl is missing"),
+        gone(f"{EVAL}/generations.jsonl"), REPORT, "generations.jsonl is gone"),
     "scores: cut": (cut("run-tofu/attribution/scores.safetensors"), MASK, CHANGED),
     "scores: edited": (change("run-tofu/attribution/scores.safetensors",
                               lambda x: x[:-4] + b"\0\0\x80?"), MASK, CHANGED),
@@ -398,8 +397,8 @@ def test_bad_input_ends_in_one_line(w, fault):
     (["original", "mmlu", "tiny-llama"], "mmlu"), (["original", "demo"], "model"),
     (["original", "demo", "tiny-llama", "--seed", "x\n; rm"], "--seed")])
 def test_a_wrong_word_ends_in_one_line(words, says):
-    status, stderr = fuzz.cli(simu.main, *words)
-    assert fuzz.told(status, stderr) and says in stderr, stderr
+    status, stderr = fuzz.cli(*words)
+    assert fuzz.is_one_line(status, stderr) and says in stderr, stderr
 
 
 def test_the_world_is_good_before_it_is_spoilt(w):
@@ -414,7 +413,7 @@ def test_the_world_is_good_before_it_is_spoilt(w):
 def test_overlap_is_counted_warned_of_and_reported(w, capsys):
     first = (w / FORGET).read_bytes().splitlines(keepends=True)[0]
     change("data/tofu/retain90.json", lambda x: x + first)(w)
-    simu.main([str(x) for x in words_of(w, "original weights-tofu")[1:]])
+    command_line([str(x) for x in words_of(w, "original weights-tofu")])
     assert capsys.readouterr().out.count("warning: 1 of 2 rows of the forget set") == 1
     for command in ("evaluate out original", "report out"):
         assert fuzz.cli(*words_of(w, command)) == (0, "")
@@ -442,9 +441,9 @@ def test_a_folder_that_is_no_stage_is_left_alone(w):
 
 def test_a_stage_without_its_files_is_made_again(w, capsys):
     (w / "run-tofu/mask/mask.safetensors").unlink()
-    refused(w, UNLEARN, "mask was made with other files")
-    simu.main([str(x) for x in words_of(w, "mask run-tofu")[1:]])
-    assert "[mask] made again: files changed" in capsys.readouterr().out
+    refused(w, UNLEARN, "mask was made with other mask.safetensors")
+    command_line([str(x) for x in words_of(w, "mask run-tofu")])
+    assert "[mask] made again: mask.safetensors changed" in capsys.readouterr().out
     assert (w / "run-tofu/mask/mask.safetensors").is_file()
 
 
@@ -454,11 +453,13 @@ def test_more_files_in_a_stage_are_no_damage(w):
     assert fuzz.cli(*words_of(w, "report run-tofu")) == (0, "")
 
 
-def test_large_files_are_known_by_their_size(w, monkeypatch):
-    monkeypatch.setattr(stage, "HASHED", 1000)
-    assert fuzz.cli(*words_of(w, "mask run-tofu --threshold 0.4")) == (0, "")
-    made = stage.seal(w / "run-tofu/original")
-    assert made["model.safetensors"] == [(w / WHOLE).stat().st_size, ""] and made["config.json"][1]
+def test_a_large_file_is_hashed_again_where_its_date_changed(w, monkeypatch):
+    monkeypatch.setattr(stage, "REHASHED", 1000)
+    weights = w / "run-tofu/original/model.safetensors"
+    weights.touch()  # as a copy of the run on another disk
+    assert fuzz.cli(*words_of(w, "evaluate run-tofu original")) == (0, "")
+    change("run-tofu/original/model.safetensors", lambda x: x[:-4] + bytes(4))(w)
+    refused(w, ["evaluate run-tofu original"], CHANGED)
 
 
 # -------------------------------------------------------------------------- disk, memory, device
@@ -477,7 +478,7 @@ def test_a_disk_that_takes_no_more(w, monkeypatch, code, says):
     def fail(_):
         raise OSError(code, os.strerror(code))
     monkeypatch.setattr(os, "fsync", fail)
-    refused(w, MASK, f"mask.partial.*: {says}")
+    refused(w, MASK, f"simu-partial-mask.*: {says}")
     refused(w, REPORT, f"report.md: {says}")
 
 
@@ -485,7 +486,7 @@ def test_a_file_larger_than_allowed(w):
     old = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, old[1]))
-        refused(w, UNLEARN, "simu-graddiff.partial.*File too large")
+        refused(w, UNLEARN, "simu-partial-simu-graddiff.*File too large")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, old)
 
@@ -526,7 +527,7 @@ def python(*_, **__):
 @pytest.mark.parametrize("full", [allocate, overflow, gpu, python])
 def test_out_of_memory(w, monkeypatch, full):
     monkeypatch.setattr(simu, "attribute", full)
-    refused(w, ["attribute run-tofu --steps 3"], "out of memory; .*simu.py plan.*--micro-tokens")
+    refused(w, ["attribute run-tofu --steps 3"], "out of memory; .*pipeline plan.*--micro-tokens")
 
 
 def test_what_would_not_fit_is_not_begun(w, monkeypatch):
@@ -545,7 +546,7 @@ def test_ctrl_c(w, monkeypatch):
     monkeypatch.setattr(simu, "attribute", press)
     before = listing(w)
     status, stderr = fuzz.cli(*words_of(w, "attribute run-tofu --steps 3"))
-    assert fuzz.told(status, stderr, 130) and "same command" in stderr, stderr
+    assert fuzz.is_one_line(status, stderr, 130) and "same command" in stderr, stderr
     assert listing(w) == before
 
 
@@ -561,8 +562,7 @@ def program(*words, **environment):
 
 
 def as_program(w, command: str) -> list:
-    main, *words = words_of(w, command)
-    return [sys.executable, "simu.py" if main is simu.main else "eval.py", *words]
+    return [sys.executable, "-m", "pipeline", *words_of(w, command)]
 
 
 @pytest.mark.parametrize("fault", ["weights: cut", "tokenizer: cut", "metrics: null"])
@@ -573,35 +573,37 @@ def test_the_same_as_a_program(w, fault):
         assert fuzz.cli(*words_of(w, command)) == (0, "")
     before, run = listing(w), program(*as_program(w, commands[-1]))
     stderr = run.communicate()[1]
-    assert fuzz.told(run.returncode, stderr) and re.search(says, stderr), stderr
+    assert fuzz.is_one_line(run.returncode, stderr) and re.search(says, stderr), stderr
     assert listing(w) == before
 
 
 LITTLE_MEMORY = """
-import resource, sys, simu, stage
+import resource, sys
+from pipeline import stage
+from pipeline.__main__ import main
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + (200 << 20),) * 2)
-stage.run_cli(lambda: simu.main(sys.argv[1:]))
+stage.run_cli(lambda: main(sys.argv[1:]))
 """
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_a_machine_with_little_memory(w):
-    words = words_of(w, "original new --width 4096")[1:]
+    words = words_of(w, "original new --width 4096")
     run = program(sys.executable, "-c", LITTLE_MEMORY, *words, OMP_NUM_THREADS="1")
     stderr = run.communicate()[1]
-    assert fuzz.told(run.returncode, stderr) and "out of memory; " in stderr, stderr
+    assert fuzz.is_one_line(run.returncode, stderr) and "out of memory; " in stderr, stderr
     assert not listing(w / "out")
 
 
 def test_ctrl_c_at_the_keyboard(w):
     run = program(*as_program(w, "original new --learn-epochs 100000"))
-    while run.poll() is None and not list(w.glob("out/retain-only.partial/**/log.jsonl")):
+    while run.poll() is None and not list(w.glob("out/.simu-partial-retain-only/log.jsonl")):
         time.sleep(0.05)
     time.sleep(0.3)  # well into the training
     run.send_signal(signal.SIGINT)
     stderr = run.communicate(timeout=60)[1]
-    assert fuzz.told(run.returncode, stderr, 130), stderr
+    assert fuzz.is_one_line(run.returncode, stderr, 130), stderr
     assert not listing(w / "out")
 
 
@@ -609,8 +611,9 @@ def test_ctrl_c_at_the_keyboard(w):
 
 NASTY = ["a b", "$(touch OWNED)", "`touch OWNED`", "; touch OWNED;", "x\ntouch OWNED", "*", "-n",
          "--help me", "'\"", "${HOME}", "a=b", "&& touch OWNED", "> OWNED", "~", "\\", "é\u202e"]
-RECORDER = """#!/bin/bash
-[[ "$1" == -c ]] || { printf '%s\\0' "$@"; printf 'END\\0'; } >> "$RECORD"
+RECORDER = f"""#!/bin/bash
+[[ "${{1:-}} ${{2:-}}" != "-c "*abspath* ]] || exec "{sys.executable}" "$@"
+[[ "$1" == -c ]] || {{ printf '%s\\0' "$@"; printf 'END\\0'; }} >> "$RECORD"
 """
 
 
@@ -636,18 +639,19 @@ def through_run_sh(tmp_path, *words) -> list[list[str]]:
 def test_run_sh_hands_words_on_as_they_are(tmp_path, text):
     jobs = through_run_sh(tmp_path, "demo", "m" + text, "--data", text, "--out", text,
                           "--template=" + text)
-    run = "./" + text if text.startswith("-") else text
-    assert [job[1] for job in jobs] == ["original", "check", "attribute", "mask", *["unlearn"] * 3,
+    run = os.path.abspath(os.path.expanduser(tmp_path / "cwd" / text if text != "~" else text))
+    assert [job[1] for job in jobs] == ["original", "check", "attribute", "mask", *["unlearn"] * 4,
                                         "evaluate", "report"]
-    for job in jobs[:1] + jobs[2:7]:
+    for job in jobs[:1] + jobs[2:8]:
         assert job[2:9] == ["demo", "m" + text, "--data", text, "--template=" + text, "--out", run]
-    assert [job[2:] for job in (jobs[1], *jobs[7:])] == [[run]] * 3
+    assert [job[2:] for job in (jobs[1], *jobs[8:])] == [[run]] * 3
 
 
 def test_run_sh_hands_words_on_for_every_seed(tmp_path):
     jobs = through_run_sh(tmp_path, "tofu", "tiny-llama", "--out=a b", "--seeds=2")
-    assert [j[2] for j in jobs if j[1] == "evaluate"] == ["a b", "a b-seed1"]
-    assert jobs[8][2:] == ["tofu", "tiny-llama", "--out", "a b-seed1", "--seed", "1"]
+    assert [j[2] for j in jobs if j[1] == "evaluate"] == [
+        str(tmp_path / "cwd" / x) for x in ("a b", "a b-seed1")]
+    assert jobs[8][2:5] == ["tofu", "tiny-llama", "--out"] and jobs[8][6:] == ["--seed", "1"]
 
 
 def sources():

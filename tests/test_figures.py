@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -206,7 +207,8 @@ def test_what_the_original_or_attribution_sees_has_a_run_of_its_own():
 
 @pytest.mark.parametrize("text, message", [
     ("method=fo", "--arms"), ("seed=1,2", "--seeds"), ("out=a", "cannot be varied"),
-    ("", "nothing"), ("lr=1e-4,", "floats"), ("epochs=1.5", "ints"), ("checkpointing=1", "true or false")])
+    ("", "nothing"), ("lr=1e-4,", "floats"), ("epochs=1.5", "ints"),
+    ("checkpointing=1", "true or false")])
 def test_what_cannot_be_varied_is_refused(text, message):
     with pytest.raises(UserError, match=message):
         sweep.read_grid([text])
@@ -248,9 +250,12 @@ def test_a_sweep_goes_on_where_it_stopped_and_computes_nothing_twice(swept, monk
     assert [s.epochs for s in made] == [2]  # what was not unlearned is the same
     assert len(table(out)) == 1 + 3
     made.clear()
-    main(words(out, "--vary", "lr=1e-4,8e-4", "--vary", "lam=0.5"))
-    assert [(s.lr, s.lam) for s in made] == [(1e-4, 0.5), (8e-4, 0.5)]
-    figures.main(["varied", str(out)])
+    main(words(out, "--vary", "threshold=0.3,0.9", "--vary", "lam=0.5"))
+    assert [(s.threshold, s.lam) for s in made] == [(0.3, 0.5), (0.9, 0.5)]
+    about = read_json(out / "settings.json")
+    assert "lam" not in about and about["threshold"] == 0.6  # scores and masks are of the recipe's
+    pytest.importorskip("matplotlib")
+    figures.main(["all", str(out)])
     assert len((out / "figures" / "varied.csv").read_text().splitlines()) == 1 + 2
 
 
@@ -307,6 +312,27 @@ def killed_at_two(x):
     if x == 2:
         os.kill(os.getpid(), signal.SIGKILL)
     return x
+
+
+def say_where_and_sleep(file):
+    Path(file).write_text(str(os.getpid()))
+    time.sleep(100)
+
+
+def test_workers_end_with_a_parent_that_is_killed(tmp_path):
+    file = tmp_path / "worker"
+    code = (f"import sys; sys.path[:0] = {[str(DEMO.parent.parent), str(Path(__file__).parent)]}; "
+            "from test_figures import *; "
+            f"list(sweep.run_each(say_where_and_sleep, ['{file}', '{file}2'], 2, ''))")
+    parent = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
+    while not (file.is_file() and file.read_text()):
+        assert parent.poll() is None
+        time.sleep(0.1)
+    parent.kill()
+    worker, deadline = Path("/proc") / file.read_text(), time.monotonic() + 30
+    while worker.is_dir() and "Z" not in (worker / "stat").read_text().split()[2]:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 def refused_at_one(x):
