@@ -394,9 +394,11 @@ OUT_OF_MEMORY = ("out of memory; `python -m pipeline plan` says what each stage 
 
 def run_cli(main):
     """Run a command line: what the user can put right ends in one line and exit status 2."""
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(AttributeError):  # closed (cron) or replaced (tests)
-            stream.reconfigure(line_buffering=True, errors="replace")
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed, as under cron; progress bars write to it
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
+        with contextlib.suppress(AttributeError):  # replaced by tests
+            getattr(sys, name).reconfigure(line_buffering=True, errors="replace")
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # clusters send it: as Ctrl-C
     try:
@@ -427,6 +429,6 @@ def stop(message: str, status: int):
     message = " ".join(message.split())
     if len(message) > LONGEST_MESSAGE:
         message = message[:LONGEST_MESSAGE] + " ..."
-    if sys.stderr is not None:
+    with contextlib.suppress(OSError):  # a stderr that takes nothing must not hide the status
         print("error: " + message, file=sys.stderr)
     sys.exit(status)

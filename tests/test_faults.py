@@ -393,7 +393,7 @@ def test_bad_input_ends_in_one_line(w, fault):
 
 
 @pytest.mark.parametrize("words, says", [
-    ([], "plan|original"), (["original", "tofu", "llama3"], "llama3"), (["evaluate"], "choice"),
+    ([], "STAGE"), (["original", "tofu", "llama3"], "llama3"), (["evaluate"], "required: run"),
     (["original", "mmlu", "tiny-llama"], "mmlu"), (["original", "demo"], "model"),
     (["original", "demo", "tiny-llama", "--seed", "x\n; rm"], "--seed")])
 def test_a_wrong_word_ends_in_one_line(words, says):
@@ -605,6 +605,88 @@ def test_ctrl_c_at_the_keyboard(w):
     stderr = run.communicate(timeout=60)[1]
     assert fuzz.is_one_line(run.returncode, stderr, 130), stderr
     assert not listing(w / "out")
+
+
+@pytest.mark.parametrize("way", [
+    "PYTHONIOENCODING=latin-1 @", "PYTHONSAFEPATH=1 @", "PYTHONOPTIMIZE=2 @", "@ 2>&-",
+    "@ >&- 2>&-"])
+def test_ways_to_be_started(w, way):
+    """Another encoding, no folder on the path, no docstrings, streams closed as under cron."""
+    command = way.replace("@", f"{sys.executable} {ROOT}/pipeline evaluate {w}/nowhere")
+    done = program("bash", "-c", command)
+    out, stderr = done.communicate(timeout=60)
+    assert done.returncode == 2 and "Traceback" not in out + stderr, stderr
+    assert "2>&-" in way or fuzz.is_one_line(2, stderr), stderr
+
+
+@pytest.mark.parametrize("words, says", [
+    ("plan demo llama2-7b", "there is no recipe for demo llama2-7b"),
+    ("sweep demo olmo-1b", "there is no recipe for demo olmo-1b"),
+    ("original demo tiny-llama --out ~nosuchuser/x", "~nosuchuser/x: .*whole path"),
+    ("original demo tiny-llama --seed 1_0", "--seed: invalid int value: '1_0'"),
+    ("original demo tiny-llama --adam-eps 0", "--adam-eps is 0.0"),
+    ("original demo tiny-llama --eps -1", "--eps is -1.0"),
+    ("original demo tiny-llama --npo-beta nan", "--npo-beta is nan")])
+def test_the_message_blames_what_is_wrong(words, says):
+    status, stderr = fuzz.cli(*words.split())
+    assert fuzz.is_one_line(status, stderr) and re.search(says, stderr), stderr
+
+
+# ------------------------------------------------------------------ a number belongs to its run
+
+
+def test_a_model_unlearned_on_other_data_is_not_taken(w):
+    shutil.copytree(w / "data", w / "other")
+    change("other/tofu/forget10.json", lambda x: x.replace(b"tea", b"rum"))(w)
+    other = [x.replace(str(w / "data"), str(w / "other")) for x in
+             map(str, words_of(w, "unlearn run-tofu --method so"))]
+    status, stderr = fuzz.cli(*other)
+    assert status == 0 or fuzz.is_one_line(status, stderr), stderr
+    if status == 0:  # it may be made; its numbers are no numbers of this run
+        status, stderr = fuzz.cli("evaluate", w / "run-tofu", "so-graddiff")
+        before = (w / "run-tofu/report.md").read_text("utf-8")
+        assert fuzz.cli("report", w / "run-tofu")[0] in (0, 2)
+        report = (w / "run-tofu/report.md").read_text("utf-8")
+        assert report == before or "was another" in report
+
+
+@pytest.mark.parametrize("more", ["--rows-per-author 2", "--template raw", "--seed 5"])
+def test_another_slice_than_the_originals_is_refused(w, more):
+    refused(w, [f"unlearn run-tofu {more}"], more.split()[0])
+
+
+def test_a_changed_slice_reaches_a_linked_original(w, capsys):
+    assert fuzz.cli(*words_of(w, ORIGINAL[0])) == (0, "")
+    command_line([str(x) for x in words_of(w, "original weights-tofu --seed 5")])
+    assert "made again: --seed changed" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------- what is the user's stays
+
+
+def test_folders_of_the_users_beside_a_stage_stay(w):
+    for name in ("mask.old", "mask.partial", "original.old"):
+        (w / "run-tofu" / name).mkdir()
+        (w / "run-tofu" / name / "thesis.txt").write_text("the only copy")
+    assert fuzz.cli(*words_of(w, MASK[0])) == (0, "")
+    assert len(list((w / "run-tofu").glob("*/thesis.txt"))) == 3
+
+
+def test_a_foreign_folder_is_no_run(w):
+    (w / "out").mkdir()
+    for name in ("settings.json", "report.md"):
+        (w / "out" / name).write_text("{}")
+    refused(w, ["original new"], "is not empty and no run folder")
+
+
+@pytest.mark.parametrize("name", [stage.LOCK, ".report.md.simu-partial"])
+def test_a_link_in_place_of_a_temporary_is_not_followed(w, name):
+    (w / "mine.txt").write_text("the only copy")
+    (w / "run-tofu" / name).unlink(missing_ok=True)
+    (w / "run-tofu" / name).symlink_to(w / "mine.txt")
+    status, stderr = fuzz.cli("report", w / "run-tofu")
+    assert status == 0 or fuzz.is_one_line(status, stderr), stderr
+    assert (w / "mine.txt").read_text() == "the only copy"
 
 
 # --------------------------------------------------------------------------------------- security
