@@ -604,6 +604,7 @@ class Cache:
         # Zeroed: a masked key weighs 0, but 0 times an uninitialised NaN would be NaN.
         self.kv = [like.new_zeros(shape) for _ in range(c.num_hidden_layers)]
         self.end = 0  # columns in use
+        self.steps = [partial(self.step, layer) for layer in range(c.num_hidden_layers)]
         self.column = torch.arange(columns, device=like.device)
         self.head = columns * torch.arange(shape[1], device=like.device)[:, None]
 
@@ -623,8 +624,10 @@ class Cache:
             [at + slot for at, n in zip(begin, counts) for slot in range(n)]]).to(device)
         self.end = max(at + n for at, n in zip(begin, counts))
         self.lines = (self.head + self.row * heads * columns + position).flatten()  # [2K * N]
-        last = position.new_zeros(B, max(counts))  # a slot without token sees column 0
-        last[self.row, self.slot] = position
+        last = position[:, None]  # [B, width], the last column that a slot may see
+        if max(counts) > 1:
+            last = position.new_zeros(B, max(counts))  # a slot without token sees column 0
+            last[self.row, self.slot] = position
         unseen = self.column[:self.end] > last[..., None]  # [B, width, end]
         self.mask = self.kv[0].new_zeros(unseen.shape).masked_fill_(unseen, -math.inf)[:, None]
         return position
@@ -735,8 +738,7 @@ def read_on(model, cache: Cache, rows: list[Row], rope) -> list[list[int]]:
     read = [row.to_read() for row in rows]
     position = cache.place([len(row.ids) - row.begin - 1 for row in rows], list(map(len, read)))
     ids = torch.tensor([[token for ids in read for token in ids]], device=position.device)
-    attend = [partial(cache.step, layer) for layer in range(len(model.layers))]
-    h = model.hidden(ids, attend, rope=[x[position][None] for x in rope])  # [1, N, D]
+    h = model.hidden(ids, cache.steps, rope=[x[position] for x in rope])  # [1, N, D]
     chosen = iter(best_ids(model, h[0]))
     return [list(islice(chosen, len(ids))) for ids in read]
 
@@ -744,7 +746,7 @@ def read_on(model, cache: Cache, rows: list[Row], rope) -> list[list[int]]:
 def best_ids(model, h) -> list[int]:
     """The likeliest next id after each of the states h [N, D]."""
     chunk = max(1, LOGITS // model.config.vocab_size)
-    return torch.cat([model.logits(x).argmax(-1) for x in h.split(chunk)]).tolist()
+    return [i for x in h.split(chunk) for i in model.logits(x).argmax(-1).tolist()]
 
 
 # ------------------------------------------------------------------------------ checks of a config

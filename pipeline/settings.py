@@ -303,7 +303,7 @@ def own_recipe(benchmark: str, folder: Path, rows: int) -> dict:
         threshold=0.3, lr=lr, batch=batch, epochs=epochs, micro_tokens=1024 if size > 5e7 else 8192,
         level_share=0.5 if benchmark == "rows" else 0.0, template=own_template(folder, benchmark),
         learn_lr=lr, learn_batch=8, learn_tokens=1024, learn_epochs=12, learn_decay=0.01,
-        **({"objective": "level"} if benchmark == "rows" else {}),
+        **({"objective": "stranger"} if benchmark == "rows" else {}),
         **{method: dict(lr=lr * x) for method, x in factor.items()})
 
 

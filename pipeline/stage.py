@@ -340,15 +340,22 @@ def peak_memory() -> dict[str, int]:
 # ---------------------------------------------------------------------------------- run folders
 
 
+def is_run(run: Path) -> bool:
+    """Is a folder a run, or a sweep, of ours?"""
+    path = Path(run) / "settings.json"
+    try:  # those of an older version have no lock file
+        if any((Path(run) / name).is_file() for name in (LOCK, "points.jsonl")):
+            return True
+        return bool(settings_of(read_json(path), path))
+    except UserError:
+        return False
+
+
 def claim(run: Path):
     """Make a run folder. UserError if it exists and is not ours: its files are somebody's own."""
     run = Path(run)
-    if run.is_dir() and any(run.iterdir()) and not (run / LOCK).is_file():
-        path = run / "settings.json"
-        try:
-            settings_of(read_json(path), path)  # a run of an older version has no lock file
-        except UserError:
-            raise UserError(f"{run} is not empty and no run folder; choose another --out") from None
+    if run.is_dir() and any(run.iterdir()) and not is_run(run):
+        raise UserError(f"{run} is not empty and no run folder; choose another --out")
     run.mkdir(parents=True, exist_ok=True)
     (run / LOCK).touch()
 
@@ -361,7 +368,7 @@ def lock(run: Path):
     """Hold a run folder, if it is there, against other processes. The system lets go of it even if
     this one is killed. A command holds it throughout; its stages' own holds then do nothing."""
     run = Path(run).resolve()
-    if run in locked_here or not run.is_dir() or fcntl is None:
+    if run in locked_here or not is_run(run) or fcntl is None:  # a lock would make it a run
         yield
         return
     flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)

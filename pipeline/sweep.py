@@ -508,7 +508,7 @@ def main(argv: list[str]):
     grid = dict(arms=own.arms, factors=own.factors, seeds=own.seeds, variants=own.variants,
                 grid=own.grid)
     plan_points(given, **grid, earlier=[])  # refuses before anything is made
-    out.mkdir(parents=True, exist_ok=True)
+    claim(out)
     jobs = own.jobs or ((os.cpu_count() or 1) if base.tiny else 1)
     with nullcontext() if own.part else lock(out):
         made = made_before(out)

@@ -430,10 +430,11 @@ def test_weights_are_not_taken_from_the_run_they_are_for(w):
 
 
 def test_a_folder_that_is_no_stage_is_left_alone(w):
-    (w / "out/original").mkdir(parents=True)
+    stage.claim(w / "out")
+    (w / "out/original").mkdir()
     assert fuzz.cli(*words_of(w, "original weights-tofu")) == (0, "")  # empty: taken
-    shutil.rmtree(w / "out")
-    (w / "out/original").mkdir(parents=True)
+    shutil.rmtree(w / "out/original")
+    (w / "out/original").mkdir()
     (w / "out/original/thesis.txt").write_text("the only copy")
     refused(w, ["original weights-tofu"], "out/original is in the way: it is no finished stage")
     refused(w, ["original weights-tofu --force"], "out/original is in the way")
