@@ -123,8 +123,11 @@ if [[ -z "$run" ]]; then
 fi
 [[ "$run" != -* ]] || run="./$run"  # or it would be read as an option
 # Whole, so that RUN-seed1 stands beside it also for --out DIR/ or --out .
-run="$("$python" -c 'import os, sys
-sys.stdout.buffer.write(os.fsencode(os.path.abspath(os.path.expanduser(sys.argv[1]))))' "$run")"
+whole="$("$python" -c 'import os, sys
+path = os.path.expanduser(sys.argv[1])
+path[:1] == "~" and sys.exit(1)
+sys.stdout.buffer.write(os.fsencode(os.path.abspath(path)))' "$run")" || die "--out $run: no such user"
+run="$whole"
 [[ $seeds -eq 1 || " ${options[*]-}" != *" --seed"[\ =]* ]] ||
     { echo "error: --seeds $seeds chooses the seeds 0 to $((seeds - 1)); drop --seed" >&2; exit 2; }
 

@@ -357,7 +357,12 @@ def claim(run: Path):
     if run.is_dir() and any(run.iterdir()) and not is_run(run):
         raise UserError(f"{run} is not empty and no run folder; choose another --out")
     run.mkdir(parents=True, exist_ok=True)
-    (run / LOCK).touch()
+    os.close(open_lock(run))
+
+
+def open_lock(run: Path) -> int:
+    """The lock file of a run, never through a link that somebody put there."""
+    return os.open(run / LOCK, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644)
 
 
 locked_here = set()  # run folders that this process holds
@@ -371,8 +376,7 @@ def lock(run: Path):
     if run in locked_here or not is_run(run) or fcntl is None:  # a lock would make it a run
         yield
         return
-    flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
-    file = os.open(run / LOCK, flags, 0o644)  # closing it frees the lock
+    file = open_lock(run)  # closing it frees the lock
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as e:
