@@ -13,7 +13,9 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-LONGEST = ("test_pipeline.py", "test_hub.py", "test_attack.py")  # started first, to end together
+# Started first, so that all end together.
+LONGEST = ("test_pipeline.py", "test_unlearn.py", "test_hub.py", "test_attack.py",
+           "test_figures.py", "test_faults.py")
 COUNTED = {"passed": ("passed",), "failed": ("failed", "error", "errors"), "skipped": ("skipped",)}
 
 

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -293,13 +294,18 @@ def command(*words, **environment):
     ("plan tofu llama3", "llama3"),
     ("", "STAGE"),
 ])
-def test_mistakes_end_in_one_line(tmp_path, words, told):
+def test_mistakes_end_in_one_line(tmp_path, words, told, monkeypatch, capsys):
     out = [] if not words else ["--out", str(tmp_path / "run")]
-    done = command(sys.executable, "pipeline", *words.split(), *out, TQDM_DISABLE="1",
-                   HF_ENDPOINT="http://127.0.0.1:9", SIMU_DOWNLOADS=str(tmp_path / "none"))
-    assert done.returncode == 2, done.stderr
-    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
-    assert told in done.stderr
+    monkeypatch.delenv("SIMU_DATA", raising=False)
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setenv("SIMU_DOWNLOADS", str(tmp_path / "none"))
+    handlers = {x: signal.getsignal(x) for x in (signal.SIGINT, signal.SIGTERM)}
+    with pytest.raises(SystemExit) as e:
+        stage.run_cli(lambda: main([*words.split(), *out]))
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    lines = [x for x in capsys.readouterr().err.splitlines() if x]
+    assert e.value.code == 2 and lines[-1].startswith("error: ") and told in lines[-1]
     assert not list(tmp_path.rglob("model.safetensors"))
 
 
