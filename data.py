@@ -29,7 +29,7 @@ import sentencepiece
 import torch
 from torch import Tensor
 
-from model import NO_TEXT, UserError, read_json, whole_file, write_json, write_text
+from model import NO_TEXT, Config, UserError, read_json, whole_file, write_json, write_text
 
 IGNORE = -100  # a target that is not predicted; also cross_entropy's default
 LONGEST_TOKEN = 1024  # characters: longer than any tokenizer's
@@ -143,6 +143,12 @@ class Encoded:
     ids: list[int]
     n_prompt: int
 
+    @property
+    def start(self) -> int:
+        """Index of the first id that is predicted: the answer's first, but for a row that starts
+        with its answer (no bos, empty prompt), where nothing precedes it: then its second."""
+        return max(self.n_prompt, 1)
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -214,6 +220,12 @@ def encode(example: Example, tokenizer, template: str) -> Encoded:
     return Encoded(bos + ids + [tokenizer.eos_id] * (not own_eos), len(bos) + n_prompt)
 
 
+def encode_for(config: Config, examples: list[Example], tokenizer, template: str) -> list[Encoded]:
+    """encode_all for a model of this config."""
+    return encode_all(examples, tokenizer, template, context=config.max_position_embeddings,
+                      vocab=config.vocab_size)
+
+
 def encode_all(examples: list[Example], tokenizer, template: str, *, context: int,
                vocab: int) -> list[Encoded]:
     """Every example encoded; UserError if one does not fit the model's context or vocabulary."""
@@ -239,9 +251,7 @@ def collate(rows: list[Encoded], device="cpu", pad_id: int = 0) -> Batch:
     targets = torch.full((len(rows), width), IGNORE)
     for b, row in enumerate(rows):
         ids[b, :len(row.ids)] = torch.tensor(row.ids)
-        # A row that starts with its answer (no bos, empty prompt) cannot predict its first token.
-        start = max(row.n_prompt, 1)
-        targets[b, start - 1:len(row.ids) - 1] = torch.tensor(row.ids[start:])
+        targets[b, row.start - 1:len(row.ids) - 1] = torch.tensor(row.ids[row.start:])
     return Batch(ids.to(device), targets.to(device))
 
 

@@ -717,24 +717,22 @@ def add_losses(rows, model, tokenizer, template: str, limits: Limits, benchmark:
     (nats per token, eos counted), how much of the answer is memorised, and `mia` and `answer_mia`,
     what the attacks see of a text and of its answer."""
     texts = [text for row in rows for text in _texts(row, benchmark)]
-    encoded = data.encode_all([t.example for t in texts], tokenizer, template,
-                              context=model.config.max_position_embeddings,
-                              vocab=model.config.vocab_size)
+    encoded = data.encode_for(model.config, [t.example for t in texts], tokenizer, template)
     whole = [t.key == "loss" and _is_attacked(t.row, benchmark) for t in texts]
-    first = [1 if w else max(1, e.n_prompt) for w, e in zip(whole, encoded)]
+    first = [1 if w else e.start for w, e in zip(whole, encoded)]
     scores = token_scores(model, encoded, first, tokens=limits.eval_tokens,
                           questions=[(id(t.row), t.example.question) for t in texts],
                           detailed=[t.key == "loss" for t in texts])
     for (row, key, _), e, start, attacked, score in zip(texts, encoded, first, whole, scores):
         check_finite(score.losses, row["id"])
-        answer = TokenScores(*(x[max(1, e.n_prompt) - start:] for x in score))
+        answer = TokenScores(*(x[e.start - start:] for x in score))
         loss = mean(answer.losses)
         if key == "perturbed_losses":
             row.setdefault(key, []).append(loss)
         else:
             row[key] = loss
         if key == "loss":  # from here on without eos
-            ids = e.ids[max(1, e.n_prompt):-1]
+            ids = e.ids[e.start:-1]
             row["exact_memorisation"] = exact_memorisation(answer.predicted[:-1], ids)
             row["extraction_strength"] = extraction_strength(answer.predicted[:-1], ids)
         if attacked:

@@ -55,7 +55,7 @@ def attribute_loop(model: Transformer, encoded: Encoded, *, steps: int = 5,
     scores = torch.zeros(len(model.layers), D, device=model.embed_tokens.weight.device)
     scaled_together = [slice(0, D)] if path == "layer" else [slice(k, k + 1) for k in range(D)]
     with frozen(model):
-        for end in range(max(encoded.n_prompt, 1), len(encoded.ids)):
+        for end in range(encoded.start, len(encoded.ids)):
             prefix, label = encoded.ids[:end], encoded.ids[end]
             for l in range(len(model.layers)):
                 for k in scaled_together:
@@ -518,7 +518,7 @@ def loss_examples(forget: list[Example], objective: str) -> list[Example]:
 
 
 def answer_tokens(rows: list[Encoded]) -> int:
-    return sum(len(r.ids) - max(r.n_prompt, 1) for r in rows)
+    return sum(len(r.ids) - r.start for r in rows)
 
 
 def backward_mean_nll(model: Transformer, rows: list[Encoded], weight: float, tokens: int) -> float:

@@ -21,12 +21,13 @@ import torch  # noqa: E402
 import data  # noqa: E402
 import eval as evaluation  # noqa: E402
 import simu  # noqa: E402
-from model import Transformer, read_tensors  # noqa: E402
+from model import Transformer  # noqa: E402
 from pipeline import settings  # noqa: E402
 from pipeline.columns import table  # noqa: E402
 from pipeline.figures import interval  # noqa: E402
 from pipeline.original import original_stage  # noqa: E402
-from pipeline.stages import attribute_stage, encoded_rows, forget_targets  # noqa: E402
+from pipeline.stages import (  # noqa: E402
+    attribute_stage, encoded_rows, forget_targets, mask_of_scores)
 
 RESULTS = Path(__file__).resolve().parent / "results" / "objectives"
 ARMS = ("fo", "so", "simu", "simu-random")
@@ -49,8 +50,7 @@ def unlearned(s, arm: str):
     bench, encoded = encoded_rows(s, s.objective)
     model, mask, targets = Transformer.from_pretrained(s.run / "original"), None, None
     if simu.METHODS[s.method].masked:
-        scores = read_tensors(s.run / "attribution" / "scores.safetensors", ("forget", "retain"))
-        mask = simu.make_mask(s.mask, *scores, threshold=s.threshold, seed=s.seed)
+        mask = mask_of_scores(s)
     if simu.OBJECTIVES[s.objective].targeted:
         targets, _ = forget_targets(s, bench, encoded["forget"], model)
     simu.unlearn(model, encoded["forget"], encoded["retain"], mask, s, targets=targets, title=arm)

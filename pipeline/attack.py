@@ -214,13 +214,8 @@ def attack_weights(model: Transformer, attack: str, bench: data.Benchmark, token
     if attack == "relearn-retain":
         count = min(len(bench.forget), len(bench.retain))
         rows = random.Random(s.seed).sample(bench.retain, count)
-    return relearn(model, encoded(rows, model, tokenizer, s), relearning(s))
-
-
-def encoded(rows: list[data.Example], model: Transformer, tokenizer, s: Settings
-            ) -> list[data.Encoded]:
-    return data.encode_all(rows, tokenizer, s.template, vocab=model.config.vocab_size,
-                           context=model.config.max_position_embeddings)
+    rows = data.encode_for(model.config, rows, tokenizer, s.template)
+    return relearn(model, rows, relearning(s))
 
 
 # ------------------------------------------------------------------------------------------- stages
@@ -298,7 +293,7 @@ def make_requests(name: str, folder: Path, probes: dict, parts: list[list[data.E
     for i in range(len(parts) + 1):
         if i:
             part = parts[i - 1]
-            rows = [encoded(x, model, tokenizer, s) for x in (
+            rows = [data.encode_for(model.config, x, tokenizer, s.template) for x in (
                 part, simu.loss_examples(part, s.objective), bench.retain)]
             targets = None
             if simu.OBJECTIVES[s.objective].targeted:

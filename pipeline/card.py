@@ -12,7 +12,7 @@ from pathlib import Path
 import data
 import simu
 from model import TOKEN_IDS, Config, write_json, write_text
-from pipeline.columns import COLUMNS, label, mask_line, optimiser_of, reading, table, table_of
+from pipeline.columns import COLUMNS, label, mask_line, reading, table, table_of
 from pipeline.settings import Settings
 from pipeline.stage import mask_name, read_stage, unlearned_name
 

@@ -32,7 +32,7 @@ except ImportError:  # Windows
 import data
 from model import UserError, read_json, weight_files, write_json
 from pipeline.settings import MODELS, Settings, default_data, downloads
-from pipeline.stage import changed_file
+from pipeline.stage import changed_file, open_lock
 
 # --------------------------------------------------------------------------------- what is where
 
@@ -345,8 +345,7 @@ def _held(folder: Path):
     """Hold a folder against other processes; where the system or its disk knows no locks, nothing
     is held."""
     folder.mkdir(parents=True, exist_ok=True)
-    flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
-    lock = os.open(folder / ".lock", flags, 0o644)  # closing it frees the lock
+    lock = open_lock(folder / ".lock")
     try:
         with contextlib.suppress(OSError):
             if fcntl:

@@ -113,8 +113,7 @@ def fine_tune_retain_only(s: Settings, bench: data.Benchmark, job: Stage, base: 
 
 def teach(s: Settings, examples: list[data.Example], job: Stage, base: Path, folder: Path):
     tokenizer, config = data.load_tokenizer(base), Config.from_dir(base)
-    rows = data.encode_all(examples, tokenizer, s.template, vocab=config.vocab_size,
-                           context=config.max_position_embeddings)
+    rows = data.encode_for(config, examples, tokenizer, s.template)
     job.notes["predicted_bytes"] = check_memory(s, config, "learn", rows=rows)
     model = Transformer.from_pretrained(base, **placement(s))
     rng = random.Random(s.seed)

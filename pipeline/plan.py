@@ -322,7 +322,7 @@ def _lengths(s: Settings, rows=()) -> dict:
         default=UNKNOWN)
     if rows:
         longest = max(len(r.ids) for r in rows)
-        answer = max(len(r.ids) - max(r.n_prompt, 1) for r in rows)
+        answer = max(len(r.ids) - r.start for r in rows)
     return dict(longest=longest, answer=answer)
 
 

@@ -94,6 +94,12 @@ def table_row(node, key: str):
 def code_digest(functions: tuple, rows: dict[str, str | None]) -> str:
     """sha256 of all code that the functions reach. rows: of each table, the key of the row that
     counts; None for all of it; a table that is not named does not count."""
+    return digest_of(functions, frozenset(rows.items()))
+
+
+@lru_cache  # a sweep asks for the same again at every point
+def digest_of(functions: tuple, row_items: frozenset) -> str:
+    rows = dict(row_items)
     found, left = {}, [(f.__module__, f.__qualname__.split(".")[0]) for f in functions]
     while left:
         at = module, name = left.pop()

@@ -185,7 +185,7 @@ def _notes(found: list[dict], footnotes: dict) -> str:
 def _costs(run: Path) -> list[dict]:
     """Wall time and peak memory of every finished stage, oldest first."""
     made = sorted((p for p in run.rglob("stage.json")
-                   if not {parent.suffix for parent in p.parents} & {".partial", ".old"}),
+                   if not any(x.startswith(".") for x in p.relative_to(run).parts)),  # unfinished
                   key=lambda p: p.stat().st_mtime_ns)
     return [dict(stage=str(p.parent.relative_to(run)), **{
         k: v for k, v in read_stage(p.parent).items()

@@ -101,13 +101,9 @@ def write_stage(folder: Path, made: dict):
     write_json(Path(folder) / "stage.json", made | {"sha256": digest(made)})
 
 
-def content_of(made: dict) -> str:
-    return digest({name: sealed[1] for name, sealed in made["files"].items()})
-
-
 def content(folder: Path) -> str:
     """Digest of what a finished stage holds: made again with the same bytes, it is the same."""
-    return content_of(read_stage(folder))
+    return digest({name: sealed[1] for name, sealed in read_stage(folder)["files"].items()})
 
 
 def data_inputs(s: Settings) -> dict[str, str]:
@@ -166,8 +162,8 @@ def architecture(s: Settings) -> str | None:
     """The run's model_type, where it is known already."""
     if s.tiny and not s.weights:
         return "llama" if s.model == "tiny-llama" else "olmo"
-    folders = [s.run / "original"] + [Path(x) for x in (s.weights, s.model) if Path(x).is_absolute()]
-    for folder in folders:
+    given = [Path(x) for x in (s.weights, s.model) if Path(x).is_absolute()]
+    for folder in (s.run / "original", *given):
         if (folder / "config.json").is_file():
             raw = read_json(folder / "config.json")
             kind = raw.get("model_type") if isinstance(raw, dict) else None
@@ -357,12 +353,12 @@ def claim(run: Path):
     if run.is_dir() and any(run.iterdir()) and not is_run(run):
         raise UserError(f"{run} is not empty and no run folder; choose another --out")
     run.mkdir(parents=True, exist_ok=True)
-    os.close(open_lock(run))
+    os.close(open_lock(run / LOCK))
 
 
-def open_lock(run: Path) -> int:
-    """The lock file of a run, never through a link that somebody put there."""
-    return os.open(run / LOCK, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644)
+def open_lock(path: Path) -> int:
+    """A lock file, never through a link that somebody put there. Closing it frees the lock."""
+    return os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644)
 
 
 locked_here = set()  # run folders that this process holds
@@ -376,7 +372,7 @@ def lock(run: Path):
     if run in locked_here or not is_run(run) or fcntl is None:  # a lock would make it a run
         yield
         return
-    file = open_lock(run)  # closing it frees the lock
+    file = open_lock(run / LOCK)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as e:

@@ -33,8 +33,7 @@ def encoded_rows(s: Settings, objective: str = "graddiff") -> tuple[data.Benchma
     folder, bench = s.run / "original", load_benchmark(s)
     tokenizer, config = data.load_tokenizer(folder), Config.from_dir(folder)
     examples = dict(forget=simu.loss_examples(bench.forget, objective), retain=bench.retain)
-    return bench, {name: data.encode_all(some, tokenizer, s.template, vocab=config.vocab_size,
-                                         context=config.max_position_embeddings)
+    return bench, {name: data.encode_for(config, some, tokenizer, s.template)
                    for name, some in examples.items()}
 
 
@@ -82,10 +81,14 @@ def mask_job(s: Settings) -> Stage:
                  inputs=dict(attribution=content(s.run / "attribution")), takes=(simu.Masking,))
 
 
+def mask_of_scores(s: Settings) -> torch.Tensor:
+    """M [L, D] as s wants it, from the run's attribution."""
+    scores = read_tensors(s.run / "attribution" / "scores.safetensors", ("forget", "retain"))
+    return simu.make_mask(s.mask, *scores, threshold=s.threshold, seed=s.seed)
+
+
 def make_mask(s: Settings, job: Stage, folder: Path):
-    forget, retain = read_tensors(s.run / "attribution" / "scores.safetensors",
-                                  ("forget", "retain"))
-    mask = simu.make_mask(s.mask, forget, retain, threshold=s.threshold, seed=s.seed)
+    mask = mask_of_scores(s)
     per_layer = (mask != 0).sum(1).tolist()
     save_tensors(folder / "mask.safetensors", {"mask": mask})
     job.notes.update(critical=sum(per_layer), total=mask.numel(), critical_per_layer=per_layer)
@@ -126,7 +129,7 @@ def level_examples(s: Settings, bench: data.Benchmark) -> tuple[list[data.Exampl
 
 def answer_losses(model: Transformer, rows: list[data.Encoded], tokens: int):
     """(ids of the answer's tokens, their losses under the model) of each row."""
-    first = [max(1, r.n_prompt) for r in rows]
+    first = [r.start for r in rows]
     scores = evaluation.token_scores(model, rows, first, tokens=tokens)
     return [(r.ids[i:], own.losses) for r, i, own in zip(rows, first, scores)]
 
@@ -142,14 +145,13 @@ def forget_targets(s: Settings, bench: data.Benchmark, forget: list[data.Encoded
         own = answer_losses(ideal, forget, s.eval_tokens)
         return [torch.tensor(losses) for _, losses in own], "retain-only's loss of each row"
     examples, source = level_examples(s, bench)
-    tokenizer, c = data.load_tokenizer(s.run / "original"), model.config
-    seen = answer_losses(model, data.encode_all(
-        examples, tokenizer, s.template, context=c.max_position_embeddings, vocab=c.vocab_size),
-        s.eval_tokens)
+    rows = data.encode_for(model.config, examples, data.load_tokenizer(s.run / "original"),
+                           s.template)
+    seen = answer_losses(model, rows, s.eval_tokens)
     usual = simu.usual_losses([i for ids, _ in seen for i in ids],
-                              [x for _, own in seen for x in own], c.vocab_size)
+                              [x for _, own in seen for x in own], model.config.vocab_size)
     order = random.Random(s.seed).sample(range(len(forget)), len(forget))
-    return [simu.spread_losses(row.ids[max(1, row.n_prompt):], seen[i % len(seen)][1], usual)
+    return [simu.spread_losses(row.ids[row.start:], seen[i % len(seen)][1], usual)
             for row, i in zip(forget, order)], source
 
 
@@ -206,10 +208,9 @@ def unlearn_stage(s: Settings):
 def loss_reporter(model: Transformer, bench: data.Benchmark, s: Settings, job: Stage):
     """`record` of simu.train: also prints, eight times in all, the mean loss of at most 8 rows of
     each kind, so that a person sees where forgetting stands."""
-    tokenizer, c = data.load_tokenizer(s.run / "original"), model.config
+    tokenizer = data.load_tokenizer(s.run / "original")
     record, updates = job.record("log.jsonl"), len(bench.forget) * s.epochs // s.batch
-    kinds = {name: data.encode_all(evaluation.spread(list(some), 8), tokenizer, s.template,
-                                   context=c.max_position_embeddings, vocab=c.vocab_size)
+    kinds = {name: data.encode_for(model.config, evaluation.spread(some, 8), tokenizer, s.template)
              for name, some in (("forget", bench.forget), ("retain", bench.retain),
                                 ("never seen", bench.nonmembers)) if some}
 

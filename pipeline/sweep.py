@@ -51,7 +51,7 @@ from pipeline.reach import code_digest
 from pipeline.settings import (Aside, Level, Making, Placement, Settings, Source, placement,
                                taken)
 from pipeline.stage import claim, content, data_inputs, digest, lock, table_rows
-from pipeline.stages import attribute_stage, encoded_rows, forget_targets
+from pipeline.stages import attribute_stage, encoded_rows, forget_targets, mask_of_scores
 
 ARMS = ("fo", "so", "simu", "simu-random")
 # Of the recipe's rate for the arm's method: close where forgetting sets in, and far beyond it,
@@ -252,9 +252,7 @@ def make_point(p: Point) -> dict:
     if p.arm not in BASELINES:
         mask = None
         if simu.METHODS[s.method].masked:
-            scores = read_tensors(s.run / "attribution" / "scores.safetensors",
-                                  ("forget", "retain"))
-            mask = simu.make_mask(s.mask, *scores, threshold=s.threshold, seed=s.seed)
+            mask = mask_of_scores(s)
             result["critical"] = int((mask != 0).sum())
         targets = None
         if simu.OBJECTIVES[s.objective].targeted:

@@ -30,6 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import eval as evaluation  # noqa: E402
+import simu  # noqa: E402
 from pipeline import resume  # noqa: E402
 from pipeline.__main__ import main as command_line  # noqa: E402
 

@@ -1,8 +1,6 @@
 """Mask variants and objectives by hand, the sweep's resume, every figure from a small fixture."""
 
 import builtins
-import dataclasses
-import json
 import math
 import os
 import signal

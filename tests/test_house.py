@@ -103,8 +103,13 @@ ABOVE = {"retain-only", "original", "attribution", "mask"}
 UNLEARNED = set(STAGES) - ABOVE
 
 
-def digests():
+def forget_code():
     reach.read_module.cache_clear()
+    reach.digest_of.cache_clear()
+
+
+def digests():
+    forget_code()
     out = {}
     for name, (code, takes, *changed) in STAGES.items():
         s = Settings(**(changed[0] if changed else {}))
@@ -151,5 +156,5 @@ def test_what_an_edit_makes_again(tmp_path, monkeypatch, file, old, new, again):
         after = digests()
     finally:
         monkeypatch.undo()
-        reach.read_module.cache_clear()
+        forget_code()
     assert {k for k in before if before[k] != after[k]} == again
