@@ -22,6 +22,7 @@ import data
 from model import Transformer, UserError, read_json
 from pipeline import hub, settings, stage
 from pipeline.hub import Repo, Sources
+from test_unlearn import LAYOUTS, run_tofu, somebodys
 
 constants = pytest.importorskip("huggingface_hub.constants")
 
@@ -570,6 +571,15 @@ def test_run_sh_from_the_hub_to_the_report(server, tmp_path):
     for name in ("full.json", "retain90.json"):
         assert inputs[f"data/{name}"] == hashlib.sha256(dataset[name]).hexdigest()
     assert (run / "original" / "model.safetensors").is_symlink()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_benchmark_on_any_layout_of_the_hub(server, tmp_path, layout):
+    server.repos["models", "somebody/theirs"] = files(somebodys(tmp_path / "local", layout))
+    run_tofu("hf:somebody/theirs", tmp_path / "run", layout)
+    made = read_json(tmp_path / "run" / "original" / "stage.json")
+    assert made["source"] | dict(sha256="", files="") == dict(
+        repo="somebody/theirs", revision="main", commit=COMMIT, sha256="", files="")
 
 
 def test_an_original_that_knows_nothing_stops_the_run(server, checkpoint, tmp_path, capfd):

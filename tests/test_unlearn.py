@@ -202,20 +202,29 @@ LAYOUTS = {
     "qwen2": dict(model_type="qwen2", num_key_value_heads=2, tie_word_embeddings=True)}
 
 
-@pytest.mark.parametrize("layout, teach", [*((x, False) for x in LAYOUTS), ("olmo", True)])
-def test_a_benchmark_on_a_folder_of_any_layout(tmp_path, layout, teach):
-    """`run.sh tofu FOLDER`: no name, licence or recipe borrowed from a model of the table."""
-    folder, out, demo = tmp_path / "somebody", tmp_path / "run", ROOT / "pipeline" / "demo"
+def somebodys(folder, layout):
+    """A model in HF layout, with random weights and its own tokenizer."""
     folder.mkdir()
-    texts = [x for e in data.load_tofu(demo / "tofu", "full") for x in (e.question, e.answer)]
+    demo = data.load_tofu(ROOT / "pipeline" / "demo" / "tofu", "full")
+    texts = [x for e in demo for x in (e.question, e.answer)]
     data.train_tokenizer(texts, folder, llama=layout == "llama", vocab=500)
     tokenizer = data.load_tokenizer(folder)
     torch.manual_seed(1)
     Transformer(Config(**SHAPE, **LAYOUTS[layout], vocab_size=tokenizer.vocab_size,
                        eos_token_id=tokenizer.eos_id)).save_pretrained(folder)
-    given = ["tofu", str(folder), "--data", str(demo), "--out", str(out), "--rows-per-author", "10",
-             "--forget-groups", "1", "--retain-groups", "2", "--epochs", "1", "--learn-epochs", "1",
-             "--batch", "4"]
+    return folder
+
+
+@pytest.mark.parametrize("layout, teach", [*((x, False) for x in LAYOUTS), ("olmo", True)])
+def test_a_benchmark_on_a_folder_of_any_layout(tmp_path, layout, teach):
+    run_tofu(str(somebodys(tmp_path / "somebody", layout)), tmp_path / "run", layout, teach)
+
+
+def run_tofu(model, out, layout, teach=False):
+    """`run.sh tofu MODEL`: no name, licence or recipe borrowed from a model of the table."""
+    given = ["tofu", model, "--data", str(ROOT / "pipeline" / "demo"), "--out", str(out),
+             "--rows-per-author", "10", "--forget-groups", "1", "--retain-groups", "2",
+             "--epochs", "1", "--learn-epochs", "1", "--batch", "4"]
     given += ["--teach", "--learn-retain-only"] if teach else []
     for stage in ("original", "attribute", "mask", "unlearn"):
         main([stage, *given])
