@@ -134,9 +134,26 @@ PUBLISHED = {
                         0.9244, 0.8499, 0.9781, 0.9670, 0.8271, 0.79, 0.9602, 0.9926),
         "SIMU-GradDiff": (0.740, 0.0015, 0.0, 0.0, 0.0, 0.0050, 0.0, 0.0004, 0.0, 0.6889,
                           0.9365, 0.8540, 0.9779, 0.9670, 0.8549, 0.7960, 0.9690, 0.9926)}}
+# open-unlearning's own evaluations of its originals, partners and GradDiff on forget10, in
+# LEADERBOARD_COLUMNS' order: copies in nxZhai/BalDRO, and its docs/repro.md.
+LEADERBOARD = {
+    "llama3.2-1b": {
+        "Original": (.820, .880, .476, .974, .706, .996, None, .599, 3.9e-22),
+        "Retain-only (ideal)": (.379, .116, .628, .585, .059, .387, None, .591, 1.0),
+        "GradDiff": (*[None] * 7, .49, 1e-239)},
+    "hf:open-unlearning/tofu_Llama-2-7b-chat-hf_full": {
+        "Original": (.976, .990, .519, .999, .982, .999, None, .628, 4.3e-25),
+        "Retain-only (ideal)": (.399, .148, .681, .665, .070, .392, None, .613, 1.0),
+        "GradDiff": (*[None] * 7, .58, 2e-229)}}
 # Table 5: critical of all neurons of the down-projections.
 PUBLISHED_CRITICAL = {("lume", "llama2-7b"): (1870, 131072), ("tofu", "llama2-7b"): (722, 131072),
                       ("lume", "olmo-1b"): (23089, 32768), ("tofu", "olmo-1b"): (29554, 32768)}
+
+
+def leaderboard(s: Settings) -> dict:
+    """What the leaderboard printed for the original of this run, and beside it."""
+    known = LEADERBOARD.get(s.weights.partition("@")[0] or s.model, {})
+    return known if s.benchmark == "tofu" else {}
 
 
 def label(name: str) -> str:

@@ -18,8 +18,8 @@ from eval import spread, summarise
 from model import UserError, read_json, write_json, write_text
 from pipeline.card import write_cards
 from pipeline.columns import (ANSWER_MIA_COLUMNS, COLUMNS, LEADERBOARD_COLUMNS, MIA_COLUMNS,
-                              MORE_COLUMNS, PUBLISHED, SOUL_COLUMNS, SOUL_READING, label, mask_line,
-                              optimiser_of, reading, table, table_of)
+                              MORE_COLUMNS, PUBLISHED, SOUL_COLUMNS, SOUL_READING, label,
+                              leaderboard, mask_line, optimiser_of, reading, table, table_of)
 from pipeline.evaluate import newest_evaluation, read_rows, stale_because
 from pipeline.settings import Settings, read_settings, taken
 from pipeline.stage import data_inputs, read_stage
@@ -332,9 +332,10 @@ def _compose(s: Settings, found, stale: dict, seeds, examples, costs, mask: str)
     if stale:
         parts.append("Left out, because they are not of what this run now holds:\n\n" + "\n".join(
             f"- {name}: {why}" for name, why in stale.items()))
-    parts += ["## In the leaderboard's columns", show(LEADERBOARD_COLUMNS),
+    parts += ["## In the leaderboard's columns", show(LEADERBOARD_COLUMNS, leaderboard(s)),
               "On the forget set, as open-unlearning defines them: EM is by tokens here, MIA is of "
-              "the answer alone, TR and MU are geometric."]
+              "the answer alone, TR and MU are geometric." + bool(leaderboard(s)) *
+              " Its published rows are of forget10 whole, members against holdout10."]
     if seeds:
         parts += [f"## Mean ± standard deviation over seeds {', '.join(map(str, seeds['seeds']))}",
                   _seeds_table(COLUMNS[kind], seeds, found)]

@@ -404,3 +404,15 @@ def test_evaluate_refuses_what_cannot_be_evaluated(run):
 def test_text_in_a_table_cell_stays_there():
     assert report._shown("a | b\n`c` *d*") == r"a \| b \`c\` \*d\*"
     assert report._shown("") == "(empty)" and report._shown("x" * 400).endswith("{…}")
+
+
+@pytest.mark.parametrize("given, known", [
+    (dict(model="llama3.2-1b"), ".820"), (dict(model="llama2-7b"), None),
+    (dict(model="llama2-7b", weights="hf:open-unlearning/tofu_Llama-2-7b-chat-hf_full@main"),
+     ".976"), (dict(model="llama3.2-1b", benchmark="rows", forget="x"), None)], ids=str)
+def test_the_leaderboards_numbers_stand_beneath_their_own_models(given, known):
+    s = Settings(**dict(benchmark="tofu") | given)
+    rows = columns.table_of(columns.LEADERBOARD_COLUMNS, [], columns.leaderboard(s)).splitlines()[2:]
+    assert len(rows) == (3 if known else 0)
+    assert not known or [x.strip() for x in rows[0].split("|")][1:3] == [
+        "Original, published", f"0{known}0"]
