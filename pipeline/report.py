@@ -334,8 +334,9 @@ def _compose(s: Settings, found, stale: dict, seeds, examples, costs, mask: str)
             f"- {name}: {why}" for name, why in stale.items()))
     parts += ["## In the leaderboard's columns", show(LEADERBOARD_COLUMNS, leaderboard(s)),
               "On the forget set, as open-unlearning defines them: EM is by tokens here, MIA is of "
-              "the answer alone, TR and MU are geometric." + bool(leaderboard(s)) *
-              " Its published rows are of forget10 whole, members against holdout10."]
+              "the answer alone, TR and MU are geometric." + (
+                  " Its published rows are of forget10 whole, members against holdout10."
+                  if leaderboard(s) else "")]
     if seeds:
         parts += [f"## Mean ± standard deviation over seeds {', '.join(map(str, seeds['seeds']))}",
                   _seeds_table(COLUMNS[kind], seeds, found)]
