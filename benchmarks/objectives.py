@@ -2,12 +2,14 @@
 
     python benchmarks/objectives.py demo tiny-llama --seeds 5      into benchmarks/results/objectives/
 
-Every point is unlearned from its seed's original with the recipe's settings for the method and judged
-on every row by the evaluation's own metrics. A line of the CSV per point; a point that stands there is
-not computed again. At the end the table: means over seeds with 95% t-intervals.
+Every point is unlearned from its seed's original with the recipe's settings for the method, judged on
+every row by the evaluation's own metrics, and attacked. A line of the CSV per point; a point that stands
+there is not computed again. --table prints the tables (means over seeds with 95% t-intervals), --figure
+draws the losses of forget rows beside those of rows never seen, both from the CSVs alone.
 """
 
 import argparse
+import copy
 import csv
 import statistics
 import sys
@@ -22,7 +24,7 @@ import data  # noqa: E402
 import eval as evaluation  # noqa: E402
 import simu  # noqa: E402
 from model import Transformer  # noqa: E402
-from pipeline import settings  # noqa: E402
+from pipeline import attack, settings  # noqa: E402
 from pipeline.columns import table  # noqa: E402
 from pipeline.figures import interval  # noqa: E402
 from pipeline.original import original_stage  # noqa: E402
@@ -31,18 +33,51 @@ from pipeline.stages import (  # noqa: E402
 
 RESULTS = Path(__file__).resolve().parent / "results" / "objectives"
 ARMS = ("fo", "so", "simu", "simu-random")
-OBJECTIVES = ("graddiff", "npo", "undial", "ceiling", "level", "stranger")
-VALUES = ("forget.rouge_l", "retain.rouge_l", "world_facts.rouge_l", "mia.answer_auc",
+OBJECTIVES = ("level", "stranger", "graddiff", "undial", "ceiling", "npo", "simnpo")
+VALUES = ("forget.rouge_l", "retain.rouge_l", "world_facts.rouge_l", "mia.answer_auc", "ks",
           "mia.answer_min_40", "mia.answer_min_40_plus", "forget.repetition", "forget.ended",
           "forget_quality", "model_utility")
-HEADER = ("arm", "objective", "seed", "lr", *VALUES)
+ATTACKS = ("plain", "paraphrase", "shots", "prefix", "int4", "relearn-half")
+HEADER = ("arm", "objective", "seed", "lr", *VALUES, *ATTACKS)
+SHOWN = ("so", "simu")  # arms in the figure
 
 
 def judge(model, s, reference=None) -> tuple[dict, list]:
     """Values of a model on the run's rows; reference: rows of retain-only."""
     _, rows = evaluation.evaluate_model(model, data.load_tokenizer(s.run / "original"),
                                         settings.load_benchmark(s), template=s.template, limits=s)
-    return evaluation.summarise(rows, reference)["values"], rows
+    values = evaluation.summarise(rows, reference)["values"]
+    return values | dict(ks=ks_distance(*losses_of(rows).values())), rows
+
+
+def losses_of(rows: list[dict]) -> dict[str, list[float]]:
+    """Mean loss of the answer of every forget row and of every row never seen."""
+    return {split: [r["loss"] for r in rows if r["split"] == split]
+            for split in ("forget", "nonmembers")}
+
+
+def ks_distance(a: list[float], b: list[float]) -> float:
+    """Largest difference of the two empirical distribution functions."""
+    return max(abs(sum(x <= at for x in a) / len(a) - sum(x <= at for x in b) / len(b))
+               for at in (*a, *b))
+
+
+def attacked(model, s) -> dict[str, float]:
+    """ROUGE-L recall on the forget rows after each attack; of the most successful variant."""
+    bench, tokenizer = settings.load_benchmark(s), data.load_tokenizer(s.run / "original")
+    probes = attack.input_probes(bench, tokenizer, s, model.config.max_position_embeddings)
+    _, tested = attack.halves(bench.forget, s.seed)
+    found = {}
+    for name in ATTACKS:
+        victim, asked = model, probes.get(name, probes["plain"])
+        if name in attack.WEIGHTS:
+            victim = copy.deepcopy(model)
+            attack.attack_weights(victim, name, bench, tokenizer, s)
+        asked = [p for p in asked if p.split == "forget" and (name != "relearn-half"
+                                                              or p.id in tested)]
+        answers = attack.answers_to(asked, victim, tokenizer, s, name)
+        found[name] = evaluation.mean(attack.best(answers).values())
+    return found
 
 
 def unlearned(s, arm: str):
@@ -64,42 +99,79 @@ def seed_points(benchmark: str, name: str, seed: int, out: Path, arms, objective
     s = settings.resolve(given)
     original_stage(s)
     attribute_stage(s)
-    values, reference = judge(Transformer.from_pretrained(s.run / "retain-only"), s)
-    baselines = {"retain-only": lambda: evaluation.summarise(reference, reference)["values"],
-                 "original": lambda: judge(Transformer.from_pretrained(s.run / "original"), s,
-                                           reference)[0]}
-    jobs = [(k, "-", v, 0.0) for k, v in baselines.items()]
+    load = lambda name: Transformer.from_pretrained(s.run / name)
+    _, reference = judge(load("retain-only"), s)
+    jobs = [("retain-only", "-", s, lambda: load("retain-only")),
+            ("original", "-", s, lambda: load("original"))]
     for objective in objectives:
         for arm in arms:
             method, _, mask = arm.partition("-")
             p = settings.resolve(given | dict(method=method, mask=mask or "dual",
                                               objective=objective, lam=2.0))
-            jobs.append((arm, objective, lambda p=p, arm=arm: judge(unlearned(p, arm), p,
-                                                                    reference)[0], p.lr))
-    for arm, objective, values_of, lr in jobs:
+            jobs.append((arm, objective, p, lambda p=p, arm=arm: unlearned(p, arm)))
+    for arm, objective, p, model_of in jobs:
         if (arm, objective, str(seed)) not in made:
-            values = values_of()
-            with out.open("a", newline="") as file:
-                csv.writer(file, lineterminator="\n").writerow(
-                    [arm, objective, seed, lr, *("" if values.get(v) is None else
-                                                 f"{values[v]:.5g}" for v in VALUES)])
+            model = model_of()
+            values, rows = judge(model, p, reference)
+            values |= attacked(model, p)
+            if seed == 0 and arm in (*SHOWN, "retain-only", "original"):
+                append(out.with_suffix(".losses.csv"), [
+                    (arm, objective, split, f"{x:.5g}")
+                    for split, xs in losses_of(rows).items() for x in xs])
+            append(out, [[arm, objective, seed, p.lr if objective != "-" else 0, *(
+                "" if values.get(v) is None else f"{values[v]:.5g}" for v in HEADER[4:])]])
 
 
-def print_table(out: Path):
+def append(path: Path, lines: list):
+    with path.open("a", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows(lines)
+
+
+def cell(xs: list[float], style: str = ".3f") -> str:
+    middle, half = interval(xs)
+    return f"{middle:{style}}" + (f" ± {half:{style}}" if half == half else "")
+
+
+def print_tables(out: Path):
+    """Where each ends; how far from its own seed's retain-only; what attacks bring back."""
     rows = list(csv.DictReader(out.open()))
-    lines = []
+    ideal = {r["seed"]: r for r in rows if r["arm"] == "retain-only"}
+    ends, far, back = [], [], []
     for key in dict.fromkeys((r["objective"], r["arm"]) for r in rows):
         some = [r for r in rows if (r["objective"], r["arm"]) == key]
-        cells = []
-        for v in VALUES:
-            xs = [float(r[v]) for r in some if r[v]]
-            middle, half = interval(xs) if xs else (float("nan"), float("nan"))
-            if v == "forget_quality" and xs:
-                middle, half = statistics.median(xs), float("nan")
-            cells.append(f"{middle:.3f}" + (f" ± {half:.3f}" if half == half else ""))
-        lines.append([*key, len(some), *cells])
-    print(table(["objective", "arm", "seeds", *(v.replace("forget_quality", "FQ (median)")
-                                                for v in VALUES)], lines))
+        of = lambda v: [float(r[v]) for r in some if r[v]]
+        quality = statistics.median(of("forget_quality")) if of("forget_quality") else float("nan")
+        ends.append([*key, len(some), *(f"{quality:.2g}" if v == "forget_quality" else cell(of(v))
+                                        for v in VALUES)])
+        back.append([*key, len(some), *(cell(of(v)) for v in ATTACKS)])
+        gap = lambda v: cell([abs(float(r[v]) - float(ideal[r["seed"]][v])) for r in some])
+        far.append([*key, len(some), *map(gap, ("mia.answer_auc", "forget.rouge_l",
+                                                "forget.repetition"))])
+    head = ["objective", "arm", "seeds"]
+    print(table([*head, *VALUES], ends))
+    print("\nDistance to the same seed's retain-only\n")
+    print(table([*head, "AUC", "forget ROUGE-L", "repetition"], far))
+    print("\nROUGE-L on forget rows after attacks\n")
+    print(table([*head, *ATTACKS], back))
+
+
+def draw(out: Path):
+    """Seed 0's losses: forget rows beside those never seen, a panel for each objective."""
+    from matplotlib import pyplot as plt
+    rows = list(csv.DictReader(out.with_suffix(".losses.csv").open(),
+                               ("arm", "objective", "split", "loss")))
+    keys = list(dict.fromkeys((r["objective"], r["arm"]) for r in rows))
+    figure, axis = plt.subplots(figsize=(7, 0.32 * len(keys) + 1), layout="constrained")
+    for y, key in enumerate(reversed(keys)):
+        for split, colour, up in (("forget", "tab:red", 0.12), ("nonmembers", "tab:blue", -0.12)):
+            xs = [float(r["loss"]) for r in rows
+                  if (r["objective"], r["arm"], r["split"]) == (*key, split)]
+            axis.plot(xs, [y + up] * len(xs), "|", color=colour, ms=7, label="" if y else
+                      dict(forget="forget rows", nonmembers="rows never seen")[split])
+    axis.set_yticks(range(len(keys)), [" ".join(k).strip("- ") for k in reversed(keys)])
+    axis.set_xlabel("mean loss of the answer, nats per token")
+    axis.legend(loc="upper right")
+    figure.savefig(out.with_suffix(".png"), dpi=110)
 
 
 def main():
@@ -110,18 +182,20 @@ def main():
     p.add_argument("--arms", nargs="+", default=ARMS)
     p.add_argument("--objectives", nargs="+", default=OBJECTIVES)
     p.add_argument("--runs", type=Path, help="where originals are kept")
-    p.add_argument("--table", action="store_true", help="only print the table of the CSV")
+    p.add_argument("--table", action="store_true", help="only print the tables of the CSV")
+    p.add_argument("--figure", action="store_true", help="only draw the CSV's figure")
     a = p.parse_args()
     torch.set_num_threads(1)
     RESULTS.mkdir(parents=True, exist_ok=True)
     out = RESULTS / f"{a.benchmark}-{a.model}.csv"
     if not out.exists():
-        out.write_text(",".join(HEADER) + "\n")
+        append(out, [HEADER])
     runs = a.runs or settings.HERE / "runs" / f"objectives-{a.benchmark}-{a.model}"
-    if not a.table:
-        for seed in range(a.seeds):
-            seed_points(a.benchmark, a.model, seed, out, a.arms, a.objectives, runs)
-    print_table(out)
+    if a.figure:
+        return draw(out)
+    for seed in () if a.table else range(a.seeds):
+        seed_points(a.benchmark, a.model, seed, out, a.arms, a.objectives, runs)
+    print_tables(out)
 
 
 if __name__ == "__main__":
