@@ -78,7 +78,6 @@ from bisect import bisect_left, bisect_right
 from collections import namedtuple
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -599,8 +598,8 @@ def evaluate_model(model: Transformer, tokenizer, benchmark: data.Benchmark, *, 
         if split == "nonmembers" and benchmark.kind == "lume":
             examples = [e for e in examples if e.kind == "sc"]  # the rows that hold a document
         rows += [_row_of(split, e) for e in spread(examples, limit)]
-    add_generations(rows[1:], model, tokenizer, template, limits, resume)
-    add_losses(rows[1:], model, tokenizer, template, limits, benchmark.kind)
+    said = add_losses(rows[1:], model, tokenizer, template, limits, benchmark.kind)
+    add_generations(rows[1:], model, tokenizer, template, limits, resume, said)
     if encode:
         add_closeness(rows[1:], encode)
     if choices:
@@ -628,23 +627,31 @@ def _example(row: dict, question: str, answer: str) -> Example:
     return Example(question, answer, id=row["id"], kind=row["kind"], turns=turns)
 
 
-def add_generations(rows, model, tokenizer, template: str, limits: Limits, resume: Path | None):
+def add_generations(rows, model, tokenizer, template: str, limits: Limits, resume: Path | None,
+                    said: dict):
     """Greedy answers, one for each question and one for each paraphrased question that accuracy
-    needs [D16], and whether each ended by itself. Longest prompts first, KEEP_EVERY at a time."""
+    needs [D16], and whether each ended by itself. Longest prompts first, KEEP_EVERY at a time.
+    said: what `add_losses` found."""
     jobs = []
     for row in rows:
         if row["split"] in SPLITS:
             jobs.append((row, "generation", row["question"]))
             if row["split"] not in FACTS and has(row, "paraphrased_question", *CHOICE):
                 jobs.append((row, "paraphrased_generation", row["paraphrased_question"]))
-    prompts, drafts = [], []
-    for row, _, question in jobs:
+    prompts, drafts, unknown = [], [], []
+    for row, key, question in jobs:
         e = _example(row, question, row["answer"])
-        encoded = data.encode(e, tokenizer, template)
-        prompts.append(data.encode_prompt(question, tokenizer, template, turns=e.turns,
-                                          kind=e.kind))
-        drafts.append(encoded.ids[encoded.n_prompt:])  # a guess at what is said: it only saves time
-    order = sorted(range(len(jobs)), key=lambda i: -len(prompts[i]))
+        prompt = data.encode_prompt(question, tokenizer, template, turns=e.turns, kind=e.kind)
+        encoded = said.get((id(row), question)) or data.encode(e, tokenizer, template)
+        answer = encoded.ids[encoded.n_prompt:]
+        if ((id(row), question) in said and encoded.ids[:encoded.n_prompt] == prompt
+                and len(answer) <= _room(model, prompt, limits)):
+            _put_text(row, key, tokenizer.decode(answer[:-1]), True)
+            continue
+        unknown.append((row, key))
+        prompts.append(prompt)
+        drafts.append(answer)  # a guess at what is said: it only saves time
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     kept = whole_lines(resume)
     for n, start in enumerate(range(0, len(order), KEEP_EVERY)):
         part = order[start:start + KEEP_EVERY]
@@ -660,10 +667,13 @@ def add_generations(rows, model, tokenizer, template: str, limits: Limits, resum
                 with open(resume, "a", encoding="ascii") as file:
                     file.write(json.dumps(kept[-1]) + "\n")
         for i, (text, ended) in zip(part, kept[n], strict=True):
-            row, key, _ = jobs[i]
-            row[key] = text
-            if key == "generation":
-                row["ended"] = ended
+            _put_text(*unknown[i], text, ended)
+
+
+def _put_text(row: dict, key: str, text: str, ended: bool):
+    row[key] = text
+    if key == "generation":
+        row["ended"] = ended
 
 
 def _room(model: Transformer, prompt: list[int], limits: Limits) -> int:
@@ -712,21 +722,25 @@ def _is_attacked(row: dict, benchmark: str) -> bool:
     return row["split"] in ("forget", "nonmembers") and (benchmark != "lume" or row["kind"] == "sc")
 
 
-def add_losses(rows, model, tokenizer, template: str, limits: Limits, benchmark: str):
+def add_losses(rows, model, tokenizer, template: str, limits: Limits, benchmark: str) -> dict:
     """Teacher-forced passes: `loss` of the answer, of its paraphrase and of the wrong answers
     (nats per token, eos counted), how much of the answer is memorised, and `mia` and `answer_mia`,
-    what the attacks see of a text and of its answer."""
+    what the attacks see of a text and of its answer. Returns the texts whose answer and eos are all
+    the likeliest, by row and question: greedy decoding says just that, and need not be asked."""
     texts = [text for row in rows for text in _texts(row, benchmark)]
     encoded = data.encode_for(model.config, [t.example for t in texts], tokenizer, template)
     whole = [t.key == "loss" and _is_attacked(t.row, benchmark) for t in texts]
     first = [1 if w else e.start for w, e in zip(whole, encoded)]
     scores = token_scores(model, encoded, first, tokens=limits.eval_tokens,
                           questions=[(id(t.row), t.example.question) for t in texts],
-                          detailed=[t.key == "loss" for t in texts])
-    for (row, key, _), e, start, attacked, score in zip(texts, encoded, first, whole, scores):
+                          detailed=[t.key in ("loss", "paraphrased_question_loss") for t in texts])
+    said = {}
+    for (row, key, example), e, start, attacked, score in zip(texts, encoded, first, whole, scores):
         check_finite(score.losses, row["id"])
         answer = TokenScores(*(x[e.start - start:] for x in score))
         loss = mean(answer.losses)
+        if answer.predicted == e.ids[e.start:]:
+            said[id(row), example.question] = e
         if key == "perturbed_losses":
             row.setdefault(key, []).append(loss)
         else:
@@ -743,6 +757,7 @@ def add_losses(rows, model, tokenizer, template: str, limits: Limits, benchmark:
                 log_p=-loss, min_k=min_k_score(answer.losses[:-1], ANSWER_K),
                 min_k_plus=min_k_score([-x for x in answer.standard[:-1]], ANSWER_K),
                 zlib=zlib_score(loss, tokenizer.decode(ids)))
+    return said
 
 
 def check_finite(values: list[float], name: str):
@@ -755,10 +770,9 @@ def check_finite(values: list[float], name: str):
 # vocabulary (Min-K%++). The last two are empty of a text that nobody asks them of.
 TokenScores = namedtuple("TokenScores", "losses predicted standard")
 
-# Texts that begin alike, read in one row: what all share, then the rest of each, side by side.
-# place: where each id stands in its text. branch: the text it belongs to, -1 if to all. texts:
-# number of the text -> where in this row its ids stand.
-Pack = namedtuple("Pack", "ids place branch texts")
+# Texts that begin alike, read in one row, each beginning once. place: where each id stands in its
+# texts. texts: number of the text -> where in this row its ids stand.
+Pack = namedtuple("Pack", "ids place texts")
 
 
 @torch.inference_mode()
@@ -766,7 +780,7 @@ def token_scores(model: Transformer, rows: list[Encoded], first: list[int], *, t
                  questions: list | None = None, detailed: list[bool] | None = None
                  ) -> list[TokenScores]:
     """Scores of each row's tokens from index first[i] (at least 1) to its end. Rows that stand
-    together and have the same of `questions` are read as one: what they share only once. A batch
+    together and have the same of `questions` are read as one: what any two share only once. A batch
     holds at most `tokens`; only the positions asked for reach the lm_head."""
     chunk, out = max(1, LOGITS // model.config.vocab_size), [None] * len(rows)
     detailed = detailed or [False] * len(rows)
@@ -791,38 +805,37 @@ def token_scores(model: Transformer, rows: list[Encoded], first: list[int], *, t
 def pack_texts(texts: list[list[int]], questions, tokens: int) -> list[Pack]:
     """Texts in packs of at most `tokens` ids, if one text is no longer than that. The last token of
     a text is predicted, and never read."""
-    packs = []
-    for _, numbers in groupby(range(len(texts)), lambda i: questions[i]):
-        numbers = list(numbers)
-        shortest = min(len(texts[i]) for i in numbers) - 1
-        shared = next((n for n in range(shortest) if len({texts[i][n] for i in numbers}) > 1),
-                      shortest)
-        pack = None
-        for i in numbers:
-            own = texts[i][shared:-1]
-            if pack is None or len(pack.ids) + len(own) > tokens:
-                pack = Pack(texts[i][:shared], list(range(shared)), [-1] * shared, {})
-                packs.append(pack)
-            start = len(pack.ids)
-            pack.texts[i] = [*range(shared), *range(start, start + len(own))]
-            pack.ids.extend(own)
-            pack.place.extend(range(shared, shared + len(own)))
-            pack.branch.extend([i] * len(own))
+    packs, asked = [], None
+    for i, (text, question) in enumerate(zip(texts, questions)):
+        if not packs or question != asked or len(packs[-1].ids) + len(text) - 1 > tokens:
+            packs.append(Pack([], [], {}))
+            asked, after = question, {}  # (place of an id, the id after it) -> that one's place
+        ids, place, at, path = packs[-1].ids, packs[-1].place, -1, []
+        for token in text[:-1]:
+            if (at, token) not in after:
+                after[at, token] = len(ids)
+                ids.append(token)
+                place.append(len(path))
+            at = after[at, token]
+            path.append(at)
+        packs[-1].texts[i] = path
     return packs
 
 
 def read_packs(model: Transformer, packs: list[Pack]) -> torch.Tensor:
     """Final states [B, T, D] of a batch of packs: a token sees what stands before it in its own
     text, and nothing of the texts beside it."""
-    device, width = model.embed_tokens.weight.device, max(len(p.ids) for p in packs)
-    ids, place, branch = (
-        torch.tensor([x + [pad] * (width - len(x)) for x in column], device=device)  # [B, T]
-        for column, pad in zip(list(zip(*packs))[:3], (0, 0, -1)))
-    if (branch == -1).all():
+    like, width = model.embed_tokens.weight, max(len(p.ids) for p in packs)
+    ids, place = (torch.tensor([x + [0] * (width - len(x)) for x in column], device=like.device)
+                  for column in ([p.ids for p in packs], [p.place for p in packs]))  # [B, T]
+    if all(len(p.texts) == 1 for p in packs):
         return model.hidden(ids)
-    sees = (branch[:, None, :] == -1) | (branch[:, None, :] == branch[:, :, None])  # [B, T, T]
-    mask = torch.zeros(sees.shape, dtype=model.embed_tokens.weight.dtype, device=device)
-    mask = mask.masked_fill(~sees.tril(), -math.inf)[:, None]  # [B, 1, T, T]
+    mask = torch.full((len(packs), width, width), -math.inf)
+    for seen, pack in zip(mask, packs):  # [T, T]
+        seen.fill_diagonal_(0)  # of padding too, which must see something
+        for path in map(torch.tensor, pack.texts.values()):
+            seen[path[:, None], path] = mask.new_full((len(path),) * 2, -math.inf).triu(1)
+    mask = mask.to(like)[:, None]  # [B, 1, T, T]
     return model.hidden(ids, lambda q, k, v: attention(q, k, v, mask), rope=model.rope(place))
 
 

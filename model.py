@@ -167,7 +167,20 @@ def attention(q, k, v, mask=None):
 
 def causal_attention(q, k, v):
     """What a layer does unless it is handed something else in place of this."""
+    if q.dtype == torch.bfloat16 and q.device.type == "cpu":  # its own backward is 3 times slower
+        return attention(q.float(), k.float(), v.float()).to(q.dtype)
     return attention(q, k, v)
+
+
+def attention_of_rows(places, shape, q, k, v, attend=causal_attention):
+    """Causal attention where the tokens of B rows stand side by side, q [1, H, N, hd] and k, v
+    [1, K, N, hd], token n at place places[n] of shape (B, T) laid out flat -> [1, N, H*hd]"""
+    def spread(x):  # [1, heads, N, hd] -> [B, heads, T, hd]
+        rows = x.new_zeros(shape[0] * shape[1], *x.shape[1::2]).index_copy(
+            0, places, x[0].transpose(0, 1))
+        return rows.unflatten(0, shape).transpose(1, 2)
+
+    return attend(*map(spread, (q, k, v))).flatten(0, 1).index_select(0, places)[None]
 
 
 class Attention(nn.Module):
@@ -311,6 +324,15 @@ class Transformer(nn.Module):
             else:
                 x = block(x, cos, sin, own)
         return self.norm(x)
+
+    def hidden_at(self, ids, wanted):
+        """Final normed states [N, D] where wanted [B, T] is true. No padding is read, nor anything
+        else right of a row's last wanted place: what is left of all rows stands in one."""
+        read = wanted.int().flip(1).cummax(1).values.flip(1).flatten()  # [B*T]
+        places = read.nonzero()[:, 0]
+        attend = partial(attention_of_rows, places, ids.shape)
+        h = self.hidden(ids.flatten()[places][None], attend, rope=self.rope(places % ids.shape[1]))
+        return h[0][wanted.flatten()[places]]
 
     def logits(self, h):
         """Final normed states [..., D] -> float32 [..., V]"""

@@ -39,7 +39,7 @@ from tqdm import tqdm
 
 from data import (DECAY, FRACTION, IGNORE, POSITIVE, Batch, Encoded, Example, at_least,
                   batches_by_length, check_fields, collate, option)
-from model import Transformer, UserError, causal_attention
+from model import LOGITS, Transformer, UserError, causal_attention
 
 # ----------------------------------------------------------- step 1: attribution, to the letter
 
@@ -330,7 +330,7 @@ def make_mask(kind: str, forget: Tensor, retain: Tensor, *, threshold: float, se
 def nll_sum(model: Transformer, batch: Batch) -> Tensor:
     """Summed -log P of the answer tokens and eos. Only they go through the output head."""
     counted = batch.targets != IGNORE
-    logits = model.logits(model.hidden(batch.ids)[counted])  # [N, V]
+    logits = model.logits(model.hidden_at(batch.ids, counted))  # [N, V]
     return F.cross_entropy(logits, batch.targets[counted], reduction="sum")
 
 
@@ -364,11 +364,16 @@ class Answers:
         return torch.stack([part.mean() for part in x.split(self.sizes)])
 
 
+def answers_at(model: Transformer, h: Tensor, labels: Tensor, sizes: list[int]) -> Answers:
+    """Answers of the final states h [N, D] before each label."""
+    logits = model.logits(h)  # [N, V]
+    return Answers(logits, labels, F.cross_entropy(logits, labels, reduction="none"), sizes)
+
+
 def read_answers(model: Transformer, batch: Batch) -> Answers:
     counted = batch.targets != IGNORE
-    logits, labels = model.logits(model.hidden(batch.ids)[counted]), batch.targets[counted]
-    return Answers(logits, labels, F.cross_entropy(logits, labels, reduction="none"),
-                   counted.sum(1).tolist())
+    return answers_at(model, model.hidden_at(batch.ids, counted), batch.targets[counted],
+                      counted.sum(1).tolist())
 
 
 # An objective's forget term is a function (answers, known, recipe) -> scalar, summed over tokens or
@@ -521,28 +526,58 @@ def answer_tokens(rows: list[Encoded]) -> int:
     return sum(len(r.ids) - r.start for r in rows)
 
 
+def backward_rows(model: Transformer, rows: list[Encoded], tokens: int, term) -> float:
+    """Back-propagate the sum of term(answers, numbers of their rows) in passes of at most `tokens`;
+    returns mean_nll(rows)."""
+    device, total = model.embed_tokens.weight.device, 0.0
+    for part in batches_by_length(rows, tokens):
+        batch = collate([rows[i] for i in part], device)
+        counted = batch.targets != IGNORE
+        h = model.hidden_at(batch.ids, counted)
+        nll, grad = backward_head(model, h.detach(), batch.targets[counted],
+                                  counted.sum(1).tolist(), lambda answers, own: term(
+                                      answers, [part[i] for i in own]))
+        h.backward(grad)
+        total += nll.item()
+    return total / answer_tokens(rows)
+
+
+def backward_head(model: Transformer, h: Tensor, labels: Tensor, sizes: list[int], term
+                  ) -> tuple[Tensor, Tensor]:
+    """Back-propagate term(answers, numbers of their rows) to the states h [N, D], a few rows at a
+    time: a vocabulary's logits are the largest tensor there is, and no row needs another's.
+    Returns the summed -log P and the gradient [N, D]."""
+    few, total, grads = [[]], 0.0, []
+    for i, n in enumerate(sizes):
+        if few[-1] and (sum(sizes[j] for j in few[-1]) + n) * model.config.vocab_size > LOGITS:
+            few.append([])
+        few[-1].append(i)
+    widths = [sum(sizes[i] for i in own) for own in few]
+    for own, states, wanted in zip(few, h.split(widths), labels.split(widths)):
+        states.requires_grad_()
+        answers = answers_at(model, states, wanted, [sizes[i] for i in own])
+        term(answers, own).backward()
+        grads.append(states.grad)
+        total += answers.nll.detach().sum()
+        del answers  # or the next ones would stand beside them
+    return total, torch.cat(grads)
+
+
 def backward_mean_nll(model: Transformer, rows: list[Encoded], weight: float, tokens: int) -> float:
     """Back-propagate weight * mean_nll(rows) in passes of at most `tokens`; returns mean_nll."""
-    device, count, total = model.embed_tokens.weight.device, answer_tokens(rows), 0.0
-    for part in batches_by_length(rows, tokens):
-        loss = nll_sum(model, collate([rows[i] for i in part], device)) / count
-        (weight * loss).backward()
-        total += loss.item()
-    return total
+    count = answer_tokens(rows)
+    return backward_rows(model, rows, tokens,
+                         lambda answers, own: weight * (answers.nll.sum() / count))
 
 
 def backward_forget(model: Transformer, rows: list[Encoded], known: list, recipe: "Unlearning"
                     ) -> float:
     """Back-propagate the objective's forget term in passes of at most micro_tokens; returns the
     rows' mean_nll, which is what the term is to raise."""
-    objective, device = OBJECTIVES[recipe.objective], model.embed_tokens.weight.device
-    count, total = answer_tokens(rows), 0.0
-    for part in batches_by_length(rows, recipe.micro_tokens):
-        answers = read_answers(model, collate([rows[i] for i in part], device))
-        loss = objective.forget(answers, [known[i] for i in part], recipe)
-        (loss / (count if objective.per == "token" else len(rows))).backward()
-        total += answers.nll.detach().sum().item() / count
-    return total
+    objective = OBJECTIVES[recipe.objective]
+    count = answer_tokens(rows) if objective.per == "token" else len(rows)
+    return backward_rows(model, rows, recipe.micro_tokens, lambda answers, own: objective.forget(
+        answers, [known[i] for i in own], recipe) / count)
 
 
 @torch.no_grad()
@@ -780,14 +815,28 @@ def stochastic_round(x: Tensor, generator: torch.Generator) -> Tensor:
     return ((x.view(torch.int32) + noise) & -(1 << 16)).view(torch.float32).bfloat16()
 
 
+PART = {"cpu": 1 << 17}  # weights updated at once: an update's temporaries fit a CPU's cache
+LARGE_PART = 1 << 24  # elsewhere: few kernels, and temporaries smaller than an embedding
+
+
+def parts_of(w: Moving) -> list[tuple[Tensor, Moving]]:
+    """A weight that moves as runs of its rows, each with its gradient, which is let go."""
+    most = PART.get(w.weight.device.type, LARGE_PART)
+    rows = max(1, most * len(w.weight) // w.weight.numel())
+    grad, w.weight.grad = w.weight.grad, None
+    runs = list(zip(*(t.split(rows) for t in (grad, w.weight, w.master, w.m, w.h))))
+    masks = [None] * len(runs) if w.mask is None else w.mask.split(rows)
+    return [(grad, Moving(w.name, *own, w.decayed, mask))
+            for (grad, *own), mask in zip(runs, masks)]
+
+
 @torch.no_grad()
 def apply_updates(moving: list[Moving], update, *, scale: float, generator: torch.Generator) -> int:
-    """Call update(param, grad, m, h, w) in float32 on each moving weight w, with its gradient
-    times `scale`; gradients are freed on the way. Returns the clipped coordinates."""
+    """Call update(param, grad, m, h, part) in float32 on parts of each moving weight, with their
+    gradients times `scale`; gradients are freed on the way. Returns the clipped coordinates."""
     clipped = 0
-    for w in moving:
-        grad = w.weight.grad.float() * scale
-        w.weight.grad = None
+    for grad, w in (part for weight in moving for part in parts_of(weight)):
+        grad = grad.float() * scale
         if w.m.dtype == torch.float32:
             clipped += update(w.master, grad, w.m, w.h, w)
             if w.master.dtype != w.weight.dtype:

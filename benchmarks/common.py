@@ -1,5 +1,6 @@
 """What the benchmarks share: sizes, rows of TOFU's lengths, clocks, the head of a log."""
 
+import importlib
 import os
 import subprocess
 import sys
@@ -47,6 +48,34 @@ def matmul_rate(a) -> float:
     n = 8192 if a.device == "cuda" else 1024
     x = torch.randn(n, n, device=a.device, dtype=getattr(torch, a.dtype))
     return 2 * n ** 3 / min(timed(a, lambda: x @ x)[0] for _ in range(10))
+
+
+def shapes_rate(a, tokens: int) -> float:
+    """FLOP/s of the model's own matrices on so many tokens: each of a layer's, and the head."""
+    c, dtype = config(a), getattr(torch, a.dtype)
+    wide, narrow = (n * c.head_dim for n in (c.num_attention_heads, c.num_key_value_heads))
+    D, F, V = c.hidden_size, c.intermediate_size, c.vocab_size
+    shapes = [(wide, D), (narrow, D), (narrow, D), (D, wide), (F, D), (F, D), (D, F)]
+    times = {s: 0.0 for s in (*shapes, (V, D))}
+    for out, width in times:
+        w, x = (torch.randn(n, width, device=a.device, dtype=dtype) for n in (out, tokens))
+        times[out, width] = min(timed(a, lambda: x @ w.T)[0] for _ in range(5))
+    passes = [*shapes * c.num_hidden_layers, (V, D)]
+    return sum(2 * tokens * o * w for o, w in passes) / sum(times[s] for s in passes)
+
+
+def older(folder, *names: str):
+    """Modules of an older checkout, which import one another and not ours."""
+    core = ("model", "data", "simu", "eval")
+    ours = {name: sys.modules.pop(name) for name in core if name in sys.modules}
+    sys.path.insert(0, str(folder))
+    try:
+        return [importlib.import_module(name) for name in names]
+    finally:
+        sys.path.remove(str(folder))
+        for name in core:
+            sys.modules.pop(name, None)
+        sys.modules.update(ours)
 
 
 def synchronize(a):

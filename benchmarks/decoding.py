@@ -14,13 +14,11 @@ save (each token of prompt and text through each matrix once) set against the ma
 """
 
 import argparse
-import importlib.util
-import sys
 import tempfile
 from pathlib import Path
 
 from common import (
-    add_options, config, describe, matmul_rate, random_model, random_rows, timed, tofu_lengths)
+    add_options, config, describe, matmul_rate, older, random_model, random_rows, timed, tofu_lengths)
 
 import torch
 import torch.nn.functional as F
@@ -69,16 +67,6 @@ def ask_transformers(model, prompts, new, eos):
     return [row[:row.index(eos)] if eos in row else row for row in out]
 
 
-def older(folder: Path):
-    """The model module of another checkout."""
-    sys.path.append(str(folder))  # its model.py may import its other modules
-    spec = importlib.util.spec_from_file_location("older_model", folder / "model.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["older_model"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 def count_passes(model) -> list[int]:
     """A list that grows by one at each of the model's passes."""
     passes = []
@@ -100,7 +88,7 @@ def compare(a, label, model, prompts, drafts, eos):
         ways = {"transformers": lambda: ask_transformers(theirs, prompts, a.new, eos),
                 "drafted": lambda: generate(ours, prompts, drafts=drafts, **options)}
         if a.before:
-            module = older(a.before)
+            module, = older(a.before, "model")
             before = module.Transformer.from_pretrained(folder, dtype=dtype, device=a.device)
             counted["before"] = count_passes(before)
             ways["before"] = lambda: module.generate(before, prompts, **options)

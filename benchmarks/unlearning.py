@@ -1,21 +1,28 @@
 """One update of unlearning: FO, SO and SIMU here, and the peer's way on the same rows and weights.
 
     python benchmarks/unlearning.py [--size llama2-7b --device cuda --dtype bfloat16 ...]
+    python benchmarks/unlearning.py --passes [--before OLD] [--profile] --size smollm2-135m ...
 
 The peer's way is what public code does: transformers' model, every row padded to 512 tokens, the
 head run on all of them, both losses in one graph, dense Sophia on every weight with its moments in
 the weights' dtype. Rows are random ids of TOFU's lengths, weights random. Peak bytes are those of
 live tensors (on a GPU, of its allocator); `planned` is what plan.py foretells for the same run.
+
+--passes: one forward-backward pass over a batch instead, all weights moving, as a share of the rate
+at which the model's own matrices are multiplied in the same run; OLD, an older checkout, takes
+turns with it. Counted is what no way can save: each token that is read through each layer's
+matrices, each answer token through the head. --profile: where the time goes.
 """
 
 import argparse
 import gc
 import statistics
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from common import (add_options, clock, config, describe, random_model, random_rows, synchronize,
-                    timed, tofu_lengths)
+from common import (add_options, clock, config, describe, older, random_model, random_rows,
+                    shapes_rate, synchronize, timed, tofu_lengths)
 
 import simu
 from data import IGNORE
@@ -151,6 +158,53 @@ def peer(a) -> float:
     return report("peer", times, sum(t.nbytes for t in (*m, *h)), peak)
 
 
+def passes(a):
+    """Time, share of the matmul rate and agreement of passes over one batch."""
+    rows, c, model = all_rows(a)[0][:a.batch], config(a), random_model(a)
+    read, longest = sum(len(r.ids) - 1 for r in rows), max(len(r.ids) for r in rows)
+    ways = {"now": (model, simu)}
+    if a.before:
+        module, old = older(a.before, "model", "simu")
+        same = module.Transformer(config(a)).to(getattr(torch, a.dtype))
+        same.load_state_dict(model.state_dict())
+        ways["before"] = same, old
+    seconds, grads = {name: [] for name in ways}, {}
+    for turn in range(a.updates + 1):
+        for name, (own, method) in ways.items():
+            own.zero_grad()
+            took, _ = timed(a, lambda: method.backward_mean_nll(own, rows, 1.0, a.micro_tokens))
+            seconds[name] += [took] * (turn > 0)  # the first one warms up
+            grads[name] = [p.grad.float() for p in own.parameters()]
+    answers = simu.answer_tokens(rows)
+    layers = sum(p.numel() for n, p in model.named_parameters() if "_proj" in n)
+    flop = 6 * (layers * read + c.vocab_size * c.hidden_size * answers)
+    rate = shapes_rate(a, read)
+    print(f"{a.size}, {a.batch} rows: {read} tokens to read, {answers} to predict; a padded batch "
+          f"holds {a.batch * longest}; {flop:.3g} FLOP\nits matrices on {read} tokens: "
+          f"{rate / 1e9:.0f} GFLOP/s")
+    for name, s in seconds.items():
+        print(f"  {name:7}{statistics.median(s):8.3f} s {read / statistics.median(s):7.0f} tokens/s"
+              f" {flop / statistics.median(s) / rate:5.0%} of that rate")
+    if a.before:
+        ratio = statistics.median(x / y for x, y in zip(seconds["before"], seconds["now"]))
+        off = sum((x - y).norm() ** 2 for x, y in zip(*grads.values())) ** 0.5
+        norm = sum(x.norm() ** 2 for x in grads["before"]) ** 0.5
+        print(f"  now {ratio:.2f} times faster (median by turn); gradients differ by "
+              f"{off / norm:.1e} of their norm")
+    if a.profile:
+        profile(lambda: simu.backward_mean_nll(model, rows, 1.0, a.micro_tokens))
+
+
+def profile(run, shown: int = 12):
+    """The kernels that take most of a pass's time."""
+    with torch.profiler.profile() as seen:
+        run()
+    events = sorted(seen.key_averages(), key=lambda e: -e.self_cpu_time_total)
+    whole = sum(e.self_cpu_time_total for e in events)
+    for e in events[:shown]:
+        print(f"  {e.self_cpu_time_total / whole:6.1%} {e.count:6} times {e.key}")
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     add_options(p)
@@ -159,10 +213,15 @@ def main():
         p.add_argument(f"--{name.replace('_', '-')}", type=int, default=value)
     p.add_argument("--state", choices=("float32", "bfloat16"), default="float32")
     p.add_argument("--checkpointing", action="store_true")
+    p.add_argument("--passes", action="store_true")
+    p.add_argument("--before", type=Path)
+    p.add_argument("--profile", action="store_true")
     p.add_argument("--ways", default=WAYS, help=f"which, comma between; methods: "
                    f"{', '.join(simu.METHODS)}")
     a = p.parse_args()
     describe(a)
+    if a.passes:
+        return passes(a)
     c = config(a)
     print(f"{a.size}, D {c.hidden_size}, L {c.num_hidden_layers}, {a.batch} forget and {a.batch} "
           f"retain rows an update, {int(critical(a).sum())} critical neurons, state {a.state}\n"

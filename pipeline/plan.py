@@ -11,17 +11,17 @@ import re
 import shutil
 import weakref
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import simu
 from data import Encoded
-from model import LOGITS, Config, Transformer, UserError
+from model import LOGITS, Config, Transformer, UserError, attention_of_rows
 from pipeline import hub
 from pipeline.settings import (Settings, choose_device, choose_dtype, load_benchmark, resolve,
                                tiny_config)
@@ -172,13 +172,12 @@ class _Fused(torch.autograd.Function):
         return tuple(torch.empty_like(t) for t in ctx.saved_tensors[:3])
 
 
-def _attend(q, k, v):
+def _attend(s: Settings, q, k, v):
     """In causal_attention's place: [B, T, H*hd]."""
-    return _Fused.apply(q, k, v).transpose(1, 2).flatten(2)
-
-
-def _hidden(model: Transformer, B: int, T: int):
-    return model.hidden(torch.zeros(B, T, dtype=torch.int64, device="meta"), _attend)
+    on_cpu = s.device == "cpu" or s.device == "auto" and not torch.cuda.is_available()
+    wide = on_cpu and q.dtype == torch.bfloat16  # as causal_attention has it there
+    y = _Fused.apply(*(x.float() if wide else x for x in (q, k, v))).to(q.dtype)
+    return y.transpose(1, 2).flatten(2)
 
 
 def _unlearning(s, config, method, dtype, critical, longest, answer) -> Need:
@@ -213,14 +212,16 @@ def _widest(budget: int, longest: int, most: int) -> tuple[int, int]:
 
 
 def _trace_pass(model, s, longest, answer):
-    """The largest pass of `backward_mean_nll`."""
+    """The largest pass of `backward_rows`."""
     B, longest = _widest(s.micro_tokens, longest, s.batch)
     answer = min(answer, longest)
     n = torch.arange(B * answer, device="meta")
-    logits = model.logits(_hidden(model, B, longest)[n % B, n // B])  # [B * answer, V]
-    loss = F.cross_entropy(logits, n, reduction="sum")
-    del logits
-    loss.backward()
+    places = torch.arange(B * longest, device="meta")
+    h = model.hidden(places[None], partial(attention_of_rows, places, (B, longest),
+                                           attend=partial(_attend, s)))[0, n]  # [B * answer, D]
+    _, grad = simu.backward_head(model, h.detach(), n, [answer] * B,
+                                 lambda answers, own: answers.nll.sum())
+    h.backward(grad)
 
 
 def _one_update(s):
@@ -258,7 +259,8 @@ def _trace_attribution(model, s, longest, answer):
 def _trace_evaluation(model, s, longest) -> int:
     """A pass of `eval_tokens`; returns the bytes of the cache and the logits to be had beside."""
     c = model.config
-    _hidden(model, *_widest(s.eval_tokens, longest, most=ANY_NUMBER))
+    B, T = _widest(s.eval_tokens, longest, most=ANY_NUMBER)
+    model.hidden(torch.zeros(B, T, dtype=torch.int64, device="meta"), partial(_attend, s))
     cache = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * s.eval_tokens
     logits = 2 * LOGITS * torch.float32.itemsize  # and their log-softmax
     return cache * model.embed_tokens.weight.itemsize + logits
@@ -359,6 +361,8 @@ def plan_command(s: Settings):
     config, here = config_of(s), choose_device(s)
     no_gpu = here.type == "cpu" and not s.tiny and s.device == "auto"
     dtype = torch.bfloat16 if no_gpu and s.dtype == "auto" else choose_dtype(s)
+    if no_gpu:
+        s = replace(s, device="cuda")  # whose attention keeps less
     given = dict(dtype=dtype, critical=critical_count(s, config), **_lengths(s))
     count = _weights(config, dtype) // dtype.itemsize
     print(f"{s.benchmark} {s.model}: {count:,} weights, {str(dtype)[6:]}; rows of at most "

@@ -243,6 +243,30 @@ def test_two_passes_are_the_gradient_of_graddiff_loss():
         torch.testing.assert_close(p.grad, whole[n], rtol=1e-4, atol=1e-6)
 
 
+def test_no_pass_reads_padding_or_holds_the_logits_of_all_rows(monkeypatch):
+    model, some, read, held = tiny(), rows(8), [], []
+    model.layers[0].register_forward_hook(lambda _, args, out: read.append(out[0].shape[0]))
+    logits = model.logits
+    monkeypatch.setattr(model, "logits", lambda h: held.append(len(h)) or logits(h))
+    monkeypatch.setattr(simu, "LOGITS", 12 * 61)
+    simu.backward_mean_nll(model, some, 1.0, 4096)
+    assert read == [sum(len(r.ids) - 1 for r in some)]  # eos is predicted, never read
+    assert len(held) > 2 and sum(held) == simu.answer_tokens(some) and max(held) <= 12
+    got = {n: p.grad.clone() for n, p in model.named_parameters()}
+    model.zero_grad()
+    simu.mean_nll(model, collate(some)).backward()
+    for n, p in model.named_parameters():
+        torch.testing.assert_close(got[n], p.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["fo", "so"])
+def test_weights_updated_in_parts_are_the_same_to_the_bit(monkeypatch, method):
+    whole = run(tiny(), recipe(method=method), None)
+    monkeypatch.setattr(simu, "PART", {"cpu": 100})  # two or three rows of 32 or 48
+    parts = run(tiny(), recipe(method=method), None)
+    assert all(torch.equal(whole[n], parts[n]) for n in whole)
+
+
 @pytest.mark.parametrize("kind", [LLAMA, OLMO], ids=["llama", "olmo"])
 @pytest.mark.parametrize("dtype, state", [("float32", "float32"), ("bfloat16", "float32"),
                                           ("bfloat16", "bfloat16")])
