@@ -77,7 +77,8 @@ import zlib
 from bisect import bisect_left, bisect_right
 from collections import namedtuple
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -85,7 +86,8 @@ from tqdm import tqdm
 
 import data
 from data import TASKS, Encoded, Example, at_least, option
-from model import LOGITS, Transformer, UserError, attention, generate, write_text
+from model import (LOGITS, Transformer, UserError, attention, attention_of_rows, causal_attention,
+                   generate, write_text)
 
 MIN_K = (10, 20, 30, 40, 50, 60)  # percent
 ANSWER_K = 40  # percent, as open-unlearning sets it
@@ -787,13 +789,14 @@ def token_scores(model: Transformer, rows: list[Encoded], first: list[int], *, t
     packs = pack_texts([r.ids for r in rows], questions or range(len(rows)), tokens)
     with tqdm(total=len(rows), desc="losses", unit="text") as bar:
         for part in data.batches_by_length([Encoded(p.ids, 0) for p in packs], tokens):
-            texts = [(b, i, at) for b, p in enumerate(part) for i, at in packs[p].texts.items()]
-            asked = torch.tensor([(b, at[t - 1], rows[i].ids[t], detailed[i]) for b, i, at in texts
+            begins = accumulate((len(packs[p].ids) for p in part), initial=0)
+            texts = [(b, i, at) for b, p in zip(begins, part) for i, at in packs[p].texts.items()]
+            asked = torch.tensor([(b + at[t - 1], rows[i].ids[t], detailed[i]) for b, i, at in texts
                                   for t in range(first[i], len(rows[i].ids))])
             h = read_packs(model, [packs[p] for p in part])
-            b, t, labels, wanted = asked.to(h.device).T
+            place, labels, wanted = asked.to(h.device).T
             found = [_chunk_scores(model.logits(x), y, w) for x, y, w in zip(
-                h[b, t].split(chunk), labels.split(chunk), wanted.split(chunk))]
+                h[place].split(chunk), labels.split(chunk), wanted.split(chunk))]
             sizes = [len(rows[i].ids) - first[i] for _, i, _ in texts]
             for (_, i, _), *values in zip(texts, *(torch.cat(x).split(sizes) for x in zip(*found))):
                 losses, *details = (x.tolist() for x in values)
@@ -823,20 +826,22 @@ def pack_texts(texts: list[list[int]], questions, tokens: int) -> list[Pack]:
 
 
 def read_packs(model: Transformer, packs: list[Pack]) -> torch.Tensor:
-    """Final states [B, T, D] of a batch of packs: a token sees what stands before it in its own
-    text, and nothing of the texts beside it."""
+    """Final states [N, D] of the packs' N ids, one pack after another, nothing padded: a token sees
+    what stands before it in its own text, and nothing of the texts beside it."""
     like, width = model.embed_tokens.weight, max(len(p.ids) for p in packs)
-    ids, place = (torch.tensor([x + [0] * (width - len(x)) for x in column], device=like.device)
-                  for column in ([p.ids for p in packs], [p.place for p in packs]))  # [B, T]
-    if all(len(p.texts) == 1 for p in packs):
-        return model.hidden(ids)
-    mask = torch.full((len(packs), width, width), -math.inf)
-    for seen, pack in zip(mask, packs):  # [T, T]
-        seen.fill_diagonal_(0)  # of padding too, which must see something
-        for path in map(torch.tensor, pack.texts.values()):
-            seen[path[:, None], path] = mask.new_full((len(path),) * 2, -math.inf).triu(1)
-    mask = mask.to(like)[:, None]  # [B, 1, T, T]
-    return model.hidden(ids, lambda q, k, v: attention(q, k, v, mask), rope=model.rope(place))
+    ids, place, places = torch.tensor([
+        x for b, p in enumerate(packs)
+        for x in zip(p.ids, p.place, range(b * width, b * width + len(p.ids)))]).to(like.device).T
+    attend = causal_attention
+    if any(len(p.texts) > 1 for p in packs):
+        mask = torch.full((len(packs), width, width), -math.inf)
+        for seen, pack in zip(mask, packs):  # [T, T]
+            seen.fill_diagonal_(0)  # of padding too, which must see something
+            for path in map(torch.tensor, pack.texts.values()):
+                seen[path[:, None], path] = mask.new_full((len(path),) * 2, -math.inf).triu(1)
+        attend = partial(attention, mask=mask.to(like)[:, None])  # [B, 1, T, T]
+    return model.hidden(ids[None], partial(attention_of_rows, places, (len(packs), width),
+                                           attend=attend), rope=model.rope(place))[0]
 
 
 def _chunk_scores(logits, labels, wanted):

@@ -132,7 +132,7 @@ run="$whole"
     { echo "error: --seeds $seeds chooses the seeds 0 to $((seeds - 1)); drop --seed" >&2; exit 2; }
 
 pipeline() { # pipeline RUN [--seed K]
-    local stage=("$python" "$here/pipeline") at method objective
+    local stage=("$python" "$here/pipeline") at method objective each=()
     at=("$benchmark" "$model" ${options[@]+"${options[@]}"} ${force[@]+"${force[@]}"} --out "$@")
     [[ -z $dry ]] || { "${stage[@]}" files "${at[@]}"; echo; "${stage[@]}" plan "${at[@]}"; echo; }
     $dry "${stage[@]}" original "${at[@]}"
@@ -141,11 +141,19 @@ pipeline() { # pipeline RUN [--seed K]
     $dry "${stage[@]}" mask "${at[@]}"
     for method in "${methods[@]}"; do
         for objective in "${objectives[@]:-}"; do
-            $dry "${stage[@]}" unlearn "${at[@]}" --method "$method" \
-                ${objective:+--objective "$objective"}
+            each+=("$method${objective:+:$objective}")
         done
     done
-    [[ -z "$also" ]] || $dry "${stage[@]}" unlearn "${at[@]}" --method simu --objective "$also"
+    [[ -z "$also" ]] || each+=("simu:$also")
+    if [[ "$model" == tiny* ]]; then  # at once; of large models, one at a time fits
+        $dry "${stage[@]}" unlearn "${at[@]}" --each "${each[@]}"
+    else
+        for method in "${each[@]}"; do
+            objective="${method#"${method%%:*}"}"
+            $dry "${stage[@]}" unlearn "${at[@]}" --method "${method%%:*}" \
+                ${objective:+--objective "${objective#:}"}
+        done
+    fi
     $dry "${stage[@]}" evaluate "$1" ${force[@]+"${force[@]}"}
 }
 { # read whole before it starts, so that editing this file does not derail a run

@@ -14,7 +14,7 @@ import statistics
 
 import torch
 import torch.nn.functional as F
-from common import (add_options, config, describe, random_model, random_rows, timed,
+from common import (add_options, config, describe, random_model, random_rows, shapes_rate, timed,
                     tofu_lengths)
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -129,9 +129,11 @@ def forget10(a):
     count = flops(lambda: simu.attribute(model, collate(part, a.device), steps=a.steps)) / share
     seconds, scores = timed(a, lambda: simu.attribute_rows(model, rows, s, title="attribute"))
     peak = f", peak {torch.cuda.max_memory_allocated() / 1e9:.1f} GB" if a.device == "cuda" else ""
+    rate = shapes_rate(a, a.tokens)
     print(f"{a.size}: {len(rows)} pairs, {samples} samples, L {len(model.layers)}, m {a.steps}: "
           f"{seconds:.1f} s, {samples / seconds:.0f} samples/s, {count:.2e} FLOP, "
-          f"{count / seconds / 1e12:.3g} TFLOP/s{peak}; finite: {bool(scores.isfinite().all())}")
+          f"{count / seconds / 1e12:.3g} TFLOP/s, {count / seconds / rate:.0%} of the rate of its "
+          f"matrices on {a.tokens} tokens{peak}; finite: {bool(scores.isfinite().all())}")
 
 
 def main():

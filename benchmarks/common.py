@@ -66,7 +66,7 @@ def shapes_rate(a, tokens: int) -> float:
 
 def older(folder, *names: str):
     """Modules of an older checkout, which import one another and not ours."""
-    core = ("model", "data", "simu", "eval")
+    core = ("model", "data", "simu", "eval", "stage")
     ours = {name: sys.modules.pop(name) for name in core if name in sys.modules}
     sys.path.insert(0, str(folder))
     try:

@@ -18,7 +18,8 @@ import tempfile
 from pathlib import Path
 
 from common import (
-    add_options, config, describe, matmul_rate, older, random_model, random_rows, timed, tofu_lengths)
+    add_options, config, describe, matmul_rate, older, random_model, random_rows, timed,
+    tofu_lengths)
 
 import torch
 import torch.nn.functional as F
@@ -42,7 +43,7 @@ def arguments():
 
 def descend(model, rows, steps: int, lr: float, sign: float, enough) -> float:
     """Full-batch Adam on sign * the loss of answers and eos; stops where enough(loss)."""
-    batch = collate(rows)
+    batch = collate(rows, model.embed_tokens.weight.device)
     optimizer = torch.optim.Adam(model.parameters(), lr=lr)
     for _ in range(steps):
         loss = F.cross_entropy(model(batch.ids).flatten(0, 1), batch.targets.flatten())

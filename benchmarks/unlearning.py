@@ -174,7 +174,8 @@ def passes(a):
             own.zero_grad()
             took, _ = timed(a, lambda: method.backward_mean_nll(own, rows, 1.0, a.micro_tokens))
             seconds[name] += [took] * (turn > 0)  # the first one warms up
-            grads[name] = [p.grad.float() for p in own.parameters()]
+            if a.before:
+                grads[name] = [p.grad.float() for p in own.parameters()]
     answers = simu.answer_tokens(rows)
     layers = sum(p.numel() for n, p in model.named_parameters() if "_proj" in n)
     flop = 6 * (layers * read + c.vocab_size * c.hidden_size * answers)

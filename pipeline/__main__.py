@@ -42,6 +42,9 @@ def parser_of_stages() -> settings.Parser:
         command.add_argument("benchmark", choices=settings.BENCHMARKS)
         command.add_argument("model")
         settings.add_options(command, skip=("benchmark", "model"))
+        if name == "unlearn":
+            command.add_argument("--each", nargs="+", metavar="METHOD:OBJECTIVE", help="several "
+                                 "models at once, each evaluated as soon as it is made")
     check = commands.add_parser("check", help="evaluate the original; stop unless it knows the "
                                               "forget set (--must-know)")
     check.add_argument("run", type=Path)
@@ -84,7 +87,9 @@ def main(argv: list[str]):
         return OF_RUNS[argv[0]](argv[1:])
     given = vars(parser_of_stages().parse_args(argv))
     name = given.pop("stage")
-    if name in STAGES:
+    if each := given.pop("each", None):
+        sweep.unlearn_each(given, each)
+    elif name in STAGES:
         s = settings.resolve(given)
         with lock(s.run) if name not in ("plan", "files") else nullcontext():
             STAGES[name](s)

@@ -68,6 +68,7 @@ TOFU_ROWS = {"forget01": 40, "forget05": 200, "forget10": 400}
 TOFU_RETAIN_EVAL, TOFU_FACTS, LUME_ROWS = 400, 217, 2732  # rows asked about; forget rows
 STAGES = (("attribute", None), *(("unlearn", method) for method in simu.METHODS),
           ("evaluate", None))
+ANSWERS = 7  # to one question of TOFU whose losses are read at once: true, in other words, wrong
 ANY_NUMBER = 1 << 30  # of rows, where only tokens limit a batch
 WIDTHS = (9, 11, 8, 13, 8)  # of the table's columns
 
@@ -143,7 +144,8 @@ def need(s: Settings, config: Config, name: str, method: str | None = None, *, d
             _trace_attribution(model, s, longest, answer)
             return Need(weights, 0, 0, live.peak - weights)
         if name == "evaluate":
-            return Need(weights, 0, 0, _trace_evaluation(model, s, longest) + live.peak - weights)
+            beside = _trace_evaluation(model, s, longest, answer)
+            return Need(weights, 0, 0, beside + live.peak - weights)
     raise ValueError(f"no plan for stage {name!r}")
 
 
@@ -256,14 +258,17 @@ def _trace_attribution(model, s, longest, answer):
 
 
 @torch.no_grad()
-def _trace_evaluation(model, s, longest) -> int:
-    """A pass of `eval_tokens`; returns the bytes of the cache and the logits to be had beside."""
+def _trace_evaluation(model, s, longest, answer) -> int:
+    """A pass of `eval_tokens`; returns the bytes of the cache, the logits and the mask of answers to
+    one question to be had beside."""
     c = model.config
     B, T = _widest(s.eval_tokens, longest, most=ANY_NUMBER)
     model.hidden(torch.zeros(B, T, dtype=torch.int64, device="meta"), partial(_attend, s))
     cache = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * s.eval_tokens
     logits = 2 * LOGITS * torch.float32.itemsize  # and their log-softmax
-    return cache * model.embed_tokens.weight.itemsize + logits
+    shared = min(s.eval_tokens, longest + (ANSWERS - 1) * answer)  # tokens of a pack
+    mask = s.eval_tokens * shared * (1 + c.num_attention_heads // c.num_key_value_heads)
+    return (cache + mask) * model.embed_tokens.weight.itemsize + logits
 
 
 # ------------------------------------------------------------------------------------ will it fit

@@ -33,7 +33,7 @@ import threading
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import nullcontext
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -46,12 +46,15 @@ import simu
 from model import Transformer, UserError, read_tensors, write_json, write_text
 from pipeline import settings
 from pipeline.columns import table
+from pipeline.evaluate import evaluate
 from pipeline.original import original_stage
 from pipeline.reach import code_digest
 from pipeline.settings import (Aside, Level, Making, Placement, Settings, Source, placement,
                                taken)
-from pipeline.stage import claim, content, data_inputs, digest, lock, table_rows
-from pipeline.stages import attribute_stage, encoded_rows, forget_targets, mask_of_scores
+from pipeline.stage import (claim, content, data_inputs, digest, lock, locked_here, table_rows,
+                            unlearned_name)
+from pipeline.stages import (attribute_stage, encoded_rows, forget_targets, mask_of_scores,
+                             unlearn_stage)
 
 ARMS = ("fo", "so", "simu", "simu-random")
 # Of the recipe's rate for the arm's method: close where forgetting sets in, and far beyond it,
@@ -279,8 +282,9 @@ def run_point(p: Point) -> dict:
 # ------------------------------------------------------------------------------------- many points
 
 
-def start_worker(threads: int):
+def start_worker(threads: int, held: list):
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent says once that it was stopped
+    locked_here.update(held)  # what the parent holds is held for its workers
     sys.stderr = open(os.devnull, "w")  # progress bars; the parent shows what a worker raises
     torch.set_num_threads(threads)
     threading.Thread(target=end_with_parent, daemon=True).start()
@@ -295,28 +299,46 @@ def end_with_parent():
 def run_each(function, items: list, jobs: int, title: str):
     """function of each item, as they come, `jobs` processes at a time, with a bar."""
     with tqdm(total=len(items), desc=title) as bar:
-        if jobs == 1 or not items:
+        if jobs == 1 or len(items) < 2:
             for item in items:
                 yield function(item)
                 bar.update()
             return
         context = multiprocessing.get_context("spawn")
         threads = max(1, (os.cpu_count() or 1) // jobs)
-        pool = ProcessPoolExecutor(min(jobs, len(items)), context, start_worker, (threads,))
+        pool = ProcessPoolExecutor(min(jobs, len(items)), context, start_worker,
+                                   (threads, [*locked_here]))
         try:
             for done in as_completed([pool.submit(function, item) for item in items]):
                 yield done.result()
                 bar.update()
         except BrokenProcessPool:
-            raise UserError(f"{title}: the system ended a worker, most likely for want of memory; "
-                            f"lower --jobs (now {jobs}) and sweep again: what is done is kept"
-                            ) from None
+            raise UserError(f"{title}: the system ended one of {jobs} workers, most likely for want "
+                            "of memory; free some (a sweep: lower --jobs), and the same command "
+                            "goes on: what is done is kept") from None
         except BaseException:
             for worker in multiprocessing.active_children():  # or they would end their points first
                 worker.terminate()
             raise
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def unlearn_and_evaluate(s: settings.Settings) -> str:
+    """One of `unlearn_each`; returns what it had to say, which the parent prints whole."""
+    with redirect_stdout(io.StringIO()) as told:
+        unlearn_stage(s)
+        evaluate(s.run, unlearned_name(s))
+    return told.getvalue()
+
+
+def unlearn_each(given: dict, each: list[str]):
+    """Unlearned models share nothing: on two cores two are made at once, with the same bytes."""
+    several = [settings.resolve(given | dict(zip(("method", "objective"), pair.split(":"))))
+               for pair in each]
+    with lock(several[0].run):
+        for told in run_each(unlearn_and_evaluate, several, os.cpu_count() or 1, "unlearn"):
+            tqdm.write(told, end="")
 
 
 def read_lines(path: Path) -> list[dict]:

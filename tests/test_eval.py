@@ -603,7 +603,7 @@ def test_one_generation_per_question_and_one_pass_for_all_texts(made, monkeypatc
     monkeypatch.setattr(ev, "generate", lambda model, prompts, **k: asked.extend(prompts)
                         or generate(model, prompts, **k))
     passes = count_passes(model, monkeypatch)
-    ev.evaluate_model(model, tokenizer, bench, template="qa", limits=LIMITS)
+    _, rows = ev.evaluate_model(model, tokenizer, bench, template="qa", limits=LIMITS)
     questions = [e.question for e in bench.forget + bench.retain_eval + bench.world_facts]
     questions += [e.paraphrased_question for e in bench.forget + bench.retain_eval]
     expected = [data.encode_prompt(q, tokenizer, "qa") for q in questions]
@@ -611,9 +611,12 @@ def test_one_generation_per_question_and_one_pass_for_all_texts(made, monkeypatc
     # the losses of their answers were read.
     left = [expected.pop(expected.index(prompt)) for prompt in sorted(asked)]
     assert len(left) < len(expected)
-    # Two rows of texts for each row of forget and retain (7 answers to the question, one to its
-    # paraphrase), one for each fact with its 4 answers and for each non-member; all in one pass.
-    assert len(passes) == 1 and passes[0][0] == 4 * 2 * 2 + 4 + 4
+    # All texts in one pass, without padding, and what two texts of a question begin with once.
+    texts = [t for row in rows[1:] for t in ev._texts(row, "tofu")]
+    encoded = data.encode_for(model.config, [t.example for t in texts], tokenizer, "qa")
+    begun = {(id(t.row), t.example.question, *e.ids[:n]) for t, e in zip(texts, encoded)
+             for n in range(1, len(e.ids))}
+    assert passes == [(1, len(begun))]
 
 
 def test_the_demo_takes_no_more_passes_than_text_by_text(tmp_path, monkeypatch):

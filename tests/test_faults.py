@@ -734,7 +734,8 @@ def test_run_sh_hands_words_on_for_every_seed(tmp_path):
     jobs = through_run_sh(tmp_path, "tofu", "tiny-llama", "--out=a b", "--seeds=2")
     assert [j[2] for j in jobs if j[1] == "evaluate"] == [
         str(tmp_path / "cwd" / x) for x in ("a b", "a b-seed1")]
-    assert jobs[8][2:5] == ["tofu", "tiny-llama", "--out"] and jobs[8][6:] == ["--seed", "1"]
+    assert jobs[4][-4:] == ["--each", "fo:graddiff", "so:graddiff", "simu:graddiff"]
+    assert jobs[6][2:5] == ["tofu", "tiny-llama", "--out"] and jobs[6][6:] == ["--seed", "1"]
 
 
 def sources():

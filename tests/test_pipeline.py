@@ -226,6 +226,21 @@ def test_a_stale_mask_or_another_slice_is_refused(runs, tmp_path):
     assert not [p for p in out.rglob(".simu-*") if p.name != ".simu-lock"]
 
 
+def test_models_made_at_once_are_those_made_one_by_one(runs, tmp_path, capsys):
+    out, names = tmp_path / "run", ("fo-graddiff", "simu-graddiff")
+    shutil.copytree(runs["demo"], out, ignore=lambda folder, _: names)
+    words = ["unlearn", "demo", "tiny-llama", "--out", str(out), *MICRO, "--data", str(DEMO)]
+    main([*words, "--each", "fo:graddiff", "simu:graddiff"])
+    told = capsys.readouterr().out
+    for name in names:
+        for file in ("model.safetensors", "eval/metrics.json"):
+            assert (out / name / file).read_bytes() == (runs["demo"] / name / file).read_bytes()
+        lines = [line for line in told.splitlines() if line.startswith(f"[{name}")]
+        assert [line.split("]")[0] for line in lines] == [f"[{name}", f"[{name}/eval"]
+    with pytest.raises(UserError, match="--objective is 'nothing'"):
+        main([*words, "--each", "fo:nothing", "simu:graddiff"])
+
+
 def test_a_report_leaves_out_what_is_of_another_mask(runs, tmp_path, capsys):
     out = tmp_path / "run"
     shutil.copytree(runs["demo"], out)
