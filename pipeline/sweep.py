@@ -285,6 +285,7 @@ def run_point(p: Point) -> dict:
 def start_worker(threads: int, held: list):
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent says once that it was stopped
     locked_here.update(held)  # what the parent holds is held for its workers
+    tqdm.set_lock(threading.RLock())  # its own is warned of where the worker is ended
     sys.stderr = open(os.devnull, "w")  # progress bars; the parent shows what a worker raises
     torch.set_num_threads(threads)
     threading.Thread(target=end_with_parent, daemon=True).start()
