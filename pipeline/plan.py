@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import weakref
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 import simu
 from data import Encoded
-from model import LOGITS, Config, Transformer, UserError
+from model import LOGITS, Config, Transformer, UserError, new_cache
 from pipeline import hub
 from pipeline.settings import (Settings, choose_device, choose_dtype, load_benchmark, resolve,
                                tiny_config)
@@ -138,12 +139,10 @@ def need(s: Settings, config: Config, name: str, method: str | None = None, *, d
         return n
     model = _meta(config, dtype).requires_grad_(False)
     weights = sum(p.nbytes for p in model.parameters())
-    with LiveBytes(*model.parameters()) as live:
-        if name == "attribute":
-            _trace_attribution(model, s, longest, answer)
-            return Need(weights, 0, 0, live.peak - weights)
-        if name == "evaluate":
-            return Need(weights, 0, 0, _trace_evaluation(model, s, longest) + live.peak - weights)
+    if name == "attribute":
+        return Need(weights, 0, 0, _trace_attribution(model, s, longest, answer))
+    if name == "evaluate":
+        return Need(weights, 0, 0, _trace_evaluation(model, s, longest))
     raise ValueError(f"no plan for stage {name!r}")
 
 
@@ -172,13 +171,19 @@ class _Fused(torch.autograd.Function):
         return tuple(torch.empty_like(t) for t in ctx.saved_tensors[:3])
 
 
-def _attend(q, k, v):
-    """In causal_attention's place: [B, T, H*hd]."""
-    return _Fused.apply(q, k, v).transpose(1, 2).flatten(2)
+@contextmanager
+def _fused_attention():
+    """Puts it in the place of torch's, wherever a model calls for that, also when it recomputes."""
+    own = F.scaled_dot_product_attention
+    F.scaled_dot_product_attention = lambda q, k, v, **_: _Fused.apply(q, k, v)
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = own
 
 
-def _hidden(model: Transformer, B: int, T: int):
-    return model.hidden(torch.zeros(B, T, dtype=torch.int64, device="meta"), _attend)
+def _ids(B: int, T: int):
+    return torch.zeros(B, T, dtype=torch.int64, device="meta")
 
 
 def _unlearning(s, config, method, dtype, critical, longest, answer) -> Need:
@@ -198,8 +203,8 @@ def _unlearning(s, config, method, dtype, critical, longest, answer) -> Need:
                  sum(w.weight.grad.nbytes for w in moving),
                  sum(w.m.nbytes + w.h.nbytes + w.master.nbytes * (w.master.dtype != dtype)
                      for w in moving)]
-        with LiveBytes(*weights.values(), *(t for w in moving
-                                            for t in (w.weight.grad, w.master, w.m, w.h))) as live:
+        state = (t for w in moving for t in (w.weight.grad, w.master, w.m, w.h))
+        with LiveBytes(*weights.values(), *state) as live, _fused_attention():
             _trace_pass(model, s, longest, answer)
             simu.apply_updates(moving, _one_update(s), scale=1.0, generator=None)
         return Need(*sizes, live.peak - sum(sizes))
@@ -217,7 +222,7 @@ def _trace_pass(model, s, longest, answer):
     B, longest = _widest(s.micro_tokens, longest, s.batch)
     answer = min(answer, longest)
     n = torch.arange(B * answer, device="meta")
-    logits = model.logits(_hidden(model, B, longest)[n % B, n // B])  # [B * answer, V]
+    logits = model.logits(model.hidden(_ids(B, longest))[n % B, n // B])  # [B * answer, V]
     loss = F.cross_entropy(logits, n, reduction="sum")
     del logits
     loss.backward()
@@ -233,35 +238,36 @@ def _one_update(s):
     return update
 
 
-def _trace_attribution(model, s, longest, answer):
-    """`attribute` where it is widest: the lowest layer's path goes through all layers above."""
-    c = model.config
+def _trace_attribution(model, s, longest, answer) -> int:
+    """Bytes beside the weights of `attribute` where it is widest: the lowest layer's path goes
+    through all layers above."""
     B, longest = _widest(s.attribution_tokens // max(1, s.steps - 1), longest, most=ANY_NUMBER)
-    answer = min(answer, longest)
-
-    def each(*shape):
-        return [model.embed_tokens.weight.new_empty(shape) for _ in model.layers]
-
-    kv = (B, longest, c.num_key_value_heads, c.head_dim)
-    positions = torch.zeros(B, answer, dtype=torch.int64, device="meta")
-    clean = simu.Clean(
-        model, pos=positions, labels=positions, x0=each(B, answer, c.hidden_size)[0],
-        keys=[k.transpose(1, 2) for k in each(*kv)],  # [B, K, T, hd]
-        values=[v.transpose(1, 2) for v in each(*kv)],
-        mid=each(B, answer, c.hidden_size), beta=each(B, answer, c.hidden_size))
-    simu.last_node(clean)
-    if s.steps > 1:
-        (simu.layer_path if s.path == "layer" else simu.neuron_path)(clean, 0, s.steps)
+    pos = _ids(B, min(answer, longest))
+    with LiveBytes(*model.parameters()) as live, _fused_attention():
+        clean = simu.clean_pass(model, _ids(B, longest), pos, pos)
+        simu.last_node(clean)
+        if s.steps > 1:
+            (simu.layer_path if s.path == "layer" else simu.neuron_path)(clean, 0, s.steps)
+    return live.peak - sum(p.nbytes for p in model.parameters())
 
 
 @torch.no_grad()
 def _trace_evaluation(model, s, longest) -> int:
-    """A pass of `eval_tokens`; returns the bytes of the cache and the logits to be had beside."""
-    c = model.config
-    _hidden(model, *_widest(s.eval_tokens, longest, most=ANY_NUMBER))
-    cache = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * s.eval_tokens
+    """Bytes beside the weights of a pass of `eval_tokens`, with the cache and the logits to be had
+    beside it."""
+    B, T = _widest(s.eval_tokens, longest, most=ANY_NUMBER)
+    with LiveBytes(*model.parameters()) as live, _fused_attention():
+        model.hidden(_ids(B, T))
     logits = 2 * LOGITS * torch.float32.itemsize  # and their log-softmax
-    return cache * model.embed_tokens.weight.itemsize + logits
+    pass_alone = live.peak - sum(p.nbytes for p in model.parameters())
+    return pass_alone + logits + max(_cache(model, 1, s.eval_tokens), _cache(model, B, 1))
+
+
+def _cache(model, B: int, columns: int) -> int:
+    """Bytes kept of B rows of so many tokens: keys and values grow with both, states with B."""
+    cache = new_cache(model, B, columns)
+    model.hidden(_ids(B, 1), cache.prompts(slice(0, B), [1] * B))
+    return sum(t.nbytes for t in cache.tensors())
 
 
 # ------------------------------------------------------------------------------------ will it fit
