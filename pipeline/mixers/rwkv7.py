@@ -11,6 +11,7 @@ Letters: B batch, T time, D d_model, H heads of N channels, F d_ff.
 Not here: layers of attention in between, the older layout with one x_x for x_r to x_g.
 """
 
+import math
 from dataclasses import dataclass, fields
 from functools import partial
 
@@ -18,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model import Architecture, UserError, check_supported, missing_key
+from model import Architecture, UserError, check_supported, is_positive, missing_key
 from pipeline.mixers.states import (NO_LIMIT, StateCache, StatePrefixes, check_fields, from_nothing,
                                     gather_before)
 
@@ -68,13 +69,14 @@ class RWKV7Config:
             if key not in present:
                 raise missing_key(key)
         D, ratio = present["hidden_size"], present.get("hidden_ratio", 4)
-        known = isinstance(D, int) and isinstance(ratio, (int, float))  # else check_fields says so
-        present.setdefault("intermediate_size", 32 * -(-int(D * ratio) // 32) if known else D)
-        widths = {"value_dim": [D] * len(present.get("value_dim", []))}
-        if known:
-            widths["num_heads"] = D // present.get("head_dim", 64)
-        check_supported(present, SUPPORTED | widths)
-        return cls(**{f.name: present[f.name] for f in fields(cls) if f.name in present})
+        if is_positive(D) and is_positive(ratio):  # as fla does; else check_fields refuses D
+            present.setdefault("intermediate_size", 32 * math.ceil(int(D * ratio) / 32))
+        check_supported(present, SUPPORTED)
+        c = cls(**{"intermediate_size": 1} | {
+            f.name: present[f.name] for f in fields(cls) if f.name in present})
+        check_supported(present, {"num_heads": D // c.head_dim,
+                                  "value_dim": [D] * c.num_hidden_layers})
+        return c
 
     def to_hf(self, dtype: torch.dtype) -> dict:
         own = {f.name: getattr(self, f.name) for f in fields(self)}
