@@ -677,9 +677,6 @@ class Cache:
         mixed = attention(padded.transpose(1, 2), keys, values, self.mask)  # [B, width, H*hd]
         return mixed[self.row, self.slot][None]
 
-    def tensors(self) -> list:
-        return self.kv
-
     def keep(self, rows):
         """Drop all rows but these (distinct int64 indices), which take this order. Those among
         the first len(rows) should stand at their own place: they are not copied."""
@@ -730,7 +727,7 @@ def decode(model, rows: list[Row], eos_id):
     """Let the rows of one batch say all they will."""
     like, columns = model.embed_tokens.weight, max(row.end - row.begin for row in rows)
     rope = model.rope(torch.arange(columns, device=like.device))  # [columns, hd]
-    cache = new_cache(model, len(rows), columns)
+    cache = (model.config.architecture.cache or Cache)(model.config, len(rows), columns, like)
     chosen = read_prompts(model, cache, rows)
     while True:
         alive = [row.add(ids, eos_id) for row, ids in zip(rows, chosen)]
@@ -741,12 +738,6 @@ def decode(model, rows: list[Row], eos_id):
             cache.keep(torch.tensor(order, device=like.device))
             rows = [rows[i] for i in order]
         chosen = read_on(model, cache, rows, rope)
-
-
-def new_cache(model, B: int, columns: int):
-    """What keeps the past of B rows of at most `columns` tokens."""
-    kind = model.config.architecture.cache or Cache
-    return kind(model.config, B, columns, model.embed_tokens.weight)
 
 
 def fill_gaps(alive: list[bool]) -> list[int]:

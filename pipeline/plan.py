@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 import simu
 from data import Encoded
-from model import LOGITS, Config, Transformer, UserError, new_cache
+from model import LOGITS, Cache, Config, Transformer, UserError
 from pipeline import hub
 from pipeline.settings import (Settings, choose_device, choose_dtype, load_benchmark, resolve,
                                tiny_config)
@@ -265,9 +265,11 @@ def _trace_evaluation(model, s, longest) -> int:
 
 def _cache(model, B: int, columns: int) -> int:
     """Bytes kept of B rows of so many tokens: keys and values grow with both, states with B."""
-    cache = new_cache(model, B, columns)
+    kind = model.config.architecture.cache or Cache
+    cache = kind(model.config, B, columns, model.embed_tokens.weight)
     model.hidden(_ids(B, 1), cache.prompts(slice(0, B), [1] * B))
-    return sum(t.nbytes for t in cache.tensors())
+    kept = (t for t in tree_leaves(vars(cache)) if isinstance(t, torch.Tensor))
+    return sum(t.nbytes for t in kept if t.is_floating_point())
 
 
 # ------------------------------------------------------------------------------------ will it fit

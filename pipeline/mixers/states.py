@@ -69,9 +69,6 @@ class StateCache:
         self.states[op] = [s[:, 0] for s in states]
         return y.transpose(0, 1)
 
-    def tensors(self) -> list:
-        return [s for own in self.states.values() for s in own]
-
     def keep(self, rows):
         self.states = {op: [s[rows] for s in own] for op, own in self.states.items()}
 
