@@ -786,7 +786,8 @@ def token_scores(model: Transformer, rows: list[Encoded], first: list[int], *, t
     holds at most `tokens`; only the positions asked for reach the lm_head."""
     chunk, out = max(1, LOGITS // model.config.vocab_size), [None] * len(rows)
     detailed = detailed or [False] * len(rows)
-    packs = pack_texts([r.ids for r in rows], questions or range(len(rows)), tokens)
+    alone = not questions or not model.config.architecture.packs
+    packs = pack_texts([r.ids for r in rows], range(len(rows)) if alone else questions, tokens)
     with tqdm(total=len(rows), desc="losses", unit="text") as bar:
         for part in data.batches_by_length([Encoded(p.ids, 0) for p in packs], tokens):
             begins = accumulate((len(packs[p].ids) for p in part), initial=0)

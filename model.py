@@ -20,6 +20,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import Callable
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +35,9 @@ OLMO_EPS = 1e-5  # not in OLMo's config.json: its released code and transformers
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """What sets one model_type apart from LLaMA."""
+    """What sets one model_type apart from LLaMA. The functions at the end are of models whose layers
+    are not attention and MLP (pipeline/mixers): `attend` is then whatever links positions, and
+    nobody but the layer looks into it."""
 
     name: str  # transformers' class
     plain_norm: bool = False  # LayerNorm without weights, its epsilon fixed, for RMSNorm
@@ -44,6 +47,15 @@ class Architecture:
     norms_output: bool = False  # norms what attention and MLP write, not what they read
     window: int | None = None  # its sliding_window where its config.json names none
     also: dict = field(default_factory=dict)  # more keys for its config.json
+    config: Callable = lambda content: Config(**config_fields(content))  # of its config.json
+    stored: Callable = lambda name: hf_name(name)  # our parameter's name in its checkpoints
+    block: Callable = lambda c, layer: Block(c)
+    last_norm: Callable = lambda c: make_norm(c)
+    place: Callable = lambda c, positions: rope(c, positions)  # what layers are told of positions
+    attend: Callable = lambda q, k, v: causal_attention(q, k, v)  # over whole texts
+    cache: Callable | None = None  # links what is being said to what was; None: Cache
+    prefixes: Callable | None = None  # links ends of prefixes to them; None: simu.Prefixes
+    packs: bool = True  # a mask can keep texts apart that stand side by side
 
 
 ARCHITECTURES = {  # model_type of a config.json -> what is different there
@@ -97,8 +109,9 @@ class Config:
         if not Path(path).is_dir():
             raise UserError(f"{path} is not a folder; give the folder that holds config.json")
         content = read_json(file)
+        kind = str(content.get("model_type")) if isinstance(content, dict) else ""
         try:
-            return cls(**config_fields(content))
+            return ARCHITECTURES.get(kind, ARCHITECTURES["llama"]).config(content)
         except UserError as e:
             raise UserError(f"{file}: {e}") from None
 
@@ -143,6 +156,21 @@ class LayerNorm(nn.Module):
 
 def make_norm(c: Config) -> nn.Module:
     return (LayerNorm if c.architecture.plain_norm else RMSNorm)(c.hidden_size, c.norm_eps)
+
+
+def rope(c: Config, positions):
+    """int64 [...] -> cos, sin float32 [..., hd], each frequency standing twice: j, j + hd/2."""
+    hd, scaling = c.head_dim, c.rope_scaling
+    j = torch.arange(0, hd, 2, dtype=torch.float32, device=positions.device)  # [hd/2]
+    inverse = 1.0 / c.rope_theta ** (j / hd)
+    if scaling is not None:  # Llama 3.1: what turns seldom in its first context turns slower
+        factor, low, high, context = (scaling[k] for k in LLAMA3)
+        turns = context * inverse / (2 * math.pi)
+        keep = ((turns - low) / (high - low)).clamp(0, 1)
+        inverse = inverse * (keep + (1 - keep) / factor)
+    angle = positions[..., None].float() * inverse  # [..., hd/2]
+    angle = torch.cat((angle, angle), dim=-1)  # [..., hd]
+    return angle.cos(), angle.sin()
 
 
 def rotate(x, cos, sin):
@@ -260,9 +288,13 @@ class Block(nn.Module):
         """The stream that leaves the layer: x with beta, which broadcast -> [..., D]"""
         return x + (self.post_feedforward_layernorm(beta) if self.norms_output else beta)
 
-    def forward(self, x, cos, sin, attend=causal_attention):
+    def parts(self, x, cos, sin, attend):
+        """The stream that the MLP reads, and beta, which it writes: each [B, T, D]"""
         x = self.add_attention(x, attend(*self.qkv(x, cos, sin)))
-        return self.add_beta(x, self.beta(x))
+        return x, self.beta(x)
+
+    def forward(self, x, cos, sin, attend=causal_attention):
+        return self.add_beta(*self.parts(x, cos, sin, attend))
 
 
 class Transformer(nn.Module):
@@ -276,8 +308,9 @@ class Transformer(nn.Module):
         # Not nn.Embedding(V, D): its own initialisation, on the meta device, imports torch._dynamo.
         table = torch.empty(config.vocab_size, config.hidden_size)
         self.embed_tokens = nn.Embedding.from_pretrained(table, freeze=False)
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
-        self.norm = make_norm(config)
+        kind = config.architecture
+        self.layers = nn.ModuleList(kind.block(config, l) for l in range(config.num_hidden_layers))
+        self.norm = kind.last_norm(config)
         self.lm_head = None
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -293,41 +326,33 @@ class Transformer(nn.Module):
                 nn.init.zeros_(weight)
 
     def rope(self, positions):
-        """int64 [...] -> cos, sin float32 [..., hd], each frequency standing twice: j, j + hd/2."""
-        hd, scaling = self.config.head_dim, self.config.rope_scaling
-        j = torch.arange(0, hd, 2, dtype=torch.float32, device=positions.device)  # [hd/2]
-        inverse = 1.0 / self.config.rope_theta ** (j / hd)
-        if scaling is not None:  # Llama 3.1: what turns seldom in its first context turns slower
-            factor, low, high, context = (scaling[k] for k in LLAMA3)
-            turns = context * inverse / (2 * math.pi)
-            keep = ((turns - low) / (high - low)).clamp(0, 1)
-            inverse = inverse * (keep + (1 - keep) / factor)
-        angle = positions[..., None].float() * inverse  # [..., hd/2]
-        angle = torch.cat((angle, angle), dim=-1)  # [..., hd]
-        return angle.cos(), angle.sin()
+        """int64 [...] -> what the layers are told of positions: cos, sin float32 [..., hd]"""
+        return self.config.architecture.place(self.config, positions)
 
     def embed(self, ids):
         """ids [B, T] -> the stream that enters the first layer [B, T, D]"""
         return self.embed_tokens(ids)
 
-    def hidden(self, ids, attend=causal_attention, *, rope=None):
+    def hidden(self, ids, attend=None, *, rope=None):
         """ids [B, T] -> final normed states [B, T, D], in the weights' dtype. `attend` stands in
         for causal_attention: one function, or a list with one for each layer. `rope`: self.rope of
         the positions where the ids stand, if not from 0 on."""
-        x = self.embed(ids)  # [B, T, D]
-        cos, sin = rope or self.rope(torch.arange(ids.shape[1], device=ids.device))
+        x, attend = self.embed(ids), attend or self.config.architecture.attend  # [B, T, D]
+        place = rope or self.rope(torch.arange(ids.shape[1], device=ids.device))
         for layer, block in enumerate(self.layers):
             own = attend if callable(attend) else attend[layer]
             if self.checkpoint and torch.is_grad_enabled():
-                x = checkpoint(block, x, cos, sin, own, use_reentrant=False,
+                x = checkpoint(block, x, *place, own, use_reentrant=False,
                                preserve_rng_state=False)
             else:
-                x = block(x, cos, sin, own)
+                x = block(x, *place, own)
         return self.norm(x)
 
     def hidden_at(self, ids, wanted):
         """Final normed states [N, D] where wanted [B, T] is true. No padding is read, nor anything
         else right of a row's last wanted place: what is left of all rows stands in one."""
+        if not self.config.architecture.packs:
+            return self.hidden(ids)[wanted]
         read = wanted.int().flip(1).cummax(1).values.flip(1).flatten()  # [B*T]
         places = read.nonzero()[:, 0]
         attend = partial(attention_of_rows, places, ids.shape)
@@ -395,7 +420,8 @@ def hf_name(name: str) -> str:
 def tensor_shapes(config: Config) -> dict[str, torch.Size]:
     """Name and shape of every tensor that a HF checkpoint of this config holds."""
     with torch.device("meta"):
-        return {hf_name(name): p.shape for name, p in Transformer(config).named_parameters()}
+        return {config.architecture.stored(name): p.shape
+                for name, p in Transformer(config).named_parameters()}
 
 
 def stored_tensors(model, original_olmo: bool) -> dict[str, list[str]]:
@@ -403,7 +429,8 @@ def stored_tensors(model, original_olmo: bool) -> dict[str, list[str]]:
     is none of our parameters."""
     head = [] if model.lm_head is None else ["lm_head.weight"]
     if not original_olmo:
-        return {hf_name(name): [name] for name, _ in model.named_parameters()} | {HEAD: head}
+        stored = model.config.architecture.stored
+        return {stored(name): [name] for name, _ in model.named_parameters()} | {HEAD: head}
     blocks = {f"model.transformer.blocks.{i}.{name}.weight": [f"layers.{i}.{p}.weight" for p in own]
               for i in range(len(model.layers)) for name, own in OLMO_TENSORS.items()}
     return {"model.transformer.wte.weight": ["embed_tokens.weight"]} | blocks | {OLMO_HEAD: head}
@@ -507,7 +534,7 @@ def check_tied(model, name: str, file: Path):
 def save_weights(model, folder: Path, shard_bytes: int):
     """What Transformer.save_pretrained writes; an older save in other shards is removed."""
     c = model.config
-    tensors = {hf_name(name): p.detach() for name, p in model.named_parameters()}
+    tensors = {c.architecture.stored(name): p.detach() for name, p in model.named_parameters()}
     if {n: t.shape for n, t in tensors.items()} != tensor_shapes(c):
         raise ValueError("parameters differ from the config's: undo replaced modules first")
     shards = split_shards(tensors, shard_bytes)
@@ -621,6 +648,8 @@ class Cache:
     past a row's end may hold what a wrong guess left; no query sees them, and later tokens
     overwrite them."""
 
+    at_once = 1 + LONGEST_DRAFT  # tokens of a row in one pass
+
     def __init__(self, c: Config, B: int, columns: int, like):
         shape = (B, 2 * c.num_key_value_heads, columns, c.head_dim)  # keys, then values
         # Zeroed: a masked key weighs 0, but 0 times an uninitialised NaN would be NaN.
@@ -629,6 +658,10 @@ class Cache:
         self.steps = [partial(self.step, layer) for layer in range(c.num_hidden_layers)]
         self.column = torch.arange(columns, device=like.device)
         self.head = columns * torch.arange(shape[1], device=like.device)[:, None]
+
+    def prompts(self, rows: slice, lengths: list[int]):
+        """What stands in for attention in each layer while the prompts of some rows are read."""
+        return [partial(self.prefill, rows, layer) for layer in range(len(self.kv))]
 
     def prefill(self, rows: slice, layer: int, q, k, v):
         """Causal attention over the prompts of some rows, whose keys and values are kept."""
@@ -718,7 +751,7 @@ def decode(model, rows: list[Row], eos_id):
     """Let the rows of one batch say all they will."""
     like, columns = model.embed_tokens.weight, max(row.end - row.begin for row in rows)
     rope = model.rope(torch.arange(columns, device=like.device))  # [columns, hd]
-    cache = Cache(model.config, len(rows), columns, like)
+    cache = (model.config.architecture.cache or Cache)(model.config, len(rows), columns, like)
     chosen = read_prompts(model, cache, rows)
     while True:
         alive = [row.add(ids, eos_id) for row, ids in zip(rows, chosen)]
@@ -747,8 +780,7 @@ def read_prompts(model, cache: Cache, rows: list[Row]) -> list[list[int]]:
         texts = [row.ids[row.begin:] for row in rows[part]]
         lengths = [len(text) for text in texts]
         padded = [text + [0] * (max(lengths) - len(text)) for text in texts]
-        attend = [partial(cache.prefill, part, layer) for layer in range(len(model.layers))]
-        h = model.hidden(torch.tensor(padded, device=device), attend)  # [b, T, D]
+        h = model.hidden(torch.tensor(padded, device=device), cache.prompts(part, lengths))
         last = torch.tensor(lengths, device=device) - 1
         chosen += best_ids(model, h[torch.arange(len(h), device=device), last])
     return [[token] for token in chosen]
@@ -757,7 +789,7 @@ def read_prompts(model, cache: Cache, rows: list[Row]) -> list[list[int]]:
 def read_on(model, cache: Cache, rows: list[Row], rope) -> list[list[int]]:
     """One pass over each row's last id and what it may say next. Returns, for each row, the
     model's choice after each id that was read."""
-    read = [row.to_read() for row in rows]
+    read = [row.to_read()[:cache.at_once] for row in rows]
     position = cache.place([len(row.ids) - row.begin - 1 for row in rows], list(map(len, read)))
     ids = torch.tensor([[token for ids in read for token in ids]], device=position.device)
     h = model.hidden(ids, cache.steps, rope=[x[position] for x in rope])  # [1, N, D]
@@ -840,6 +872,10 @@ def check_values(c: Config):
         good = isinstance(scaling, dict) and all(is_positive(scaling.get(k)) for k in LLAMA3)
         need(good and scaling["low_freq_factor"] < scaling["high_freq_factor"], c, "rope_scaling",
              f"null, or llama3's with {', '.join(LLAMA3)} above 0, the low below the high one")
+    check_token_ids(c)
+
+
+def check_token_ids(c):
     for name in TOKEN_IDS:
         value = getattr(c, name)
         ids = value if name == "eos_token_id" and isinstance(value, list) else [value]

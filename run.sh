@@ -70,7 +70,7 @@ demo)
     if [[ "${1:---}" != --* ]]; then model="$1"; shift; fi ;;
 tofu | lume)
     [[ "${2:---}" != --* ]] ||
-        die "$1: name a model: llama2-7b, olmo-1b, tiny-llama, tiny-olmo, a folder, or hf:OWNER/NAME"
+        die "$1: name a model: llama2-7b, olmo-1b, tiny-llama, tiny-olmo, tiny-mamba, tiny-rwkv, a folder, or hf:OWNER/NAME"
     model="$2"
     shift 2 ;;
 unlearn)

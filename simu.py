@@ -131,6 +131,34 @@ def attribute(model: Transformer, batch: Batch, *, steps: int = 5, path: str = "
     return scores / steps
 
 
+class Prefixes:
+    """Keys and values of a layer's clean pass, and attention on them from the ends of prefixes. A
+    layer that hands on a state instead brings what starts from that (Architecture.prefixes)."""
+
+    def __init__(self, pos: Tensor):  # [B, A], where the prefixes end
+        self.pos = pos
+
+    def keep(self, q, k, v):
+        """The clean pass: causal attention."""
+        self.keys, self.values = k, v  # [B, K, T, hd]
+        return causal_attention(q, k, v)
+
+    def attend(self, q, k, v):
+        """Rows q [B, H, R, hd], k, v [B, K, R, hd], the ends of A prefixes each R / A times: a row
+        sees the clean keys and values of earlier positions and its own, nobody else's."""
+        B, K, T, hd = self.keys.shape
+        R = q.shape[2]
+        q = q.reshape(B, K, -1, R, hd) * hd ** -0.5  # [B, K, H/K, R, hd]
+        earlier = (q.flatten(2, 3) @ self.keys.transpose(-1, -2)).view(*q.shape[:4], T)
+        pos = self.pos.repeat(1, R // self.pos.shape[1])  # [B, R]
+        later = torch.arange(T, device=q.device) >= pos[..., None]  # [B, R, T]
+        earlier = earlier.masked_fill(later[:, None, None], float("-inf"))  # [B, K, H/K, R, T]
+        own = (q * k[:, :, None]).sum(-1, keepdim=True)  # [B, K, H/K, R, 1]
+        p = torch.cat([earlier, own], dim=-1).float().softmax(-1).to(q.dtype)  # [.., R, T+1]
+        mixed = (p[..., :T].flatten(2, 3) @ self.values).view_as(q) + p[..., T:] * v[:, :, None]
+        return mixed.reshape(B, -1, R, hd).transpose(1, 2).flatten(2)  # [B, R, H*hd]
+
+
 @dataclass
 class Clean:
     """One unscaled pass over a batch of B pairs, and what the second stream needs of it."""
@@ -139,67 +167,51 @@ class Clean:
     pos: Tensor  # [B, A], answer positions: where a sample's prefix ends
     labels: Tensor  # [B, A], the token that follows; IGNORE where an answer is shorter than A
     x0: Tensor  # [B, A, D], embeddings at pos
-    keys: list[Tensor]  # per layer [B, K, T, hd]
-    values: list[Tensor]  # per layer [B, K, T, hd]
+    prefixes: list[Prefixes]  # per layer
     mid: list[Tensor]  # per layer [B, A, D], residual stream below the MLP's output
     beta: list[Tensor]  # per layer [B, A, D]
 
 
-@torch.no_grad()
 def clean_run(model: Transformer, batch: Batch) -> Clean:
     """The clean pass of a batch; UserError if it holds no answer token."""
-    ids, targets = batch.ids, batch.targets
-    answer = targets != IGNORE  # [B, T]
+    answer = batch.targets != IGNORE  # [B, T]
     if not answer.any():
         raise UserError("a batch without answer tokens has nothing to attribute")
     A = int(answer.sum(1).max())
     # Answer positions first, in order; rows with shorter answers are padded, label IGNORE.
     pos = answer.int().argsort(dim=1, descending=True, stable=True)[:, :A]  # [B, A]
+    return clean_pass(model, batch.ids, pos, batch.targets.gather(1, pos))
 
+
+@torch.no_grad()
+def clean_pass(model: Transformer, ids: Tensor, pos: Tensor, labels: Tensor) -> Clean:
+    """The clean pass of ids [B, T], seen at positions pos [B, A]."""
     def at_answers(x):  # [B, T, D] -> [B, A, D]
         return x.gather(1, pos[..., None].expand(-1, -1, x.shape[-1]))
 
     h = model.embed(ids)  # [B, T, D]
-    clean = Clean(model, pos, targets.gather(1, pos), at_answers(h), [], [], [], [])
-    cos, sin = model.rope(torch.arange(ids.shape[1], device=ids.device))
+    clean = Clean(model, pos, labels, at_answers(h), [], [], [])
+    place = model.rope(torch.arange(ids.shape[1], device=ids.device))
     for block in model.layers:
-        q, k, v = block.qkv(h, cos, sin)
-        h = block.add_attention(h, causal_attention(q, k, v))
-        beta = block.beta(h)
-        clean.keys.append(k)
-        clean.values.append(v)
+        clean.prefixes.append((model.config.architecture.prefixes or Prefixes)(pos))
+        h, beta = block.parts(h, *place, clean.prefixes[-1].keep)
         clean.mid.append(at_answers(h))
         clean.beta.append(at_answers(beta))
         h = block.add_beta(h, beta)
     return clean
 
 
-def prefix_attention(clean: Clean, l: int, x: Tensor, pos: Tensor) -> Tensor:
-    """Rows x [B, R, D] with layer l's attention, each the last position of its own prefix: it sees
-    the clean keys and values of earlier positions and its own at pos [B, R], nobody else's."""
-    block = clean.model.layers[l]
-    keys, values = clean.keys[l], clean.values[l]  # [B, K, T, hd]
-    B, K, T, hd = keys.shape
-    cos, sin = clean.model.rope(pos)  # [B, R, hd]
-    q, k, v = block.qkv(x, cos, sin)
-    R = x.shape[1]
-    q = q.reshape(B, K, -1, R, hd) * hd ** -0.5  # [B, K, H/K, R, hd]
-    earlier = (q.flatten(2, 3) @ keys.transpose(-1, -2)).view(*q.shape[:4], T)  # [B, K, H/K, R, T]
-    later = torch.arange(T, device=x.device) >= pos[..., None]  # [B, R, T]
-    earlier = earlier.masked_fill(later[:, None, None], float("-inf"))
-    own = (q * k[:, :, None]).sum(-1, keepdim=True)  # [B, K, H/K, R, 1]
-    p = torch.cat([earlier, own], dim=-1).float().softmax(-1).to(x.dtype)  # [B, K, H/K, R, T+1]
-    mixed = (p[..., :T].flatten(2, 3) @ values).view_as(q) + p[..., T:] * v[:, :, None]
-    mixed = mixed.reshape(B, -1, R, hd).transpose(1, 2).flatten(2)  # [B, R, H*hd]
-    return block.add_attention(x, mixed)
+def prefix_parts(clean: Clean, l: int, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows x [B, R, D], the ends of A prefixes each R / A times, in layer l: the stream below its
+    MLP's output, and that output, each [B, R, D]."""
+    place = clean.model.rope(clean.pos.repeat(1, x.shape[1] // clean.pos.shape[1]))
+    return clean.model.layers[l].parts(x, *place, clean.prefixes[l].attend)
 
 
-def upper_layers(clean: Clean, l: int, x: Tensor, pos: Tensor) -> Tensor:
+def upper_layers(clean: Clean, l: int, x: Tensor) -> Tensor:
     """Rows x [B, R, D] that left layer l, through the layers above it: [B, R, D]."""
     for u in range(l + 1, len(clean.model.layers)):
-        block = clean.model.layers[u]
-        x = prefix_attention(clean, u, x, pos)
-        x = block.add_beta(x, block.beta(x))
+        x = clean.model.layers[u].add_beta(*prefix_parts(clean, u, x))
     return x
 
 
@@ -215,8 +227,7 @@ def last_node(clean: Clean) -> Tensor:
     with torch.enable_grad():
         x, activations = clean.x0, []
         for l, block in enumerate(clean.model.layers):
-            x = prefix_attention(clean, l, x, clean.pos)
-            a = block.beta(x)
+            x, a = prefix_parts(clean, l, x)
             if not a.requires_grad:  # the lowest layer: nothing below it is differentiated
                 a.requires_grad_()
             activations.append(a)
@@ -233,7 +244,7 @@ def layer_path(clean: Clean, l: int, steps: int) -> Tensor:
     with torch.enable_grad():
         a = (share[:, None, None] * beta[:, None]).requires_grad_()  # [B, J, A, D], Eq. 1a
         x = clean.model.layers[l].add_beta(clean.mid[l][:, None], a).flatten(1, 2)  # [B, R, D]
-        x = upper_layers(clean, l, x, clean.pos.repeat(1, J))
+        x = upper_layers(clean, l, x)
         grad, = torch.autograd.grad(sum_log_p(clean, x, clean.labels.repeat(1, J)), a)
     return (beta.float()[:, None] * grad.float()).sum((0, 1, 2))
 
@@ -252,7 +263,7 @@ def neuron_path(clean: Clean, l: int, steps: int, *, rows: int = 4096) -> Tensor
             unit = F.one_hot(neurons, D).to(beta.dtype)[:, None, None]  # [C, 1, 1, D]
             whole = beta[:, None, None] + (a - b)[..., None] * unit  # [B, C, J, A, D]
             x = clean.model.layers[l].add_beta(clean.mid[l][:, None, None], whole)
-            x = upper_layers(clean, l, x.flatten(1, 3), clean.pos.repeat(1, C * J))
+            x = upper_layers(clean, l, x.flatten(1, 3))
             grad, = torch.autograd.grad(sum_log_p(clean, x, clean.labels.repeat(1, C * J)), a)
         scores[neurons] += (b.float() * grad.float()).sum((0, 2, 3))
     return scores

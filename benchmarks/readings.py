@@ -42,7 +42,7 @@ def by_sample(model, batch, nodes, *, probability=False, absolute=False):
                 with torch.enable_grad():
                     a = (node * beta).requires_grad_()
                     x = model.layers[l].add_beta(clean.mid[l], a)
-                    x = simu.upper_layers(clean, l, x, clean.pos)
+                    x = simu.upper_layers(clean, l, x)
                     log_p = model.logits(model.norm(x)).log_softmax(-1)  # [B, A, V]
                     log_p = log_p.gather(-1, clean.labels.clamp_min(0)[..., None]).squeeze(-1)
                     log_p = log_p[clean.labels != IGNORE]

@@ -10,18 +10,20 @@ import os
 import re
 import shutil
 import weakref
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import simu
 from data import Encoded
-from model import LOGITS, Config, Transformer, UserError, attention_of_rows
+from model import LOGITS, Cache, Config, Transformer, UserError, attention_of_rows
 from pipeline import hub
 from pipeline.settings import (Settings, choose_device, choose_dtype, load_benchmark, resolve,
                                tiny_config)
@@ -139,13 +141,10 @@ def need(s: Settings, config: Config, name: str, method: str | None = None, *, d
         return n
     model = _meta(config, dtype).requires_grad_(False)
     weights = sum(p.nbytes for p in model.parameters())
-    with LiveBytes(*model.parameters()) as live:
-        if name == "attribute":
-            _trace_attribution(model, s, longest, answer)
-            return Need(weights, 0, 0, live.peak - weights)
-        if name == "evaluate":
-            beside = _trace_evaluation(model, s, longest, answer)
-            return Need(weights, 0, 0, beside + live.peak - weights)
+    if name == "attribute":
+        return Need(weights, 0, 0, _trace_attribution(model, s, longest, answer))
+    if name == "evaluate":
+        return Need(weights, 0, 0, _trace_evaluation(model, s, longest, answer))
     raise ValueError(f"no plan for stage {name!r}")
 
 
@@ -174,12 +173,25 @@ class _Fused(torch.autograd.Function):
         return tuple(torch.empty_like(t) for t in ctx.saved_tensors[:3])
 
 
-def _attend(s: Settings, q, k, v):
-    """In causal_attention's place: [B, T, H*hd]."""
+@contextmanager
+def _fused_attention(s: Settings):
+    """Puts it in the place of torch's, wherever a model calls for that, also when it recomputes."""
+    own = F.scaled_dot_product_attention
     on_cpu = s.device == "cpu" or s.device == "auto" and not torch.cuda.is_available()
-    wide = on_cpu and q.dtype == torch.bfloat16  # as causal_attention has it there
-    y = _Fused.apply(*(x.float() if wide else x for x in (q, k, v))).to(q.dtype)
-    return y.transpose(1, 2).flatten(2)
+
+    def fused(q, k, v, **_):
+        wide = on_cpu and q.dtype == torch.bfloat16  # as causal_attention has it there
+        return _Fused.apply(*(x.float() if wide else x for x in (q, k, v))).to(q.dtype)
+
+    F.scaled_dot_product_attention = fused
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = own
+
+
+def _ids(B: int, T: int):
+    return torch.zeros(B, T, dtype=torch.int64, device="meta")
 
 
 def _unlearning(s, config, method, dtype, critical, longest, answer) -> Need:
@@ -199,8 +211,8 @@ def _unlearning(s, config, method, dtype, critical, longest, answer) -> Need:
                  sum(w.weight.grad.nbytes for w in moving),
                  sum(w.m.nbytes + w.h.nbytes + w.master.nbytes * (w.master.dtype != dtype)
                      for w in moving)]
-        with LiveBytes(*weights.values(), *(t for w in moving
-                                            for t in (w.weight.grad, w.master, w.m, w.h))) as live:
+        state = (t for w in moving for t in (w.weight.grad, w.master, w.m, w.h))
+        with LiveBytes(*weights.values(), *state) as live, _fused_attention(s):
             _trace_pass(model, s, longest, answer)
             simu.apply_updates(moving, _one_update(s), scale=1.0, generator=None)
         return Need(*sizes, live.peak - sum(sizes))
@@ -218,9 +230,11 @@ def _trace_pass(model, s, longest, answer):
     B, longest = _widest(s.micro_tokens, longest, s.batch)
     answer = min(answer, longest)
     n = torch.arange(B * answer, device="meta")
-    places = torch.arange(B * longest, device="meta")
-    h = model.hidden(places[None], partial(attention_of_rows, places, (B, longest),
-                                           attend=partial(_attend, s)))[0, n]  # [B * answer, D]
+    if model.config.architecture.packs:  # as hidden_at, which must know what is padding
+        places = torch.arange(B * longest, device="meta")
+        h = model.hidden(places[None], partial(attention_of_rows, places, (B, longest)))[0, n]
+    else:
+        h = model.hidden(_ids(B, longest))[n % B, n // B]  # [B * answer, D]
     _, grad = simu.backward_head(model, h.detach(), n, [answer] * B,
                                  lambda answers, own: answers.nll.sum())
     h.backward(grad)
@@ -236,39 +250,43 @@ def _one_update(s):
     return update
 
 
-def _trace_attribution(model, s, longest, answer):
-    """`attribute` where it is widest: the lowest layer's path goes through all layers above."""
-    c = model.config
+def _trace_attribution(model, s, longest, answer) -> int:
+    """Bytes beside the weights of `attribute` where it is widest: the lowest layer's path goes
+    through all layers above."""
     B, longest = _widest(s.attribution_tokens // max(1, s.steps - 1), longest, most=ANY_NUMBER)
-    answer = min(answer, longest)
-
-    def each(*shape):
-        return [model.embed_tokens.weight.new_empty(shape) for _ in model.layers]
-
-    kv = (B, longest, c.num_key_value_heads, c.head_dim)
-    positions = torch.zeros(B, answer, dtype=torch.int64, device="meta")
-    clean = simu.Clean(
-        model, pos=positions, labels=positions, x0=each(B, answer, c.hidden_size)[0],
-        keys=[k.transpose(1, 2) for k in each(*kv)],  # [B, K, T, hd]
-        values=[v.transpose(1, 2) for v in each(*kv)],
-        mid=each(B, answer, c.hidden_size), beta=each(B, answer, c.hidden_size))
-    simu.last_node(clean)
-    if s.steps > 1:
-        (simu.layer_path if s.path == "layer" else simu.neuron_path)(clean, 0, s.steps)
+    pos = _ids(B, min(answer, longest))
+    with LiveBytes(*model.parameters()) as live, _fused_attention(s):
+        clean = simu.clean_pass(model, _ids(B, longest), pos, pos)
+        simu.last_node(clean)
+        if s.steps > 1:
+            (simu.layer_path if s.path == "layer" else simu.neuron_path)(clean, 0, s.steps)
+    return live.peak - sum(p.nbytes for p in model.parameters())
 
 
 @torch.no_grad()
 def _trace_evaluation(model, s, longest, answer) -> int:
-    """A pass of `eval_tokens`; returns the bytes of the cache, the logits and the mask of answers to
-    one question to be had beside."""
+    """Bytes beside the weights of a pass of `eval_tokens`, with the cache, the logits and the mask
+    of answers to one question to be had beside it."""
     c = model.config
     B, T = _widest(s.eval_tokens, longest, most=ANY_NUMBER)
-    model.hidden(torch.zeros(B, T, dtype=torch.int64, device="meta"), partial(_attend, s))
-    cache = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * s.eval_tokens
+    with LiveBytes(*model.parameters()) as live, _fused_attention(s):
+        model.hidden(_ids(B, T))
+    peak = live.peak - sum(p.nbytes for p in model.parameters())
+    if c.architecture.packs:
+        shared = min(s.eval_tokens, longest + (ANSWERS - 1) * answer)  # tokens of a pack
+        mask = s.eval_tokens * shared * (1 + c.num_attention_heads // c.num_key_value_heads)
+        peak += mask * model.embed_tokens.weight.itemsize
     logits = 2 * LOGITS * torch.float32.itemsize  # and their log-softmax
-    shared = min(s.eval_tokens, longest + (ANSWERS - 1) * answer)  # tokens of a pack
-    mask = s.eval_tokens * shared * (1 + c.num_attention_heads // c.num_key_value_heads)
-    return (cache + mask) * model.embed_tokens.weight.itemsize + logits
+    return peak + logits + max(_cache(model, 1, s.eval_tokens), _cache(model, B, 1))
+
+
+def _cache(model, B: int, columns: int) -> int:
+    """Bytes kept of B rows of so many tokens: keys and values grow with both, states with B."""
+    kind = model.config.architecture.cache or Cache
+    cache = kind(model.config, B, columns, model.embed_tokens.weight)
+    model.hidden(_ids(B, 1), cache.prompts(slice(0, B), [1] * B))
+    kept = (t for t in tree_leaves(vars(cache)) if isinstance(t, torch.Tensor))
+    return sum(t.nbytes for t in kept if t.is_floating_point())
 
 
 # ------------------------------------------------------------------------------------ will it fit

@@ -18,10 +18,13 @@ import eval as evaluation
 import simu
 from data import DECAY, POSITIVE, at_least, option
 from model import Config, Transformer, UserError, read_json
+from pipeline import mixers
 
 HERE = Path(__file__).resolve().parent.parent  # the repository
 BENCHMARKS = ("demo", "tofu", "lume", "rows")  # rows: files of the user's own
-MODELS = ("llama2-7b", "olmo-1b", "llama3.2-1b", "smollm2-135m", "tiny-llama", "tiny-olmo")
+TINY_MODELS = {"tiny-llama": "llama", "tiny-olmo": "olmo", "tiny-mamba": "mamba2",
+               "tiny-rwkv": "rwkv7"}  # made here, of this model_type
+MODELS = ("llama2-7b", "olmo-1b", "llama3.2-1b", "smollm2-135m", *TINY_MODELS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,12 +214,18 @@ def default_data() -> str:
 
 
 def tiny_config(s: Settings, tokenizer) -> Config:
-    """A small LLaMA (grouped kv heads) or OLMo (tied head), of s.width and s.depth."""
-    llama, head = s.model == "tiny-llama", 32
+    """A small LLaMA (grouped kv heads), OLMo (tied head) or one of `mixers`, of s.width and
+    s.depth."""
+    kind, head = TINY_MODELS[s.model], 32
     if s.width % (2 * head):
         raise UserError(f"--width {s.width} is not a multiple of {2 * head}")
+    if kind in mixers.TINY:
+        return mixers.TINY[kind](
+            vocab_size=tokenizer.vocab_size, width=s.width, depth=s.depth, context=s.context,
+            bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id)
+    llama = kind == "llama"
     return Config(
-        model_type="llama" if llama else "olmo", vocab_size=tokenizer.vocab_size,
+        model_type=kind, vocab_size=tokenizer.vocab_size,
         hidden_size=s.width, intermediate_size=4 * s.width, num_hidden_layers=s.depth,
         num_attention_heads=s.width // head, head_dim=head,
         num_key_value_heads=s.width // head // (2 if llama else 1),
@@ -263,7 +272,7 @@ CELLS = {
     ("tofu", "smollm2-135m"): TOFU | SMOLLM2,
     ("lume", "smollm2-135m"): LUME | SMOLLM2 | dict(template="raw"),
 } | {(benchmark, model): TINY | own for benchmark, own in TINY_ON.items()
-     for model in ("tiny-llama", "tiny-olmo")}
+     for model in TINY_MODELS}
 
 
 def cell_defaults(benchmark: str, model: str, method: str) -> dict:

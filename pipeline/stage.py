@@ -32,7 +32,8 @@ import simu
 from model import UserError, read_json, write_json, write_text
 from pipeline.reach import code_digest
 from pipeline.resume import RESUME, Checkpoints
-from pipeline.settings import Making, Settings, Source, data_digests, settings_of, taken
+from pipeline.settings import (TINY_MODELS, Making, Settings, Source, data_digests, settings_of,
+                               taken)
 
 OLDEST_TORCH = (2, 5)  # the first with enable_gqa; run.sh asks for it too
 LONGEST_MESSAGE = 1000  # characters of an error message, which may quote a damaged file
@@ -161,7 +162,7 @@ def table_rows(s: Settings, takes: tuple) -> dict[str, str | None]:
 def architecture(s: Settings) -> str | None:
     """The run's model_type, where it is known already."""
     if s.tiny and not s.weights:
-        return "llama" if s.model == "tiny-llama" else "olmo"
+        return TINY_MODELS[s.model]
     given = [Path(x) for x in (s.weights, s.model) if Path(x).is_absolute()]
     for folder in (s.run / "original", *given):
         if (folder / "config.json").is_file():

@@ -25,7 +25,8 @@ UNPORTABLE = {"fcntl", "resource", "pwd", "grp", "termios"}
 
 def module_files():
     return {p.stem: p for p in ROOT.glob("*.py")} | {
-        f"pipeline.{p.stem}": p for p in (ROOT / "pipeline").glob("*.py") if p.stem != "__init__"}
+        ".".join(p.relative_to(ROOT).with_suffix("").parts): p
+        for p in (ROOT / "pipeline").rglob("*.py") if "demo" not in p.parts and p.stem != "__init__"}
 
 
 def imports(path, files) -> tuple[set, set]:
@@ -146,7 +147,7 @@ def test_what_an_edit_makes_again(tmp_path, monkeypatch, file, old, new, again):
     for name, path in reach.FOLLOWED.items():
         if path.is_file():
             copied[name] = tmp_path / path.relative_to(ROOT)
-            copied[name].parent.mkdir(exist_ok=True)
+            copied[name].parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(path, copied[name])
     text = (tmp_path / file).read_text()
     assert old in text

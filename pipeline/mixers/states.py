@@ -1,0 +1,96 @@
+"""What stands in for keys and values where layers hand on a state instead.
+
+Where an attention layer calls attend(q, k, v), such a layer calls attend(op, *u): u [B, T, ...] is
+what each position gives, and op(state, before, *u) -> y [B, T, ...], states. `state` is what earlier
+texts left, a list of tensors [B, ...] (None: nothing); `states` what stands before the positions
+`before` [B, A], each from 0 to T (None: nobody asks): a list of tensors [B, A, ...].
+"""
+
+from dataclasses import fields
+
+import torch
+
+from model import LARGEST_SIZE, MOST_LAYERS, check_token_ids, is_int, is_positive, need
+
+
+def from_nothing(op, *u):
+    """Architecture.attend: whole texts."""
+    return op(None, None, *u)[0]
+
+
+class StatePrefixes:
+    """Architecture.prefixes: the clean states before the positions pos [B, A] of one layer, and
+    rows that start from them."""
+
+    def __init__(self, pos):
+        self.pos, self.states = pos, {}
+
+    def keep(self, op, *u):
+        y, self.states[op] = op(None, self.pos, *u)
+        return y
+
+    def attend(self, op, *u):
+        """Rows u [B, R, ...], the ends of A prefixes each R / A times -> y [B, R, ...]"""
+        B, R = u[0].shape[:2]
+        state = [s.repeat(1, R // s.shape[1], *[1] * (s.dim() - 2)).flatten(0, 1)  # [B * R, ...]
+                 for s in self.states[op]]
+        y, _ = op(state, None, *(x.flatten(0, 1)[:, None] for x in u))  # [B * R, 1, ...]
+        return y.view(B, R, *y.shape[2:])
+
+
+class StateCache:
+    """Architecture.cache: the states of B rows, each after its last token."""
+
+    at_once = 1  # what was read on a wrong guess could not be taken back
+
+    def __init__(self, c, B: int, columns: int, like):
+        self.B, self.device, self.states = B, like.device, {}
+        self.steps = self.step
+
+    def prompts(self, rows: slice, lengths: list[int]):
+        ends = torch.tensor(lengths, device=self.device)[:, None]  # [b, 1]
+
+        def read(op, *u):
+            y, states = op(None, ends, *u)
+            kept = self.states.setdefault(op, [s.new_zeros(self.B, *s.shape[2:]) for s in states])
+            for whole, s in zip(kept, states):
+                whole[rows] = s[:, 0]
+            return y
+        return read
+
+    def place(self, begin: list[int], counts: list[int]):
+        """counts are all 1: the next pass reads one token of each row, at the positions begin."""
+        self.end = torch.ones(len(begin), 1, dtype=torch.int64, device=self.device)
+        return torch.tensor(begin, device=self.device)
+
+    def step(self, op, *u):
+        """u [1, B, ...], a position of each row -> y [1, B, ...]"""
+        y, states = op(self.states[op], self.end, *(x.transpose(0, 1) for x in u))
+        self.states[op] = [s[:, 0] for s in states]
+        return y.transpose(0, 1)
+
+    def keep(self, rows):
+        self.states = {op: [s[rows] for s in own] for op, own in self.states.items()}
+
+
+def gather_before(x, before):
+    """x [B, T + 1, ...], before [B, A] -> [B, A, ...]"""
+    index = before.view(*before.shape, *[1] * (x.dim() - 2)).expand(-1, -1, *x.shape[2:])
+    return x.gather(1, index)
+
+NO_LIMIT = 1 << 24  # positions, where nothing is said: a state is no longer for a longer text
+
+
+def check_fields(c):
+    """UserError unless a config's whole numbers, numbers, flags and token ids are such."""
+    for f in fields(c):
+        value = getattr(c, f.name)
+        if f.type is int:
+            largest = MOST_LAYERS if f.name == "num_hidden_layers" else LARGEST_SIZE
+            need(is_int(value) and 0 < value <= largest, c, f.name,
+                 f"a whole number above 0, at most {largest}")
+        elif f.type is float:
+            need(is_positive(value), c, f.name, "a number above 0")
+        elif f.type is bool:
+            need(isinstance(value, bool), c, f.name, "true or false")
+    check_token_ids(c)
