@@ -24,6 +24,7 @@ import dataclasses
 import io
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -43,7 +44,7 @@ from tqdm import tqdm
 import data
 import eval as evaluation
 import simu
-from model import Transformer, UserError, read_tensors, write_json, write_text
+from model import Transformer, UserError, has_types, read_tensors, write_json, write_text
 from pipeline import settings
 from pipeline.columns import table
 from pipeline.original import original_stage
@@ -319,6 +320,9 @@ def run_each(function, items: list, jobs: int, title: str):
             pool.shutdown(cancel_futures=True)
 
 
+LINE = dict(key=str, arm=str, seed=int, frontier=bool, values=dict)  # of points.jsonl
+
+
 def read_lines(path: Path) -> list[dict]:
     """The lines of a points*.jsonl. One that a killed process tore at the file's end is left out;
     UserError for any other that no sweep wrote."""
@@ -327,7 +331,9 @@ def read_lines(path: Path) -> list[dict]:
     for n, text in enumerate(whole.splitlines(), 1):
         try:
             line = json.loads(text)
-            good = isinstance(line, dict) and line.pop("digest", "") == digest(line)
+            good = (has_types(line, LINE) and line.pop("digest", "") == digest(line)
+                    and all(type(x) in (int, float) and math.isfinite(x)
+                            for x in (line.get("lr"), *line["values"].values())))
         except (ValueError, RecursionError):
             good = False
         if not good:

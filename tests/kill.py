@@ -10,8 +10,10 @@ be torn, which a clock would never hit. Odd runs are killed the other way round.
 command runs to its end.
 
 Compared: every file of the run. Wall times and memory differ from run to run, so these and nothing
-else are left out: `seconds` and `peak_*` in stage.json and in report.json's costs, the dates of
-files in stage.json, and the rows of the table "Time and memory" in report.md. A file too many or too few counts as a difference.
+else are left out: `seconds` and `peak_*` in stage.json and in report.json's costs, `seconds` in
+points.jsonl, the digests of those lines and files of themselves, the dates of files in stage.json,
+and the rows of the table "Time and memory" in report.md. A file too many or too few counts as a
+difference.
 """
 
 import json
@@ -34,12 +36,12 @@ import simu  # noqa: E402
 from pipeline import resume  # noqa: E402
 from pipeline.__main__ import main as command_line  # noqa: E402
 
-SIZE = ("--data {data} --width 64 --depth 2 --vocab 500 --context 160 --max-total-tokens 40 "
-        "--forget-groups 1 --retain-groups 2 --steps 3 --attribution-tokens 400 --learn-epochs 4 "
-        "--light-epochs 4 --learn-batch 8 --resume-cost 0.3")
-COMMANDS = ("original", "attribute", "mask", "unlearn --method fo --epochs 8",
-            "unlearn --method so --epochs 8 --state bfloat16",
-            "unlearn --method simu --epochs 4 --eval-epochs")
+SIZE = ("--data {data} --width 64 --depth 1 --vocab 500 --context 160 --max-total-tokens 40 "
+        "--forget-groups 1 --retain-groups 2 --rows-per-author 4 --steps 2 --learn-epochs 2 "
+        "--light-epochs 2 --learn-batch 8 --learn-state bfloat16 --resume-cost 0.3")
+COMMANDS = ("original", "attribute", "mask --mask soft", "unlearn --method fo --epochs 8",
+            "unlearn --method so --objective npo --epochs 8 --state bfloat16",
+            "unlearn --method simu --mask soft --epochs 4 --eval-epochs")
 SHORT = ("original", "attribute", "mask", "unlearn --method simu --epochs 8")
 KEPT = 6  # generations between two writes of those so far, so that a micro evaluation has some
 EMPTIES = {"os.remove", "os.rmdir"}
@@ -47,18 +49,25 @@ TOUCHES = EMPTIES | {"os.rename", "os.mkdir", "os.truncate", "shutil.rmtree"}
 MADE = re.compile(r"\[([\w/-]+)\] ([\d.]+ s,|already)")
 
 
+def size_words(size: str = SIZE) -> list[str]:
+    return size.format(data=ROOT / "pipeline" / "demo").split()
+
+
 def stages(run: Path, size: str, commands):
     for command in commands:
         name, *options = command.split()
-        command_line([name, "demo", "tiny-llama", "--out", str(run),
-                      *size.format(data=ROOT / "pipeline" / "demo").split(), *options])
+        command_line([name, "demo", "tiny-llama", "--out", str(run), *size_words(size), *options])
 
 
-def pipeline(run: Path):
-    """What run.sh does, in this process."""
-    stages(run, SIZE, COMMANDS)
-    command_line(["evaluate", str(run)])
-    command_line(["report", str(run)])
+def pipeline(folder: Path):
+    """What run.sh does, in this process: a run, its attacks and requests, and a sweep."""
+    run, sweep = str(folder / "run"), str(folder / "sweep")
+    stages(folder / "run", SIZE, COMMANDS)
+    command_line(["evaluate", run])
+    command_line(["report", run])
+    command_line(["attack", run, "simu-soft-graddiff", "--requests", "1"])
+    command_line(["sweep", "demo", "tiny-llama", "--out", sweep, "--seeds", "1", "--jobs", "1",
+                  *size_words(), *"--arms fo simu --factors 1 --no-variants --epochs 4".split()])
 
 
 def short_pipeline(run: Path):
@@ -140,7 +149,7 @@ def undisturbed(work, run: Path):
             break
         names = child.made
     child.end()
-    return [*names, "report"], seconds, int(child.told[-1].split()[1])
+    return [*names, "sweep"], seconds, int(child.told[-1].split()[1])
 
 
 def snapshot(run: Path) -> dict[str, object]:
@@ -156,6 +165,9 @@ def snapshot(run: Path) -> dict[str, object]:
                     del part[key]
             for sealed in content.get("files", {}).values() if path.name == "stage.json" else ():
                 del sealed[2]  # when the file was written
+        if path.name == "points.jsonl":
+            content = [{k: v for k, v in json.loads(line).items() if k not in ("seconds", "digest")}
+                       for line in content.splitlines()]
         if path.name == "report.md":
             content = re.sub(rb"## Time and memory\n.*?\n(?=## )", b"", content, flags=re.S)
         files[str(path.relative_to(run))] = content
