@@ -31,47 +31,52 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import fuzz  # noqa: E402
+import torch._dynamo  # noqa: E402, F401  attribution loads it: here once, not in every fork
+
 import eval as evaluation  # noqa: E402
 import simu  # noqa: E402
 from pipeline import resume  # noqa: E402
 from pipeline.__main__ import main as command_line  # noqa: E402
 
-SIZE = ("--data {data} --width 64 --depth 1 --vocab 500 --context 160 --max-total-tokens 40 "
-        "--forget-groups 1 --retain-groups 2 --rows-per-author 4 --steps 2 --learn-epochs 2 "
-        "--light-epochs 2 --learn-batch 8 --learn-state bfloat16 --resume-cost 0.3")
-COMMANDS = ("original", "attribute", "mask --mask soft", "unlearn --method fo --epochs 8",
-            "unlearn --method so --objective npo --epochs 8 --state bfloat16",
-            "unlearn --method simu --mask soft --epochs 4 --eval-epochs")
-SHORT = ("original", "attribute", "mask", "unlearn --method simu --epochs 8")
-KEPT = 6  # generations between two writes of those so far, so that a micro evaluation has some
+SIZE = ("--data {data} --width 64 --depth 2 --vocab 400 --context 96 --max-total-tokens 40 "
+        "--max-new-tokens 12 --rows-per-author 1 --steps 2 --learn-epochs 12 --light-epochs 8 "
+        "--attribution-tokens 100 --learn-batch 4 --learn-state bfloat16 --batch 2 "
+        "--resume-cost 0.3")
+COMMANDS = ("original", "attribute", "mask --mask soft", "unlearn --method fo --epochs 16",
+            "unlearn --method so --objective npo --epochs 16 --state bfloat16",
+            "unlearn --method simu --mask soft --epochs 8 --eval-epochs")
+SHORT = ("original", "attribute", "mask", "unlearn --method simu --epochs 16")
+KEPT = 2  # generations between two writes of those so far, so that a micro evaluation has some
 EMPTIES = {"os.remove", "os.rmdir"}
 TOUCHES = EMPTIES | {"os.rename", "os.mkdir", "os.truncate", "shutil.rmtree"}
 MADE = re.compile(r"\[([\w/-]+)\] ([\d.]+ s,|already)")
 
 
-def size_words(size: str = SIZE) -> list[str]:
-    return size.format(data=ROOT / "pipeline" / "demo").split()
-
-
-def stages(run: Path, size: str, commands):
+def stages(run: Path, benchmark: str, size: list[str], commands):
     for command in commands:
         name, *options = command.split()
-        command_line([name, "demo", "tiny-llama", "--out", str(run), *size_words(size), *options])
+        command_line([name, benchmark, "tiny-llama", "--out", str(run), *size, *options])
+
+
+def micro(folder: Path) -> list[str]:
+    """SIZE, with the data beside the folder that is killed in."""
+    return SIZE.format(data=folder.parent / "data").split()
 
 
 def pipeline(folder: Path):
     """What run.sh does, in this process: a run, its attacks and requests, and a sweep."""
     run, sweep = str(folder / "run"), str(folder / "sweep")
-    stages(folder / "run", SIZE, COMMANDS)
-    command_line(["evaluate", run])
+    stages(folder / "run", "tofu", micro(folder), COMMANDS)
+    command_line(["evaluate", run, "original", "simu-soft-graddiff"])
     command_line(["report", run])
     command_line(["attack", run, "simu-soft-graddiff", "--requests", "1"])
-    command_line(["sweep", "demo", "tiny-llama", "--out", sweep, "--seeds", "1", "--jobs", "1",
-                  *size_words(), *"--arms fo simu --factors 1 --no-variants --epochs 4".split()])
+    command_line(["sweep", "tofu", "tiny-llama", "--out", sweep, *micro(folder), "--seeds", "1",
+                  *"--jobs 1 --arms fo simu --factors 1 --no-variants --epochs 8".split()])
 
 
 def short_pipeline(run: Path):
-    stages(run, SIZE, SHORT)
+    stages(run, "tofu", micro(run), SHORT)
 
 
 def die_at(operation: int, run: Path) -> list[int]:
@@ -200,7 +205,7 @@ def disturb(work, run: Path, number: int, names, seconds, operations, rng):
 
 # ------------------------------------------------------------------------------- what it costs
 
-COST = ("--data {data} --learn-epochs 10", ("original",))  # retain-only at the demo's own size
+COST = ("demo", ["--learn-epochs", "10"], ("original",))  # retain-only at the demo's own size
 
 
 def timed_stage(run: Path):
@@ -259,6 +264,7 @@ def main():
     work = short_pipeline if short else pipeline
     with tempfile.TemporaryDirectory() as folder:
         run, begin = Path(folder) / "run", time.monotonic()
+        fuzz.make_data(Path(folder))
         names, seconds, operations = undisturbed(work, run)
         print(f"undisturbed: {sum(seconds):.1f} s, {len(names)} stages, {operations} operations "
               "on files")
