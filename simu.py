@@ -28,7 +28,7 @@ Not here: several GPUs, quantised training, adapters.
 import dataclasses
 import random
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Callable
 

@@ -326,6 +326,8 @@ LINE = dict(key=str, arm=str, seed=int, frontier=bool, values=dict)  # of points
 def read_lines(path: Path) -> list[dict]:
     """The lines of a points*.jsonl. One that a killed process tore at the file's end is left out;
     UserError for any other that no sweep wrote."""
+    if not path.is_file():  # a pipe would be waited for
+        raise UserError(f"{path} is not a plain file; delete it")
     whole, _, _ = path.read_text(encoding="ascii", errors="replace").rpartition("\n")
     lines = []
     for n, text in enumerate(whole.splitlines(), 1):

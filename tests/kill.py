@@ -40,12 +40,12 @@ from pipeline import resume  # noqa: E402
 from pipeline.__main__ import main as command_line  # noqa: E402
 
 SIZE = ("--data {data} --width 64 --depth 2 --vocab 400 --context 96 --max-total-tokens 40 "
-        "--max-new-tokens 12 --rows-per-author 1 --steps 2 --learn-epochs 12 --light-epochs 8 "
+        "--max-new-tokens 12 --rows-per-author 1 --steps 2 --learn-epochs 8 --light-epochs 4 "
         "--attribution-tokens 100 --learn-batch 4 --learn-state bfloat16 --batch 2 "
-        "--resume-cost 0.3")
-COMMANDS = ("original", "attribute", "mask --mask soft", "unlearn --method fo --epochs 16",
-            "unlearn --method so --objective npo --epochs 16 --state bfloat16",
-            "unlearn --method simu --mask soft --epochs 8 --eval-epochs")
+        "--resume-cost 0.2")
+COMMANDS = ("original", "attribute", "mask --mask soft",
+            "unlearn --method so --objective npo --epochs 8 --state bfloat16",
+            "unlearn --method simu --mask soft --epochs 6 --eval-epochs")
 SHORT = ("original", "attribute", "mask", "unlearn --method simu --epochs 16")
 KEPT = 2  # generations between two writes of those so far, so that a micro evaluation has some
 EMPTIES = {"os.remove", "os.rmdir"}
@@ -72,7 +72,7 @@ def pipeline(folder: Path):
     command_line(["report", run])
     command_line(["attack", run, "simu-soft-graddiff", "--requests", "1"])
     command_line(["sweep", "tofu", "tiny-llama", "--out", sweep, *micro(folder), "--seeds", "1",
-                  *"--jobs 1 --arms fo simu --factors 1 --no-variants --epochs 8".split()])
+                  *"--jobs 1 --arms fo simu --factors 1 --no-variants --epochs 4".split()])
 
 
 def short_pipeline(run: Path):
