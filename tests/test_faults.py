@@ -566,6 +566,21 @@ def as_program(w, command: str) -> list:
     return [sys.executable, "-m", "pipeline", *words_of(w, command)]
 
 
+def test_four_reports_at_once(w):
+    runs = [program(*as_program(w, "report run-tofu")) for _ in range(4)]
+    for run in runs:
+        stderr = run.communicate(timeout=300)[1]
+        assert run.returncode == 0, stderr
+    json.loads((w / "run-tofu/report.json").read_text("utf-8"))
+    assert not list((w / "run-tofu").glob(".report*"))
+
+
+def test_a_report_without_docstrings(w):
+    run = program(*as_program(w, "report run-tofu"), PYTHONOPTIMIZE="2")
+    stderr = run.communicate(timeout=300)[1]
+    assert run.returncode == 0, stderr
+
+
 @pytest.mark.parametrize("fault", ["weights: cut", "tokenizer: cut", "metrics: null"])
 def test_the_same_as_a_program(w, fault):
     spoil, commands, says = FAULTS[fault]
@@ -942,6 +957,15 @@ def test_run_sh_hands_words_on_for_every_seed(tmp_path):
     assert [j[2] for j in jobs if j[1] == "evaluate"] == [
         str(tmp_path / "cwd" / x) for x in ("a b", "a b-seed1")]
     assert jobs[8][2:5] == ["tofu", "tiny-llama", "--out"] and jobs[8][6:] == ["--seed", "1"]
+
+
+def test_no_module_is_imported_from_the_callers_folder(tmp_path):
+    for name in ("csv", "json", "torch", "re", "typing", "simu", "model", "pipeline"):
+        (tmp_path / f"{name}.py").write_text("open('OWNED', 'w')")
+    done = subprocess.run(["bash", ROOT / "run.sh", "sweep", "demo", "tiny-llama", "--seeds", "x"],
+                          cwd=tmp_path, text=True, capture_output=True)
+    assert fuzz.is_one_line(done.returncode, done.stderr) and "--seeds" in done.stderr, done.stderr
+    assert not (tmp_path / "OWNED").exists()
 
 
 def sources():
