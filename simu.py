@@ -871,7 +871,8 @@ def train(model: Transformer, moving: list[Moving], order: list, backward, recip
 def to_put_right(recipe: "Unlearning", lr: float) -> str:
     """What to change where numbers overflow: first what no recipe sets, if it was changed."""
     changed = [f"--{f.name.replace('_', '-')} (now {getattr(recipe, f.name):g})"
-               for f in fields(recipe) if f.name in CONSTANTS and getattr(recipe, f.name) != f.default]
+               for f in fields(recipe)
+               if f.name in CONSTANTS and getattr(recipe, f.name) != f.default]
     put_back = f"put back {' and '.join(changed)}, or " if changed else ""
     return f"{put_back}lower --lr (now {lr:g})"
 

@@ -290,7 +290,8 @@ class Stage:
         self._held.enter_context(lock(self.settings.run))
         self.folder.parent.mkdir(parents=True, exist_ok=True)
         mark = self.partial / RESUME / "fingerprint"
-        if self.partial.is_symlink() or not (mark.is_file() and mark.read_bytes() == self.fingerprint.encode()):
+        goes_on = mark.is_file() and mark.read_bytes() == self.fingerprint.encode()
+        if self.partial.is_symlink() or not goes_on:
             discard(self.partial)
             mark.parent.mkdir(parents=True)
             write_text(mark, self.fingerprint)
