@@ -18,6 +18,7 @@ import random
 import re
 import reprlib
 import shutil
+import signal
 import unicodedata
 from dataclasses import dataclass, field, fields, replace
 from datetime import date
@@ -33,6 +34,7 @@ from model import NO_TEXT, Config, UserError, read_json, whole_file, write_json,
 
 IGNORE = -100  # a target that is not predicted; also cross_entropy's default
 LONGEST_TOKEN = 1024  # characters: longer than any tokenizer's
+CHAT_SECONDS = 5  # that a chat template may take for one row
 
 # name: (before the question, after it, before the answer) [D14]. The prompt ends before the third.
 TEMPLATES = {
@@ -62,7 +64,9 @@ def at_least(low):
     return dict(ok=lambda x: low <= x < LIMIT, must=f"at least {low}, and below 2**31")
 
 
-POSITIVE = dict(ok=lambda x: 0 < x < LIMIT, must="a positive number below 2**31")
+LEAST = 2.0 ** -126  # what is smaller may be 0 in float32, where everything is computed
+POSITIVE = dict(ok=lambda x: LEAST <= x < LIMIT, must="at least 2**-126, and below 2**31")
+SCALE = dict(ok=lambda x: 1e-6 <= x <= 1e6, must="from 1e-6 to 1e6")
 FRACTION = dict(ok=lambda x: 0 < x <= 1, must="in (0, 1]")
 DECAY = dict(ok=lambda x: 0 <= x < 1, must="in [0, 1)")
 
@@ -284,8 +288,13 @@ def _compiled_chat(source: str):
     def tojson(value, ensure_ascii=False, **layout):
         return json.dumps(value, ensure_ascii=ensure_ascii, **layout)
 
-    env = sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
-                                        extensions=["jinja2.ext.loopcontrols"])
+    class Sandbox(sandbox.ImmutableSandboxedEnvironment):
+        intercepted_binops = {"**"}  # one operation that would run for ever
+
+        def call_binop(self, context, operator, left, right):
+            return left ** right if abs(right) < 100 else refuse(f"{right} is too high a power")
+
+    env = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
     env.filters["tojson"] = tojson
     # Llama 3's own date where it is told none: a run must say tomorrow what it says today.
     today = date(2024, 7, 26).strftime
@@ -302,16 +311,43 @@ def render_chat(tokenizer, turns: list[tuple[str, str]], *, ask: bool) -> str:
         raise UserError("the tokenizer has no chat template (chat_template in tokenizer_config.json"
                         f", or chat_template.jinja); choose --template "
                         f"{' or '.join(t for t in TEMPLATES if TEMPLATES[t])}")
+    most = 100_000 + 10 * sum(len(text) for _, text in turns)  # characters
     try:
-        return _compiled_chat(tokenizer.chat_template).render(
-            messages=[dict(role=role, content=text) for role, text in turns],
-            add_generation_prompt=ask, tools=None, documents=None, **tokenizer.special_tokens)
+        with _seconds(CHAT_SECONDS):
+            parts, size = [], 0
+            for part in _compiled_chat(tokenizer.chat_template).generate(
+                    messages=[dict(role=role, content=text) for role, text in turns],
+                    add_generation_prompt=ask, tools=None, documents=None,
+                    **tokenizer.special_tokens):
+                parts.append(part)
+                size += len(part)
+                if size > most:
+                    raise ValueError(f"it writes more than {most} characters")
+            return "".join(parts)
     except UserError:
         raise
     except Exception as e:  # whatever a stranger's template does
         roles = ", ".join(role for role, _ in turns)
         raise UserError(f"the model's chat template cannot write the turns {roles} ({one_line(e)});"
                         " choose another --template, or mend the rows") from None
+
+
+@contextlib.contextmanager
+def _seconds(limit: float):
+    """TimeoutError if the block takes longer, where the system and the thread allow it."""
+    def ring(*_):
+        raise TimeoutError(f"it takes more than {limit} s")
+    try:
+        handler = signal.signal(signal.SIGALRM, ring)
+    except (AttributeError, ValueError):  # Windows; not the main thread
+        yield
+        return
+    before, _ = signal.setitimer(signal.ITIMER_REAL, limit)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, before)
+        signal.signal(signal.SIGALRM, handler)
 
 
 def one_line(error: BaseException) -> str:
@@ -487,8 +523,8 @@ def _json_lines(path: Path) -> list[tuple[str, dict]]:
         raise UserError(f"{path} is a folder, not a file; name the file")
     if not path.is_file():
         what = "is not a plain file" if path.exists() else "is missing"
-        raise UserError(f"{path} {what}; point --data or SIMU_DATA at the folder that holds "
-                        f"{path.parent.name}/{path.name}")
+        raise UserError(f"{path} {what}; name another, or point --data or SIMU_DATA at the folder "
+                        f"that holds {path.parent.name}/{path.name}")
     try:
         lines = path.read_bytes().decode("utf-8-sig").split("\n")
     except UnicodeDecodeError as e:

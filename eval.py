@@ -614,7 +614,7 @@ def _row_of(split: str, example: Example) -> dict:
     """A row as JSON gives it back. Of a plain text, its second half is what is asked for."""
     e = data.halved(example) if example.kind == "text" else example
     filled = json.loads(json.dumps(dataclasses.asdict(e)))
-    return {"split": split} | {k: v for k, v in filled.items() if v or k == "id"}
+    return {"split": split} | {k: v for k, v in filled.items() if v or k in ("id", "question")}
 
 
 def spread(examples: list, limit: int) -> list:

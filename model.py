@@ -991,6 +991,8 @@ class UserError(Exception):
 def read_json(path):
     """The JSON value in a file; UserError says which file is missing or broken."""
     path = Path(path)
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise UserError(f"{path} is not a plain file")  # a pipe would be waited for
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -1000,6 +1002,11 @@ def read_json(path):
     except (ValueError, RecursionError) as e:
         what = str(e).splitlines()[0]
         raise UserError(f"{path} is not valid JSON ({what}); fetch or make it again") from None
+
+
+def has_types(value, types: dict[str, type]) -> bool:
+    """Is a JSON value an object with fields of these types?"""
+    return isinstance(value, dict) and all(type(value.get(k)) is t for k, t in types.items())
 
 
 @contextlib.contextmanager

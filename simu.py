@@ -28,7 +28,7 @@ Not here: several GPUs, quantised training, adapters.
 import dataclasses
 import random
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Callable
 
@@ -37,7 +37,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from data import (DECAY, FRACTION, IGNORE, POSITIVE, Batch, Encoded, Example, at_least,
+from data import (DECAY, FRACTION, IGNORE, POSITIVE, SCALE, Batch, Encoded, Example, at_least,
                   batches_by_length, check_fields, collate, option)
 from model import LOGITS, Transformer, UserError, causal_attention
 
@@ -905,8 +905,7 @@ def train(model: Transformer, moving: list[Moving], order: list, backward, recip
             norm = torch.stack([w.weight.grad.float().norm() for w in moving]).norm().item()
             if not all(abs(x) < float("inf") for x in (norm, *losses.values())):
                 raise UserError(f"{title}: loss or gradient is not finite at update {step} of "
-                                f"{total}; lower --lr (now {lr:g}), or put back what was changed "
-                                "of the optimiser's or the objective's constants")
+                                f"{total}; {to_put_right(recipe, lr)}")
             rate = learning_rate(step, total, lr, recipe.warmup)
             generator.manual_seed(recipe.seed * 1_000_003 + step)
 
@@ -924,9 +923,18 @@ def train(model: Transformer, moving: list[Moving], order: list, backward, recip
             if record:
                 record(log[-1])
     if not all(torch.isfinite(w.master).all() for w in moving):
-        raise UserError(f"{title}: weights are not finite after the last update; lower --lr (now "
-                        f"{lr:g}), or put back what was changed of the optimiser's constants")
+        raise UserError(f"{title}: weights are not finite after the last update; "
+                        + to_put_right(recipe, lr))
     return log
+
+
+def to_put_right(recipe: "Unlearning", lr: float) -> str:
+    """What to change where numbers overflow: first what no recipe sets, if it was changed."""
+    changed = [f"--{f.name.replace('_', '-')} (now {getattr(recipe, f.name):g})"
+               for f in fields(recipe)
+               if f.name in CONSTANTS and getattr(recipe, f.name) != f.default]
+    put_back = f"put back {' and '.join(changed)}, or " if changed else ""
+    return f"{put_back}lower --lr (now {lr:g})"
 
 
 def unlearning_order(n_forget: int, n_retain: int, recipe: "Unlearning"
@@ -977,6 +985,8 @@ def unlearn(model: Transformer, forget: list[Encoded], retain: list[Encoded],
 # ------------------------------------------------------------------ settings and Tables 3-4
 
 PATHS = ("layer", "neuron")
+CONSTANTS = ("beta1", "beta2", "gamma", "eps", "adam_beta2", "adam_eps", "clip", "npo_beta",
+             "simnpo_beta", "simnpo_margin", "undial_strength", "weight_decay")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -1019,8 +1029,8 @@ class Unlearning:
                             choices=tuple(OBJECTIVES))
     attention: str = option("moving", "of masked methods: frozen follows the sentence after Eq. 7 "
                             "[D9]", choices=("moving", "frozen"))
-    npo_beta: float = option(0.1, "beta of NPO", **POSITIVE)
-    simnpo_beta: float = option(4.5, "beta of SimNPO", **POSITIVE)
+    npo_beta: float = option(0.1, "beta of NPO", **SCALE)
+    simnpo_beta: float = option(4.5, "beta of SimNPO", **SCALE)
     simnpo_margin: float = option(0.0, "gamma of SimNPO", **at_least(0))
     undial_strength: float = option(10.0, "how much UNDIAL lowers the answer's logit", **POSITIVE)
     lr: float = option(5e-6, "eta: peak learning rate", **POSITIVE)

@@ -51,7 +51,7 @@ import eval as evaluation
 import simu
 from eval import mean, rouge_l, rouge_words, spread
 from model import Config, Transformer, UserError, generate, read_json, write_json, write_text
-from pipeline.columns import label, table
+from pipeline.columns import definitions, label, table
 from pipeline.settings import (Level, Parser, Placement, Settings, Source, choose_dtype,
                                load_benchmark, placement, read_settings, settings_of)
 from pipeline.stage import (Stage, content, data_inputs, differences, finished_models, lock,
@@ -443,7 +443,7 @@ def write_report(s: Settings, found: dict, curves: dict):
                   "In brackets: not yet served, hence not to be forgotten yet."]
     if figure(s.run, found, curves):
         parts.append("![attacks](attack.png)")
-    parts += ["## Definitions", f"```\n{__doc__.strip()}\n```"]
+    parts += ["## Definitions", definitions(__doc__)]
     write_text(s.run / "attack.md", "\n\n".join(parts) + "\n")
     write_json(s.run / "attack.json", dict(settings=dataclasses.asdict(s), attacks=found,
                                            requests=curves))

@@ -202,10 +202,15 @@ def table_of(columns, found: list[dict], published: dict | None = None,
     return table(["Approach", *(header for header, _, _ in columns)], rows)
 
 
+def definitions(docstring: str | None) -> str:
+    """A module's docstring, which `python -OO` leaves out, as a part of a report."""
+    return f"```\n{(docstring or 'see the head of the file that computes them').strip()}\n```"
+
+
 def mask_line(mask: Path, s: Settings) -> str:
     """What a mask's folder holds, beside the published count."""
     lines = []
-    if (mask / "stage.json").is_file():
+    if (mask / "stage.json").is_file() and read_stage(mask).get("total"):
         note = read_stage(mask)
         per_layer = " ".join(map(str, note["critical_per_layer"]))
         lines.append(f"{note['critical']} of {note['total']}: "

@@ -52,6 +52,9 @@ def evaluate(run: Path, name: str, *, limit: int = 0, force: bool = False):
     if Path(name).name != name:
         raise UserError(f"{name} is not the bare name of a stage in {run}, such as original")
     job = evaluation_job(s, name, limit)
+    if other := differences(s.run / name, s, data_inputs(s)):
+        print(f"warning: {s.run / name} is not of what this run now holds, and no report will show "
+              f"it: {'; '.join(other)}", flush=True)
     if not job.is_made():
         with job as folder:
             make_evaluation(s, s.run / name, folder, limit)

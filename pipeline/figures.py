@@ -32,6 +32,7 @@ from data import sha256
 from model import UserError, read_json, read_tensors
 from pipeline.columns import PUBLISHED_CRITICAL, table
 from pipeline.settings import HERE, Parser
+from pipeline.stage import read_stage
 from pipeline.sweep import COLUMNS, write_csv
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart; markers say the same again.
@@ -136,6 +137,7 @@ def number(row: dict, name: str, kind=float):
 def read_scores(folder: Path, about: dict):
     """Forget and retain scores [L, D]."""
     if not (folder / "scores.csv").is_file():
+        read_stage(folder / "attribution")
         return read_tensors(folder / "attribution" / "scores.safetensors", ("forget", "retain"))
     rows = read_csv(folder, "scores.csv", ("layer", "neuron", "forget", "retain"), about)
     depth = 1 + max(number(r, "layer", int) or 0 for r in rows)

@@ -13,7 +13,6 @@ hf:open-unlearning/tofu_Llama-2-7b-chat-hf_retain90.
 HF_ENDPOINT, HF_TOKEN and the token of `hf auth login` are respected. Pickles are never fetched.
 """
 
-import contextlib
 import errno
 import hashlib
 import os
@@ -24,15 +23,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
-
 import data
 from model import UserError, read_json, weight_files, write_json
 from pipeline.settings import MODELS, Settings, default_data, downloads
-from pipeline.stage import changed_file, open_lock
+from pipeline.stage import changed_file, turn
 
 # --------------------------------------------------------------------------------- what is where
 
@@ -297,7 +291,8 @@ def download(repo: Repo) -> Path:
     publisher lacks a file are used as they are, until the publisher has it."""
     if folder := have(repo):
         return folder
-    with _held(downloads()):  # waits for a process that may be fetching the same
+    downloads().mkdir(parents=True, exist_ok=True)
+    with turn(downloads()):  # another process may be fetching the same
         if folder := have(repo):
             return folder
         partly = place(repo, "")  # for data: a model without all its files is never kept
@@ -338,21 +333,6 @@ def _fetch_all(repo: Repo, commit: str, files: list[File]) -> Path:
         shutil.rmtree(folder)
     os.replace(partial, folder)
     return folder
-
-
-@contextlib.contextmanager
-def _held(folder: Path):
-    """Hold a folder against other processes; where the system or its disk knows no locks, nothing
-    is held."""
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = open_lock(folder / ".lock")
-    try:
-        with contextlib.suppress(OSError):
-            if fcntl:
-                fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(lock)
 
 
 def _check_room(folder: Path, files: list[File]):

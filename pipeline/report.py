@@ -18,11 +18,11 @@ from eval import spread, summarise
 from model import UserError, read_json, write_json, write_text
 from pipeline.card import write_cards
 from pipeline.columns import (ANSWER_MIA_COLUMNS, COLUMNS, LEADERBOARD_COLUMNS, MIA_COLUMNS,
-                              MORE_COLUMNS, PUBLISHED, SOUL_COLUMNS, SOUL_READING, label,
-                              leaderboard, mask_line, optimiser_of, reading, table, table_of)
+                              MORE_COLUMNS, PUBLISHED, SOUL_COLUMNS, SOUL_READING, definitions,
+                              label, leaderboard, mask_line, optimiser_of, reading, table, table_of)
 from pipeline.evaluate import newest_evaluation, read_rows, stale_because
 from pipeline.settings import Settings, read_settings, taken
-from pipeline.stage import data_inputs, read_stage
+from pipeline.stage import data_inputs, differences, read_stage, turn
 
 # ---------------------------------------------------------------------------- report: what there is
 
@@ -74,9 +74,16 @@ def _read_evaluation(folder: Path, evaluation_folder: Path, recompute: bool) -> 
 
 
 def unlearned(run: Path, found: list[dict]) -> dict[str, dict]:
-    """Stage name -> the settings it was made with, of those models that some method unlearned."""
-    made = {e["name"]: read_stage(run / e["name"])["why"]["settings"] for e in found}
-    return {name: settings for name, settings in made.items() if "method" in settings}
+    """Stage name -> the settings it was made with, of those models that some method unlearned; of a
+    masked one, its mask's and attribution's too."""
+    made = {e["name"]: read_stage(run / e["name"]) for e in found}
+    below = [f.name for t in (simu.Masking, simu.Attribution) for f in dataclasses.fields(t)]
+    return {name: {k: x["settings"].get(k) for k in below if _masked(x)} | x["why"]["settings"]
+            for name, x in made.items() if "method" in x["why"]["settings"]}
+
+
+def _masked(made: dict) -> bool:
+    return any(name.startswith("mask") for name in made["why"]["inputs"])
 
 
 def _made_of(folder: Path, evaluation_folder: Path) -> dict:
@@ -258,15 +265,26 @@ is ideal. D13 aggregate as captioned. D15 LUME is sampled by documents, as the
 paper's split is unknown. The README gives the evidence for each."""
 
 
+def _mask_of(run: Path, s: Settings) -> str:
+    """The line on a run's mask, unless it is of something that the run no longer holds."""
+    made = (run / "mask" / "stage.json").is_file()
+    if made and (why := differences(run / "mask", s, data_inputs(s))):
+        return f"the mask is not of what this run now holds: {'; '.join(why)}"
+    return mask_line(run / "mask", s)
+
+
+# What may differ from model to model: it is told of each.
+OF_MODELS = [f.name for f in dataclasses.fields(simu.Recipe) if f.name != "seed"] + ["dtype"]
+
+
 def _recipes_table(run: Path, found: list[dict]) -> str:
     """What each unlearned model was made with: objective, optimiser and their constants."""
     labels = {e["name"]: e["label"] for e in found}
     used = unlearned(run, found)
     if not used:
         return ""
-    fields = [f.name for f in dataclasses.fields(simu.Unlearning)]
     rows = [["optimiser", *(optimiser_of(x) for x in used.values())]]
-    rows += [[k, *(x.get(k, "–") for x in used.values())] for k in fields]
+    rows += [[k, *(x.get(k, "–") for x in used.values())] for k in OF_MODELS]
     return table(["Setting", *(labels[name] for name in used)], rows)
 
 
@@ -302,14 +320,16 @@ def report(run: Path, *, others: list[Path] = (), retain_only: Path | None = Non
     found, stale = find_evaluations(s, reference, recompute=recompute)
     others = list(others) or seed_siblings(run, s)
     seeds = over_seeds(run, s, others, found) if others else None
-    examples, costs, mask = qualitative(found), _costs(run), mask_line(run / "mask", s)
+    examples, costs, mask = qualitative(found), _costs(run), _mask_of(run, s)
     columns, published = main_columns(s, found[0]["metrics"]["benchmark"])
-    write_text(run / "report.md", _compose(s, found, stale, seeds, examples, costs, mask))
     kept = [{k: v for k, v in e.items() if k not in ("rows", "made")} for e in found]
-    write_json(run / "report.json", dict(
-        settings=dataclasses.asdict(s), evaluations=kept, stale=stale, columns=columns,
-        published=published or None, seeds=seeds, critical=mask, costs=costs, qualitative=examples))
-    write_cards(s, found, unlearned(run, found))
+    with turn(run):
+        write_text(run / "report.md", _compose(s, found, stale, seeds, examples, costs, mask))
+        write_json(run / "report.json", dict(
+            settings=dataclasses.asdict(s), evaluations=kept, stale=stale, columns=columns,
+            published=published or None, seeds=seeds, critical=mask, costs=costs,
+            qualitative=examples))
+        write_cards(s, found, unlearned(run, found))
     print(table_of(columns, found, published))
     if recompute:
         print("every number recomputed from generations.jsonl: equal")
@@ -322,9 +342,8 @@ def _compose(s: Settings, found, stale: dict, seeds, examples, costs, mask: str)
     kind = metrics["benchmark"]
     columns, published = main_columns(s, kind)
     show = lambda columns, published=None: table_of(columns, found, published, footnotes)
-    unlearning = {f.name for f in dataclasses.fields(simu.Unlearning)} - {"seed"}
     general = [[k, v] for k, v in dataclasses.asdict(s).items()
-               if k not in unlearning | {"out", "data", "weights"}]
+               if k not in {*OF_MODELS, "out", "data", "weights"} - {"dtype"}]
     parts = [f"# {s.benchmark}, {s.label}, seed {s.seed}", show(columns, published),
              reading(metrics), SOUL_READING if columns != COLUMNS[kind] else ""]
     if (s.run / "attack.md").is_file():
@@ -355,6 +374,6 @@ def _compose(s: Settings, found, stale: dict, seeds, examples, costs, mask: str)
               "## Settings", _recipes_table(s.run, found),
               table(["Setting of the run", "Value"], general),
               "## Readings of the paper", READINGS,
-              "## Definitions", f"```\n{evaluation.__doc__.strip()}\n```"]
+              "## Definitions", definitions(evaluation.__doc__)]
     parts.insert(parts.index(reading(metrics)) + 1, _notes(found, footnotes))
     return "\n\n".join(p for p in parts if p) + "\n"

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 import data
-from model import Transformer, UserError, read_json, write_json, write_text
+from model import Transformer, UserError, has_types, read_json, write_json, write_text
 from pipeline.settings import Settings, data_digests, placement, read_settings
 from pipeline.stage import Stage, content, data_inputs, differences, digest, unlearned_name
 
@@ -76,7 +76,7 @@ def verify(run: Path):
     """Check a request again: its own record, the rows' files, the original and the result."""
     path = Path(run) / "request.json"
     request = read_json(path)
-    if not isinstance(request, dict) or sealed(
+    if not has_types(request, dict(folder=str, when=str, forget_rows=int)) or sealed(
             {k: v for k, v in request.items() if k != "sha256"}) != request:
         raise UserError(f"{path} was changed since it was written, or is no request; what it says "
                         "cannot be trusted")

@@ -25,6 +25,9 @@ BENCHMARKS = ("demo", "tofu", "lume", "rows")  # rows: files of the user's own
 TINY_MODELS = {"tiny-llama": "llama", "tiny-olmo": "olmo", "tiny-mamba": "mamba2",
                "tiny-rwkv": "rwkv7"}  # made here, of this model_type
 MODELS = ("llama2-7b", "olmo-1b", "llama3.2-1b", "smollm2-135m", *TINY_MODELS)
+# Folders of a run that hold no unlearned model; a disk may not tell A from a.
+RESERVED = re.compile("(original|retain-only|written-retain|attribution|mask(-.*)?|planted-.*|"
+                      "figures)", re.I)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,6 +134,8 @@ class Settings(Source, Placement, data.Slice, simu.Recipe, Making, Level, evalua
         if self.name and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", self.name):
             raise UserError(f"--name {self.name!r} must be letters, digits, dots, dashes and "
                             "underscores, and begin with a letter or digit")
+        if RESERVED.fullmatch(self.name):
+            raise UserError(f"--name {self.name} is that of another stage; choose another")
 
     @property
     def run(self) -> Path:

@@ -29,7 +29,7 @@ import torch
 
 import data
 import simu
-from model import UserError, read_json, write_json, write_text
+from model import UserError, has_types, read_json, write_json, write_text
 from pipeline.reach import code_digest
 from pipeline.resume import RESUME, Checkpoints
 from pipeline.settings import (TINY_MODELS, Making, Settings, Source, data_digests, settings_of,
@@ -73,6 +73,21 @@ def changed_file(file: Path, size: int, sha: str, when: int) -> bool:
 
 
 STAGE_JSON = dict(fingerprint=str, why=dict, settings=dict, seconds=float, files=dict)
+WHY = dict(settings=dict, inputs=dict, code=str)
+SETTINGS = dict(benchmark=str, model=str, method=str, objective=str)
+NOTES = dict(source=dict, torch=str, threads=int, critical=int, total=int, critical_per_layer=list,
+             peak_host_bytes=int, peak_gpu_bytes=int)  # where a stage has them
+
+
+def is_stage(made) -> bool:
+    """Does a JSON value have the shape of a stage.json?"""
+    return (has_types(made, STAGE_JSON) and has_types(made["why"], WHY)
+            and has_types(made["settings"], SETTINGS)
+            and has_types(made, {k: t for k, t in NOTES.items() if k in made})
+            and isinstance(made["why"]["settings"].get("method", ""), str)
+            and all(isinstance(x, str) for x in made["why"]["inputs"].values())
+            and all(isinstance(x, list) and [type(v) for v in x] == [int, str, int]
+                    and Path(name).name == name for name, x in made["files"].items()))
 
 
 def read_stage(folder: Path, *, files: bool = True) -> dict:
@@ -86,7 +101,7 @@ def read_stage(folder: Path, *, files: bool = True) -> dict:
         whole = isinstance(made, dict) and made.pop("sha256", "") == digest(made)
     except RecursionError:
         whole = False
-    if not whole or not all(isinstance(made.get(k), t) for k, t in STAGE_JSON.items()):
+    if not whole or not is_stage(made):
         raise UserError(f"{path} is damaged, edited or of another version; {again}")
     for name, sealed in made["files"].items() if files else ():
         file = path.with_name(name)
@@ -95,6 +110,30 @@ def read_stage(folder: Path, *, files: bool = True) -> dict:
         if changed_file(file, *sealed):
             raise UserError(f"{file} is not what its stage wrote; {again}")
     return made
+
+
+def foreign(folder: Path) -> Path | None:
+    """A file in a finished stage, or in those inside it, that no stage made."""
+    made = read_stage(folder, files=False)
+    own = {*made["files"], "stage.json", "logs", RESUME}
+    own |= {"README.md"} if "method" in made["why"]["settings"] else set()
+    for p in sorted(folder.iterdir()):
+        if p.name in own or p.name.startswith(f".{OURS}"):
+            continue
+        if (p / "stage.json").is_file():
+            if found := foreign(p):
+                return found
+        elif not p.is_dir() or any(p.iterdir()):
+            return p
+    return None
+
+
+def discard(path: Path):
+    """Remove a temporary folder of ours; a link in its place is no folder of ours, and only that
+    is removed."""
+    if path.is_symlink():
+        path.unlink()
+    shutil.rmtree(path, ignore_errors=True)
 
 
 def write_stage(folder: Path, made: dict):
@@ -216,6 +255,9 @@ class Stage:
                                 "delete it, or choose another --out")
             return False
         changed = ["--force"] if self.settings.force else [f"{x} changed" for x in self.changed()]
+        if changed and (path := foreign(self.folder)):
+            raise UserError(f"{path} is not {self.name}'s own, which is to be made again "
+                            f"({' and '.join(changed)}) and would take it along; move it elsewhere")
         print(f"[{self.name}] " + (f"made again: {' and '.join(changed)}" if changed else
                                    "already made; skipped"), flush=True)
         return not changed
@@ -249,8 +291,9 @@ class Stage:
         self._held.enter_context(lock(self.settings.run))
         self.folder.parent.mkdir(parents=True, exist_ok=True)
         mark = self.partial / RESUME / "fingerprint"
-        if not (mark.is_file() and mark.read_bytes() == self.fingerprint.encode()):
-            shutil.rmtree(self.partial, ignore_errors=True)
+        goes_on = mark.is_file() and mark.read_bytes() == self.fingerprint.encode()
+        if self.partial.is_symlink() or not goes_on:
+            discard(self.partial)
             mark.parent.mkdir(parents=True)
             write_text(mark, self.fingerprint)
         if self.settings.deterministic:
@@ -293,15 +336,15 @@ class Stage:
     def _recover(self):
         """Put a whole unfinished folder in its place: at a stage's end, or where a kill came after
         its stage.json. A kill may come after any line here; the next call then does the rest."""
-        whole = (self.partial / "stage.json").is_file()
+        whole = (self.partial / "stage.json").is_file() and not self.partial.is_symlink()
         if whole and read_stage(self.partial)["fingerprint"] == self.fingerprint:
             shutil.rmtree(self.partial / RESUME, ignore_errors=True)
             if self.folder.exists():
-                shutil.rmtree(self.old, ignore_errors=True)
+                discard(self.old)
                 os.replace(self.folder, self.old)
             os.replace(self.partial, self.folder)
         if self.folder.exists():
-            shutil.rmtree(self.old, ignore_errors=True)
+            discard(self.old)
 
     def loop(self, title: str, steps: int, tensors: dict):
         """simu.plain_loop that goes on where a killed stage was, and keeps checkpoints."""
@@ -341,7 +384,8 @@ def is_run(run: Path) -> bool:
     """Is a folder a run, or a sweep, of ours?"""
     path = Path(run) / "settings.json"
     try:  # those of an older version have no lock file
-        if any((Path(run) / name).is_file() for name in (LOCK, "points.jsonl")):
+        points = Path(run) / "points.jsonl"
+        if (Path(run) / LOCK).is_file() or points.is_file() and b'"digest"' in points.read_bytes():
             return True
         return bool(settings_of(read_json(path), path))
     except UserError:
@@ -391,6 +435,22 @@ def lock(run: Path):
         os.close(file)
 
 
+@contextlib.contextmanager
+def turn(folder: Path):
+    """Wait for other processes that have their turn in a folder. Nothing is left there; where the
+    system or its disk knows no locks, nobody waits."""
+    file = None
+    try:
+        with contextlib.suppress(OSError):
+            if fcntl:
+                file = os.open(folder, os.O_RDONLY)
+                fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+    finally:
+        if file is not None:
+            os.close(file)
+
+
 # ------------------------------------------------------------------------------- the command's end
 
 # What torch says where memory runs out and it raises no OutOfMemoryError.
@@ -421,6 +481,8 @@ def run_cli(main):
     except (torch.OutOfMemoryError, MemoryError):
         stop(OUT_OF_MEMORY, 2)
     except RuntimeError as e:
+        if "Symlink loop" in str(e):  # pathlib's, before Python 3.13
+            stop(f"{e}; delete that link, or name another place", 2)
         if not any(part in str(e) for part in NO_MEMORY):
             raise
         stop(OUT_OF_MEMORY, 2)

@@ -14,7 +14,8 @@ from pipeline.card import write_card, write_generation_config
 from pipeline.plan import check_memory
 from pipeline.settings import (Level, Placement, Settings, Source, load_benchmark, placement,
                                read_settings, taken)
-from pipeline.stage import Stage, content, data_inputs, mask_name, unlearned_name
+from pipeline.stage import (Stage, content, data_inputs, mask_name, read_stage,
+                            unlearned_name)
 
 
 def same_slice(s: Settings):
@@ -25,6 +26,11 @@ def same_slice(s: Settings):
             raise UserError(f"--{name.replace('_', '-')} is {value!r} here and {there[name]!r} in "
                             f"{s.run}; give the run's options, or run `python -m pipeline "
                             "original` with these first")
+    made = read_stage(s.run / "original")["why"]["inputs"]
+    for name, sha in data_inputs(s).items():
+        if made.get(name) != sha:
+            raise UserError(f"{name} is not the file that {s.run}/original was made of; give that, "
+                            "or run `python -m pipeline original` again")
 
 
 def encoded_rows(s: Settings, objective: str = "graddiff") -> tuple[data.Benchmark, dict]:

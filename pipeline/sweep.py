@@ -24,6 +24,7 @@ import dataclasses
 import io
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -43,7 +44,7 @@ from tqdm import tqdm
 import data
 import eval as evaluation
 import simu
-from model import Transformer, UserError, read_tensors, write_json, write_text
+from model import Transformer, UserError, has_types, read_tensors, write_json, write_text
 from pipeline import settings
 from pipeline.columns import table
 from pipeline.evaluate import evaluate
@@ -342,15 +343,22 @@ def unlearn_each(given: dict, each: list[str]):
             tqdm.write(told, end="")
 
 
+LINE = dict(key=str, arm=str, seed=int, frontier=bool, values=dict)  # of points.jsonl
+
+
 def read_lines(path: Path) -> list[dict]:
     """The lines of a points*.jsonl. One that a killed process tore at the file's end is left out;
     UserError for any other that no sweep wrote."""
+    if not path.is_file():  # a pipe would be waited for
+        raise UserError(f"{path} is not a plain file; delete it")
     whole, _, _ = path.read_text(encoding="ascii", errors="replace").rpartition("\n")
     lines = []
     for n, text in enumerate(whole.splitlines(), 1):
         try:
             line = json.loads(text)
-            good = isinstance(line, dict) and line.pop("digest", "") == digest(line)
+            good = (has_types(line, LINE) and line.pop("digest", "") == digest(line)
+                    and all(type(x) in (int, float) and math.isfinite(x)
+                            for x in (line.get("lr"), *line["values"].values())))
         except (ValueError, RecursionError):
             good = False
         if not good:

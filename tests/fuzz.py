@@ -111,8 +111,8 @@ def lume_rows(names: str) -> list[dict]:
     return rows
 
 
-def make_world(world: Path):
-    """data/, run-tofu/, run-lume/ (finished), and their originals as weights/, sharded/."""
+def make_data(world: Path):
+    """data/: a few rows in the layouts of TOFU and LUME."""
     for split, names in (("forget10", "Ann Bo"), ("retain90", "Cy Dee Eve Flo")):
         write_rows(world / f"data/tofu/{split}.json", tofu_rows(names, False))
     for split, names in (("forget10_perturbed", "Ann Bo"), ("retain_perturbed", "Cy Dee"),
@@ -120,6 +120,11 @@ def make_world(world: Path):
         write_rows(world / f"data/tofu/{split}.json", tofu_rows(names, True))
     for split, names in (("forget", "Ann Bo Cy"), ("retain", "Dee Eve Flo")):
         write_rows(world / f"data/lume/{split}.jsonl", lume_rows(names))
+
+
+def make_world(world: Path):
+    """data/, run-tofu/, run-lume/ (finished), and their originals as weights/, sharded/."""
+    make_data(world)
     for cell in CELLS:
         out = world / f"run-{cell}"
         for words in (["original"], ["attribute"], ["mask"], ["unlearn", "--method", "fo"],

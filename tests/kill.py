@@ -10,8 +10,10 @@ be torn, which a clock would never hit. Odd runs are killed the other way round.
 command runs to its end.
 
 Compared: every file of the run. Wall times and memory differ from run to run, so these and nothing
-else are left out: `seconds` and `peak_*` in stage.json and in report.json's costs, the dates of
-files in stage.json, and the rows of the table "Time and memory" in report.md. A file too many or too few counts as a difference.
+else are left out: `seconds` and `peak_*` in stage.json and in report.json's costs, `seconds` in
+points.jsonl, the digests of those lines and files of themselves, the dates of files in stage.json,
+and the rows of the table "Time and memory" in report.md. A file too many or too few counts as a
+difference.
 """
 
 import json
@@ -29,40 +31,52 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import fuzz  # noqa: E402
+import torch._dynamo  # noqa: E402, F401  attribution loads it: here once, not in every fork
+
 import eval as evaluation  # noqa: E402
 import simu  # noqa: E402
 from pipeline import resume  # noqa: E402
 from pipeline.__main__ import main as command_line  # noqa: E402
 
-SIZE = ("--data {data} --width 64 --depth 2 --vocab 500 --context 160 --max-total-tokens 40 "
-        "--forget-groups 1 --retain-groups 2 --steps 3 --attribution-tokens 400 --learn-epochs 4 "
-        "--light-epochs 4 --learn-batch 8 --resume-cost 0.3")
-COMMANDS = ("original", "attribute", "mask", "unlearn --method fo --epochs 8",
-            "unlearn --method so --epochs 8 --state bfloat16",
-            "unlearn --method simu --epochs 4 --eval-epochs")
-SHORT = ("original", "attribute", "mask", "unlearn --method simu --epochs 8")
-KEPT = 6  # generations between two writes of those so far, so that a micro evaluation has some
+SIZE = ("--data {data} --width 64 --depth 2 --vocab 400 --context 96 --max-total-tokens 40 "
+        "--max-new-tokens 12 --rows-per-author 1 --steps 2 --learn-epochs 8 --light-epochs 4 "
+        "--attribution-tokens 100 --learn-batch 4 --learn-state bfloat16 --batch 2 "
+        "--resume-cost 0.2")
+COMMANDS = ("original", "attribute", "mask --mask soft",
+            "unlearn --method so --objective npo --epochs 8 --state bfloat16",
+            "unlearn --method simu --mask soft --epochs 6 --eval-epochs")
+SHORT = ("original", "attribute", "mask", "unlearn --method simu --epochs 16")
+KEPT = 2  # generations between two writes of those so far, so that a micro evaluation has some
 EMPTIES = {"os.remove", "os.rmdir"}
 TOUCHES = EMPTIES | {"os.rename", "os.mkdir", "os.truncate", "shutil.rmtree"}
 MADE = re.compile(r"\[([\w/-]+)\] ([\d.]+ s,|already)")
 
 
-def stages(run: Path, size: str, commands):
+def stages(run: Path, benchmark: str, size: list[str], commands):
     for command in commands:
         name, *options = command.split()
-        command_line([name, "demo", "tiny-llama", "--out", str(run),
-                      *size.format(data=ROOT / "pipeline" / "demo").split(), *options])
+        command_line([name, benchmark, "tiny-llama", "--out", str(run), *size, *options])
 
 
-def pipeline(run: Path):
-    """What run.sh does, in this process."""
-    stages(run, SIZE, COMMANDS)
-    command_line(["evaluate", str(run)])
-    command_line(["report", str(run)])
+def micro(folder: Path) -> list[str]:
+    """SIZE, with the data beside the folder that is killed in."""
+    return SIZE.format(data=folder.parent / "data").split()
+
+
+def pipeline(folder: Path):
+    """What run.sh does, in this process: a run, its attacks and requests, and a sweep."""
+    run, sweep = str(folder / "run"), str(folder / "sweep")
+    stages(folder / "run", "tofu", micro(folder), COMMANDS)
+    command_line(["evaluate", run, "original", "simu-soft-graddiff"])
+    command_line(["report", run])
+    command_line(["attack", run, "simu-soft-graddiff", "--requests", "1"])
+    command_line(["sweep", "tofu", "tiny-llama", "--out", sweep, *micro(folder), "--seeds", "1",
+                  *"--jobs 1 --arms fo simu --factors 1 --no-variants --epochs 4".split()])
 
 
 def short_pipeline(run: Path):
-    stages(run, SIZE, SHORT)
+    stages(run, "tofu", micro(run), SHORT)
 
 
 def die_at(operation: int, run: Path) -> list[int]:
@@ -140,7 +154,7 @@ def undisturbed(work, run: Path):
             break
         names = child.made
     child.end()
-    return [*names, "report"], seconds, int(child.told[-1].split()[1])
+    return [*names, "sweep"], seconds, int(child.told[-1].split()[1])
 
 
 def snapshot(run: Path) -> dict[str, object]:
@@ -156,6 +170,9 @@ def snapshot(run: Path) -> dict[str, object]:
                     del part[key]
             for sealed in content.get("files", {}).values() if path.name == "stage.json" else ():
                 del sealed[2]  # when the file was written
+        if path.name == "points.jsonl":
+            content = [{k: v for k, v in json.loads(line).items() if k not in ("seconds", "digest")}
+                       for line in content.splitlines()]
         if path.name == "report.md":
             content = re.sub(rb"## Time and memory\n.*?\n(?=## )", b"", content, flags=re.S)
         files[str(path.relative_to(run))] = content
@@ -188,7 +205,7 @@ def disturb(work, run: Path, number: int, names, seconds, operations, rng):
 
 # ------------------------------------------------------------------------------- what it costs
 
-COST = ("--data {data} --learn-epochs 10", ("original",))  # retain-only at the demo's own size
+COST = ("demo", ["--learn-epochs", "10"], ("original",))  # retain-only at the demo's own size
 
 
 def timed_stage(run: Path):
@@ -247,6 +264,7 @@ def main():
     work = short_pipeline if short else pipeline
     with tempfile.TemporaryDirectory() as folder:
         run, begin = Path(folder) / "run", time.monotonic()
+        fuzz.make_data(Path(folder))
         names, seconds, operations = undisturbed(work, run)
         print(f"undisturbed: {sum(seconds):.1f} s, {len(names)} stages, {operations} operations "
               "on files")

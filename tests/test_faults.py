@@ -538,7 +538,7 @@ def test_what_would_not_fit_is_not_begun(w, monkeypatch):
 
 def test_a_loss_that_is_no_number(w):
     refused(w, ["unlearn run-tofu --method so --lr 2e9 --epochs 30 --clip 1e9"],
-            r"so-graddiff: loss or gradient is not finite at update \d+ of 30; lower --lr")
+            r"so-graddiff: loss or gradient is not finite at update \d+ of 30; put back --clip .*, or lower --lr")
 
 
 def test_ctrl_c(w, monkeypatch):
@@ -564,6 +564,21 @@ def program(*words, **environment):
 
 def as_program(w, command: str) -> list:
     return [sys.executable, "-m", "pipeline", *words_of(w, command)]
+
+
+def test_four_reports_at_once(w):
+    runs = [program(*as_program(w, "report run-tofu")) for _ in range(4)]
+    for run in runs:
+        stderr = run.communicate(timeout=300)[1]
+        assert run.returncode == 0, stderr
+    json.loads((w / "run-tofu/report.json").read_text("utf-8"))
+    assert not list((w / "run-tofu").glob(".report*"))
+
+
+def test_a_report_without_docstrings(w):
+    run = program(*as_program(w, "report run-tofu"), PYTHONOPTIMIZE="2")
+    stderr = run.communicate(timeout=300)[1]
+    assert run.returncode == 0, stderr
 
 
 @pytest.mark.parametrize("fault", ["weights: cut", "tokenizer: cut", "metrics: null"])
@@ -615,7 +630,7 @@ def test_ways_to_be_started(w, way):
     """Another encoding, no folder on the path, no docstrings, streams closed as under cron."""
     command = way.replace("@", f"{sys.executable} {ROOT}/pipeline evaluate {w}/nowhere")
     done = program("bash", "-c", command)
-    out, stderr = done.communicate(timeout=60)
+    out, stderr = done.communicate(timeout=300)
     assert done.returncode == 2 and "Traceback" not in out + stderr, stderr
     assert "2>&-" in way or fuzz.is_one_line(2, stderr), stderr
 
@@ -627,10 +642,20 @@ def test_ways_to_be_started(w, way):
     ("original demo tiny-llama --seed 1_0", "--seed: invalid int value: '1_0'"),
     ("original demo tiny-llama --adam-eps 0", "--adam-eps is 0.0"),
     ("original demo tiny-llama --eps -1", "--eps is -1.0"),
-    ("original demo tiny-llama --npo-beta nan", "--npo-beta is nan")])
+    ("original demo tiny-llama --npo-beta nan", "--npo-beta is nan"),
+    ("original demo tiny-llama --adam-eps 1e-60", "--adam-eps is 1e-60; .* 2..-126"),
+    ("original demo tiny-llama --eps 1e-60", "--eps is 1e-60; .* 2..-126"),
+    ("original demo tiny-llama --npo-beta 1e-60", "--npo-beta is 1e-60; .* from 1e-6"),
+    ("original demo tiny-llama --name mask-soft", "--name mask-soft is that of another stage"),
+    ("original demo tiny-llama --name Original", "--name Original is that of another stage")])
 def test_the_message_blames_what_is_wrong(words, says):
     status, stderr = fuzz.cli(*words.split())
     assert fuzz.is_one_line(status, stderr) and re.search(says, stderr), stderr
+
+
+def test_a_constant_that_was_changed_is_blamed(w):
+    refused(w, ["unlearn run-tofu --method so --weight-decay 1e9 --epochs 3"],
+            r"put back --weight-decay \(now 1e\+09\), or lower --lr")
 
 
 # ------------------------------------------------------------------ a number belongs to its run
@@ -639,17 +664,185 @@ def test_the_message_blames_what_is_wrong(words, says):
 def test_a_model_unlearned_on_other_data_is_not_taken(w):
     shutil.copytree(w / "data", w / "other")
     change("other/tofu/forget10.json", lambda x: x.replace(b"tea", b"rum"))(w)
-    other = [x.replace(str(w / "data"), str(w / "other")) for x in
-             map(str, words_of(w, "unlearn run-tofu --method so"))]
-    status, stderr = fuzz.cli(*other)
-    assert status == 0 or fuzz.is_one_line(status, stderr), stderr
-    if status == 0:  # it may be made; its numbers are no numbers of this run
-        status, stderr = fuzz.cli("evaluate", w / "run-tofu", "so-graddiff")
-        before = (w / "run-tofu/report.md").read_text("utf-8")
-        assert fuzz.cli("report", w / "run-tofu")[0] in (0, 2)
-        report = (w / "run-tofu/report.md").read_text("utf-8")
-        assert report == before or "was another" in report
+    for command in ("attribute run-tofu", "mask run-tofu", "unlearn run-tofu --method so"):
+        refused(w, [f"{command} --data @/other"], "forget10.json is not the file that .*original")
 
+
+def use_own_data(w):
+    """A copied run's settings name the data of the world it was copied from."""
+    field("run-tofu/settings.json", data=str(w / "data"))(w)
+
+
+def test_an_original_made_before_the_data_changed_is_not_taken(w, capsys):
+    use_own_data(w)
+    change("data/tofu/retain90.json", lambda x: x.replace(b"tea", b"rum", 1))(w)
+    refused(w, ["unlearn run-tofu"], "retain90.json is not the file that .*original was made of")
+    command_line(["evaluate", str(w / "run-tofu"), "simu-graddiff"])
+    assert "no report will show it: original's data/retain90" in capsys.readouterr().out
+    refused(w, REPORT, "holds no evaluation of what it now holds")
+
+
+def test_a_report_tells_of_each_model_what_it_was_made_with(w):
+    use_own_data(w)
+    more = " --steps 3 --threshold 0.5"
+    for command in ("attribute", "mask", "unlearn"):
+        assert fuzz.cli(*words_of(w, f"{command} run-tofu{more}")) == (0, "")
+    assert fuzz.cli(*words_of(w, "unlearn run-tofu --method so --dtype bfloat16")) == (0, "")
+    for command in ("evaluate run-tofu simu-graddiff so-graddiff", "report run-tofu"):
+        assert fuzz.cli(*words_of(w, command)) == (0, "")
+    report = (w / "run-tofu/report.md").read_text("utf-8")
+    rows = {name: re.findall(rf"^\| {name} +\|(.*)\|$", report, re.M) for name in (
+        "steps", "threshold", "dtype")}
+    for name, wanted in (("steps", "3"), ("threshold", "0.5"), ("dtype", "bfloat16")):
+        assert wanted in rows[name][0].replace("|", " ").split(), name
+    assert len(rows["steps"]) == len(rows["threshold"]) == 1  # and nothing else beside it
+
+
+def test_a_mask_of_other_scores_is_not_reported(w):
+    use_own_data(w)
+    assert fuzz.cli(*words_of(w, "attribute run-tofu --steps 3")) == (0, "")
+    assert fuzz.cli(*words_of(w, "report run-tofu")) == (0, "")
+    report = (w / "run-tofu/report.md").read_text("utf-8")
+    assert "the mask is not of what this run now holds: attribution was another" in report
+
+
+def test_altered_scores_are_not_drawn(w):
+    change("run-tofu/attribution/scores.safetensors", lambda x: x[:-4] + b"\0\0\x80?")(w)
+    status, stderr = fuzz.cli("figures", "masks", w / "run-tofu")
+    assert fuzz.is_one_line(status, stderr) and re.search(CHANGED, stderr), stderr
+
+
+CRAFTED = {"files: a list": ("mask", dict(files=[])),
+           "files: outside": ("mask", dict(files={"../../x": [1, "a", 1]})),
+           "files: not sealed": ("mask", dict(files={"mask.safetensors": 3})),
+           "why: empty": ("mask", dict(why={})),
+           "why: other types": ("mask", dict(why=dict(settings=[], inputs=3, code=1))),
+           "a method that is a list": ("mask", dict(why=dict(settings=dict(method=[]), inputs={},
+                                                             code=""))),
+           "settings: empty": ("simu-graddiff", dict(settings={})),
+           "a count: null": ("mask", dict(critical=None)),
+           "counts: a number": ("mask", dict(critical_per_layer=3)),
+           "memory: a text": ("mask", dict(peak_host_bytes="x")),
+           "source: a number": ("mask", dict(source=3))}
+
+
+@pytest.mark.parametrize("case", CRAFTED)
+def test_a_crafted_stage_json_is_refused(w, case):
+    """Its digest of itself is right: only its shape can tell."""
+    name, values = CRAFTED[case]
+    made = {k: v for k, v in json.loads((w / f"run-tofu/{name}/stage.json").read_text()).items()
+            if k != "sha256"}
+    stage.write_stage(w / "run-tofu" / name, made | values)
+    refused(w, REPORT, "stage.json is damaged, edited or of another version")
+
+
+# ------------------------------------------------------------------------- rows at the edge of sense
+
+QA = [dict(question=f"What does {x} sell?", answer=f"{x} sells tea.") for x in ("Hal", "Ivy", "Jo")]
+ROWS = {"one row of each": (QA[:1], QA[1:2], "--objective npo --batch 1"),
+        "a batch larger than the set": (QA[:1], QA[1:], "--objective npo --batch 4 --epochs 8 "
+                                                        "--eval-epochs"),
+        "answers of one token": ([dict(question="Who?", answer="a")],
+                                 [dict(question="Why?", answer="b")], "--objective npo --batch 1"),
+        "answers without a letter": ([dict(question="Who?", answer="...")],
+                                     [dict(question="Why?", answer="!")], "--level 3 --batch 1"),
+        "texts of one letter": ([dict(text="a")], [dict(text="b")], "--level 3 --batch 1")}
+
+
+@pytest.mark.parametrize("case", ROWS)
+def test_rows_at_the_edge_of_sense(w, case):
+    forget, retain, more = ROWS[case]
+    fuzz.write_rows(w / "f.jsonl", forget)
+    fuzz.write_rows(w / "r.jsonl", retain)
+    given = ["rows", w / "weights-tofu", "--forget", w / "f.jsonl", "--retain", w / "r.jsonl",
+             "--out", w / "out", "--name", "model", "--epochs", "1", *more.split()]
+    for name in ("original", "attribute", "mask", "unlearn"):
+        assert fuzz.cli(name, *given) == (0, ""), name
+    for name in ("evaluate", "report", "attack"):
+        assert fuzz.cli(name, w / "out") == (0, ""), name
+    if "--eval-epochs" in more:  # an update takes each row four times
+        lines = (w / "out/model/epochs.jsonl").read_text().splitlines()
+        assert [json.loads(x)["epoch"] for x in lines] == [4, 8]
+
+
+def test_masks_of_none_and_of_all(w):
+    for command in ("mask run-tofu --mask none", "unlearn run-tofu --mask none",
+                    "mask run-tofu --mask all", "unlearn run-tofu --mask all --attention frozen"):
+        assert fuzz.cli(*words_of(w, command)) == (0, ""), command
+    refused(w, ["unlearn run-tofu --mask none --attention frozen"], "moves nothing here: the mask")
+
+
+CHATS = {"for ever": ("{% for i in range(9999) %}{% for j in range(99999) %}{% for k in range(9999)"
+                      " %}{% endfor %}{% endfor %}{% endfor %}", "takes more than"),
+         "a giant text": ("{% for m in range(99999) %}{{ 'x' * 9999 }}{% endfor %}", "writes more"),
+         "a giant number": ("{{ 9 ** (9 ** 9) }}", "too high a power")}
+
+
+@pytest.mark.parametrize("case", CHATS)
+def test_a_hostile_chat_template(w, case, monkeypatch):
+    monkeypatch.setattr(data, "CHAT_SECONDS", 1 if case == "for ever" else 100)
+    template, says = CHATS[case]
+    field("weights-tofu/tokenizer_config.json", chat_template=template)(w)
+    refused(w, [ORIGINAL[0] + " --template chat", "attribute weights-tofu --template chat"], says)
+
+
+def windows(w):
+    for path in (*(w / "data").rglob("*.json*"), *(w / "weights-tofu").glob("*.json")):
+        path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
+
+
+def test_windows_line_ends_everywhere(w):
+    windows(w)
+    for command in (*LOAD, "mask weights-tofu", "unlearn weights-tofu", "evaluate out"):
+        assert fuzz.cli(*words_of(w, command)) == (0, ""), command
+
+
+@pytest.mark.parametrize("when", [2**33, 0])
+def test_a_clock_that_went_back(w, when):
+    use_own_data(w)
+    for path in (w, *w.rglob("*")):
+        os.utime(path, (when, when))
+    for command in ("mask run-tofu", "unlearn run-tofu", "evaluate run-tofu", *REPORT):
+        assert fuzz.cli(*words_of(w, command)) == (0, ""), command
+
+
+# --------------------------------------------------------------------------------------- no waiting
+
+PIPES = {"weights-tofu/config.json": ORIGINAL, "weights-tofu/tokenizer.model": ORIGINAL,
+         "weights-lume/tokenizer.json": OLMO, "weights-tofu/tokenizer_config.json": ORIGINAL,
+         WHOLE: ORIGINAL, FORGET: ["original new"], "run-tofu/settings.json": REPORT,
+         f"{EVAL}/metrics.json": REPORT, f"{EVAL}/generations.jsonl": REPORT}
+
+
+@pytest.mark.parametrize("name", PIPES)
+def test_a_pipe_in_place_of_a_file_is_not_waited_for(w, name):
+    (w / name).unlink()
+    os.mkfifo(w / name)
+    signal.alarm(30)  # ends the suite rather than waiting for ever
+    try:
+        refused(w, PIPES[name], ".")
+    finally:
+        signal.alarm(0)
+
+
+def test_more_pipes(w):
+    os.mkfifo(w / "run-tofu/request.json")
+    os.mkfifo(w / "rows.jsonl")
+    (w / "sweep").mkdir()
+    (w / "sweep/.simu-lock").touch()
+    os.mkfifo(w / "sweep/points.jsonl")
+    rows = ["rows", w / "weights-tofu", "--forget", w / "rows.jsonl", "--out", w / "out"]
+    signal.alarm(30)
+    try:
+        for words in (["verify", w / "run-tofu"], ["original", *rows],
+                      ["sweep", *fuzz.options(w, "tofu", w / "sweep"), "--jobs", "1"]):
+            status, stderr = fuzz.cli(*words)
+            assert fuzz.is_one_line(status, stderr) and "not a plain file" in stderr, stderr
+    finally:
+        signal.alarm(0)
+
+
+# ---
 
 @pytest.mark.parametrize("more", ["--rows-per-author 2", "--template raw", "--seed 5"])
 def test_another_slice_than_the_originals_is_refused(w, more):
@@ -675,9 +868,38 @@ def test_folders_of_the_users_beside_a_stage_stay(w):
 
 def test_a_foreign_folder_is_no_run(w):
     (w / "out").mkdir()
-    for name in ("settings.json", "report.md"):
+    for name in ("settings.json", "report.md", "points.jsonl"):
         (w / "out" / name).write_text("{}")
     refused(w, ["original new"], "is not empty and no run folder")
+
+
+@pytest.mark.parametrize("name", ["mask/thesis.txt", "mask/notes/thesis.txt", "mask/README.md"])
+def test_a_file_that_no_stage_made_is_not_taken_along(w, name):
+    (w / "run-tofu" / name).parent.mkdir(exist_ok=True)
+    (w / "run-tofu" / name).write_text("the only copy")
+    assert fuzz.cli(*words_of(w, "mask run-tofu")) == (0, "")  # made already
+    for more in ("--force", "--threshold 0.4"):
+        refused(w, [f"mask run-tofu {more}"], "is not mask's own, .*move it elsewhere")
+
+
+def test_a_link_in_place_of_a_folder_of_ours_is_not_followed(w):
+    (w / "mine").mkdir()
+    for name in ("mask.safetensors", "stage.json"):
+        (w / "mine" / name).write_text("the only copy")
+    for kind in ("partial", "old"):
+        (w / f"run-tofu/.simu-{kind}-mask").symlink_to(w / "mine")
+    assert fuzz.cli(*words_of(w, MASK[0])) == (0, "")
+    assert {p.name: p.read_text() for p in (w / "mine").iterdir()} == dict.fromkeys(
+        ("mask.safetensors", "stage.json"), "the only copy")
+    assert not (w / "run-tofu/mask").is_symlink()
+
+
+def test_links_to_themselves(w):
+    (w / "loop").symlink_to(w / "loop")
+    for command in ("original new --out @/loop", "original new --weights @/loop",
+                    "original new --data @/loop", "report loop", "evaluate loop original"):
+        status, stderr = fuzz.cli(*words_of(w, command))
+        assert fuzz.is_one_line(status, stderr), stderr
 
 
 @pytest.mark.parametrize("name", [stage.LOCK, ".report.md.simu-partial"])
@@ -736,6 +958,15 @@ def test_run_sh_hands_words_on_for_every_seed(tmp_path):
         str(tmp_path / "cwd" / x) for x in ("a b", "a b-seed1")]
     assert jobs[4][-4:] == ["--each", "fo:graddiff", "so:graddiff", "simu:graddiff"]
     assert jobs[6][2:5] == ["tofu", "tiny-llama", "--out"] and jobs[6][6:] == ["--seed", "1"]
+
+
+def test_no_module_is_imported_from_the_callers_folder(tmp_path):
+    for name in ("csv", "json", "torch", "re", "typing", "simu", "model", "pipeline"):
+        (tmp_path / f"{name}.py").write_text("open('OWNED', 'w')")
+    done = subprocess.run(["bash", ROOT / "run.sh", "sweep", "demo", "tiny-llama", "--seeds", "x"],
+                          cwd=tmp_path, text=True, capture_output=True)
+    assert fuzz.is_one_line(done.returncode, done.stderr) and "--seeds" in done.stderr, done.stderr
+    assert not (tmp_path / "OWNED").exists()
 
 
 def sources():

@@ -532,9 +532,9 @@ def test_neither_pipe_nor_link_in_the_way_is_followed(server, tmp_path, name):
 def test_a_disk_that_knows_no_locks_is_used(server, monkeypatch):
     def no_locks(*_):
         raise OSError(38, "Function not implemented")
-    monkeypatch.setattr(hub.fcntl, "flock", no_locks)
+    monkeypatch.setattr(stage.fcntl, "flock", no_locks)
     assert hub.download(TINY) == hub.have(TINY)
-    monkeypatch.setattr(hub, "fcntl", None)
+    monkeypatch.setattr(stage, "fcntl", None)
     assert hub.download(hub.DATA["tofu"]).is_dir()
 
 
