@@ -570,6 +570,7 @@ def split_shards(tensors: dict, limit: int) -> list[dict]:
 # ---------------------------------------------------------------------------------------- decoding
 
 PROMPTS_AT_ONCE = 16  # prompts read in one pass: less padding, smaller activations
+ALIKE = 16  # ids that prompts begin with, from which on they are read once
 LOGITS = 1 << 25  # logits held at once: 128 MiB of float32
 FIRST_DRAFT, LONGEST_DRAFT = 4, 32  # tokens read ahead, once a guess was right and at most
 
@@ -752,7 +753,7 @@ def decode(model, rows: list[Row], eos_id):
     like, columns = model.embed_tokens.weight, max(row.end - row.begin for row in rows)
     rope = model.rope(torch.arange(columns, device=like.device))  # [columns, hd]
     cache = (model.config.architecture.cache or Cache)(model.config, len(rows), columns, like)
-    chosen = read_prompts(model, cache, rows)
+    chosen = read_prompts(model, cache, rows, rope)
     while True:
         alive = [row.add(ids, eos_id) for row, ids in zip(rows, chosen)]
         if not any(alive):
@@ -772,28 +773,44 @@ def fill_gaps(alive: list[bool]) -> list[int]:
     return [i if alive[i] else last.pop() for i in range(count)]
 
 
-def read_prompts(model, cache: Cache, rows: list[Row]) -> list[list[int]]:
-    """Fill the cache. Returns the model's choice after each prompt, in a list of one."""
+def read_prompts(model, cache: Cache, rows: list[Row], rope) -> list[list[int]]:
+    """Fill the cache. Returns the model's choice after each prompt, in a list of one. What all
+    prompts begin with (shots, a system turn) is read once, if it is long."""
     device, chosen = model.embed_tokens.weight.device, []
+    texts = [row.ids[row.begin:] for row in rows]
+    alike = min(map(len, texts)) - 1  # each has a last id to choose after
+    alike = next((i for i, ids in enumerate(zip(*texts)) if i == alike or len(set(ids)) > 1), 0)
+    if len(rows) > 1 and alike >= ALIKE and model.config.architecture.packs:
+        read_prompts(model, cache, [Row(texts[0][:alike], 0, [])], rope)
+        for kv in cache.kv:
+            kv[1:, :, :alike] = kv[:1, :, :alike]
+        rest = [text[alike:] for text in texts]
+        h = read_placed(model, cache, [alike] * len(rows), rest, rope)
+        ends = torch.tensor(list(map(len, rest)), device=device).cumsum(0) - 1
+        return [[token] for token in best_ids(model, h[ends])]
     for i in range(0, len(rows), PROMPTS_AT_ONCE):
         part = slice(i, i + PROMPTS_AT_ONCE)
-        texts = [row.ids[row.begin:] for row in rows[part]]
-        lengths = [len(text) for text in texts]
-        padded = [text + [0] * (max(lengths) - len(text)) for text in texts]
+        lengths = [len(text) for text in texts[part]]
+        padded = [text + [0] * (max(lengths) - len(text)) for text in texts[part]]
         h = model.hidden(torch.tensor(padded, device=device), cache.prompts(part, lengths))
         last = torch.tensor(lengths, device=device) - 1
         chosen += best_ids(model, h[torch.arange(len(h), device=device), last])
     return [[token] for token in chosen]
 
 
+def read_placed(model, cache: Cache, begin: list[int], read: list[list[int]], rope):
+    """Final states [N, D] of the ids that each row reads next, which stand from begin on."""
+    position = cache.place(begin, list(map(len, read)))
+    ids = torch.tensor([[token for ids in read for token in ids]], device=position.device)
+    return model.hidden(ids, cache.steps, rope=[x[position] for x in rope])[0]
+
+
 def read_on(model, cache: Cache, rows: list[Row], rope) -> list[list[int]]:
     """One pass over each row's last id and what it may say next. Returns, for each row, the
     model's choice after each id that was read."""
     read = [row.to_read()[:cache.at_once] for row in rows]
-    position = cache.place([len(row.ids) - row.begin - 1 for row in rows], list(map(len, read)))
-    ids = torch.tensor([[token for ids in read for token in ids]], device=position.device)
-    h = model.hidden(ids, cache.steps, rope=[x[position] for x in rope])  # [1, N, D]
-    chosen = iter(best_ids(model, h[0]))
+    h = read_placed(model, cache, [len(row.ids) - row.begin - 1 for row in rows], read, rope)
+    chosen = iter(best_ids(model, h))
     return [list(islice(chosen, len(ids))) for ids in read]
 
 

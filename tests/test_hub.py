@@ -712,7 +712,8 @@ def test_run_sh_dry(server, tmp_path):
                           env=os.environ | dict(PATH=path))
     assert done.returncode == 0, done.stderr
     order = ["/lume-llm-unlearning at ", "peak  fits", "pipeline original lume", "pipeline check",
-             "pipeline attribute", "pipeline mask", "--method fo", "--method so", "--method simu",
+             "pipeline attribute", "pipeline mask",
+             "unlearn lume tiny-llama", "--each fo:graddiff so:graddiff simu:graddiff",
              "pipeline evaluate", "pipeline report"]
     at = [done.stdout.index(x) for x in order]
     assert at == sorted(at)

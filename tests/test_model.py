@@ -402,6 +402,21 @@ def test_a_right_draft_is_checked_in_few_passes(passes):
     assert passes[1][1:] == [4 * n for n in (5, 9, 17, 8)]
 
 
+def test_what_all_prompts_begin_with_is_read_once(passes):
+    model, read = passes
+    shots, *ends = prompts_of([30, 5, 1, 9, 5])
+    prompts = [shots + end for end in ends] + [shots + ends[0]]
+    got = generate(model, prompts, max_new_tokens=20, eos_id=None)
+    assert read[:2] == [30, 5 + 1 + 9 + 5 + 5]
+    assert got == [slow_greedy(model, p, new=20, eos_id=None) for p in prompts]
+    short = [shots[:module.ALIKE - 1] + end for end in ends]  # not worth a pass of its own
+    read.clear()
+    generate(model, short, max_new_tokens=1, eos_id=None)
+    assert read == [module.ALIKE - 1 + 9]
+    generate(model, [shots, shots], max_new_tokens=1, eos_id=None)
+    assert read[1:] == [29, 2]
+
+
 def wrong_at(texts, place):
     return [text[:place] + [(text[place] + 1) % 97] + text[place + 1:] for text in texts]
 
