@@ -35,9 +35,9 @@ OLMO_EPS = 1e-5  # not in OLMo's config.json: its released code and transformers
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """What sets one model_type apart from LLaMA. The functions at the end are of models whose layers
-    are not attention and MLP (pipeline/mixers): `attend` is then whatever links positions, and
-    nobody but the layer looks into it."""
+    """What sets one model_type apart from LLaMA. From `config` on it is for layers that are not
+    attention and MLP (pipeline/mixers): there `attend` is whatever links positions, and nobody but
+    the layer knows what it is given."""
 
     name: str  # transformers' class
     plain_norm: bool = False  # LayerNorm without weights, its epsilon fixed, for RMSNorm

@@ -193,7 +193,8 @@ class Mamba2Block(nn.Module):
     def __init__(self, c: Mamba2Config, layer: int):
         super().__init__()
         self.wide = c.residual_in_fp32
-        self.norm, self.mixer, self.mlp = StreamNorm(c.hidden_size, c.norm_eps), Mixer(c), Neurons(c)
+        self.norm = StreamNorm(c.hidden_size, c.norm_eps)
+        self.mixer, self.mlp = Mixer(c), Neurons(c)
 
     def parts(self, x, attend):
         """The stream that beta is added to, and beta, each [B, T, D]"""

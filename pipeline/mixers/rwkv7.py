@@ -1,9 +1,9 @@
-"""RWKV-7 (arXiv 2503.14456), as flash-linear-attention stores it (fla-hub/rwkv7-168M-pile; its names
-are r_proj for the author's `att.receptance`, ffn.value for `ffn.value`, and so on).
+"""RWKV-7 (arXiv 2503.14456), as flash-linear-attention stores it (fla-hub/rwkv7-168M-pile), whose
+r_proj is the author's `att.receptance`, ffn.value his `ffn.value`, and so on.
 
 Time mix and channel mix stand where attention and MLP do: `self_attn` with the projections r
 (receptance), k, v and o (output), which are what SIMU moves whole, and `mlp`, whose down_proj
-(ffn.value) has the D output channels that are SIMU's neurons. Both also look at the position before.
+(ffn.value) has the D output channels that are SIMU's neurons. Both see the position before as well.
 All layers see the values of the first: they travel in the stream, behind its D channels.
 
 Letters: B batch, T time, D d_model, H heads of N channels, F d_ff.
@@ -24,7 +24,7 @@ from pipeline.mixers.states import (NO_LIMIT, StateCache, StatePrefixes, check_f
                                     gather_before)
 
 SLOWEST = -0.6065306597126334  # -exp(-0.5): no channel of a state decays faster than exp(this)
-SHIFTED = ("r", "w", "k", "v", "a", "g")  # what each takes of the position before is learnt: x_r ...
+SHIFTED = ("r", "w", "k", "v", "a", "g")  # each takes a learnt share of the position before: x_r
 SUPPORTED = {"hidden_act": "sqrelu", "norm_first": True, "norm_bias": True, "attn": None,
              "quantization_config": None}
 
@@ -153,10 +153,10 @@ class TimeMix(nn.Module):
         S = r.new_zeros(B, H, N, N).float() if state is None else state[0]
         ys, passed = [], [S]
         for t in range(T):
-            rows, columns = (kk[:, t, ..., None], r[:, t, ..., None]), (decay, ka, k)
-            w, b, key = (x[:, t, :, None].float() for x in columns)  # [B, H, 1, N]
-            S = S * w - (S @ rows[0].float()) * b + v[:, t, ..., None].float() * key
-            ys.append((S @ rows[1].float()).squeeze(-1))  # [B, H, N]
+            w, b, key = (x[:, t, :, None].float() for x in (decay, ka, k))  # [B, H, 1, N]
+            away, value, read = (x[:, t, ..., None].float() for x in (kk, v, r))  # [B, H, N, 1]
+            S = S * w - (S @ away) * b + value * key
+            ys.append((S @ read).squeeze(-1))  # [B, H, N]
             if before is not None:
                 passed.append(S)
         y = torch.stack(ys, dim=1).to(r.dtype)

@@ -1,9 +1,9 @@
 """What stands in for keys and values where layers hand on a state instead.
 
 Where an attention layer calls attend(q, k, v), such a layer calls attend(op, *u): u [B, T, ...] is
-what each position gives, and op(state, before, *u) -> y [B, T, ...], states. `state` is what earlier
-texts left, a list of tensors [B, ...] (None: nothing); `states` what stands before the positions
-`before` [B, A], each from 0 to T (None: nobody asks): a list of tensors [B, A, ...].
+what each position gives, and op(state, before, *u) -> y [B, T, ...], states. `state` is what the
+past left, a list of tensors [B, ...] (None: nothing); `states` is what stands before the positions
+`before` [B, A], each from 0 to T (None: nobody asks), a list of tensors [B, A, ...].
 """
 
 from dataclasses import fields
