@@ -128,6 +128,8 @@ def append(path: Path, lines: list):
 
 
 def cell(xs: list[float], style: str = ".3f") -> str:
+    if not xs:
+        return "–"
     middle, half = interval(xs)
     return f"{middle:{style}}" + (f" ± {half:{style}}" if half == half else "")
 
@@ -143,7 +145,8 @@ def print_tables(out: Path):
         quality = statistics.median(of("forget_quality")) if of("forget_quality") else float("nan")
         ends.append([*key, len(some), *(f"{quality:.2g}" if v == "forget_quality" else cell(of(v))
                                         for v in VALUES)])
-        back.append([*key, len(some), *(cell(of(v)) for v in ATTACKS)])
+        if of(ATTACKS[0]):
+            back.append([*key, len(of(ATTACKS[0])), *(cell(of(v)) for v in ATTACKS)])
         gap = lambda v: cell([abs(float(r[v]) - float(ideal[r["seed"]][v])) for r in some])
         far.append([*key, len(some), *map(gap, ("mia.answer_auc", "forget.rouge_l",
                                                 "forget.repetition"))])
@@ -170,7 +173,7 @@ def draw(out: Path):
                       dict(forget="forget rows", nonmembers="rows never seen")[split])
     axis.set_yticks(range(len(keys)), [" ".join(k).strip("- ") for k in reversed(keys)])
     axis.set_xlabel("mean loss of the answer, nats per token")
-    axis.legend(loc="upper right")
+    axis.legend(loc="lower left")
     figure.savefig(out.with_suffix(".png"), dpi=110)
 
 
