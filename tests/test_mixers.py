@@ -88,7 +88,8 @@ def test_rwkv7_is_its_authors(tmp_path, monkeypatch):
     package = pytest.importorskip("rwkv.model")
     model = ours("rwkv7")
     model.save_pretrained(tmp_path)
-    torch.save(native(load_file(tmp_path / "model.safetensors")), tmp_path / "native.pth")
+    tensors = native(load_file(tmp_path / "model.safetensors"))  # his files are pickles
+    monkeypatch.setattr(torch, "load", lambda *_, **__: tensors)
     theirs = package.RWKV(model=str(tmp_path / "native"), strategy="cpu fp32")
     ids = torch.randint(3, 96, (1, 40))
     with torch.no_grad():
