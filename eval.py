@@ -833,6 +833,9 @@ def read_packs(model: Transformer, packs: list[Pack]) -> torch.Tensor:
     ids, place, places = torch.tensor([
         x for b, p in enumerate(packs)
         for x in zip(p.ids, p.place, range(b * width, b * width + len(p.ids)))]).to(like.device).T
+    if not model.config.architecture.packs:  # a state runs through each row alone
+        rows = torch.zeros_like(ids[:1]).repeat(len(packs) * width).index_copy(0, places, ids)
+        return model.hidden(rows.view(-1, width)).flatten(0, 1)[places]
     attend = causal_attention
     if any(len(p.texts) > 1 for p in packs):
         mask = torch.full((len(packs), width, width), -math.inf)
