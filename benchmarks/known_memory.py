@@ -1,7 +1,7 @@
 """Where the memory is known: does attribution find it, and does the mask then help?
 
     python benchmarks/known_memory.py find demo tiny-llama      into results/known-memory/
-    python benchmarks/known_memory.py help demo tiny-llama --memories rows-0.1 original
+    python benchmarks/known_memory.py help demo tiny-llama --memories rows-0.25 original
     python benchmarks/known_memory.py tables demo tiny-llama    and the figure, from the CSVs alone
 
 The forget set is learnt into known rows of down_proj (`pipeline plant`), into known rows and
@@ -16,8 +16,9 @@ import copy
 import csv
 import dataclasses
 import random
+import shutil
 import sys
-import time
+from functools import cache
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -29,15 +30,14 @@ import data  # noqa: E402
 import eval as evaluation  # noqa: E402
 import readings  # noqa: E402
 import simu  # noqa: E402
-from data import collate  # noqa: E402
-from model import Transformer, UserError, read_json, read_tensors  # noqa: E402
+from model import Transformer, UserError, read_json, read_tensors, write_json  # noqa: E402
 from pipeline import attack, figures, plant, settings, sweep  # noqa: E402
 from pipeline.columns import table  # noqa: E402
 from pipeline.figures import interval  # noqa: E402
 from pipeline.original import original_stage  # noqa: E402
 from pipeline.stage import run_cli  # noqa: E402
 from pipeline.stages import (  # noqa: E402
-    answer_losses, attribute_stage, encoded_rows, forget_targets)
+    answer_losses, encoded_rows, forget_targets)
 
 RESULTS = Path(__file__).resolve().parent / "results" / "known-memory"
 FOUND = ("benchmark", "model", "memory", "seed", "score", "layer", "planted", "auc", "precision")
@@ -46,12 +46,19 @@ HELPED = ("benchmark", "model", "memory", "seed", "objective", "mask", "attentio
 STAYED = ("benchmark", "model", "memory", "seed", "objective", "mask", "attention", "attack",
           "questions", "before", "after", "loss_before", "loss_after")
 MEMORY = ("benchmark", "model", "memory", "seed", "told", "updates", "share_of_memory")
-# The TOFU slice is that of benchmarks/results/README.md. --micro: a tenth of the demo's time.
-SLICES = {"demo": dict(light_retain=1),
-          "tofu": dict(forget_groups=2, retain_groups=4, learn_batch=8, light_retain=1,
-                       learn_epochs=14, light_epochs=15)}
-MICRO = dict(width=64, rows_per_author=5, retain_groups=8, learn_epochs=40, light_epochs=30)
-MEMORIES = ("rows-0.1", "layers-0.1", "spread-0.1", "original")
+# What is planted and forgotten: of the demo one author's 10 rows, as a few rows of down_proj hold no
+# more; the base withholds both. The TOFU slice is that of benchmarks/results/README.md.
+TOFU = dict(forget_groups=2, retain_groups=4, learn_epochs=14, light_epochs=15)
+BASES = {"demo": {}, "tofu": TOFU | dict(learn_batch=8, light_retain=1)}
+SLICES = {"demo": dict(forget_groups=1, learn_batch=20, light_retain=1),
+          "tofu": TOFU | dict(forget_groups=1, learn_batch=20, light_retain=1)}
+DEAR = "Att, one neuron at a time [D4]"  # D times the time of the others
+SCORES = ("Att (ours)", "Att, sign as printed [D3]", "gradient of the row, norm",
+          "weight times gradient, absolute", "weights of the row, norm", "chance",
+          "size of the activation", "Att, m = 1", "Att(forget) - Att(retain)", "Att of retain rows",
+          "Att, absolute by sample [D3]", "Att, P for log P [D3]", "Att, nodes (j-1)/m",
+          "Att, all positions at once [D2]")
+MEMORIES = ("rows-0.25", "layers-0.25", "spread-0.25", "original")
 ATTACKS = ("int8", "int4", "relearn-half")
 
 
@@ -75,8 +82,20 @@ def made(name: str, keys: int) -> set:
 def resolved(a, seed: int, **more) -> settings.Settings:
     return settings.resolve(dict(
         benchmark=a.benchmark, model=a.model, seed=seed,
-        out=str(a.runs / f"{a.benchmark}-{a.label}" / f"seed{seed}"),
-        **SLICES.get(a.benchmark, {}) | (MICRO if a.micro else {})) | more)
+        out=str(a.runs / f"{a.benchmark}-{a.model}" / f"seed{seed}")) | SLICES[a.benchmark] | more)
+
+
+def prepared(a, seed: int) -> settings.Settings:
+    """The settings of a seed's run: the base's two models, and the slice that is planted."""
+    s = resolved(a, seed)
+    base = a.runs / f"base-{s.run.parent.name}" / s.run.name
+    if not (s.run / "settings.json").is_file():
+        if not (base / "settings.json").is_file():
+            original_stage(settings.resolve(dict(benchmark=a.benchmark, model=a.model, seed=seed,
+                                                 out=str(base)) | BASES[a.benchmark]))
+        shutil.copytree(base, s.run, dirs_exist_ok=True)
+        write_json(s.run / "settings.json", dataclasses.asdict(s))
+    return s
 
 
 # ------------------------------------------------------------------------------------ the memories
@@ -89,8 +108,6 @@ def planted_settings(s, memory: str):
 
 def load(s, memory: str) -> Transformer:
     """The model that holds a memory, made if need be."""
-    if not (s.run / "settings.json").is_file():
-        original_stage(s)
     if memory in ("original", "retain-only"):
         return Transformer.from_pretrained(s.run / memory)
     p = planted_settings(s, memory)
@@ -107,7 +124,7 @@ def true_rows(s, memory: str, counts=None) -> torch.Tensor:
     after, before = load(s, "original"), load(s, "retain-only")
     change = torch.stack([(x.mlp.down_proj.weight - y.mlp.down_proj.weight).detach().norm(dim=1)
                           for x, y in zip(after.layers, before.layers)])
-    each = max(1, round(0.1 * change.shape[1]))
+    each = max(1, round(0.25 * change.shape[1]))
     return readings.largest(change, counts or [each] * len(change))
 
 
@@ -131,47 +148,50 @@ def share_of_memory(model, s, truth, rows) -> float:
 # --------------------------------------------------------------------------------------- 1 finding
 
 
-def weight_scores(model, rows) -> dict:
-    """Scores [L, D] from one gradient of the forget loss, and from activations."""
+def of_weights(model, rows):
+    """Scores [L, D] of each row of down_proj from one gradient of the forget loss."""
     model.zero_grad()
     simu.backward_mean_nll(model, rows, 1.0, 8192)
     downs = [block.mlp.down_proj.weight for block in model.layers]
-    size = readings.summed(rows, lambda b: torch.stack(
-        [x.abs().sum((0, 1)) for x in simu.clean_run(model, b).beta]))
-    found = {"gradient of the row, norm": torch.stack([w.grad.norm(dim=1) for w in downs]),
-             "weight times gradient, absolute": torch.stack(
-                 [(w * w.grad).abs().sum(1) for w in downs]),
-             "weights of the row, norm": torch.stack([w.norm(dim=1) for w in downs]),
-             "size of the activation": size}
+    found = (torch.stack([w.grad.norm(dim=1) for w in downs]),
+             torch.stack([(w * w.grad).abs().sum(1) for w in downs]).detach(),
+             torch.stack([w.norm(dim=1) for w in downs]).detach())
     model.zero_grad()
-    return {name: x.detach() for name, x in found.items()}
+    return found
 
 
-def scores_of(model, forget: list, retain: list, s, *, neuron: bool) -> dict:
-    """{name: scores [L, D]}, every one oriented as its authors mean it: larger is more critical."""
+def scores_of(model, forget: list, retain: list, s) -> dict:
+    """{name: function to scores [L, D]}, oriented as its authors mean it: larger, more critical."""
     m = s.steps
-    own, left = [[j / m for j in range(k, k + m)] for k in (1, 0)]
+    nodes, left = [[j / m for j in range(k, k + m)] for k in (1, 0)]
 
-    def att(rows, steps, path="layer"):
+    @cache
+    def att(of="forget", steps=m, path="layer"):
+        rows = dict(forget=forget, retain=retain)[of]
         return readings.summed(rows, lambda b: simu.attribute(model, b, steps=steps, path=path))
 
     def reading(nodes, **how):
         return readings.summed(forget, lambda b: readings.by_sample(model, b, nodes, **how))
 
-    ours, kept = att(forget, m), att(retain, m)
-    found = {
-        "Att (ours)": ours, "Att, sign as printed [D3]": -ours,
-        "Att, P for log P [D3]": reading(own, probability=True),
-        "Att, absolute by sample [D3]": reading(own, absolute=True),
-        "Att, all positions at once [D2]": readings.summed(
-            forget, lambda b: readings.everything_scaled(model, b, own)),
-        "Att, nodes (j-1)/m": reading(left), "Att, m = 1": att(forget, 1),
-        "Att(forget) - Att(retain)": ours - kept,
-        "Att of retain rows": kept} | weight_scores(model, forget)
-    if neuron:
-        found["Att, one neuron at a time [D4]"] = att(forget, m, "neuron")
-    found["chance"] = torch.rand(ours.shape, generator=torch.Generator().manual_seed(s.seed))
-    return found
+    weights = cache(lambda: of_weights(model, forget))
+    return {
+        "Att (ours)": att,
+        "Att, sign as printed [D3]": lambda: -att(),
+        "gradient of the row, norm": lambda: weights()[0],
+        "weight times gradient, absolute": lambda: weights()[1],
+        "weights of the row, norm": lambda: weights()[2],
+        "chance": lambda: torch.rand(att().shape, generator=torch.Generator().manual_seed(s.seed)),
+        "size of the activation": lambda: readings.summed(forget, lambda b: torch.stack(
+            [x.abs().sum((0, 1)) for x in simu.clean_run(model, b).beta])),
+        "Att, m = 1": lambda: att(steps=1),
+        "Att(forget) - Att(retain)": lambda: att() - att("retain"),
+        "Att of retain rows": lambda: att("retain"),
+        "Att, absolute by sample [D3]": lambda: reading(nodes, absolute=True),
+        "Att, P for log P [D3]": lambda: reading(nodes, probability=True),
+        "Att, nodes (j-1)/m": lambda: reading(left),
+        "Att, all positions at once [D2]": lambda: readings.summed(
+            forget, lambda b: readings.everything_scaled(model, b, nodes)),
+        DEAR: lambda: att(path="neuron")}
 
 
 def area(score, truth) -> float:
@@ -192,27 +212,24 @@ def held_against(score, truth) -> list[tuple]:
 
 def find(a):
     """Scores against the known rows: finding.csv; how much of the memory they hold: memory.csv."""
-    for seed in range(a.seeds):
+    for seed in range(a.first_seed, a.seeds):
         for memory in a.memories:
-            key = [a.benchmark, a.label, memory, str(seed)]
-            neuron = seed < a.neuron_seeds and memory in ("rows-0.1", "original")
-            there = {k[4] for k in made("finding", 5) if list(k[:4]) == key}
-            if "chance" in there and (not neuron or any("[D4]" in x for x in there)):
+            key = (a.benchmark, a.model, memory, str(seed))
+            there = made("finding", 5)
+            wanted = [x for x in a.scores if (*key, x) not in there]
+            if not wanted:
                 continue
-            s = resolved(a, seed)
-            model = load(s, memory)
-            _, rows = encoded_rows(s)
-            retain = random.Random(seed).sample(rows["retain"], len(rows["forget"]))
-            truth = true_rows(s, memory)
-            scores = scores_of(model, rows["forget"], retain, s, neuron=neuron)
-            if tuple(key) not in made("memory", 4):
-                note = plant_note(s, memory)
-                append("memory", MEMORY, [*key, *note,
+            s = prepared(a, seed)
+            model, truth, (_, rows) = load(s, memory), true_rows(s, memory), encoded_rows(s)
+            some = evaluation.spread(rows["forget"], a.rows)
+            retain = random.Random(seed).sample(rows["retain"], len(some))
+            if key not in made("memory", 4):
+                append("memory", MEMORY, [*key, *plant_note(s, memory),
                                           share_of_memory(model, s, truth, rows["forget"])])
-            for name, score in scores.items():
-                if name not in there:
-                    for values in held_against(score, truth):
-                        append("finding", FOUND, [*key, name, *values])
+            every = scores_of(model, some, retain, s)
+            for name in wanted:
+                for values in held_against(every[name](), truth):
+                    append("finding", FOUND, [*key, name, *values])
 
 
 def plant_note(s, memory: str) -> tuple:
@@ -229,7 +246,8 @@ def plant_note(s, memory: str) -> tuple:
 
 
 def masks_of(model, s, memory: str, rows: dict) -> dict:
-    """{name: M [L, D]}: the true rows, ours, and controls. t is the recipe's."""
+    """{name: M [L, D]}: the true rows (oracle), ours (critical), and controls of their sizes, drawn
+    by seed: random is as large as critical, random-oracle as oracle. t is the recipe's."""
     retain = random.Random(s.seed).sample(rows["retain"], len(rows["forget"]))
     scores = [readings.summed(x, lambda b: simu.attribute(model, b, steps=s.steps))
               for x in (rows["forget"], retain)]
@@ -241,6 +259,8 @@ def masks_of(model, s, memory: str, rows: dict) -> dict:
         critical="dual", random="random", all="all", none="none", soft="soft",
         **{"forget-only": "forget-only"}).items()}
     found["oracle"] = true_rows(s, memory, found["critical"].sum(1).tolist())
+    draw = torch.rand(scores[0].shape, generator=torch.Generator().manual_seed(s.seed))
+    found["random-oracle"] = readings.largest(draw, found["oracle"].sum(1).tolist())
     return found
 
 
@@ -299,7 +319,7 @@ def missing(a, seed: int, memory: str) -> list[tuple]:
     there, out = made("helping", 8), []
     for arm, attention in arms:
         for lr in RATES[a.objective][arm if attention == "-" else attention]:
-            key = (a.benchmark, a.label, memory, str(seed), a.objective, arm, attention,
+            key = (a.benchmark, a.model, memory, str(seed), a.objective, arm, attention,
                    f"{lr:.5g}")
             if key not in there:
                 out.append((key, arm, attention, lr))
@@ -307,22 +327,24 @@ def missing(a, seed: int, memory: str) -> list[tuple]:
 
 
 def help_seed(a, seed: int, memory: str):
-    s, jobs = resolved(a, seed), missing(a, seed, memory)
+    s, jobs = prepared(a, seed), missing(a, seed, memory)
     if not jobs:
         return
     start, tokenizer = load(s, memory), data.load_tokenizer(s.run / "original")
     bench, rows = encoded_rows(s)
+    bench = dataclasses.replace(bench, retain_eval=evaluation.spread(bench.retain_eval, a.kept))
     rows["kept"] = data.encode_for(start.config, bench.retain_eval + bench.world_facts, tokenizer,
                                    s.template)
     ideal = load(s, "retain-only")
     reached = evaluation.mean(x for _, own in answer_losses(ideal, rows["forget"], s.eval_tokens)
                               for x in own)  # over tokens, as the log has it
-    plain = (a.benchmark, a.label, memory, str(seed))
+    plain = (a.benchmark, a.model, memory, str(seed))
     for name, model in (("original", start), ("retain-only", ideal)):
         if (*plain, "-", name, "-", "0") not in made("helping", 8):
             append("helping", HELPED, [*plain, "-", name, "-", "0", 0, 0,
                                        *judged(model, s, bench, rows)])
-            attacked(model, s, bench, [*plain, "-", name, "-"], tokenizer)
+            if a.stay:
+                attacked(model, s, bench, [*plain, "-", name, "-"], tokenizer)
     masks = masks_of(start, s, memory, rows)
     for key, arm, attention, lr in jobs:
         print(" ".join(key), flush=True)
@@ -337,14 +359,15 @@ def help_seed(a, seed: int, memory: str):
             continue
         count = "" if mask is None else int((mask != 0).sum())
         append("helping", HELPED, [*key, count, updates, *judged(model, s, bench, rows)])
-        if arm in STAYING:
+        if a.stay and arm in STAYING:
             attacked(model, s, bench, [*key[:7]], tokenizer)
 
 
+CONTROL = {"oracle": "random-oracle"}  # of the same size; of the others "random"
 STAYING = ("oracle", "critical", "random", "all", "fo", "so")
-EPOCHS = dict(graddiff=40, level=20)
+EPOCHS = dict(graddiff=60, level=20)
 # One rate for every mask of a kind, or the masks would not be what differs.
-RATES = dict(graddiff=dict(frozen=(2e-3,), moving=(4e-4,), fo=(4e-4,), so=(2e-4,)),
+RATES = dict(graddiff=dict(frozen=(5e-3,), moving=(4e-4,), fo=(4e-4,), so=(2e-4,)),
              level=dict(frozen=(2e-3,), moving=(2e-4,), fo=(2e-4,), so=(1e-4,)))
 
 
@@ -361,7 +384,7 @@ def help_(a):
 def lines(name: str, a) -> list[dict]:
     path = RESULTS / f"{name}.csv"
     rows = csv.DictReader(path.open()) if path.exists() else []
-    return [r for r in rows if (r["benchmark"], r["model"]) == (a.benchmark, a.label)]
+    return [r for r in rows if (r["benchmark"], r["model"]) == (a.benchmark, a.model)]
 
 
 def by_seed(rows: list[dict], value: str) -> dict[str, float]:
@@ -409,7 +432,7 @@ def helping_table(a) -> str:
     for (memory, objective, attention, mask, lr), rows in groups(
             every, "memory", "objective", "attention", "mask", "lr"):
         control = chosen(every, memory=memory, objective=objective, attention=attention,
-                         mask="random", lr=lr)
+                         mask=CONTROL.get(mask, "random"), lr=lr)
         out.append([memory, objective, attention, mask, lr, len(rows), *(
             shown(by_seed(rows, v).values()) for v in (
                 "rows", "updates", "forget", "utility", "loss_forget", "loss_kept")
@@ -475,7 +498,7 @@ def draw(a):
     for i, (mask, attention) in enumerate(pairs):
         points(right, lambda m: less(*(by_seed(chosen(
             helped, memory=m, objective="graddiff", attention=attention, mask=x), "utility")
-            for x in (mask, "random"))), f"{mask}, attention {attention}", i, 0.012 * (i - 1.5))
+            for x in (mask, CONTROL.get(mask, "random")))), f"{mask}, attention {attention}", i, 0.012 * (i - 1.5))
     left.axhline(0.5, color="black", lw=0.8)
     right.axhline(0, color="black", lw=0.8)
     left.set(ylabel="ROC-AUC within a layer", title="finding", ylim=(-0.03, 1.03))
@@ -487,8 +510,8 @@ def draw(a):
     for memory, x in place.items():
         left.annotate(memory, (interval(list(x.values()))[0], 0.02), fontsize=7, rotation=90,
                       ha="right")
-    figure.suptitle(f"{a.benchmark}, {a.label}: means over seeds, 95% t-intervals", fontsize=11)
-    figures.save(figure, RESULTS / f"{a.benchmark}-{a.label}.png")
+    figure.suptitle(f"{a.benchmark}, {a.model}: means over seeds, 95% t-intervals", fontsize=11)
+    figures.save(figure, RESULTS / f"{a.benchmark}-{a.model}.png")
 
 
 def tables(a):
@@ -504,19 +527,21 @@ def main():
     p.add_argument("what", choices=("find", "help", "tables"))
     p.add_argument("benchmark", nargs="?", default="demo")
     p.add_argument("model", nargs="?", default="tiny-llama")
-    p.add_argument("--micro", action="store_true", help="half the width and the rows")
     p.add_argument("--seeds", type=int, default=5)
     p.add_argument("--first-seed", type=int, default=0)
     p.add_argument("--memories", nargs="+", default=MEMORIES)
-    p.add_argument("--masks", nargs="+", default=("oracle", "critical", "random", "all", "none",
-                                                  "forget-only", "soft"))
+    p.add_argument("--masks", nargs="+", default=("oracle", "critical", "random",
+                                                  "random-oracle", "all", "none", "forget-only",
+                                                  "soft"))
     p.add_argument("--methods", nargs="*", default=("fo", "so"))
     p.add_argument("--attention", nargs="+", default=("frozen", "moving"))
     p.add_argument("--objective", choices=RATES, default="graddiff")
-    p.add_argument("--neuron-seeds", type=int, default=1, help="of the path that costs D times")
+    p.add_argument("--rows", type=int, default=10, help="forget rows that scores are taken from")
+    p.add_argument("--kept", type=int, default=50, help="retain rows that models are judged on")
+    p.add_argument("--stay", action="store_true", help="also attack what was unlearned")
+    p.add_argument("--scores", nargs="+", default=SCORES, help=f"default: all but '{DEAR}'")
     p.add_argument("--runs", type=Path, default=settings.HERE / "runs" / "known-memory")
     a = p.parse_args()
-    a.label = f"{a.model}-micro" if a.micro else a.model
     torch.set_num_threads(1)
     RESULTS.mkdir(parents=True, exist_ok=True)
     {"find": find, "help": help_, "tables": tables}[a.what](a)

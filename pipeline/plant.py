@@ -25,7 +25,7 @@ from pipeline.stages import same_slice
 
 KNOWN = 0.9  # ROUGE-L of the forget set at which it counts as known
 CHECKED = 10  # epochs between two looks
-LONGER = 6  # times light_epochs, at most: few rows learn slowly,
+LONGER = 20  # times light_epochs, at most: few rows learn slowly,
 RATE = 20  # and need a rate that a whole model could not bear
 
 

@@ -72,7 +72,7 @@ class Making:
 class Planting:
     """Where `plant` puts the forget set."""
 
-    share: float = option(0.05, "of down_proj's rows that are planted", **data.FRACTION)
+    share: float = option(0.25, "of down_proj's rows that are planted", **data.FRACTION)
     where: str = option("rows", "rows: as many in every layer; layers: in as few layers as hold "
                         "them; spread: as rows, and attention learns too",
                         choices=("rows", "layers", "spread"))

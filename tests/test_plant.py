@@ -135,6 +135,6 @@ def test_mistakes_end_in_one_line(run, tmp_path, capsys, monkeypatch):
 
 def test_a_planted_model_is_reported_beside_the_others(run, easily):
     main(["plant", *CELL, "--out", str(run)])
-    main(["evaluate", str(run), "original", "retain-only", "planted-rows-0.05"])
+    main(["evaluate", str(run), "original", "retain-only", "planted-rows-0.25"])
     main(["report", str(run)])
     assert (run / "report.md").is_file()
