@@ -46,8 +46,8 @@ HELPED = ("benchmark", "model", "memory", "seed", "objective", "mask", "attentio
 STAYED = ("benchmark", "model", "memory", "seed", "objective", "mask", "attention", "attack",
           "questions", "before", "after", "loss_before", "loss_after")
 MEMORY = ("benchmark", "model", "memory", "seed", "told", "updates", "share_of_memory")
-# What is planted and forgotten: of the demo one author's 10 rows, as a few rows of down_proj hold no
-# more; the base withholds both. The TOFU slice is that of benchmarks/results/README.md.
+# What is planted and forgotten: one author's rows, as few rows of down_proj hold no more; the base
+# withholds two. The TOFU slice is that of benchmarks/results/README.md.
 TOFU = dict(forget_groups=2, retain_groups=4, learn_epochs=14, light_epochs=15)
 BASES = {"demo": {}, "tofu": TOFU | dict(learn_batch=8, light_retain=1)}
 SLICES = {"demo": dict(forget_groups=1, learn_batch=20, light_retain=1),
@@ -313,16 +313,16 @@ def unlearned(own, start, rows, bench, mask, ideal: float):
 
 
 def missing(a, seed: int, memory: str) -> list[tuple]:
-    """(key, arm, attention, rate) of the points that helping.csv lacks, those of interest first."""
+    """(key, arm, attention, rate and epochs) of the points that helping.csv lacks."""
     arms = [(mask, attention) for attention in a.attention for mask in a.masks
             if (mask, attention) != ("none", "frozen")] + [(x, "-") for x in a.methods]
     there, out = made("helping", 8), []
     for arm, attention in arms:
-        for lr in RATES[a.objective][arm if attention == "-" else attention]:
+        for lr, epochs in RATES[a.objective][arm if attention == "-" else attention]:
             key = (a.benchmark, a.model, memory, str(seed), a.objective, arm, attention,
                    f"{lr:.5g}")
             if key not in there:
-                out.append((key, arm, attention, lr))
+                out.append((key, arm, attention, dict(lr=lr, epochs=epochs)))
     return out
 
 
@@ -346,9 +346,9 @@ def help_seed(a, seed: int, memory: str):
             if a.stay:
                 attacked(model, s, bench, [*plain, "-", name, "-"], tokenizer)
     masks = masks_of(start, s, memory, rows)
-    for key, arm, attention, lr in jobs:
+    for key, arm, attention, how in jobs:
         print(" ".join(key), flush=True)
-        own = resolved(a, seed, objective=a.objective, lam=2.0, lr=lr, epochs=EPOCHS[a.objective],
+        own = resolved(a, seed, objective=a.objective, lam=2.0, **how,
                        **dict(method=arm) if attention == "-" else dict(attention=attention),
                        **dict(batch=len(rows["forget"])) if a.objective == "graddiff" else {})
         mask = masks.get(arm)
@@ -363,12 +363,12 @@ def help_seed(a, seed: int, memory: str):
             attacked(model, s, bench, [*key[:7]], tokenizer)
 
 
-CONTROL = {"oracle": "random-oracle"}  # of the same size; of the others "random"
 STAYING = ("oracle", "critical", "random", "all", "fo", "so")
-EPOCHS = dict(graddiff=60, level=20)
-# One rate for every mask of a kind, or the masks would not be what differs.
-RATES = dict(graddiff=dict(frozen=(5e-3,), moving=(4e-4,), fo=(4e-4,), so=(2e-4,)),
-             level=dict(frozen=(2e-3,), moving=(2e-4,), fo=(2e-4,), so=(1e-4,)))
+# (rate, epochs at most): the same for every mask of a kind, or masks would not be what differs.
+RATES = dict(graddiff=dict(frozen=((5e-3, 60), (2e-3, 150)), moving=((4e-4, 60),),
+                           fo=((4e-4, 60),), so=((2e-4, 60),)),
+             level=dict(frozen=((2e-3, 20),), moving=((2e-4, 20),), fo=((2e-4, 20),),
+                        so=((1e-4, 20),)))
 
 
 def help_(a):
@@ -427,21 +427,25 @@ def finding_table(a) -> str:
                   "precision", "AUC by layer"], out)
 
 
+def control_of(every, mask: str, **wanted) -> list[dict]:
+    """The lines of the random mask that is as large as this one."""
+    drawn = chosen(every, mask="random-oracle", **wanted) if mask == "oracle" else []
+    return drawn or chosen(every, mask="random", **wanted)
+
+
 def helping_table(a) -> str:
     every, out = lines("helping", a), []
     for (memory, objective, attention, mask, lr), rows in groups(
             every, "memory", "objective", "attention", "mask", "lr"):
-        control = chosen(every, memory=memory, objective=objective, attention=attention,
-                         mask=CONTROL.get(mask, "random"), lr=lr)
-        out.append([memory, objective, attention, mask, lr, len(rows), *(
-            shown(by_seed(rows, v).values()) for v in (
-                "rows", "updates", "forget", "utility", "loss_forget", "loss_kept")
-            if v != "rows" or rows[0]["rows"]), *(shown(less(by_seed(rows, v), by_seed(
-                control, v)), "+") for v in ("utility", "loss_kept"))])
-        if not rows[0]["rows"]:
-            out[-1].insert(6, "–")
-    return table(["memory", "objective", "attention", "mask", "rate", "seeds", "rows", "updates",
-                  "forget", "utility", "loss, forget", "loss, kept", "utility minus random's",
+        control = control_of(every, mask, memory=memory, objective=objective,
+                             attention=attention, lr=lr)
+        values = [shown(by_seed(rows, v).values()) if rows[0][v] else "–" for v in (
+            "rows", "updates", "forget", "utility", "loss_forget", "loss_kept")]
+        gains = ["–" if mask in ("random", "random-oracle") else shown(
+            less(by_seed(rows, v), by_seed(control, v)), "+") for v in ("utility", "loss_kept")]
+        out.append([memory, attention, mask, lr, len(rows), *values, *gains])
+    return table(["memory", "attention", "mask", "rate", "seeds", "rows", "updates", "forget",
+                  "utility", "loss, forget", "loss, kept", "utility minus random's",
                   "loss, kept, minus random's"], out)
 
 
@@ -488,21 +492,25 @@ def draw(a):
                     color=attack.COLOURS[i])
 
     found = lines("finding", a)
-    for i, score in enumerate(("Att (ours)", "Att, absolute by sample [D3]",
-                               "gradient of the row, norm", "chance")):
+    for i, score in enumerate(("Att (ours)", "Att of retain rows", "gradient of the row, norm",
+                               "size of the activation", "chance")):
         points(left, lambda m: by_seed([r for r in chosen(found, memory=m, score=score)
                                         if r["layer"] != "all"], "auc").values(), score, i,
-               0.012 * (i - 1.5))
+               0.012 * (i - 2))
     pairs = [("oracle", "frozen"), ("critical", "frozen"), ("oracle", "moving"),
              ("critical", "moving")]
     for i, (mask, attention) in enumerate(pairs):
-        points(right, lambda m: less(*(by_seed(chosen(
-            helped, memory=m, objective="graddiff", attention=attention, mask=x), "utility")
-            for x in (mask, CONTROL.get(mask, "random")))), f"{mask}, attention {attention}", i, 0.012 * (i - 1.5))
+        how = dict(objective="graddiff", attention=attention,
+                   lr=f"{RATES['graddiff'][attention][0][0]:.5g}")
+        points(right, lambda m: less(
+            by_seed(control_of(helped, mask, memory=m, **how), "loss_kept"),
+            by_seed(chosen(helped, memory=m, mask=mask, **how), "loss_kept")),
+            f"{mask}, attention {attention}", i, 0.012 * (i - 1.5))
     left.axhline(0.5, color="black", lw=0.8)
     right.axhline(0, color="black", lw=0.8)
     left.set(ylabel="ROC-AUC within a layer", title="finding", ylim=(-0.03, 1.03))
-    right.set(ylabel="utility minus the random mask's", title="helping, at equal forgetting")
+    right.set(ylabel="loss on kept rows: the random mask's minus its own",
+              title="helping, at equal forgetting (above 0: the mask helps)")
     for ax in (left, right):
         ax.set(xlabel="share of the memory that the true rows hold")
         ax.legend(fontsize=8)
@@ -518,7 +526,8 @@ def tables(a):
     """Everything above from the CSVs alone."""
     for title, make in dict(Memory=memory_table, Finding=finding_table, Helping=helping_table,
                             Staying=staying_table).items():
-        print(f"## {title}\n\n{make(a)}\n")
+        if lines(title.lower(), a):
+            print(f"## {title}\n\n{make(a)}\n")
     draw(a)
 
 
