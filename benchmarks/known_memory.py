@@ -429,8 +429,9 @@ def finding_table(a) -> str:
 
 def control_of(every, mask: str, **wanted) -> list[dict]:
     """The lines of the random mask that is as large as this one."""
-    drawn = chosen(every, mask="random-oracle", **wanted) if mask == "oracle" else []
-    return drawn or chosen(every, mask="random", **wanted)
+    sizes = {(r["seed"], r["rows"]) for r in chosen(every, mask=mask, **wanted)}
+    drawn = (chosen(every, mask=x, **wanted) for x in ("random", "random-oracle"))
+    return next((some for some in drawn if sizes & {(r["seed"], r["rows"]) for r in some}), [])
 
 
 def helping_table(a) -> str:
