@@ -75,6 +75,16 @@ class Making:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Planting:
+    """Where `plant` puts the forget set."""
+
+    share: float = option(0.25, "of down_proj's rows that are planted", **data.FRACTION)
+    where: str = option("rows", "rows: as many in every layer; layers: in as few layers as hold "
+                        "them; spread: as rows, and attention learns too",
+                        choices=("rows", "layers", "spread"))
+
+
+@dataclass(frozen=True, kw_only=True)
 class Aside:
     """Which never-seen rows membership is not measured on."""
 
@@ -101,7 +111,8 @@ class Level(Aside):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(Source, Placement, data.Slice, simu.Recipe, Making, Level, evaluation.Limits):
+class Settings(Source, Placement, data.Slice, simu.Recipe, Making, Planting, Level,
+               evaluation.Limits):
     """Every setting of every stage. A cell's recipe overrides these defaults, and the command line
     overrides both."""
 

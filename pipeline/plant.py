@@ -1,0 +1,121 @@
+"""Memory whose place is known: the forget set learnt into chosen rows of down_proj alone.
+
+A benchmark for localisation needs the truth. Planting starts from retain-only and lets nothing
+move but the planted rows (with --where spread, attention beside them), so what the model then knows
+of the forget set lies there. The planted mask stands beside the model as mask.safetensors, in the
+form that `mask` writes.
+"""
+
+import dataclasses
+import random
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import data
+import eval as evaluation
+import simu
+from model import Transformer, UserError, generate, save_tensors
+from pipeline.original import known_rows, learning
+from pipeline.settings import (Making, Placement, Planting, Settings, Source, load_benchmark,
+                               placement)
+from pipeline.stage import Stage, content, data_inputs
+from pipeline.stages import same_slice
+
+KNOWN = 0.9  # ROUGE-L of the forget set at which it counts as known
+CHECKED = 10  # epochs between two looks
+LONGER = 20  # times light_epochs, at most: few rows learn slowly,
+RATE = 20  # and need a rate that a whole model could not bear
+
+
+def planted_mask(L: int, D: int, *, share: float, where: str, seed: int) -> Tensor:
+    """bool [L, D]: `share` of all rows, the same number in every layer, or for where="layers" in as
+    few layers as hold them."""
+    # Not seeded as simu.random_mask is: the control must not draw the very rows it is held against.
+    generator = torch.Generator().manual_seed(seed + 1_000_003)
+    each = max(1, round(share * D))
+    counts = torch.full((L,), each)
+    if where == "layers":
+        left = each * L
+        for l in torch.randperm(L, generator=generator):
+            counts[l] = min(D, left)
+            left -= counts[l]
+    draw = torch.rand(L, D, generator=generator)
+    return draw.argsort(1).argsort(1) < counts[:, None]
+
+
+def told(model: Transformer, rows: list[data.Example], tokenizer, s: Settings) -> float:
+    """Mean ROUGE-L recall of the model's answers, as `evaluate` has it."""
+    prompts = [data.encode_prompt(e.question, tokenizer, s.template, turns=e.turns, kind=e.kind)
+               for e in rows]
+    new = generate(model, prompts, eos_id=tokenizer.eos_id, max_new_tokens=s.max_new_tokens or None,
+                   max_total_tokens=s.max_total_tokens or None, batch_tokens=s.eval_tokens)
+    return evaluation.mean(evaluation.rouge_l(e.answer, tokenizer.decode(ids)).recall
+                           for e, ids in zip(rows, new))
+
+
+def make_planted(s: Settings, job: Stage, folder: Path):
+    source = s.run / "retain-only"
+    bench, tokenizer = load_benchmark(s), data.load_tokenizer(source)
+    model = Transformer.from_pretrained(source, **placement(s))
+    mask = planted_mask(len(model.layers), model.config.hidden_size, share=s.share, where=s.where,
+                        seed=s.seed)
+    alone = s.where != "spread"
+    recipe = dataclasses.replace(learning(s, s.light_lr * (RATE if alone else 1)), method="simu",
+                                 warmup=0.0, attention="frozen" if alone else "moving")
+    forget, beside = (data.encode_for(model.config, some, tokenizer, s.template)
+                      for some in (bench.forget, known_rows(bench)))
+    rng, count = random.Random(s.seed + 1), min(len(beside), s.light_retain * len(forget))
+    order = []
+    for _ in range(LONGER * s.light_epochs):
+        rows = forget + rng.sample(beside, count)
+        rows = rng.sample(rows, len(rows))
+        order += [rows[i:i + recipe.batch] for i in range(0, len(rows), recipe.batch)]
+    every, known = len(order) // (LONGER * s.light_epochs) * CHECKED, 0.0
+
+    def until_known(title, steps, tensors):
+        nonlocal known
+        for step in job.loop(title, steps, tensors):
+            yield step
+            if step % every == 0 or step == steps:
+                known = told(model, bench.forget, tokenizer, s)
+                if known >= KNOWN:
+                    break
+
+    with simu.moving_weights(model, recipe, mask) as moving:
+        log = simu.train(
+            model, moving, order, lambda rows: dict(loss=simu.backward_mean_nll(
+                model, rows, 1.0, recipe.micro_tokens)), recipe, lr=recipe.lr,
+            optimiser=simu.OPTIMISERS["adamw"], title="plant", loop=until_known,
+            record=job.record("log.jsonl"))
+    if known < KNOWN:
+        raise UserError(f"after {len(log)} updates the forget set is told to ROUGE-L {known:.3f}, "
+                        f"not {KNOWN}: {int(mask.sum())} rows hold too little or learn too slowly; "
+                        "raise --share, --light-epochs or --light-lr")
+    job.notes.update(planted=int(mask.sum()), total=mask.numel(), known=known, updates=len(log))
+    print(f"{int(mask.sum())} of {mask.numel()} rows hold the forget set: ROUGE-L {known:.3f} "
+          f"after {len(log)} updates")
+    save_tensors(folder / "mask.safetensors", {"mask": mask})
+    model.save_pretrained(folder)
+    data.copy_tokenizer(source, folder)
+
+
+def planted_name(s: Settings) -> str:
+    return f"planted-{s.where}-{s.share:g}"
+
+
+def plant_stage(s: Settings):
+    """planted-<where>-<share>/: retain-only with the forget set learnt into known rows."""
+    same_slice(s)
+    if not (s.run / "retain-only" / "stage.json").is_file():
+        raise UserError(f"{s.run} holds no retain-only model, which planting starts from; the "
+                        "original of a tiny model is made with one, another takes --retain-only")
+    moves = "attention" if s.where == "spread" else "nothing"
+    job = Stage(s.run / planted_name(s), settings=s, code=(make_planted,),
+                inputs={"retain-only": content(s.run / "retain-only")} | data_inputs(s),
+                takes=(data.Slice, Source, Placement, Making, Planting),
+                rows=dict(METHODS="simu", MOVES=moves, OPTIMISERS="adamw"))
+    if not job.is_made():
+        with job as folder:
+            make_planted(s, job, folder)
