@@ -264,8 +264,8 @@ LEARN_TOFU = dict(learn_lr=2e-5, learn_epochs=5, learn_batch=32, learn_decay=0.0
 LEARN_LUME = LEARN_TOFU | dict(learn_lr=1e-5, learn_epochs=10, learn_warmup=0.1)
 # As open-unlearning evaluates its own: https://github.com/locuslab/open-unlearning.
 CHAT_1B = dict(template="llama3", epochs=10, lr=1e-5, batch=32)
-# Taught here. Rates between the tiny models' and the paper's, not swept: in the one run made, those of
-# SO and SIMU went far past retain-only (benchmarks/results/tofu-smollm2-135m).
+# Taught here. Rates between the tiny models' and the paper's, not swept: in the one run made, those
+# of SO and SIMU went far past retain-only (benchmarks/results/tofu-smollm2-135m).
 SMOLLM2 = dict(template="qa", forget_groups=2, retain_groups=8, learn_epochs=12, learn_lr=1e-4,
                learn_batch=8, learn_decay=0.01, learn_tokens=1024, micro_tokens=1024,
                dtype="bfloat16", lr=1e-4, epochs=10, batch=8, level_share=0.5,
