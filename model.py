@@ -931,6 +931,12 @@ def config_fields(content) -> dict:
     return own
 
 
+def need_keys(content: dict, keys):
+    for key in keys:
+        if key not in content:
+            raise missing_key(key)
+
+
 def missing_key(key: str) -> Exception:
     return UserError(f"{key} is missing; take the config.json the weights came with")
 
@@ -959,9 +965,7 @@ def is_original_olmo(content) -> bool:
 def from_original_olmo(content: dict) -> dict:
     """OLMo's own config in HF's names."""
     check_supported(content, OLMO_SUPPORTED)
-    for key in (*OLMO_NAMES, "vocab_size"):
-        if key not in content:
-            raise missing_key(key)
+    need_keys(content, (*OLMO_NAMES, "vocab_size"))
     up_and_gate = content.get("mlp_hidden_size")  # both halves of ff_proj
     if not up_and_gate:
         ratio, width = content.get("mlp_ratio", 4), content["d_model"]

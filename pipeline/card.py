@@ -118,7 +118,7 @@ def write_card(folder: Path, s: Settings, used: dict, found: list[dict] = ()):
 def write_cards(s: Settings, found: list[dict], unlearned: list[str]):
     """Write the cards of a run's evaluated unlearned models again, now with metrics."""
     for name in unlearned:
-        if read_stage(s.run / name)["settings"]["method"] not in simu.METHODS:
-            continue  # of a fork whose method is gone
-        shown = [e for e in found if e["name"] in ("original", name)]
-        write_card(s.run / name, s, read_stage(s.run / name)["settings"], shown)
+        used = read_stage(s.run / name)["settings"]
+        if used["method"] in simu.METHODS:  # else of a fork whose method is gone
+            shown = [e for e in found if e["name"] in ("original", name)]
+            write_card(s.run / name, s, used, shown)

@@ -210,8 +210,8 @@ def definitions(docstring: str | None) -> str:
 def mask_line(mask: Path, s: Settings) -> str:
     """What a mask's folder holds, beside the published count."""
     lines = []
-    if (mask / "stage.json").is_file() and read_stage(mask).get("total"):
-        note = read_stage(mask)
+    note = read_stage(mask) if (mask / "stage.json").is_file() else {}
+    if note.get("total"):
         per_layer = " ".join(map(str, note["critical_per_layer"]))
         lines.append(f"{note['critical']} of {note['total']}: "
                      f"{note['critical'] / note['total']:.2%}; by layer {per_layer}")

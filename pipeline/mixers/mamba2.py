@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model import Architecture, RMSNorm, UserError, check_supported, missing_key
+from model import Architecture, RMSNorm, UserError, check_supported, need_keys
 from pipeline.mixers.states import (NO_LIMIT, StateCache, StatePrefixes, check_fields, from_nothing,
                                     gather_before)
 
@@ -73,10 +73,8 @@ class Mamba2Config:
                             "[0, Infinity] is")
         if "layer_norm_epsilon" in present:
             present["norm_eps"] = present["layer_norm_epsilon"]
-        for key in ("vocab_size", "hidden_size", "num_hidden_layers", "num_heads", "head_dim",
-                    "state_size", "n_groups"):
-            if key not in present:
-                raise missing_key(key)
+        need_keys(present, ("vocab_size", "hidden_size", "num_hidden_layers", "num_heads",
+                            "head_dim", "state_size", "n_groups"))
         return cls(**{f.name: present[f.name] for f in fields(cls) if f.name in present})
 
     def to_hf(self, dtype: torch.dtype) -> dict:

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model import Architecture, UserError, check_supported, is_positive, missing_key
+from model import Architecture, UserError, check_supported, is_positive, need_keys
 from pipeline.mixers.states import (NO_LIMIT, StateCache, StatePrefixes, check_fields, from_nothing,
                                     gather_before)
 
@@ -64,10 +64,8 @@ class RWKV7Config:
     def from_content(cls, content: dict) -> "RWKV7Config":
         """From the content of a config.json."""
         present = {k: v for k, v in content.items() if v is not None}
-        for key in ("vocab_size", "hidden_size", "num_hidden_layers", *(
-                f"{x}_low_rank_dim" for x in ("decay", "gate", "a", "v"))):
-            if key not in present:
-                raise missing_key(key)
+        need_keys(present, ("vocab_size", "hidden_size", "num_hidden_layers", *(
+            f"{x}_low_rank_dim" for x in ("decay", "gate", "a", "v"))))
         D, ratio = present["hidden_size"], present.get("hidden_ratio", 4)
         if is_positive(D) and is_positive(ratio):  # as fla does; else check_fields refuses D
             present.setdefault("intermediate_size", 32 * math.ceil(int(D * ratio) / 32))

@@ -78,6 +78,7 @@ def gather_before(x, before):
     index = before.view(*before.shape, *[1] * (x.dim() - 2)).expand(-1, -1, *x.shape[2:])
     return x.gather(1, index)
 
+
 NO_LIMIT = 1 << 24  # positions, where nothing is said: a state is no longer for a longer text
 
 
