@@ -86,8 +86,8 @@ from tqdm import tqdm
 
 import data
 from data import TASKS, Encoded, Example, at_least, option
-from model import (LOGITS, Transformer, UserError, attention, attention_of_rows, causal_attention,
-                   generate, write_text)
+from model import (LOGITS, Transformer, UserError, attention, causal_attention, generate,
+                   write_text)
 
 MIN_K = (10, 20, 30, 40, 50, 60)  # percent
 ANSWER_K = 40  # percent, as open-unlearning sets it
@@ -833,9 +833,6 @@ def read_packs(model: Transformer, packs: list[Pack]) -> torch.Tensor:
     ids, place, places = torch.tensor([
         x for b, p in enumerate(packs)
         for x in zip(p.ids, p.place, range(b * width, b * width + len(p.ids)))]).to(like.device).T
-    if not model.config.architecture.packs:  # a state runs through each row alone
-        rows = torch.zeros_like(ids[:1]).repeat(len(packs) * width).index_copy(0, places, ids)
-        return model.hidden(rows.view(-1, width)).flatten(0, 1)[places]
     attend = causal_attention
     if any(len(p.texts) > 1 for p in packs):
         mask = torch.full((len(packs), width, width), -math.inf)
@@ -844,8 +841,7 @@ def read_packs(model: Transformer, packs: list[Pack]) -> torch.Tensor:
             for path in map(torch.tensor, pack.texts.values()):
                 seen[path[:, None], path] = mask.new_full((len(path),) * 2, -math.inf).triu(1)
         attend = partial(attention, mask=mask.to(like)[:, None])  # [B, 1, T, T]
-    return model.hidden(ids[None], partial(attention_of_rows, places, (len(packs), width),
-                                           attend=attend), rope=model.rope(place))[0]
+    return model.hidden_of_rows(ids, places, (len(packs), width), place, attend)
 
 
 def _chunk_scores(logits, labels, wanted):

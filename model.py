@@ -200,8 +200,8 @@ def causal_attention(q, k, v):
     return attention(q, k, v)
 
 
-def attention_of_rows(places, shape, q, k, v, attend=causal_attention):
-    """Causal attention where the tokens of B rows stand side by side, q [1, H, N, hd] and k, v
+def attention_of_rows(places, shape, q, k, v, *, attend):
+    """Attention where the tokens of B rows stand side by side, q [1, H, N, hd] and k, v
     [1, K, N, hd], token n at place places[n] of shape (B, T) laid out flat -> [1, N, H*hd]"""
     def spread(x):  # [1, heads, N, hd] -> [B, heads, T, hd]
         rows = x.new_zeros(shape[0] * shape[1], *x.shape[1::2]).index_copy(
@@ -351,13 +351,20 @@ class Transformer(nn.Module):
     def hidden_at(self, ids, wanted):
         """Final normed states [N, D] where wanted [B, T] is true. No padding is read, nor anything
         else right of a row's last wanted place: what is left of all rows stands in one."""
-        if not self.config.architecture.packs:
-            return self.hidden(ids)[wanted]
         read = wanted.int().flip(1).cummax(1).values.flip(1).flatten()  # [B*T]
         places = read.nonzero()[:, 0]
-        attend = partial(attention_of_rows, places, ids.shape)
-        h = self.hidden(ids.flatten()[places][None], attend, rope=self.rope(places % ids.shape[1]))
-        return h[0][wanted.flatten()[places]]
+        h = self.hidden_of_rows(ids.flatten()[places], places, ids.shape, places % ids.shape[1])
+        return h[wanted.flatten()[places]]
+
+    def hidden_of_rows(self, ids, places, shape, positions, attend=causal_attention):
+        """Final normed states [N, D] of the ids [N] of B rows, side by side: id n stands at place
+        places[n] of shape (B, T) laid out flat, and at positions[n] of its text. `attend`: the
+        attention over the rows as they are laid out."""
+        if not self.config.architecture.packs:  # a state runs through each row alone
+            rows = ids.new_zeros(shape[0] * shape[1]).index_copy(0, places, ids)
+            return self.hidden(rows.view(shape)).flatten(0, 1)[places]
+        attend = partial(attention_of_rows, places, shape, attend=attend)
+        return self.hidden(ids[None], attend, rope=self.rope(positions))[0]
 
     def logits(self, h):
         """Final normed states [..., D] -> float32 [..., V]"""

@@ -12,7 +12,6 @@ import shutil
 import weakref
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 import simu
 from data import Encoded
-from model import LOGITS, Cache, Config, Transformer, UserError, attention_of_rows
+from model import LOGITS, Cache, Config, Transformer, UserError
 from pipeline import hub
 from pipeline.settings import (Settings, choose_device, choose_dtype, load_benchmark, resolve,
                                tiny_config)
@@ -230,11 +229,9 @@ def _trace_pass(model, s, longest, answer):
     B, longest = _widest(s.micro_tokens, longest, s.batch)
     answer = min(answer, longest)
     n = torch.arange(B * answer, device="meta")
-    if model.config.architecture.packs:  # as hidden_at, which must know what is padding
-        places = torch.arange(B * longest, device="meta")
-        h = model.hidden(places[None], partial(attention_of_rows, places, (B, longest)))[0, n]
-    else:
-        h = model.hidden(_ids(B, longest))[n % B, n // B]  # [B * answer, D]
+    # As hidden_at, which must know what is padding.
+    places = torch.arange(B * longest, device="meta")
+    h = model.hidden_of_rows(places, places, (B, longest), places)[n]  # [B * answer, D]
     _, grad = simu.backward_head(model, h.detach(), n, [answer] * B,
                                  lambda answers, own: answers.nll.sum())
     h.backward(grad)
