@@ -1,11 +1,13 @@
 """Where each objective ends: methods x objectives x seeds on a tiny model, against retain-only.
 
-    python benchmarks/objectives.py demo tiny-llama --seeds 5      into benchmarks/results/objectives/
+    python benchmarks/objectives.py demo tiny-llama --seeds 5  into benchmarks/results/objectives/
+    python benchmarks/objectives.py tofu tiny-llama --arms simu --objectives level --lr 4e-4
 
-Every point is unlearned from its seed's original with the recipe's settings for the method, judged on
-every row by the evaluation's own metrics, and attacked. A line of the CSV per point; a point that stands
-there is not computed again. --table prints the tables (means over seeds with 95% t-intervals), --figure
-draws the losses of forget rows beside those of rows never seen, both from the CSVs alone.
+Every point is unlearned from its seed's original with the recipe's settings for the method, judged
+on every row by the evaluation's own metrics, and attacked. A line of the CSV per point; a point that
+stands there is not computed again. --table prints the tables (means over seeds with 95%
+t-intervals), --figure draws the losses of forget rows beside those of rows never seen, both from
+the CSVs alone.
 """
 
 import argparse
@@ -92,9 +94,10 @@ def unlearned(s, arm: str):
     return model
 
 
-def seed_points(benchmark: str, name: str, seed: int, out: Path, arms, objectives, runs: Path):
-    """Append every missing point of a seed to the CSV."""
-    made = {tuple(row[:3]) for row in csv.reader(out.open())} if out.exists() else set()
+def seed_points(benchmark: str, name: str, seed: int, out: Path, arms, objectives, runs: Path,
+                rate: dict):
+    """Append every missing point of a seed to the CSV. rate: empty, or an lr for all arms."""
+    made = {tuple(row[:4]) for row in csv.reader(out.open())} if out.exists() else set()
     given = dict(benchmark=benchmark, model=name, seed=seed, out=str(runs / f"seed{seed}"))
     s = settings.resolve(given)
     original_stage(s)
@@ -107,18 +110,19 @@ def seed_points(benchmark: str, name: str, seed: int, out: Path, arms, objective
         for arm in arms:
             method, _, mask = arm.partition("-")
             p = settings.resolve(given | dict(method=method, mask=mask or "dual",
-                                              objective=objective, lam=2.0))
+                                              objective=objective, lam=2.0) | rate)
             jobs.append((arm, objective, p, lambda p=p, arm=arm: unlearned(p, arm)))
     for arm, objective, p, model_of in jobs:
-        if (arm, objective, str(seed)) not in made:
+        lr = p.lr if objective != "-" else 0
+        if (arm, objective, str(seed), str(lr)) not in made:
             model = model_of()
             values, rows = judge(model, p, reference)
             values |= attacked(model, p)
-            if seed == 0 and arm in (*SHOWN, "retain-only", "original"):
+            if seed == 0 and not rate and arm in (*SHOWN, "retain-only", "original"):
                 append(out.with_suffix(".losses.csv"), [
                     (arm, objective, split, f"{x:.5g}")
                     for split, xs in losses_of(rows).items() for x in xs])
-            append(out, [[arm, objective, seed, p.lr if objective != "-" else 0, *(
+            append(out, [[arm, objective, seed, lr, *(
                 "" if values.get(v) is None else f"{values[v]:.5g}" for v in HEADER[4:])]])
 
 
@@ -139,8 +143,8 @@ def print_tables(out: Path):
     rows = list(csv.DictReader(out.open()))
     ideal = {r["seed"]: r for r in rows if r["arm"] == "retain-only"}
     ends, far, back = [], [], []
-    for key in dict.fromkeys((r["objective"], r["arm"]) for r in rows):
-        some = [r for r in rows if (r["objective"], r["arm"]) == key]
+    for key in dict.fromkeys((r["objective"], r["arm"], r["lr"]) for r in rows):
+        some = [r for r in rows if (r["objective"], r["arm"], r["lr"]) == key]
         of = lambda v: [float(r[v]) for r in some if r[v]]
         quality = statistics.median(of("forget_quality")) if of("forget_quality") else float("nan")
         ends.append([*key, len(some), *(f"{quality:.2g}" if v == "forget_quality" else cell(of(v))
@@ -150,7 +154,7 @@ def print_tables(out: Path):
         gap = lambda v: cell([abs(float(r[v]) - float(ideal[r["seed"]][v])) for r in some])
         far.append([*key, len(some), *map(gap, ("mia.answer_auc", "forget.rouge_l",
                                                 "forget.repetition"))])
-    head = ["objective", "arm", "seeds"]
+    head = ["objective", "arm", "lr", "seeds"]
     print(table([*head, *VALUES], ends))
     print("\nDistance to the same seed's retain-only\n")
     print(table([*head, "AUC", "forget ROUGE-L", "repetition"], far))
@@ -184,6 +188,7 @@ def main():
     p.add_argument("--seeds", type=int, default=5)
     p.add_argument("--arms", nargs="+", default=ARMS)
     p.add_argument("--objectives", nargs="+", default=OBJECTIVES)
+    p.add_argument("--lr", type=float, help="a rate for all arms; default: each recipe's own")
     p.add_argument("--runs", type=Path, help="where originals are kept")
     p.add_argument("--table", action="store_true", help="only print the tables of the CSV")
     p.add_argument("--figure", action="store_true", help="only draw the CSV's figure")
@@ -197,7 +202,8 @@ def main():
     if a.figure:
         return draw(out)
     for seed in () if a.table else range(a.seeds):
-        seed_points(a.benchmark, a.model, seed, out, a.arms, a.objectives, runs)
+        seed_points(a.benchmark, a.model, seed, out, a.arms, a.objectives, runs,
+                    dict(lr=a.lr) if a.lr else {})
     print_tables(out)
 
 
