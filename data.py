@@ -267,7 +267,7 @@ def batches_by_length(rows: list[Encoded], tokens: int) -> list[list[int]]:
         if len(rows[i].ids) > tokens:
             raise UserError(f"a budget of {tokens} tokens per pass cannot hold a row of "
                             f"{len(rows[i].ids)}; raise --micro-tokens, or --attribution-tokens "
-                            "(which the m - 1 nodes of the path share)")
+                            "(which the m - 1 nodes of the path share: or lower --steps)")
         if out and (len(out[-1]) + 1) * len(rows[out[-1][0]].ids) <= tokens:
             out[-1].append(i)
         else:

@@ -457,18 +457,19 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **given):
         super().__init__(**{"allow_abbrev": False} | given)
+        for kind in (int, float):
+            self.register("type", kind, number(kind))
 
     def error(self, message):
         raise UserError(f"{message}; see: {self.prog} --help")
 
 
 def number(kind):
-    """int or float from plain digits: Python's own also take 1_0."""
+    """int or float from plain digits: Python's own also take 1_0, and digits of other scripts."""
     def read(text: str):
-        if "_" in text:
+        if not re.fullmatch(r"[\w.+-]+", text, re.A) or "_" in text:
             raise ValueError
         return kind(text)
-    read.__name__ = kind.__name__  # argparse names it in its message
     return read
 
 
@@ -483,7 +484,6 @@ def add_options(to: argparse.ArgumentParser, *, skip: tuple = ()):
                             default=argparse.SUPPRESS)
         else:
             shown = f"{effect} (default {f.default!r})"
-            kind = number(f.type) if f.type in (int, float) else f.type
-            to.add_argument(flag, type=kind, help=shown, default=argparse.SUPPRESS,
+            to.add_argument(flag, type=f.type, help=shown, default=argparse.SUPPRESS,
                             choices=f.metadata["choices"] or None,
                             metavar=None if f.metadata["choices"] else f.type.__name__.upper())
