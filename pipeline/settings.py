@@ -27,7 +27,7 @@ TINY_MODELS = {"tiny-llama": "llama", "tiny-olmo": "olmo", "tiny-mamba": "mamba2
 MODELS = ("llama2-7b", "olmo-1b", "llama3.2-1b", "smollm2-135m", *TINY_MODELS)
 # Folders of a run that hold no unlearned model; a disk may not tell A from a.
 RESERVED = re.compile("(original|retain-only|written-retain|attribution|mask(-.*)?|planted-.*|"
-                      "figures)", re.I)
+                      r"figures|(settings|report|attack|request)\..*)", re.I)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,9 +142,9 @@ class Settings(Source, Placement, data.Slice, simu.Recipe, Making, Planting, Lev
 
     def __post_init__(self):
         data.check_fields(self)
-        if self.name and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", self.name):
+        if self.name and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{,99}", self.name):
             raise UserError(f"--name {self.name!r} must be letters, digits, dots, dashes and "
-                            "underscores, and begin with a letter or digit")
+                            "underscores, at most 100, and begin with a letter or digit")
         if RESERVED.fullmatch(self.name):
             raise UserError(f"--name {self.name} is that of another stage; choose another")
 
