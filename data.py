@@ -358,7 +358,7 @@ def _seconds(limit: float):
 def _memory(limit: int):
     """MemoryError if the block takes more bytes, where the system tells and bounds them."""
     try:
-        import resource  # not on every system
+        resource = importlib.import_module("resource")  # not on every system
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         soft, hard = resource.getrlimit(resource.RLIMIT_AS)
         most = used + limit if soft == resource.RLIM_INFINITY else min(soft, used + limit)
