@@ -34,7 +34,7 @@ from model import NO_TEXT, Config, UserError, read_json, whole_file, write_json,
 
 IGNORE = -100  # a target that is not predicted; also cross_entropy's default
 LONGEST_TOKEN = 1024  # characters: longer than any tokenizer's
-CHAT_SECONDS = 5  # that a chat template may take for one row
+CHAT_SECONDS, CHAT_BYTES = 5, 1 << 28  # that a chat template may take for one row
 
 # name: (before the question, after it, before the answer) [D14]. The prompt ends before the third.
 TEMPLATES = {
@@ -221,6 +221,9 @@ def encode(example: Example, tokenizer, template: str) -> Encoded:
         raise UserError(f"row {example.id or reprlib.repr(example.question)}: its answer "
                         f"{reprlib.repr(example.answer)} gives no token; use another tokenizer")
     bos = [] if own or tokenizer.bos_id is None else [tokenizer.bos_id]
+    if not bos and example.kind == "text" and len(example.answer) < 2:
+        raise UserError(f"row {example.id}: nothing stands before its text {example.answer!r}, of "
+                        "one letter, for a model without bos to go on from; drop the row")
     return Encoded(bos + ids + [tokenizer.eos_id] * (not own_eos), len(bos) + n_prompt)
 
 
@@ -267,7 +270,7 @@ def batches_by_length(rows: list[Encoded], tokens: int) -> list[list[int]]:
         if len(rows[i].ids) > tokens:
             raise UserError(f"a budget of {tokens} tokens per pass cannot hold a row of "
                             f"{len(rows[i].ids)}; raise --micro-tokens, or --attribution-tokens "
-                            "(which the m - 1 nodes of the path share)")
+                            "(which the m - 1 nodes of the path share: or lower --steps)")
         if out and (len(out[-1]) + 1) * len(rows[out[-1][0]].ids) <= tokens:
             out[-1].append(i)
         else:
@@ -313,7 +316,7 @@ def render_chat(tokenizer, turns: list[tuple[str, str]], *, ask: bool) -> str:
                         f"{' or '.join(t for t in TEMPLATES if TEMPLATES[t])}")
     most = 100_000 + 10 * sum(len(text) for _, text in turns)  # characters
     try:
-        with _seconds(CHAT_SECONDS):
+        with _seconds(CHAT_SECONDS), _memory(CHAT_BYTES):
             parts, size = [], 0
             for part in _compiled_chat(tokenizer.chat_template).generate(
                     messages=[dict(role=role, content=text) for role, text in turns],
@@ -328,8 +331,9 @@ def render_chat(tokenizer, turns: list[tuple[str, str]], *, ask: bool) -> str:
         raise
     except Exception as e:  # whatever a stranger's template does
         roles = ", ".join(role for role, _ in turns)
-        raise UserError(f"the model's chat template cannot write the turns {roles} ({one_line(e)});"
-                        " choose another --template, or mend the rows") from None
+        raise UserError(f"the model's chat template cannot write the turns {roles} "
+                        f"({one_line(e) or type(e).__name__}); choose another --template, or mend "
+                        "the rows") from None
 
 
 @contextlib.contextmanager
@@ -348,6 +352,24 @@ def _seconds(limit: float):
     finally:
         signal.setitimer(signal.ITIMER_REAL, before)
         signal.signal(signal.SIGALRM, handler)
+
+
+@contextlib.contextmanager
+def _memory(limit: int):
+    """MemoryError if the block takes more bytes, where the system tells and bounds them."""
+    try:
+        resource = importlib.import_module("resource")  # not on every system
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+        most = used + limit if soft == resource.RLIM_INFINITY else min(soft, used + limit)
+        resource.setrlimit(resource.RLIMIT_AS, (most, hard))
+    except (ImportError, OSError, ValueError):
+        yield
+        return
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
 def one_line(error: BaseException) -> str:
@@ -865,6 +887,8 @@ def load_tokenizer(path):
         path = found[0]
     if not path.is_file():
         raise UserError(f"{path} is missing: no tokenizer there")
+    with open(path, "rb"):  # what may not be read is no fault of its content
+        pass
     names = _json_beside(path, "tokenizer_config.json")
     if path.suffix != ".json":
         tokenizer = LlamaTokenizer(path, names)

@@ -18,6 +18,8 @@
 set -euo pipefail
 here="$(cd "$(dirname "$(realpath "${BASH_SOURCE[0]}")")" && pwd)"
 
+trap 'echo "error: stopped before anything was done" >&2; exit 130' INT
+[[ -d "$PWD" ]] || { echo "error: this folder is gone; cd to another" >&2; exit 2; }
 die() { echo "error: $*; see: bash run.sh --help" >&2; exit 2; }
 
 # The active Python if it has torch 2.5 or later and the packages named, else a .venv made here once.
@@ -126,7 +128,7 @@ fi
 whole="$("$python" -c 'import os, sys
 path = os.path.expanduser(sys.argv[1])
 path[:1] == "~" and sys.exit(1)
-sys.stdout.buffer.write(os.fsencode(os.path.abspath(path)))' "$run")" || die "--out $run: no such user"
+sys.stdout.buffer.write(os.fsencode(os.path.abspath(path)))' "$run" 2>/dev/null)" || die "--out $run: no such user"
 run="$whole"
 [[ $seeds -eq 1 || " ${options[*]-}" != *" --seed"[\ =]* ]] ||
     { echo "error: --seeds $seeds chooses the seeds 0 to $((seeds - 1)); drop --seed" >&2; exit 2; }
@@ -156,6 +158,7 @@ pipeline() { # pipeline RUN [--seed K]
     fi
     $dry "${stage[@]}" evaluate "$1" ${force[@]+"${force[@]}"}
 }
+trap 'exit 130' INT  # the stage has said so
 { # read whole before it starts, so that editing this file does not derail a run
     pipeline "$run"
     for ((k = 1; k < seeds; k++)); do pipeline "$run-seed$k" --seed "$k"; done

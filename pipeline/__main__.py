@@ -11,8 +11,32 @@ def stopped_early(*_):
     os._exit(130)
 
 
+def cannot_load(kind, error, trace):
+    """An exception before anything runs: a package is missing, or there is no memory for it."""
+    if not issubclass(kind, (ImportError, MemoryError, OSError)):
+        return sys.__excepthook__(kind, error, trace)
+    why = " ".join(f"{kind.__name__}: {error}".split())[:300]
+    os.write(2, f"error: Python cannot load what this needs ({why}); install requirements.txt, or "
+                "allow more memory (ulimit -v)\n".encode(errors="replace"))
+    os._exit(2)
+
+
+def open_closed_streams():
+    """Or the next file that is opened would get the number of a stream that cron or 2>&- closed,
+    and a native library's warnings with it."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.write(number, b"") if number else os.fstat(number)
+        except OSError:  # closed, or not to be written to
+            os.dup2(os.open(os.devnull, os.O_RDWR), number)
+            os.set_inheritable(number, True)
+            setattr(sys, name, open(number, "w" if number else "r", encoding="utf-8"))
+
+
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, stopped_early)  # importing torch takes a second
+    sys.excepthook = cannot_load
+    open_closed_streams()
     if not __package__:  # run.sh runs this folder, so that nothing in the caller's is imported
         here = Path(__file__).resolve().parent
         sys.path[:] = [str(here.parent), *(p for p in sys.path if Path(p).resolve() != here)]
@@ -20,6 +44,7 @@ if __name__ == "__main__":
 import pipeline  # noqa: E402, F401  before torch: it silences a warning of torch's import
 from contextlib import nullcontext  # noqa: E402
 
+from data import LIMIT  # noqa: E402
 from model import UserError  # noqa: E402
 from pipeline import (  # noqa: E402
     attack, evaluate, figures, hub, plan, report, request, settings, sweep)
@@ -74,8 +99,8 @@ def parser_of_stages() -> settings.Parser:
 
 
 def evaluate_stages(run: Path, stages: list[str], *, limit: int, force: bool):
-    if limit < 0:
-        raise UserError(f"--limit is {limit}; it must be 0 (all rows) or more")
+    if not 0 <= limit < LIMIT:
+        raise UserError(f"--limit is {limit}; it must be 0 (all rows) or more, and below 2**31")
     stages = stages or finished_models(run)
     if not stages:
         raise UserError(f"{run} holds no finished model; `bash run.sh demo` makes one")
@@ -108,4 +133,5 @@ def main(argv: list[str]):
 
 
 if __name__ == "__main__":
+    sys.excepthook = sys.__excepthook__
     run_cli(lambda: main(sys.argv[1:]))

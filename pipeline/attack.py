@@ -50,13 +50,14 @@ import data
 import eval as evaluation
 import simu
 from eval import mean, rouge_l, rouge_words, spread
-from model import Config, Transformer, UserError, generate, read_json, write_json, write_text
+from model import (Config, Transformer, UserError, generate, read_json, whole_file, write_json,
+                   write_text)
 from pipeline.columns import definitions, label, table
 from pipeline.settings import (Level, Parser, Placement, Settings, Source, choose_dtype,
                                load_benchmark, placement, read_settings, settings_of)
 from pipeline.stage import (Stage, content, data_inputs, differences, finished_models, lock,
                             read_stage)
-from pipeline.stages import forget_targets
+from pipeline.stages import forget_targets, need_finite_losses
 
 CONTINUE = ("Continue this text: {}", "A text begins as follows. {}")
 REPHRASE = {"qa": ("Please tell me: {}", "I have a question for you. {}"),
@@ -240,7 +241,6 @@ def attack_job(s: Settings, name: str) -> Stage:
 
 def make_attacks(source: Path, folder: Path, probes: dict, bench: data.Benchmark, s: Settings):
     """A file of answers per attack. A killed stage goes on after the last file."""
-    (folder / "logs").mkdir(exist_ok=True)
     tokenizer, (_, tested) = data.load_tokenizer(source), halves(bench.forget, s.seed)
     model = load(source, s)
     for attack in (*probes, *WEIGHTS):
@@ -252,7 +252,7 @@ def make_attacks(source: Path, folder: Path, probes: dict, bench: data.Benchmark
             del model  # or two of them would be in memory
             model = load(source, s)
             log = attack_weights(model, attack, bench, tokenizer, s)
-            write_log(folder / "logs" / f"{attack}.jsonl", log)
+            write_log(folder / f"{attack}.jsonl", log)
         if attack == "relearn-half":
             asked = [p for p in asked if p.split == "retain" or p.id in tested]
         title = f"{source.name}: {attack}"
@@ -288,7 +288,6 @@ def make_requests(name: str, folder: Path, probes: dict, parts: list[list[data.E
                   bench: data.Benchmark, s: Settings):
     """Answers after-0.json (the original) to after-k.json, each request unlearned from the model
     that the one before left, with the method's own recipe."""
-    (folder / "logs").mkdir(exist_ok=True)
     tokenizer, model = data.load_tokenizer(s.run / "original"), load(s.run / "original", s)
     for i in range(len(parts) + 1):
         if i:
@@ -298,7 +297,7 @@ def make_requests(name: str, folder: Path, probes: dict, parts: list[list[data.E
             targets = None
             if simu.OBJECTIVES[s.objective].targeted:
                 targets, _ = forget_targets(s, bench, rows[1], model)
-            write_log(folder / "logs" / f"{i}.jsonl", unlearn_request(model, *rows, targets, s))
+            write_log(folder / f"after-{i}.jsonl", unlearn_request(model, *rows, targets, s))
         title = f"{name}: {i} requests"
         write_json(folder / f"after-{i}.json",
                    answers_to(probes["plain"], model, tokenizer, s, title))
@@ -313,7 +312,9 @@ def unlearn_request(model, answered: list, forget: list, retain: list, targets, 
         some = random.Random(s.seed).sample(retain, min(len(retain), len(answered)))
         scores = [simu.attribute_rows(model, rows, s).cpu() for rows in (answered, some)]
         mask = simu.make_mask(s.mask, *scores, threshold=s.threshold, seed=s.seed)
-    return simu.unlearn(model, forget, retain, mask, s, targets=targets)
+    log = simu.unlearn(model, forget, retain, mask, s, targets=targets)
+    need_finite_losses(model, forget, s)
+    return log
 
 
 # ------------------------------------------------------------------------------------------ numbers
@@ -492,7 +493,8 @@ def figure(run: Path, found: dict, curves: dict) -> bool:
         axes[2].set_xticks(range(len(next(iter(curves.values())))))
     for ax in axes:
         ax.grid(alpha=0.3)
-    picture.savefig(run / "attack.png", dpi=120, metadata={"Software": None})
+    with whole_file(run / "attack.png") as file:
+        picture.savefig(file, format="png", dpi=120, metadata={"Software": None})
     return True
 
 

@@ -29,10 +29,10 @@ import torch
 
 import simu
 from data import sha256
-from model import UserError, read_json, read_tensors
+from model import UserError, read_json, read_tensors, whole_file
 from pipeline.columns import PUBLISHED_CRITICAL, table
-from pipeline.settings import HERE, Parser
-from pipeline.stage import read_stage
+from pipeline.settings import HERE, Parser, read_settings
+from pipeline.stage import data_inputs, differences, digest, read_stage
 from pipeline.sweep import COLUMNS, write_csv
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart; markers say the same again.
@@ -71,8 +71,8 @@ def canvas(rows: int, columns: int, size: tuple[float, float]):
 def save(figure, path: Path):
     """PNG without the date and version that would make equal pictures differ."""
     from matplotlib import pyplot
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150, metadata={"Software": None})
+    with whole_file(path) as file:
+        figure.savefig(file, format="png", dpi=150, metadata={"Software": None})
     pyplot.close(figure)
     print(f"wrote {path}")
 
@@ -94,10 +94,16 @@ SWEEP_AGAIN = "run its sweep again: what is in points.jsonl is not computed twic
 
 def read_about(folder: Path) -> dict:
     """settings.json of a run or sweep, as far as titles and masks need it."""
+    if not (folder / "settings.json").is_file():
+        raise UserError(f"{folder}/settings.json is missing; name the folder of a run or a sweep")
     about = read_json(folder / "settings.json")
     kinds = dict(benchmark=str, model=str, threshold=float, steps=int)
     if not isinstance(about, dict) or any(type(about.get(k)) is not kinds[k] for k in kinds):
         raise UserError(f"{folder}/settings.json is not that of a run or sweep; {SWEEP_AGAIN}")
+    known = about.get("sha256")  # a sweep's, but for those of an older version
+    if isinstance(known, dict) and known.get("settings") not in (
+            None, digest({k: v for k, v in about.items() if k != "sha256"})):
+        raise UserError(f"{folder}/settings.json is not what its sweep wrote; {SWEEP_AGAIN}")
     return about
 
 
@@ -137,7 +143,11 @@ def number(row: dict, name: str, kind=float):
 def read_scores(folder: Path, about: dict):
     """Forget and retain scores [L, D]."""
     if not (folder / "scores.csv").is_file():
-        read_stage(folder / "attribution")
+        s = read_settings(folder)
+        if why := differences(folder / "attribution", s, data_inputs(s)):
+            raise UserError(f"{folder / 'attribution'} is not of what this run now holds: "
+                            f"{'; '.join(why)}; run its stages again")
+        about["steps"] = read_stage(folder / "attribution")["why"]["settings"]["steps"]
         return read_tensors(folder / "attribution" / "scores.safetensors", ("forget", "retain"))
     rows = read_csv(folder, "scores.csv", ("layer", "neuron", "forget", "retain"), about)
     depth = 1 + max(number(r, "layer", int) or 0 for r in rows)

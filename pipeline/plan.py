@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import simu
-from data import Encoded
+from data import LIMIT, Encoded
 from model import LOGITS, Cache, Config, Transformer, UserError
 from pipeline import hub
 from pipeline.settings import (Settings, choose_device, choose_dtype, load_benchmark, resolve,
@@ -351,10 +351,13 @@ def _lengths(s: Settings, rows=()) -> dict:
 def _advice(s, config, name, method, free: int, given: dict) -> str:
     """The first settings, the cheapest in time and faith first, with which a stage would fit."""
     longest = given["longest"]
-    if name == "attribute":
-        ways = [dict(attribution_tokens=longest * max(1, s.steps - 1))]
+    fewer = "lower --steps, or " if name == "attribute" and s.steps > 1 else ""
+    if name == "attribute":  # a pass holds all nodes of the path of one row
+        least = longest * max(1, s.steps - 1)
+        ways = [dict(attribution_tokens=least)] if least < LIMIT else []
     elif name == "evaluate":
-        ways = [dict(eval_tokens=max(longest + s.max_new_tokens, s.max_total_tokens))]
+        most = max(longest + s.max_new_tokens, s.max_total_tokens)
+        ways = [dict(eval_tokens=min(most, LIMIT - 1))]
     else:
         small = dict(micro_tokens=min(s.micro_tokens, max(512, longest)))
         less = [small, dict(checkpointing=True), small | dict(checkpointing=True)]
@@ -366,8 +369,8 @@ def _advice(s, config, name, method, free: int, given: dict) -> str:
         changed = {**given, "dtype": torch.bfloat16} if "dtype" in way else given
         return need(replace(s, **way), config, name, method, **changed).peak
 
-    if _weights(config, torch.bfloat16) > free or peak(ways[-1]) > free:  # all of them at once
-        return "no setting makes it fit: use a larger device"
+    if not ways or _weights(config, torch.bfloat16) > free or peak(ways[-1]) > free:  # all at once
+        return f"no other setting makes it fit: {fewer}use a larger device"
     way = next(way for way in ways if peak(way) <= free)
     flags = (f"--{k.replace('_', '-')}" + ("" if v is True else f" {v}") for k, v in way.items())
     return f"{' '.join(flags)} would need {peak(way) / GB:.1f} GB"

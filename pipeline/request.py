@@ -57,6 +57,9 @@ def sample_texts(model: Transformer, tokenizer, count: int, seed: int) -> list[s
 def write_request(run: Path):
     """RUN/request.json, once the result is there."""
     s = read_settings(run)
+    if s.layout != "rows":
+        raise UserError(f"{run} is of the benchmark {s.benchmark}; a request is of rows of your "
+                        "own: bash run.sh unlearn MODEL FORGET")
     name = unlearned_name(s)
     found = differences(s.run / name, s, data_inputs(s))
     if found:

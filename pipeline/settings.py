@@ -27,7 +27,7 @@ TINY_MODELS = {"tiny-llama": "llama", "tiny-olmo": "olmo", "tiny-mamba": "mamba2
 MODELS = ("llama2-7b", "olmo-1b", "llama3.2-1b", "smollm2-135m", *TINY_MODELS)
 # Folders of a run that hold no unlearned model; a disk may not tell A from a.
 RESERVED = re.compile("(original|retain-only|written-retain|attribution|mask(-.*)?|planted-.*|"
-                      "figures)", re.I)
+                      r"figures|(settings|report|attack|request)\..*)", re.I)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,9 +142,9 @@ class Settings(Source, Placement, data.Slice, simu.Recipe, Making, Planting, Lev
 
     def __post_init__(self):
         data.check_fields(self)
-        if self.name and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", self.name):
+        if self.name and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{,99}", self.name):
             raise UserError(f"--name {self.name!r} must be letters, digits, dots, dashes and "
-                            "underscores, and begin with a letter or digit")
+                            "underscores, at most 100, and begin with a letter or digit")
         if RESERVED.fullmatch(self.name):
             raise UserError(f"--name {self.name} is that of another stage; choose another")
 
@@ -457,18 +457,19 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **given):
         super().__init__(**{"allow_abbrev": False} | given)
+        for kind in (int, float):
+            self.register("type", kind, number(kind))
 
     def error(self, message):
         raise UserError(f"{message}; see: {self.prog} --help")
 
 
 def number(kind):
-    """int or float from plain digits: Python's own also take 1_0."""
+    """int or float from plain digits: Python's own also take 1_0, and digits of other scripts."""
     def read(text: str):
-        if "_" in text:
+        if not re.fullmatch(r"[\w.+-]+", text, re.A) or "_" in text:
             raise ValueError
         return kind(text)
-    read.__name__ = kind.__name__  # argparse names it in its message
     return read
 
 
@@ -483,7 +484,6 @@ def add_options(to: argparse.ArgumentParser, *, skip: tuple = ()):
                             default=argparse.SUPPRESS)
         else:
             shown = f"{effect} (default {f.default!r})"
-            kind = number(f.type) if f.type in (int, float) else f.type
-            to.add_argument(flag, type=kind, help=shown, default=argparse.SUPPRESS,
+            to.add_argument(flag, type=f.type, help=shown, default=argparse.SUPPRESS,
                             choices=f.metadata["choices"] or None,
                             metavar=None if f.metadata["choices"] else f.type.__name__.upper())

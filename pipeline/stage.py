@@ -115,7 +115,7 @@ def read_stage(folder: Path, *, files: bool = True) -> dict:
 def foreign(folder: Path) -> Path | None:
     """A file in a finished stage, or in those inside it, that no stage made."""
     made = read_stage(folder, files=False)
-    own = {*made["files"], "stage.json", "logs", RESUME}
+    own = {*made["files"], "stage.json"}
     own |= {"README.md"} if "method" in made["why"]["settings"] else set()
     for p in sorted(folder.iterdir()):
         if p.name in own or p.name.startswith(f".{OURS}"):
@@ -292,7 +292,8 @@ class Stage:
         self.folder.parent.mkdir(parents=True, exist_ok=True)
         mark = self.partial / RESUME / "fingerprint"
         goes_on = mark.is_file() and mark.read_bytes() == self.fingerprint.encode()
-        if self.partial.is_symlink() or not goes_on:
+        logs = (p.is_symlink() for p in self.partial.rglob("*.jsonl"))  # they are appended to
+        if self.partial.is_symlink() or not goes_on or any(logs):
             discard(self.partial)
             mark.parent.mkdir(parents=True)
             write_text(mark, self.fingerprint)
@@ -463,8 +464,6 @@ OUT_OF_MEMORY = ("out of memory; `python -m pipeline plan` says what each stage 
 def run_cli(main):
     """Run a command line: what the user can put right ends in one line and exit status 2."""
     for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed, as under cron; progress bars write to it
-            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
         with contextlib.suppress(AttributeError):  # replaced by tests
             getattr(sys, name).reconfigure(line_buffering=True, errors="replace")
     signal.signal(signal.SIGINT, signal.default_int_handler)

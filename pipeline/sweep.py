@@ -55,7 +55,7 @@ from pipeline.settings import (Aside, Level, Making, Placement, Settings, Source
 from pipeline.stage import (claim, content, data_inputs, digest, lock, locked_here, table_rows,
                             unlearned_name)
 from pipeline.stages import (attribute_stage, encoded_rows, forget_targets, mask_of_scores,
-                             unlearn_stage)
+                             need_finite_losses, unlearn_stage)
 
 ARMS = ("fo", "so", "simu", "simu-random")
 # Of the recipe's rate for the arm's method: close where forgetting sets in, and far beyond it,
@@ -263,6 +263,7 @@ def make_point(p: Point) -> dict:
             targets, _ = forget_targets(s, bench, rows["forget"], model)
         try:
             simu.unlearn(model, rows["forget"], rows["retain"], mask, s, targets=targets)
+            need_finite_losses(model, rows["forget"], s)
         except UserError as e:
             if "not finite" not in str(e):
                 raise
@@ -284,7 +285,6 @@ def run_point(p: Point) -> dict:
 
 
 def start_worker(threads: int, held: list):
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent says once that it was stopped
     locked_here.update(held)  # what the parent holds is held for its workers
     tqdm.set_lock(threading.RLock())  # its own is warned of where the worker is ended
     sys.stderr = open(os.devnull, "w")  # progress bars; the parent shows what a worker raises
@@ -296,6 +296,15 @@ def end_with_parent():
     """A worker whose parent was killed would wait for work for ever, its memory held."""
     multiprocessing.parent_process().join()
     os._exit(1)
+
+
+def submitted(pool, function, items: list) -> list:
+    """Their futures. A worker, which starts here, is deaf to Ctrl-C from its first instruction."""
+    heard = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        return [pool.submit(function, item) for item in items]
+    finally:
+        signal.signal(signal.SIGINT, heard)
 
 
 def run_each(function, items: list, jobs: int, title: str):
@@ -311,7 +320,7 @@ def run_each(function, items: list, jobs: int, title: str):
         pool = ProcessPoolExecutor(min(jobs, len(items)), context, start_worker,
                                    (threads, [*locked_here]))
         try:
-            for done in as_completed([pool.submit(function, item) for item in items]):
+            for done in as_completed(submitted(pool, function, items)):
                 yield done.result()
                 bar.update()
         except BrokenProcessPool:
@@ -344,22 +353,33 @@ def unlearn_each(given: dict, each: list[str]):
 
 
 LINE = dict(key=str, arm=str, seed=int, frontier=bool, values=dict)  # of points.jsonl
+NOTES = dict(critical=int, error=str)  # where a line has them
+BEGINS = '{"key": "'  # each line, also a torn one
+
+
+def is_line(line) -> bool:
+    """Does a JSON value have the shape, and the digest, of a line that a sweep wrote?"""
+    return (has_types(line, LINE) and has_types(line, {k: NOTES[k] for k in NOTES if k in line})
+            and line.pop("digest", "") == digest(line) and 0 <= line["seed"] < data.LIMIT
+            and (line["arm"] in BASELINES or bool(arm_settings(line["arm"])))
+            and all(type(x) in (int, float) and math.isfinite(x)
+                    for x in (line.get("lr"), *line["values"].values())))
 
 
 def read_lines(path: Path) -> list[dict]:
     """The lines of a points*.jsonl. One that a killed process tore at the file's end is left out;
     UserError for any other that no sweep wrote."""
-    if not path.is_file():  # a pipe would be waited for
+    if not path.is_file() or path.is_symlink():  # a pipe would be waited for
         raise UserError(f"{path} is not a plain file; delete it")
-    whole, _, _ = path.read_text(encoding="ascii", errors="replace").rpartition("\n")
+    whole, _, torn = path.read_text(encoding="ascii", errors="replace").rpartition("\n")
     lines = []
+    if not torn.startswith(BEGINS[:len(torn)]):
+        whole += torn
     for n, text in enumerate(whole.splitlines(), 1):
         try:
             line = json.loads(text)
-            good = (has_types(line, LINE) and line.pop("digest", "") == digest(line)
-                    and all(type(x) in (int, float) and math.isfinite(x)
-                            for x in (line.get("lr"), *line["values"].values())))
-        except (ValueError, RecursionError):
+            good = is_line(line)
+        except (ValueError, RecursionError, UserError):
             good = False
         if not good:
             raise UserError(f"{path} line {n} is damaged, edited or of another version; delete it, "
@@ -448,7 +468,7 @@ def write_csv(path: Path, header, rows):
 
 def write_tables(out: Path, points: list[Point], made: dict[str, dict], first: Settings):
     """sweep.csv, scores.csv of the first run, settings.json: what the points have in common, and
-    digests of both tables; the means on stdout."""
+    digests of all three; the means on stdout."""
     arms = list(dict.fromkeys(p.arm for p in points))
     points = sorted(points, key=lambda p: (SWEEPS.index(p.sweep), arms.index(p.arm),
                                            p.settings.seed, p.settings.lr))
@@ -461,8 +481,8 @@ def write_tables(out: Path, points: list[Point], made: dict[str, dict], first: S
     own = {"seed", "lr", "lam", *OF_ARMS, *settings.PLACES}.union(*(p.varied for p in points))
     of_scores = ("threshold", "steps")  # of the first run, varied or not: masks are drawn with them
     common = {k: v for k, v in dataclasses.asdict(first).items() if k not in own or k in of_scores}
-    write_json(out / "settings.json", common | dict(sha256={
-        name: data.sha256(out / name) for name in ("sweep.csv", "scores.csv")}))
+    tables = {name: data.sha256(out / name) for name in ("sweep.csv", "scores.csv")}
+    write_json(out / "settings.json", common | dict(sha256=tables | dict(settings=digest(common))))
     print_means(rows)
 
 

@@ -293,7 +293,7 @@ def test_each_request_starts_from_the_model_before(served, method):
     encode = lambda some: data.encode_all(some, served.tokenizer, s.template, context=s.context,
                                           vocab=served.tokenizer.vocab_size)
     parts = [encode(x) for x in attack.split_requests(served.bench.forget, 2)]
-    logs = [[json.loads(x) for x in (folder / "logs" / f"{i}.jsonl").read_text().splitlines()]
+    logs = [[json.loads(x) for x in (folder / f"after-{i}.jsonl").read_text().splitlines()]
             for i in (1, 2)]
     retain, model = encode(served.bench.retain), served.load()
     for part, log in zip(parts, logs):

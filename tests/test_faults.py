@@ -326,6 +326,10 @@ FAULTS = {
     "endless": (nothing, ["original new --weight-decay inf"], "--weight-decay is inf"),
     "more steps than any machine": (
         nothing, ["attribute run-tofu --steps 99999999999999999999"], "--steps is 9+; .*below"),
+    "a path longer than any pass": (
+        nothing, ["attribute run-tofu --steps 2147483647"], "no other setting .*lower --steps"),
+    "weights that overflow at the last update": (
+        nothing, ["unlearn run-tofu --method so --lr 2e9"], "losses are not finite .*lower --lr"),
     "no UTF-8": (nothing, ["original new --weights \udcff"], "--weights is .*not UTF-8"),
     "weights: no folder": (nothing, [f"original {WHOLE}"], "is not a folder"),
     "no data": (nothing, ["original new --data @/nowhere"], "nowhere/tofu is missing"),
@@ -635,6 +639,38 @@ def test_ways_to_be_started(w, way):
     assert "2>&-" in way or fuzz.is_one_line(2, stderr), stderr
 
 
+def test_a_stderr_that_cannot_be_written_to_is_none(w):
+    """A shell between cron and us may have opened a file where stderr was closed."""
+    words = " ".join(map(str, words_of(w, "original new")))
+    done = program("bash", "-c", f"unset TQDM_DISABLE; {sys.executable} {ROOT}/pipeline {words} "
+                   "2</dev/null")
+    done.communicate(timeout=300)
+    assert done.returncode == 0 and (w / "out/original/stage.json").is_file()
+
+
+def test_no_memory_for_python_itself():
+    done = program("bash", "-c", f"ulimit -v 200000; {sys.executable} {ROOT}/pipeline report x")
+    stderr = done.communicate(timeout=300)[1]
+    assert fuzz.is_one_line(done.returncode, stderr) and "cannot load" in stderr, stderr
+
+
+def test_ctrl_c_while_run_sh_looks_for_python(tmp_path):
+    """A stand-in for Python that Ctrl-C ends without a word; no .venv may then be made."""
+    stand_in = tmp_path / "python3"
+    stand_in.write_text("#!/bin/bash\ntrap 'exit 1' INT\necho >> $RECORD\nsleep 9 & wait\n")
+    stand_in.chmod(0o755)
+    record = tmp_path / "record"
+    run = subprocess.Popen(["bash", ROOT / "run.sh", "demo"], stderr=subprocess.PIPE, text=True,
+                           env=os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}",
+                                             "RECORD": str(record)}, start_new_session=True,
+                           preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    while not record.exists():
+        time.sleep(0.02)
+    os.killpg(run.pid, signal.SIGINT)
+    assert "Traceback" not in run.communicate(timeout=60)[1] and run.returncode == 130
+    assert len(record.read_text()) == 1  # it was asked once, and nothing else was
+
+
 @pytest.mark.parametrize("words, says", [
     ("plan demo llama2-7b", "there is no recipe for demo llama2-7b"),
     ("sweep demo olmo-1b", "there is no recipe for demo olmo-1b"),
@@ -646,6 +682,15 @@ def test_ways_to_be_started(w, way):
     ("original demo tiny-llama --adam-eps 1e-60", "--adam-eps is 1e-60; .* 2..-126"),
     ("original demo tiny-llama --eps 1e-60", "--eps is 1e-60; .* 2..-126"),
     ("original demo tiny-llama --npo-beta 1e-60", "--npo-beta is 1e-60; .* from 1e-6"),
+    ("original demo tiny-llama --seed \u0661", "--seed: invalid int value"),
+    ("evaluate nowhere --limit 1_0", "--limit: invalid int value: '1_0'"),
+    ("attack nowhere --requests 1_0", "--requests: invalid int value: '1_0'"),
+    ("sweep demo tiny-llama --seeds 1_0", "--seeds: invalid int value: '1_0'"),
+    ("sweep demo tiny-llama --factors 1_0", "--factors: invalid float value: '1_0'"),
+    ("evaluate nowhere --limit 9999999999", "--limit is 9999999999; .*below"),
+    ("figures all nowhere", "settings.json is missing; name the folder of a run or a sweep"),
+    ("original demo tiny-llama --name Report.md", "--name Report.md is that of another stage"),
+    (f"original demo tiny-llama --name {'x' * 101}", "at most 100"),
     ("original demo tiny-llama --name mask-soft", "--name mask-soft is that of another stage"),
     ("original demo tiny-llama --name Original", "--name Original is that of another stage")])
 def test_the_message_blames_what_is_wrong(words, says):
@@ -704,6 +749,18 @@ def test_a_mask_of_other_scores_is_not_reported(w):
     assert fuzz.cli(*words_of(w, "report run-tofu")) == (0, "")
     report = (w / "run-tofu/report.md").read_text("utf-8")
     assert "the mask is not of what this run now holds: attribution was another" in report
+
+
+def test_scores_of_other_data_are_not_drawn(w):
+    use_own_data(w)
+    change("data/tofu/retain90.json", lambda x: x.replace(b"tea", b"rum", 1))(w)
+    status, stderr = fuzz.cli("figures", "masks", w / "run-tofu")
+    assert fuzz.is_one_line(status, stderr) and "not of what this run now holds" in stderr, stderr
+
+
+def test_a_request_is_of_ones_own_rows(w):
+    status, stderr = fuzz.cli("request", w / "run-tofu")
+    assert fuzz.is_one_line(status, stderr) and "of the benchmark tofu; a request" in stderr, stderr
 
 
 def test_altered_scores_are_not_drawn(w):
@@ -765,6 +822,16 @@ def test_rows_at_the_edge_of_sense(w, case):
         assert [json.loads(x)["epoch"] for x in lines] == [4, 8]
 
 
+def test_a_text_of_one_letter_without_bos_is_named(w):
+    fuzz.write_rows(w / "f.jsonl", [dict(text="go on"), dict(text="a")])
+    fuzz.write_rows(w / "r.jsonl", [dict(text="stay here")])
+    given = ["rows", w / "weights-lume", "--forget", w / "f.jsonl", "--retain", w / "r.jsonl",
+             "--out", w / "out"]
+    assert fuzz.cli("original", *given) == (0, "")
+    status, stderr = fuzz.cli("attribute", *given)
+    assert fuzz.is_one_line(status, stderr) and "row f:1: nothing stands before" in stderr, stderr
+
+
 def test_masks_of_none_and_of_all(w):
     for command in ("mask run-tofu --mask none", "unlearn run-tofu --mask none",
                     "mask run-tofu --mask all", "unlearn run-tofu --mask all --attention frozen"):
@@ -775,7 +842,11 @@ def test_masks_of_none_and_of_all(w):
 CHATS = {"for ever": ("{% for i in range(9999) %}{% for j in range(99999) %}{% for k in range(9999)"
                       " %}{% endfor %}{% endfor %}{% endfor %}", "takes more than"),
          "a giant text": ("{% for m in range(99999) %}{{ 'x' * 9999 }}{% endfor %}", "writes more"),
-         "a giant number": ("{{ 9 ** (9 ** 9) }}", "too high a power")}
+         "a giant number": ("{{ 9 ** (9 ** 9) }}", "too high a power"),
+         "gigabytes at once": ("{{ 'x' * 10**10 }}", "MemoryError"),
+         "gigabytes of digits": ("{{ '%10000000000d' % 3 }}", "MemoryError"),
+         "gigabytes by doubling": ("{% set n = namespace(x='x') %}{% for i in range(40) %}"
+                                   "{% set n.x = n.x ~ n.x %}{% endfor %}", "MemoryError")}
 
 
 @pytest.mark.parametrize("case", CHATS)
@@ -873,7 +944,8 @@ def test_a_foreign_folder_is_no_run(w):
     refused(w, ["original new"], "is not empty and no run folder")
 
 
-@pytest.mark.parametrize("name", ["mask/thesis.txt", "mask/notes/thesis.txt", "mask/README.md"])
+@pytest.mark.parametrize("name", ["mask/thesis.txt", "mask/notes/thesis.txt", "mask/README.md",
+                                  "mask/logs/thesis.txt", "mask/resume/thesis.txt"])
 def test_a_file_that_no_stage_made_is_not_taken_along(w, name):
     (w / "run-tofu" / name).parent.mkdir(exist_ok=True)
     (w / "run-tofu" / name).write_text("the only copy")
@@ -900,6 +972,18 @@ def test_links_to_themselves(w):
                     "original new --data @/loop", "report loop", "evaluate loop original"):
         status, stderr = fuzz.cli(*words_of(w, command))
         assert fuzz.is_one_line(status, stderr), stderr
+
+
+def test_a_link_in_place_of_a_picture_is_not_followed(w):
+    pytest.importorskip("matplotlib")
+    use_own_data(w)
+    (w / "mine.txt").write_text("the only copy")
+    (w / "run-tofu/figures").mkdir()
+    for name in ("figures/figure6.png", "figures/figure6.csv", "attack.png", "attack.md"):
+        (w / "run-tofu" / name).symlink_to(w / "mine.txt")
+    for command in (["figures", "masks"], ["attack"]):
+        assert fuzz.cli(*command, w / "run-tofu") == (0, "")
+    assert (w / "mine.txt").read_text() == "the only copy"
 
 
 @pytest.mark.parametrize("name", [stage.LOCK, ".report.md.simu-partial"])

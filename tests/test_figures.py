@@ -1,6 +1,7 @@
 """Mask variants and objectives by hand, the sweep's resume, every figure from a small fixture."""
 
 import builtins
+import json
 import math
 import os
 import signal
@@ -344,9 +345,38 @@ def test_what_a_worker_refuses_is_told_by_the_parent():
         list(sweep.run_each(refused_at_one, [0, 1], 2, "points"))
 
 
+def crafted(text: str, **changed) -> str:
+    """A line with other values, whose digest is right."""
+    line = {k: v for k, v in json.loads(text).items() if k != "digest"} | changed
+    return json.dumps(line | dict(digest=stage.digest(line)))
+
+
+def test_points_that_no_sweep_wrote_are_left_alone(tmp_path):
+    thesis, points = tmp_path / "thesis", tmp_path / "points.jsonl"
+    thesis.write_text("the only copy")  # without a line's end, as a torn line
+    for place, says in ((points.hardlink_to, "line 1 is damaged"),
+                        (points.symlink_to, "not a plain file")):
+        points.unlink(missing_ok=True)
+        place(thesis)
+        with pytest.raises(UserError, match=says):
+            sweep.made_before(tmp_path)
+        assert thesis.read_text() == "the only copy"
+
+
+def test_workers_are_deaf_to_ctrl_c_from_their_start():
+    class Pool:
+        def submit(self, *_):
+            return signal.getsignal(signal.SIGINT)
+    before = signal.getsignal(signal.SIGINT)
+    assert sweep.submitted(Pool(), print, [1, 2]) == [signal.SIG_IGN] * 2
+    assert signal.getsignal(signal.SIGINT) == before
+
+
 @pytest.mark.parametrize("spoil", [
     lambda x: x.replace('"seed": 0', '"seed": 1'), lambda x: x.replace("0.", "NaN, 0.", 1),
-    lambda x: "[" * 100_000, lambda x: "1", lambda x: '{"key": 1}'])
+    lambda x: "[" * 100_000, lambda x: "1", lambda x: '{"key": 1}',
+    lambda x: crafted(x, arm="nosuch"), lambda x: crafted(x, seed=-5),
+    lambda x: crafted(x, error=[3]), lambda x: crafted(x, critical={})])
 def test_a_line_that_no_sweep_wrote_is_refused(tmp_path, spoil):
     line = dict(key="k", arm="fo", seed=0, lr=0.5, frontier=True, values={"forget.rouge_l": 0.25})
     with open(tmp_path / "points.jsonl", "w") as file:
@@ -481,9 +511,10 @@ def stored(folder, D=40):
 
 
 def seal(folder):
-    write_json(folder / "settings.json", dict(
-        benchmark="tofu", model="tiny-llama", threshold=0.6, steps=5,
-        sha256={name: data.sha256(folder / name) for name in ("sweep.csv", "scores.csv")}))
+    about = dict(benchmark="tofu", model="tiny-llama", threshold=0.6, steps=5)
+    sums = {name: data.sha256(folder / name) for name in ("sweep.csv", "scores.csv")}
+    write_json(folder / "settings.json", about | dict(
+        sha256=sums | dict(settings=stage.digest(about))))
 
 
 def test_every_figure_from_stored_numbers(tmp_path, capsys):
@@ -533,7 +564,8 @@ def test_words_are_varied_too(tmp_path):
     (lambda f: (f / "sweep.csv").unlink(), "sweep.csv is missing"),
     (lambda f: (f / "sweep.csv").write_text("sweep,arm\nm,so\n"), "not what its sweep wrote"),
     (lambda f: (f / "settings.json").unlink(), "settings.json is missing"),
-    (lambda f: write_json(f / "settings.json", [1]), "not that of a run or sweep")])
+    (lambda f: write_json(f / "settings.json", [1]), "not that of a run or sweep"),
+    (lambda f: edit("settings.json", '"steps": 5', '"steps": 8')(f), "json is not what its sweep")])
 def test_what_is_not_there_or_was_altered_is_told(tmp_path, spoil, message):
     stored(tmp_path)
     spoil(tmp_path)
