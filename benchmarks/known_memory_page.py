@@ -113,28 +113,29 @@ def staying_table(cell: dict) -> str:
     every, out = lines("staying", **cell), []
     keys = ("memory", "objective", "attention", "mask")
     for key, rows in groups(every, *keys).items():
-        if len(by_seed(rows, "after")) < SEEDS:
-            continue
-        control = chosen(every, **dict(zip(keys, key)) | dict(mask="random"))
+        control = chosen(every, **dict(zip(keys, key)) | dict(
+            mask={"so": "fo"}.get(key[-1], "random" if key[-1] != "random" else "")))
         line = [*key]
         for name in ATTACKS:
-            own, other = (chosen(some, attack=name) for some in (rows, control))
-            loss = by_seed(own, "loss_after")
-            line += [shown(by_seed(own, "after")), shown(loss),
-                     shown(less(by_seed(own, "loss_before"), loss)),
-                     "–" if own == other else shown(less(loss, by_seed(other, "loss_after")), "+")]
-        out.append(line)
+            back = {}
+            for who, some in (("own", rows), ("control", control)):
+                some = chosen(some, attack=name)
+                back[who] = less(by_seed(some, "loss_before"), by_seed(some, "loss_after"))
+            own = chosen(rows, attack=name)
+            line += [shown(less(by_seed(own, "after"), by_seed(own, "before")), "+"),
+                     shown(back["own"], "+"), shown(less(back["own"], back["control"]), "+")]
+        if set(line[len(keys):]) != {"–"}:
+            out.append(line)
     return table([*keys, *(f"{name}: {x}" for name in ATTACKS for x in (
-        "told", "loss", "loss won back", "loss minus random's"))], out)
+        "more told", "loss won back", "minus control's"))], out)
 
 
 def seconds(cell: dict) -> str:
     """CPU time of the numbers above."""
-    spent = {name: [float(r["seconds"]) for r in lines(name, **cell)]
-             for name in ("finding", "helping")}
-    one = [x for x in spent["helping"] if x > 0]
-    return (f"CPU time: {sum(one):.0f} s for the {len(one)} models of helping.csv; making, planting "
-            "and finding not counted." if one else "")
+    scored = sum(float(r["seconds"]) for r in lines("finding", **cell, layer="all"))
+    models = [float(r["seconds"]) for r in lines("helping", **cell) if float(r["lr"])]
+    return (f"CPU time: {scored:.0f} s for the scores, {sum(models):.0f} s for the {len(models)} "
+            "unlearned models; originals, planting and attacks not counted.")
 
 
 def curve(ax, place: dict, values_of, label: str, i: int):
