@@ -52,12 +52,13 @@ def by_sample(model, batch, nodes, *, probability=False, absolute=False):
         return torch.stack(rows)
 
 
-def everything_scaled(model, batch, nodes):
-    """The usual shortcut: a layer scaled at every position at once, one loss for all tokens."""
+def everything_scaled(model, batch, nodes, *, inner=False):
+    """The usual shortcut: a layer scaled at every position at once, one loss for all tokens.
+    inner: the MLP's F inner neurons, what goes into down_proj, instead of what comes out."""
     rows = []
     with simu.frozen(model):
         for block in model.layers:
-            att = 0.0
+            att, down = 0.0, block.mlp.down_proj
             for node in nodes:
                 seen = {}
 
@@ -66,12 +67,12 @@ def everything_scaled(model, batch, nodes):
                     seen["a"] = (node * y.detach()).requires_grad_()
                     return seen["a"]
 
-                block.mlp.intervene = scale
-                with torch.enable_grad():
+                hook = (down.register_forward_pre_hook(lambda _, x: scale(*x)) if inner else
+                        down.register_forward_hook(lambda _, x, y: scale(y)))
+                with hook, torch.enable_grad():
                     log_p = -simu.nll_sum(model, batch)
                 grad, = torch.autograd.grad(log_p, seen["a"])
                 att = att + (seen["beta"] * grad).sum((0, 1)) / len(nodes)
-            block.mlp.intervene = None
             rows.append(att)
     return torch.stack(rows)
 

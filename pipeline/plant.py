@@ -2,12 +2,15 @@
 
 A benchmark for localisation needs the truth. Planting starts from retain-only and lets nothing
 move but the planted rows (with --where spread, attention beside them), so what the model then knows
-of the forget set lies there. The planted mask stands beside the model as mask.safetensors, in the
-form that `mask` writes.
+of the forget set lies there. Learning makes rows large, and size alone would then give them away:
+with --where held each keeps the norm it had. --where inner plants DEPN's neurons (arXiv 2310.20138)
+instead, norms held. The planted mask stands beside the model as mask.safetensors, in the form that
+`mask` writes (inner: [L, F]).
 """
 
 import dataclasses
 import random
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -30,8 +33,8 @@ RATE = 20  # and need a rate that a whole model could not bear
 
 
 def planted_mask(L: int, D: int, *, share: float, where: str, seed: int) -> Tensor:
-    """bool [L, D]: `share` of all rows, the same number in every layer, or for where="layers" in as
-    few layers as hold them."""
+    """bool [L, D] (inner neurons: D = F): `share` of all rows, the same number in every layer, or
+    for where="layers" in as few layers as hold them."""
     # Not seeded as simu.random_mask is: the control must not draw the very rows it is held against.
     generator = torch.Generator().manual_seed(seed + 1_000_003)
     each = max(1, round(share * D))
@@ -55,35 +58,79 @@ def told(model: Transformer, rows: list[data.Example], tokenizer, s: Settings) -
                            for e, ids in zip(rows, new))
 
 
-def make_planted(s: Settings, job: Stage, folder: Path):
-    source = s.run / "retain-only"
-    bench, tokenizer = load_benchmark(s), data.load_tokenizer(source)
-    model = Transformer.from_pretrained(source, **placement(s))
-    mask = planted_mask(len(model.layers), model.config.hidden_size, share=s.share, where=s.where,
-                        seed=s.seed)
-    alone = s.where != "spread"
-    recipe = dataclasses.replace(learning(s, s.light_lr * (RATE if alone else 1)), method="simu",
-                                 warmup=0.0, attention="frozen" if alone else "moving")
-    forget, beside = (data.encode_for(model.config, some, tokenizer, s.template)
-                      for some in (bench.forget, known_rows(bench)))
+@contextmanager
+def inner_weights(model: Transformer, mask: Tensor):
+    """As simu.moving_weights, of the inner neurons where mask [L, F] is true: a row of gate_proj,
+    one of up_proj and a column of down_proj each."""
+    model.requires_grad_(False)
+    moving = []
+    for l, (block, own) in enumerate(zip(model.layers, mask)):
+        for name, across in (("gate_proj", own[:, None]), ("up_proj", own[:, None]),
+                             ("down_proj", own[None])):
+            weight = getattr(block.mlp, name).weight.requires_grad_()
+            moving.append(simu.start_moving(f"layers.{l}.mlp.{name}.weight", weight, "float32",
+                                            across.expand_as(weight)))
+    yield moving
+    model.requires_grad_(True)
+
+
+def norms_of(moving: list, inner: bool) -> list[Tensor]:
+    """The norm of each neuron's vector in each weight, to be held."""
+    return [w.master.norm(dim=0 if inner and "down_proj" in w.name else 1, keepdim=True)
+            for w in moving]
+
+
+@torch.no_grad()
+def hold(model: Transformer, moving: list, before: list[Tensor], inner: bool):
+    """Scale every neuron's vectors back to the norms they had."""
+    for w, old, new in zip(moving, before, norms_of(moving, inner)):
+        w.master *= old / new  # exactly 1 where nothing moved
+    for module in model.modules():
+        if isinstance(module, simu.CriticalRows):
+            module.refresh()
+
+
+def planting_order(s: Settings, bench, encode, batch: int) -> list[list]:
+    """Batches for as many epochs as planting may last, each with retain rows beside the forget
+    set."""
+    forget, beside = encode(bench.forget), encode(known_rows(bench))
     rng, count = random.Random(s.seed + 1), min(len(beside), s.light_retain * len(forget))
     order = []
     for _ in range(LONGER * s.light_epochs):
         rows = forget + rng.sample(beside, count)
         rows = rng.sample(rows, len(rows))
-        order += [rows[i:i + recipe.batch] for i in range(0, len(rows), recipe.batch)]
+        order += [rows[i:i + batch] for i in range(0, len(rows), batch)]
+    return order
+
+
+def make_planted(s: Settings, job: Stage, folder: Path):
+    source, inner = s.run / "retain-only", s.where == "inner"
+    bench, tokenizer = load_benchmark(s), data.load_tokenizer(source)
+    model = Transformer.from_pretrained(source, **placement(s))
+    c = model.config
+    mask = planted_mask(len(model.layers), c.intermediate_size if inner else c.hidden_size,
+                        share=s.share, where=s.where, seed=s.seed)
+    alone = s.where != "spread"
+    recipe = dataclasses.replace(learning(s, s.light_lr * (RATE if alone else 1)), method="simu",
+                                 warmup=0.0, attention="frozen" if alone else "moving")
+    order = planting_order(s, bench, lambda some: data.encode_for(c, some, tokenizer, s.template),
+                           recipe.batch)
     every, known = len(order) // (LONGER * s.light_epochs) * CHECKED, 0.0
 
     def until_known(title, steps, tensors):
         nonlocal known
         for step in job.loop(title, steps, tensors):
             yield step
+            if s.where in ("held", "inner"):
+                hold(model, moving, norms, inner)
             if step % every == 0 or step == steps:
                 known = told(model, bench.forget, tokenizer, s)
                 if known >= KNOWN:
                     break
 
-    with simu.moving_weights(model, recipe, mask) as moving:
+    with inner_weights(model, mask) if inner else simu.moving_weights(
+            model, recipe, mask) as moving:
+        norms = norms_of(moving, inner)
         log = simu.train(
             model, moving, order, lambda rows: dict(loss=simu.backward_mean_nll(
                 model, rows, 1.0, recipe.micro_tokens)), recipe, lr=recipe.lr,

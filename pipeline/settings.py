@@ -79,9 +79,11 @@ class Planting:
     """Where `plant` puts the forget set."""
 
     share: float = option(0.25, "of down_proj's rows that are planted", **data.FRACTION)
-    where: str = option("rows", "rows: as many in every layer; layers: in as few layers as hold "
-                        "them; spread: as rows, and attention learns too",
-                        choices=("rows", "layers", "spread"))
+    where: str = option("rows", "rows: as many in every layer; held: as rows, each keeping its "
+                        "norm; layers: in as few layers as hold them; spread: as rows, and "
+                        "attention learns too; inner: inner neurons (rows of gate_proj and "
+                        "up_proj, columns of down_proj), norms held",
+                        choices=("rows", "held", "layers", "spread", "inner"))
 
 
 @dataclass(frozen=True, kw_only=True)

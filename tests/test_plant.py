@@ -31,10 +31,10 @@ def test_planted_rows_are_as_many_as_asked_and_not_the_random_mask():
     assert drawn.sum() == rows.sum() and (drawn & rows).sum() < rows.sum() / 2
 
 
-@pytest.fixture(scope="module")
-def planted():
+@pytest.fixture(scope="module", params=["rows", "held"])
+def planted(request):
     """(model before, model after, rows, planted rows): eight answers learnt into a tenth of the
-    rows of a micro model."""
+    rows of a micro model, whose norms grow with that or are held."""
     torch.manual_seed(0)
     before = Transformer(Config(model_type="llama", vocab_size=64, hidden_size=64,
                                 intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
@@ -45,11 +45,24 @@ def planted():
     after.load_state_dict(before.state_dict())
     mask = plant.planted_mask(2, 64, share=0.1, where="rows", seed=0)
     recipe = simu.Recipe(method="simu", attention="frozen", weight_decay=0.0)
+
+    def loop(title, steps, tensors):
+        for step in range(1, steps + 1):
+            yield step
+            if request.param == "held":
+                plant.hold(after, moving, norms, False)
+
     with simu.moving_weights(after, recipe, mask) as moving:
+        norms = plant.norms_of(moving, False)
         simu.train(after, moving, [rows] * 100, lambda some: dict(
             loss=simu.backward_mean_nll(after, some, 1.0, 8192)), recipe, lr=0.03,
-            optimiser=simu.OPTIMISERS["adamw"], title="plant")
+            optimiser=simu.OPTIMISERS["adamw"], title="plant", loop=loop)
+    assert row_norms(after)[mask].allclose(row_norms(before)[mask]) == (request.param == "held")
     return before, after, rows, mask
+
+
+def row_norms(model) -> torch.Tensor:
+    return torch.stack([b.mlp.down_proj.weight.detach().norm(dim=1) for b in model.layers])
 
 
 def area(scores, mask) -> float:
@@ -89,7 +102,7 @@ def easily(monkeypatch):
     monkeypatch.setattr(plant, "CHECKED", 1)
 
 
-@pytest.mark.parametrize("where", ["rows", "layers", "spread"])
+@pytest.mark.parametrize("where", ["rows", "held", "layers", "spread", "inner"])
 def test_the_stage_plants_where_it_says_and_the_same_each_time(run, tmp_path, easily, where):
     again = Path(shutil.copytree(run, tmp_path / "again"))
     for out in (run, again):
@@ -101,6 +114,14 @@ def test_the_stage_plants_where_it_says_and_the_same_each_time(run, tmp_path, ea
     old, new = (dict(Transformer.from_pretrained(x).named_parameters())
                 for x in (run / "retain-only", one))
     moved = {n for n in old if not torch.equal(old[n], new[n])}
+    if where == "inner":
+        assert all(".mlp." in n for n in moved) and len(moved) == 3 * len(mask)
+        for n in moved:
+            across = 0 if "down_proj" in n else 1
+            own = mask[int(n.split(".")[1])]
+            assert torch.equal((old[n] != new[n]).any(across), own), n
+            assert new[n].norm(dim=across).allclose(old[n].norm(dim=across)), n
+        return
     assert all("down_proj" in n or where == "spread" and ".self_attn." in n for n in moved)
     assert any(".self_attn." in n for n in moved) == (where == "spread")
     for l, own in enumerate(mask):

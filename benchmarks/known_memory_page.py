@@ -1,0 +1,203 @@
+"""Tables and figure of known_memory.py, from its CSVs alone.
+
+    python benchmarks/known_memory_page.py      rewrites what follows MARK in the study's README
+
+A number is shown once SEEDS seeds have it, with its 95% t-interval over seeds. Differences are
+taken seed by seed.
+"""
+
+import csv
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import pipeline  # noqa: E402, F401
+
+from known_memory import ATTACKS, RESULTS  # noqa: E402
+from model import write_text  # noqa: E402
+from pipeline import attack, figures  # noqa: E402
+from pipeline.columns import table  # noqa: E402
+from pipeline.stage import run_cli  # noqa: E402
+
+MARK = "<!-- below: made by known_memory_page.py -->"
+SEEDS = 5
+CONTROL = {"oracle": "random-oracle", "critical": "random", "soft": "random"}  # of its own size
+CURVE = ("Att (ours)", "weights, norm", "size of the activation", "gradient, norm", "chance")
+
+
+def lines(name: str, **wanted) -> list[dict]:
+    path = RESULTS / f"{name}.csv"
+    return chosen(csv.DictReader(path.open()) if path.exists() else [], **wanted)
+
+
+def chosen(rows, **wanted) -> list[dict]:
+    return [r for r in rows if all(r[k] == v for k, v in wanted.items())]
+
+
+def groups(rows, *names) -> dict:
+    """{(values of names): the rows that have them}, in order."""
+    out = {}
+    for r in rows:
+        out.setdefault(tuple(r[n] for n in names), []).append(r)
+    return out
+
+
+def by_seed(rows: list[dict], value: str) -> dict[str, float]:
+    """{seed: mean of a column over the seed's lines}; empty where nothing stands."""
+    seeds = groups((r for r in rows if r[value]), "seed")
+    return {k: sum(float(r[value]) for r in own) / len(own) for (k,), own in seeds.items()}
+
+
+def less(one: dict, other: dict) -> dict[str, float]:
+    """Differences by seed."""
+    return {k: one[k] - other[k] for k in one if k in other}
+
+
+def shown(values: dict, sign: str = "") -> str:
+    if len(values) < SEEDS:
+        return "–"
+    middle, half = figures.interval(list(values.values()))
+    return f"{middle:{sign}.3f} ± {half:.3f}"
+
+
+def matrix(rows: list[dict], down: str, across: str, value: str) -> str:
+    """Values of `value`: a line for each of `down`, a column for each of `across`."""
+    columns = list(groups(rows, across))
+    return table([down, *(c for c, in columns)], [
+        [name, *(shown(by_seed(chosen(own, **{across: c}), value)) for c, in columns)]
+        for (name,), own in groups(rows, down).items()])
+
+
+def memory_table(cell: dict) -> str:
+    return table(["memory", "told", "updates", "share of the memory in the true neurons"], [
+        [memory, *(shown(by_seed(rows, v)) for v in ("told", "updates", "share_of_memory"))]
+        for (memory,), rows in groups(lines("memory", **cell), "memory").items()])
+
+
+def finding_tables(cell: dict) -> str:
+    rows = lines("finding", **cell)
+    whole, inside = chosen(rows, layer="all"), [r for r in rows if r["layer"] != "all"]
+    out = ["AUC within a layer, where the mask is drawn:", matrix(inside, "score", "memory", "auc"),
+           "Precision at the planted count, within a layer:",
+           matrix(inside, "score", "memory", "precision"),
+           "AUC over all neurons at once:", matrix(whole, "score", "memory", "auc")]
+    if held := [r for r in inside if r["memory"].startswith("held")]:
+        out += ["AUC by layer, norms held:", matrix(held, "score", "layer", "auc")]
+    return "\n\n".join(out)
+
+
+def helping_table(cell: dict) -> str:
+    every, out = lines("helping", **cell), []
+    keys = ("memory", "objective", "attention", "mask", "lr")
+    for key, rows in sorted(groups(every, *keys).items(), key=lambda x: x[0][:2]):
+        if len(by_seed(rows, "forget")) < SEEDS:
+            continue
+        memory, objective, attention, mask, lr = key
+        same = dict(memory=memory, objective=objective)
+        control = chosen(every, **same, attention=attention, mask=CONTROL.get(mask, ""))
+        moving = chosen(every, **same, attention="moving" if attention == "frozen" else "",
+                        mask=mask)
+        kept = by_seed(rows, "loss_kept")
+        out.append([*key, *(shown(by_seed(rows, v)) for v in (
+            "rows", "updates", "forget", "utility", "loss_forget", "loss_kept")),
+            shown(less(by_seed(rows, "utility"), by_seed(control, "utility")), "+"),
+            shown(less(kept, by_seed(control, "loss_kept")), "+"),
+            shown(less(kept, by_seed(moving, "loss_kept")), "+")])
+    return table([*keys[:-1], "rate", "rows", "updates", "forget", "utility", "loss, forget",
+                  "loss, kept", "utility minus control's", "loss, kept, minus control's",
+                  "loss, kept, minus moving's"], out)
+
+
+def staying_table(cell: dict) -> str:
+    every, out = lines("staying", **cell), []
+    keys = ("memory", "objective", "attention", "mask")
+    for key, rows in groups(every, *keys).items():
+        control = chosen(every, **dict(zip(keys, key)) | dict(
+            mask={"so": "fo"}.get(key[-1], "random" if key[-1] != "random" else "")))
+        line = [*key]
+        for name in ATTACKS:
+            back = {}
+            for who, some in (("own", rows), ("control", control)):
+                some = chosen(some, attack=name)
+                back[who] = less(by_seed(some, "loss_before"), by_seed(some, "loss_after"))
+            own = chosen(rows, attack=name)
+            line += [shown(less(by_seed(own, "after"), by_seed(own, "before")), "+"),
+                     shown(back["own"], "+"), shown(less(back["own"], back["control"]), "+")]
+        if set(line[len(keys):]) != {"–"}:
+            out.append(line)
+    return table([*keys, *(f"{name}: {x}" for name in ATTACKS for x in (
+        "more told", "loss won back", "minus control's"))], out)
+
+
+def seconds(cell: dict) -> str:
+    """CPU time of the numbers above."""
+    scored = sum(float(r["seconds"]) for r in lines("finding", **cell, layer="all"))
+    models = [float(r["seconds"]) for r in lines("helping", **cell) if float(r["lr"])]
+    return (f"CPU time: {scored:.0f} s for the scores, {sum(models):.0f} s for the {len(models)} "
+            "unlearned models; originals, planting and attacks not counted.")
+
+
+def curve(ax, place: dict, values_of, label: str, i: int):
+    """Means with intervals against the share of the memory that the true neurons hold."""
+    at, middle, half = [], [], []
+    for memory, share in place.items():
+        if len(values := values_of(memory)) >= SEEDS:
+            m, h = figures.interval(list(values.values()))
+            at.append(share + 0.012 * (i - 2))
+            middle.append(m)
+            half.append(h)
+    ax.errorbar(at, middle, half, label=label, fmt="osD^vP"[i], capsize=3, color=attack.COLOURS[i])
+
+
+def draw(cell: dict):
+    """Finding, and what the mask gains, against how concentrated the memory is."""
+    figure, ((left, right),) = figures.canvas(1, 2, (12.5, 4.6))
+    place = {m: figures.interval(list(by_seed(rows, "share_of_memory").values()))[0]
+             for (m,), rows in groups(lines("memory", **cell), "memory").items()
+             if not m.startswith(("inner", "rows", "layers"))}
+    found = [r for r in lines("finding", **cell) if r["layer"] != "all"]
+    helped = lines("helping", objective="graddiff", **cell)
+    for i, score in enumerate(CURVE):
+        curve(left, place, lambda m: by_seed(chosen(found, memory=m, score=score), "auc"), score, i)
+    for i, (mask, attention) in enumerate((m, a) for m in ("oracle", "critical")
+                                          for a in ("frozen", "moving")):
+        some = chosen(helped, attention=attention)
+        curve(right, place, lambda m: less(
+            by_seed(chosen(some, memory=m, mask=CONTROL[mask]), "loss_kept"),
+            by_seed(chosen(some, memory=m, mask=mask), "loss_kept")),
+            f"{mask}, attention {attention}", i)
+    left.axhline(0.5, color="black", lw=0.8)
+    right.axhline(0, color="black", lw=0.8)
+    left.set(ylabel="ROC-AUC within a layer", title="finding", ylim=(-0.03, 1.03))
+    right.set(ylabel="loss on kept rows: the random mask's minus its own",
+              title="helping, at equal forgetting (above 0: the mask helps)")
+    for ax in (left, right):
+        ax.set(xlabel="share of the memory that the true rows hold")
+        ax.legend(fontsize=8)
+        for memory, share in place.items():
+            ax.annotate(memory, (share, ax.get_ylim()[0]), fontsize=7, rotation=90, ha="right",
+                        va="bottom")
+    title = ", ".join(cell.values())
+    figure.suptitle(f"{title}: means over {SEEDS} seeds, 95% t-intervals", fontsize=11)
+    figures.save(figure, RESULTS / f"{'-'.join(cell.values())}.png")
+
+
+def main():
+    out = [MARK]
+    for benchmark, model in groups(lines("memory"), "benchmark", "model"):
+        cell = dict(benchmark=benchmark, model=model)
+        out.append(f"## Tables: {benchmark}, {model}")
+        for name, make in dict(Memory=memory_table, Finding=finding_tables, Helping=helping_table,
+                               Staying=staying_table).items():
+            if lines(name.lower(), **cell):
+                out += [f"### {name}", make(cell)]
+        out.append(seconds(cell))
+        draw(cell)
+    page = RESULTS / "README.md"
+    text = page.read_text().split(MARK)[0]
+    write_text(page, text + "\n\n".join(x for x in out if x) + "\n")
+
+
+if __name__ == "__main__":
+    run_cli(main)
