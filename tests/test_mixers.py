@@ -14,7 +14,7 @@ import simu
 from model import Transformer, UserError, generate, read_json, write_json
 from pipeline import reach, settings
 from pipeline.__main__ import main
-from pipeline.mixers import mamba2, rwkv7
+from pipeline.mixers import mamba2, rwkv7, states
 from test_layouts import PROMPTS, check_same_text, hf  # noqa: F401
 from test_pipeline import DEMO, MICRO
 from test_simu import rows
@@ -54,7 +54,7 @@ def test_mamba2_is_transformers(hf, tmp_path, changes):  # noqa: F811
     model.save_pretrained(tmp_path / "ours")
     theirs = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "ours").eval()
     assert type(theirs).__name__ == "Mamba2ForCausalLM"
-    ids = torch.randint(3, 96, (2, mamba2.CHUNK + 20))
+    ids = torch.randint(3, 96, (2, states.CHUNK + 20))
     with torch.no_grad():
         assert relative(model(ids), theirs(ids).logits) < 1e-5
     for prompt, said in zip(PROMPTS, generate(model, PROMPTS, max_new_tokens=12, eos_id=None)):
