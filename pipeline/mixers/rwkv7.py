@@ -163,8 +163,8 @@ def scan_chunk(S, *u):
     k, ka = k * (-total).exp(), ka * (-total).exp()
     r, kk = r * total.exp(), kk * (total - decay).exp()
     known = kk @ S.mT + (kk @ k.mT).tril(-1) @ v  # of gone
-    gone = torch.linalg.solve_triangular((kk @ ka.mT).tril(-1), known, upper=False,
-                                         unitriangular=True)  # I + this
+    gone = known if known.shape[2] == 1 else torch.linalg.solve_triangular(
+        (kk @ ka.mT).tril(-1), known, upper=False, unitriangular=True)  # I + this
     y = r @ S.mT + (r @ k.mT).tril() @ v - (r @ ka.mT).tril() @ gone
 
     def states(at):  # [B, A] -> [B, A, H, N, N]
