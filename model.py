@@ -322,7 +322,7 @@ class Transformer(nn.Module):
             if weight.dim() == 2:
                 residual = name.endswith(("o_proj.weight", "down_proj.weight"))
                 nn.init.normal_(weight, std=INIT_STD * scale if residual else INIT_STD)
-            elif name.endswith("bias"):
+            elif name.endswith(".bias"):
                 nn.init.zeros_(weight)
 
     def rope(self, positions):

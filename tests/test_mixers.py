@@ -7,6 +7,7 @@ import re
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 import data
@@ -14,7 +15,7 @@ import simu
 from model import Transformer, UserError, generate, read_json, write_json
 from pipeline import reach, settings
 from pipeline.__main__ import main
-from pipeline.mixers import mamba2, rwkv7
+from pipeline.mixers import mamba2, rwkv7, states
 from test_layouts import PROMPTS, check_same_text, hf  # noqa: F401
 from test_pipeline import DEMO, MICRO
 from test_simu import rows
@@ -54,7 +55,7 @@ def test_mamba2_is_transformers(hf, tmp_path, changes):  # noqa: F811
     model.save_pretrained(tmp_path / "ours")
     theirs = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "ours").eval()
     assert type(theirs).__name__ == "Mamba2ForCausalLM"
-    ids = torch.randint(3, 96, (2, mamba2.CHUNK + 20))
+    ids = torch.randint(3, 96, (2, states.CHUNK + 20))
     with torch.no_grad():
         assert relative(model(ids), theirs(ids).logits) < 1e-5
     for prompt, said in zip(PROMPTS, generate(model, PROMPTS, max_new_tokens=12, eos_id=None)):
@@ -91,7 +92,7 @@ def test_rwkv7_is_its_authors(tmp_path, monkeypatch):
     tensors = native(load_file(tmp_path / "model.safetensors"))  # his files are pickles
     monkeypatch.setattr(torch, "load", lambda *_, **__: tensors)
     theirs = package.RWKV(model=str(tmp_path / "native"), strategy="cpu fp32")
-    ids = torch.randint(3, 96, (1, 40))
+    ids = torch.randint(3, 96, (1, states.CHUNK + 20))
     with torch.no_grad():
         logits, _ = theirs.forward(ids[0].tolist(), None, full_output=True)
         assert relative(model(ids)[0], logits) < 1e-5
@@ -100,6 +101,33 @@ def test_rwkv7_is_its_authors(tmp_path, monkeypatch):
         for token in said:
             assert int(logits.argmax()) == token
             logits, state = theirs.forward([token], state)
+
+
+@pytest.mark.parametrize("kind, faster", [("mamba2", 0), ("mamba2", 2), ("rwkv7", 0), ("rwkv7", 9)])
+def test_where_chunks_end_changes_nothing(kind, faster, monkeypatch):
+    """One position at a time is the recurrence as it is defined; forgetting as fast as can be puts
+    the largest numbers into a chunk."""
+    model, some = ours(kind), rows(3)
+    for name, p in model.named_parameters():
+        if name.endswith(("w_lora.offset", "A_log")):
+            p.data += faster
+    batch, found = data.collate(some), []
+    ids = torch.randint(3, 96, (2, 70))
+    for chunk in (1, 5, 64):
+        monkeypatch.setattr(states, "CHUNK", chunk)
+        model.zero_grad()
+        loss = simu.mean_nll(model, data.Batch(ids, ids.roll(-1, 1)))
+        loss.backward()
+        found.append([model(ids), simu.attribute(model, batch, steps=3),
+                      *(p.grad.clone() for p in model.parameters())])
+    for other in found[1:]:
+        assert all(relative(a, b) < 1e-4 for a, b in zip(other, found[0]))
+
+
+def test_fresh_weights_are_drawn_as_the_authors_draw_them():
+    layer = Transformer(CONFIGS["mamba2"]).layers[0].mixer
+    step = F.softplus(layer.dt_bias)
+    assert 1e-3 <= step.min() < step.max() <= 0.1001
 
 
 @both

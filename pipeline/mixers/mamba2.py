@@ -21,9 +21,8 @@ from torch import nn
 
 from model import Architecture, RMSNorm, UserError, check_supported, need_keys
 from pipeline.mixers.states import (NO_LIMIT, StateCache, StatePrefixes, check_fields, from_nothing,
-                                    gather_before)
+                                    gather_before, in_chunks)
 
-CHUNK = 64  # positions whose scores are held at once
 SUPPORTED = {"hidden_act": "silu", "use_bias": False, "use_conv_bias": True,
              "quantization_config": None}
 NO_STEP_LIMIT = ([0.0, math.inf], [0.0, {"__float__": "Infinity"}])  # transformers 4's, and 5's
@@ -126,27 +125,17 @@ class Mixer(nn.Module):
                 for y in (b, c))  # [B, T, H, N]
         dt = F.softplus(dt + self.dt_bias).float()  # [B, T, H]
         decay = -self.A_log.float().exp() * dt  # its logarithm [B, T, H]
-        dx, ys, kept = x * dt[..., None], [], None
-        for start in range(0, T, CHUNK):
-            part = slice(start, start + CHUNK)
-            y, S_next, passed = scan_chunk(S, decay[:, part], dx[:, part], b[:, part], c[:, part],
-                                           None if before is None else before - start)
-            if before is not None:  # a later chunk's states replace those of what it starts after
-                mine = (before >= start)[..., None, None, None]
-                kept = passed if kept is None else torch.where(mine, passed, kept)
-            ys.append(y)
-            S = S_next
-        y = (torch.cat(ys, dim=1) + x * self.D[:, None]).flatten(2).to(xbc.dtype)  # [B, T, E]
+        y, kept = in_chunks(scan_chunk, S, before, decay, x * dt[..., None], b, c)
+        y = (y + x * self.D[:, None]).flatten(2).to(xbc.dtype)  # [B, T, E]
         if before is None:
             return y, None
         windows = torch.stack([gather_before(seen, before + i) for i in range(left)], dim=2)
         return y, [windows, kept]  # [B, A, K - 1, E + 2GN], [B, A, H, P, N]
 
 
-def scan_chunk(S, decay, dx, b, c, before):
-    """Q positions at once, from the state S [B, H, P, N] that stands before them: decay [B, Q, H],
-    dx [B, Q, H, P], b and c [B, Q, H, N] -> y [B, Q, H, P], the state after them, and the states
-    before positions `before` [B, A], those outside cut to 0 and Q [B, A, H, P, N]."""
+def scan_chunk(S, decay, dx, b, c):
+    """As in_chunks asks: Q positions at once from the state S [B, H, P, N], decay [B, Q, H],
+    dx [B, Q, H, P], b and c [B, Q, H, N] -> y [B, Q, H, P], and the function."""
     Q = decay.shape[1]
     total = F.pad(decay.cumsum(1), (0, 0, 1, 0))  # [B, Q + 1, H], from the chunk's start on
     until = total[:, 1:]
@@ -163,9 +152,7 @@ def scan_chunk(S, decay, dx, b, c, before):
         new = torch.einsum("baqhp,bqhn->bahpn", share[..., None] * dx[:, None], b)
         return upto.exp()[..., None, None] * S[:, None] + new
 
-    end = torch.full_like(decay[:, :1, 0], Q, dtype=torch.int64)  # [B, 1]
-    passed = None if before is None else states(before.clamp(0, Q))
-    return y, states(end)[:, 0], passed
+    return y, states
 
 
 class Neurons(nn.Module):

@@ -21,7 +21,7 @@ from torch import nn
 
 from model import Architecture, UserError, check_supported, is_positive, need_keys
 from pipeline.mixers.states import (NO_LIMIT, StateCache, StatePrefixes, check_fields, from_nothing,
-                                    gather_before)
+                                    gather_before, in_chunks)
 
 SLOWEST = -0.6065306597126334  # -exp(-0.5): no channel of a state decays faster than exp(this)
 SHIFTED = ("r", "w", "k", "v", "a", "g")  # each takes a learnt share of the position before: x_r
@@ -132,7 +132,7 @@ class TimeMix(nn.Module):
             first = v
         else:
             v = v + (first - v) * self.v_lora(xv).sigmoid()
-        decay = (SLOWEST * self.w_lora(xw).float().sigmoid()).exp()
+        decay = SLOWEST * self.w_lora(xw).float().sigmoid()  # its logarithm
         a = self.a_lora(xa).sigmoid()
         kk = F.normalize(self.heads(k * self.k_k), dim=-1)  # [B, T, H, N]
         r, k, v, a = map(self.heads, (r, k * (1 + (a - 1) * self.k_a), v, a))
@@ -146,19 +146,35 @@ class TimeMix(nn.Module):
 
     def scan(self, state, before, r, decay, k, v, kk, ka):
         """An op of states.py, all u [B, T, H, N] -> y [B, T, H, N]. The state S [B, H, N, N], value
-        by key: S_t = S_(t-1) (diag(decay_t) - kk_t ka_t^T) + v_t k_t^T, and y_t = S_t r_t."""
-        B, T, H, N = r.shape
+        by key: S_t = S_(t-1) (diag(exp(decay_t)) - kk_t ka_t^T) + v_t k_t^T, and y_t = S_t r_t."""
+        B, _, H, N = r.shape
         S = r.new_zeros(B, H, N, N).float() if state is None else state[0]
-        ys, passed = [], [S]
-        for t in range(T):
-            w, b, key = (x[:, t, :, None].float() for x in (decay, ka, k))  # [B, H, 1, N]
-            away, value, read = (x[:, t, ..., None].float() for x in (kk, v, r))  # [B, H, N, 1]
-            S = S * w - (S @ away) * b + value * key
-            ys.append((S @ read).squeeze(-1))  # [B, H, N]
-            if before is not None:
-                passed.append(S)
-        y = torch.stack(ys, dim=1).to(r.dtype)
-        return y, None if before is None else [gather_before(torch.stack(passed, 1), before)]
+        y, kept = in_chunks(scan_chunk, S, before, *(x.float() for x in (r, decay, k, v, kk, ka)))
+        return y.to(r.dtype), None if before is None else [kept]
+
+
+def scan_chunk(S, *u):
+    """As in_chunks asks, from TimeMix.scan's u. With everything divided by the decay since the
+    chunk's start (never below exp(-.61 * CHUNK), which float32 holds), S_t is S_(t-1) with two
+    products added; gone_t = S_(t-1) kk_t, what the second takes away, depends on the gone before
+    it: a triangular system."""
+    r, decay, k, v, kk, ka = (x.transpose(1, 2) for x in u)  # [B, H, Q, N]
+    total = decay.cumsum(2)
+    k, ka = k * (-total).exp(), ka * (-total).exp()
+    r, kk = r * total.exp(), kk * (total - decay).exp()
+    known = kk @ S.mT + (kk @ k.mT).tril(-1) @ v  # of gone
+    gone = known if known.shape[2] == 1 else torch.linalg.solve_triangular(
+        (kk @ ka.mT).tril(-1), known, upper=False, unitriangular=True)  # I + this
+    y = r @ S.mT + (r @ k.mT).tril() @ v - (r @ ka.mT).tril() @ gone
+
+    def states(at):  # [B, A] -> [B, A, H, N, N]
+        seen = torch.arange(r.shape[2], device=r.device) < at[..., None]  # [B, A, Q]
+        seen = seen[:, :, None, :, None]  # [B, A, 1, Q, 1]
+        new = (seen * v[:, None]).mT @ k[:, None] - (seen * gone[:, None]).mT @ ka[:, None]
+        upto = gather_before(F.pad(total, (0, 0, 1, 0)).transpose(1, 2), at)  # [B, A, H, N]
+        return (S[:, None] + new) * upto.exp()[..., None, :]
+
+    return y.transpose(1, 2), states
 
 
 class ChannelMix(nn.Module):

@@ -73,6 +73,26 @@ class StateCache:
         self.states = {op: [s[rows] for s in own] for op, own in self.states.items()}
 
 
+CHUNK = 64  # positions worked out at once
+
+
+def in_chunks(scan, S, before, *u):
+    """An op's y [B, T, ...] and state, the latter at the positions `before` alone [B, A, ...], from
+    scan(S, *u of at most CHUNK positions) -> their y, and a function that gives the states before
+    positions [B, A] counted from the first of them, where S [B, ...] stands."""
+    ys, kept = [], None
+    for start in range(0, u[0].shape[1], CHUNK):
+        if start:
+            S = states(torch.full((len(S), 1), CHUNK, device=S.device))[:, 0]
+        y, states = scan(S, *(x[:, start:start + CHUNK] for x in u))
+        ys.append(y)
+        if before is not None:  # a later chunk's states replace those of what it starts after
+            here = states((before - start).clamp(0, CHUNK))
+            later = (before > start).view(*before.shape, *[1] * (here.dim() - 2))
+            kept = here if kept is None else torch.where(later, here, kept)
+    return torch.cat(ys, dim=1), kept
+
+
 def gather_before(x, before):
     """x [B, T + 1, ...], before [B, A] -> [B, A, ...]"""
     index = before.view(*before.shape, *[1] * (x.dim() - 2)).expand(-1, -1, *x.shape[2:])
