@@ -1,5 +1,6 @@
 """The command line: python -m pipeline STAGE ..."""
 
+import errno
 import os
 import signal
 import sys
@@ -27,7 +28,9 @@ def open_closed_streams():
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.write(number, b"") if number else os.fstat(number)
-        except OSError:  # closed, or not to be written to
+        except OSError as e:
+            if e.errno != errno.EBADF:  # closed, or not to be written to
+                continue
             os.dup2(os.open(os.devnull, os.O_RDWR), number)
             os.set_inheritable(number, True)
             setattr(sys, name, open(number, "w" if number else "r", encoding="utf-8"))

@@ -351,10 +351,9 @@ def _lengths(s: Settings, rows=()) -> dict:
 def _advice(s, config, name, method, free: int, given: dict) -> str:
     """The first settings, the cheapest in time and faith first, with which a stage would fit."""
     longest = given["longest"]
-    fewer = "lower --steps, or " if name == "attribute" and s.steps > 1 else ""
     if name == "attribute":  # a pass holds all nodes of the path of one row
         least = longest * max(1, s.steps - 1)
-        ways = [dict(attribution_tokens=least)] if least < LIMIT else []
+        ways = [dict(attribution_tokens=min(least, LIMIT - 1))]
     elif name == "evaluate":
         most = max(longest + s.max_new_tokens, s.max_total_tokens)
         ways = [dict(eval_tokens=min(most, LIMIT - 1))]
@@ -369,8 +368,10 @@ def _advice(s, config, name, method, free: int, given: dict) -> str:
         changed = {**given, "dtype": torch.bfloat16} if "dtype" in way else given
         return need(replace(s, **way), config, name, method, **changed).peak
 
-    if not ways or _weights(config, torch.bfloat16) > free or peak(ways[-1]) > free:  # all at once
-        return f"no other setting makes it fit: {fewer}use a larger device"
+    if _weights(config, torch.bfloat16) > free or peak(ways[-1]) > free:  # all of them at once
+        if name == "attribute" and peak(dict(attribution_tokens=longest, steps=2)) <= free:
+            return "lower --steps"
+        return "no setting makes it fit: use a larger device"
     way = next(way for way in ways if peak(way) <= free)
     flags = (f"--{k.replace('_', '-')}" + ("" if v is True else f" {v}") for k, v in way.items())
     return f"{' '.join(flags)} would need {peak(way) / GB:.1f} GB"

@@ -327,7 +327,7 @@ FAULTS = {
     "more steps than any machine": (
         nothing, ["attribute run-tofu --steps 99999999999999999999"], "--steps is 9+; .*below"),
     "a path longer than any pass": (
-        nothing, ["attribute run-tofu --steps 2147483647"], "no other setting .*lower --steps"),
+        nothing, ["attribute run-tofu --steps 2147483647"], "attribute needs .* left; lower --steps"),
     "weights that overflow at the last update": (
         nothing, ["unlearn run-tofu --method so --lr 2e9"], "losses are not finite .*lower --lr"),
     "no UTF-8": (nothing, ["original new --weights \udcff"], "--weights is .*not UTF-8"),
