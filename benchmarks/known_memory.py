@@ -57,7 +57,7 @@ MEMORIES = ("held-0.25", "rows-0.25", "layers-0.25", "spread-0.5", "spread-0.25"
 MASKS = ("oracle", "random-oracle", "critical", "random", "forget-only", "soft", "all", "none")
 METHODS = ("fo", "so")
 ATTACKS = ("int8", "int4", "relearn-half")
-STAYING = ("oracle", "critical", "random", "all", *METHODS)
+STAYING = ("original", "retain-only", "oracle", "critical", "random", "all", *METHODS)
 KEPT = 50  # retain rows that models are judged on, and the facts beside them
 # (rate, epochs at most): the same for every mask, or masks would not be what differs.
 RATES = dict(graddiff=dict(frozen=(2e-3, 150), moving=(1e-4, 150), fo=(2e-4, 150), so=(1e-4, 150)),
@@ -336,21 +336,22 @@ def unlearned(own, start, rows, bench, mask, ideal: float):
 
 
 def missing(a, plain: tuple) -> list[tuple]:
-    """Keys of the points that helping.csv lacks: the arms, and the two models to hold them
-    against."""
+    """Keys of the points that helping.csv lacks (or staying.csv, where it is asked for): the arms,
+    and the two models to hold them against."""
     arms = [(a.objective, mask, attention) for attention in a.attention for mask in a.masks
             if (mask, attention) != ("none", "frozen")] + [(a.objective, x, "-") for x in a.methods]
     keys = [(*plain, "-", name, "-", "0") for name in ("original", "retain-only")]
     for objective, arm, attention in arms:
         lr, _ = RATES[objective][arm if attention == "-" else attention]
         keys.append((*plain, objective, arm, attention, f"{lr:g}"))
-    there = made("helping")
-    return [key for key in keys if key not in there]
+    there, stood = made("helping"), made("staying")
+    return [key for key in keys if key not in there
+            or a.stay and key[5] in STAYING and key not in stood]
 
 
 def help_(a, seed: int, memory: str):
     """Models unlearned to equal forgetting: helping.csv; attacks on them: staying.csv."""
-    jobs = missing(a, (a.benchmark, a.model, memory, str(seed)))
+    jobs, there = missing(a, (a.benchmark, a.model, memory, str(seed))), made("helping")
     if not jobs:
         return
     s = prepared(a, seed)
@@ -381,9 +382,10 @@ def help_(a, seed: int, memory: str):
                 continue
         line = [*key, "" if mask is None else int((mask != 0).sum()), updates,
                 *judged(model, s, bench, rows), time.process_time() - began]
-        if a.stay and arm in (*STAYING, "original", "retain-only"):
+        if a.stay and arm in STAYING:
             attacked(model, s, bench, key, tokenizer)
-        append("helping", line)
+        if key not in there:
+            append("helping", line)
 
 
 def main():
