@@ -215,7 +215,7 @@ MAMBA2 = Architecture(
 
 
 def tiny_config(*, width: int, depth: int, context: int, **ids) -> Mamba2Config:
-    """A small one, of about as many weights as a LLaMA of this width."""
+    """A small one, of half as many weights as a LLaMA of this width and depth."""
     return Mamba2Config(hidden_size=width, num_hidden_layers=depth, num_heads=2 * width // 32,
                         head_dim=32, state_size=32, n_groups=1, max_position_embeddings=context,
                         tie_word_embeddings=True, **ids)
