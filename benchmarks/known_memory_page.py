@@ -174,7 +174,7 @@ def draw(cell: dict):
               title="helping, at equal forgetting (above 0: the mask helps)")
     for ax in (left, right):
         ax.set(xlabel="share of the memory that the true rows hold")
-        ax.legend(fontsize=8)
+        ax.legend(fontsize=8, loc="lower center")
         for memory, share in place.items():
             ax.annotate(memory, (share, ax.get_ylim()[0]), fontsize=7, rotation=90, ha="right",
                         va="bottom")
@@ -185,8 +185,10 @@ def draw(cell: dict):
 
 def main():
     out = [MARK]
-    for benchmark, model in groups(lines("memory"), "benchmark", "model"):
+    for (benchmark, model), known in groups(lines("memory"), "benchmark", "model").items():
         cell = dict(benchmark=benchmark, model=model)
+        if len(by_seed(known, "told")) < SEEDS:
+            continue
         out.append(f"## Tables: {benchmark}, {model}")
         for name, make in dict(Memory=memory_table, Finding=finding_tables, Helping=helping_table,
                                Staying=staying_table).items():
