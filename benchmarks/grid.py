@@ -44,8 +44,11 @@ def main(argv):
     parser = settings.Parser(prog="grid.py", description=__doc__.splitlines()[0])
     parser.add_argument("benchmark", choices=settings.BENCHMARKS)
     parser.add_argument("model")
+    parser.add_argument("--methods", nargs="+", choices=simu.METHODS, default=list(simu.METHODS))
+    parser.add_argument("--rates", nargs="+", type=float, default=RATES)
     settings.add_options(parser, skip=("benchmark", "model", "method", "lr"))
     given = vars(parser.parse_args(argv))
+    methods, rates = given.pop("methods"), given.pop("rates")
     s = settings.resolve(given)
     (bench, rows), tokenizer = encoded_rows(s), data.load_tokenizer(s.run / "original")
     mask, = read_tensors(s.run / mask_name(s) / "mask.safetensors", ("mask",))
@@ -61,9 +64,9 @@ def main(argv):
         model = Transformer.from_pretrained(s.run / folder)
         judged[folder] = [rouge(model, tokenizer, e, s) for e in sets.values()]
         show(folder, "", *judged[folder])
-    for method in simu.METHODS:
+    for method in methods:
         kept = None
-        for lr in RATES:
+        for lr in rates:
             own = settings.resolve(given | dict(method=method, lr=lr))
             model = Transformer.from_pretrained(s.run / "original")
             simu.unlearn(model, rows["forget"], rows["retain"], mask, own)

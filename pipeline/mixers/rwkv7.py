@@ -154,10 +154,9 @@ class TimeMix(nn.Module):
 
 
 def scan_chunk(S, *u):
-    """As in_chunks asks, from TimeMix.scan's u. With everything divided by the decay since the
-    chunk's start (never below exp(-.61 * CHUNK), which float32 holds), S_t is S_(t-1) with two
-    products added; gone_t = S_(t-1) kk_t, what the second takes away, depends on the gone before
-    it: a triangular system."""
+    """As in_chunks asks, from TimeMix.scan's u. Divided by the decay since the chunk's start, which
+    is at least exp(-.61 * CHUNK) and so well within float32, S_t is S_(t-1) + v_t k_t^T -
+    gone_t ka_t^T, and gone_t = S_(t-1) kk_t hangs on the gone before it: a triangular system."""
     r, decay, k, v, kk, ka = (x.transpose(1, 2) for x in u)  # [B, H, Q, N]
     total = decay.cumsum(2)
     k, ka = k * (-total).exp(), ka * (-total).exp()
