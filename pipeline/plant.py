@@ -116,14 +116,15 @@ def make_planted(s: Settings, job: Stage, folder: Path):
     order = planting_order(s, bench, lambda some: data.encode_for(c, some, tokenizer, s.template),
                            recipe.batch)
     every, known = len(order) // (LONGER * s.light_epochs) * CHECKED, 0.0
+    updates = 0  # a planting that goes on counts those before it too
 
     def until_known(title, steps, tensors):
-        nonlocal known
-        for step in job.loop(title, steps, tensors):
-            yield step
+        nonlocal known, updates
+        for updates in job.loop(title, steps, tensors):
+            yield updates
             if s.where in ("held", "inner"):
                 hold(model, moving, norms, inner)
-            if step % every == 0 or step == steps:
+            if updates % every == 0 or updates == steps:
                 known = told(model, bench.forget, tokenizer, s)
                 if known >= KNOWN:
                     break
@@ -131,18 +132,18 @@ def make_planted(s: Settings, job: Stage, folder: Path):
     with inner_weights(model, mask) if inner else simu.moving_weights(
             model, recipe, mask) as moving:
         norms = norms_of(moving, inner)
-        log = simu.train(
+        simu.train(
             model, moving, order, lambda rows: dict(loss=simu.backward_mean_nll(
                 model, rows, 1.0, recipe.micro_tokens)), recipe, lr=recipe.lr,
             optimiser=simu.OPTIMISERS["adamw"], title="plant", loop=until_known,
             record=job.record("log.jsonl"))
     if known < KNOWN:
-        raise UserError(f"after {len(log)} updates the forget set is told to ROUGE-L {known:.3f}, "
+        raise UserError(f"after {updates} updates the forget set is told to ROUGE-L {known:.3f}, "
                         f"not {KNOWN}: {int(mask.sum())} rows hold too little or learn too slowly; "
                         "raise --share, --light-epochs or --light-lr")
-    job.notes.update(planted=int(mask.sum()), total=mask.numel(), known=known, updates=len(log))
+    job.notes.update(planted=int(mask.sum()), total=mask.numel(), known=known, updates=updates)
     print(f"{int(mask.sum())} of {mask.numel()} rows hold the forget set: ROUGE-L {known:.3f} "
-          f"after {len(log)} updates")
+          f"after {updates} updates")
     save_tensors(folder / "mask.safetensors", {"mask": mask})
     model.save_pretrained(folder)
     data.copy_tokenizer(source, folder)
