@@ -177,7 +177,7 @@ def draw(out: Path):
                       dict(forget="forget rows", nonmembers="rows never seen")[split])
     axis.set_yticks(range(len(keys)), [" ".join(k).strip("- ") for k in reversed(keys)])
     axis.set_xlabel("mean loss of the answer, nats per token")
-    axis.legend(loc="lower left")
+    axis.legend(loc="upper right")
     figure.savefig(out.with_suffix(".png"), dpi=110)
 
 
