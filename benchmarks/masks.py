@@ -1,12 +1,15 @@
-"""Whose neurons are critical: a run's forget and retain masks against one another and against chance.
+"""Whose neurons are critical: a run's forget and retain masks against one another and chance.
 
-    python benchmarks/masks.py RUN        prints Markdown tables from RUN/attribution
+    python benchmarks/masks.py RUN [OTHER]       prints Markdown tables from RUN/attribution
 
-Chance: the Jaccard index expected of two masks with the same counts by layer, drawn at random. The last
-table leaves a layer's few largest scores out of its maximum M_l: a reading to look at, not the method's.
+Chance: the Jaccard index expected of two masks with the same counts by layer, drawn at random.
+OTHER: a run that forgets other rows; whose neurons both name are the model's own rather than a
+forget set's. The last table leaves a layer's few largest scores out of its maximum M_l: a reading
+to look at, not ours.
 """
 
 import argparse
+import itertools
 import sys
 from pathlib import Path
 
@@ -28,19 +31,30 @@ def jaccard(a, b) -> tuple[float, float]:
     return (((a & b).sum() / (a | b).sum()).item(), (both / (a.sum() + b.sum() - both)).item())
 
 
-def main():
-    p = argparse.ArgumentParser(description=__doc__)
-    p.add_argument("run", type=Path)
-    file = p.parse_args().run / "attribution" / "scores.safetensors"
-    forget, retain = read_tensors(file, ("forget", "retain"))
+def overlap(title: str, pair: dict):
+    """Table of two scores [L, D] by name, at every t."""
     rows = []
     for t in THRESHOLDS:
-        a, b = (simu.critical_mask(x, t) for x in (forget, retain))
+        a, b = (simu.critical_mask(x, t) for x in pair.values())
         found, chance = jaccard(a, b)
         rows.append([t, int(a.sum()), int(b.sum()), f"{found:.3f}", f"{chance:.3f}"])
-    print(f"{forget.numel()} neurons\n")
-    print(table(["t", "critical, forget", "critical, retain", "Jaccard", "chance"], rows))
-    print("\nThe neuron with each layer's largest score, and the critical ones at t = 0.3\n")
+    head = ["t", *(f"critical, {name}" for name in pair), "Jaccard", "chance"]
+    print(f"{title}\n\n{table(head, rows)}\n")
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__)
+    p.add_argument("runs", metavar="RUN", type=Path, nargs="+")
+    runs = {x.name: read_tensors(x / "attribution" / "scores.safetensors", ("forget", "retain"))
+            for x in p.parse_args().runs}
+    for name, (forget, retain) in runs.items():
+        overlap(f"{name}: forget and retain set, of {forget.numel()} neurons",
+                dict(forget=forget, retain=retain))
+    for (one, a), (other, b) in itertools.combinations(runs.items(), 2):
+        overlap("The forget sets", {one: a[0], other: b[0]})
+        overlap("The retain sets", {one: a[1], other: b[1]})
+    forget, retain = next(iter(runs.values()))
+    print("The neuron with each layer's largest score, and the critical ones at t = 0.3\n")
     print(table(["layer", "forget", "retain", "critical"], [
         [l, int(f.argmax()), int(r.argmax()), int(m.sum())] for l, (f, r, m) in enumerate(
             zip(forget, retain, simu.critical_mask(forget, 0.3)))]))
