@@ -9,6 +9,7 @@ his `rwkv` package. Greedy answers to the demo's first retain questions, and log
 import os
 import sys
 from pathlib import Path
+from unittest import mock
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent / x) for x in ("tests", ".")]
 
@@ -40,12 +41,9 @@ def rwkv_of(folder: Path, tokenizer, texts: list[str]):
     """The same of the author's package, which reads pickles: it is handed the tensors."""
     os.environ |= dict(RWKV_V7_ON="1", RWKV_JIT_ON="0", RWKV_CUDA_ON="0")
     import rwkv.model
-    tensors, load = native(load_file(folder / "model.safetensors")), torch.load
-    torch.load = lambda *_, **__: tensors
-    try:
+    tensors = native(load_file(folder / "model.safetensors"))
+    with mock.patch.object(torch, "load", lambda *_, **__: tensors):
         model = rwkv.model.RWKV(model=str(folder / "native"), strategy="cpu fp32")
-    finally:
-        torch.load = load
     print("  rwkv.model.RWKV")
 
     def answer(ids):
