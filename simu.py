@@ -978,8 +978,20 @@ def unlearn(model: Transformer, forget: list[Encoded], retain: list[Encoded],
 
     model.checkpoint = recipe.checkpointing
     with moving_weights(model, recipe, mask) as moving:
-        return train(model, moving, order, backward, recipe, lr=recipe.lr, title=title, loop=loop,
-                     optimiser=OPTIMISERS[METHODS[recipe.method].optimiser], record=record)
+        log = train(model, moving, order, backward, recipe, lr=recipe.lr, title=title, loop=loop,
+                    optimiser=OPTIMISERS[METHODS[recipe.method].optimiser], record=record)
+    need_finite_losses(model, forget, recipe, title)
+    return log
+
+
+@torch.no_grad()
+def need_finite_losses(model: Transformer, rows: list[Encoded], recipe: "Unlearning", title: str):
+    """Weights can be finite and what they compute not. An update's loss tells of the one before it;
+    of the last one, at most eight rows spread over all of them do."""
+    for row in rows[::-(-len(rows) // 8)]:
+        if not nll_sum(model, collate([row], model.embed_tokens.weight.device)).isfinite():
+            raise UserError(f"{title}: the model's losses are not finite after the last update; "
+                            + to_put_right(recipe, recipe.lr))
 
 
 # ------------------------------------------------------------------ settings and Tables 3-4

@@ -57,7 +57,7 @@ from pipeline.settings import (Level, Parser, Placement, Settings, Source, choos
                                load_benchmark, placement, read_settings, settings_of)
 from pipeline.stage import (Stage, content, data_inputs, differences, finished_models, lock,
                             read_stage)
-from pipeline.stages import forget_targets, need_finite_losses
+from pipeline.stages import forget_targets
 
 CONTINUE = ("Continue this text: {}", "A text begins as follows. {}")
 REPHRASE = {"qa": ("Please tell me: {}", "I have a question for you. {}"),
@@ -312,9 +312,7 @@ def unlearn_request(model, answered: list, forget: list, retain: list, targets, 
         some = random.Random(s.seed).sample(retain, min(len(retain), len(answered)))
         scores = [simu.attribute_rows(model, rows, s).cpu() for rows in (answered, some)]
         mask = simu.make_mask(s.mask, *scores, threshold=s.threshold, seed=s.seed)
-    log = simu.unlearn(model, forget, retain, mask, s, targets=targets)
-    need_finite_losses(model, forget, s)
-    return log
+    return simu.unlearn(model, forget, retain, mask, s, targets=targets)
 
 
 # ------------------------------------------------------------------------------------------ numbers
