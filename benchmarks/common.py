@@ -1,5 +1,6 @@
 """What the benchmarks share: sizes, rows of TOFU's lengths, clocks, the head of a log."""
 
+import csv
 import importlib
 import os
 import subprocess
@@ -76,6 +77,14 @@ def older(folder, *names: str):
         for name in core:
             sys.modules.pop(name, None)
         sys.modules.update(ours)
+
+
+def append(path: Path, header: tuple, lines: list):
+    """Add lines to a CSV, which a header begins; floats to five digits."""
+    new = [] if path.exists() else [header]
+    with path.open("a", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows(
+            [f"{x:.5g}" if isinstance(x, float) else x for x in line] for line in new + lines)
 
 
 def synchronize(a):

@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import pipeline  # noqa: E402, F401
 import torch  # noqa: E402
 
+import common  # noqa: E402
 import data  # noqa: E402
 import eval as evaluation  # noqa: E402
 import readings  # noqa: E402
@@ -68,12 +69,7 @@ RATES = dict(graddiff=dict(frozen=(2e-3, 150), moving=(1e-4, 150), fo=(2e-4, 150
 
 
 def append(name: str, row: list):
-    path, header = RESULTS / f"{name}.csv", sum(FILES[name], ())
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerows([header] * new + [[f"{x:.5g}" if isinstance(x, float) else x
-                                            for x in row]])
+    common.append(RESULTS / f"{name}.csv", sum(FILES[name], ()), [row])
 
 
 def made(name: str) -> set[tuple]:

@@ -8,6 +8,7 @@ taken seed by seed.
 
 import csv
 import sys
+from functools import cache
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -27,6 +28,7 @@ CONTROL = {"oracle": "random-oracle", "critical": "random", "soft": "random"}  #
 CURVE = ("Att (ours)", "weights, norm", "size of the activation", "gradient, norm", "chance")
 
 
+@cache
 def read(name: str) -> list[dict]:
     return list(csv.DictReader((RESULTS / f"{name}.csv").open()))
 

@@ -4,8 +4,8 @@
     python benchmarks/objectives.py tofu tiny-llama --arms simu --objectives level --lr 4e-4
 
 Every point is unlearned from its seed's original with the recipe's settings for the method, judged
-on every row by the evaluation's own metrics, and attacked. A line of the CSV per point; a point that
-stands there is not computed again. --table prints the tables (means over seeds with 95%
+on every row by the evaluation's own metrics, and attacked. A line of the CSV per point; a point
+that stands there is not computed again. --table prints the tables (means over seeds with 95%
 t-intervals), --figure draws the losses of forget rows beside those of rows never seen, both from
 the CSVs alone.
 """
@@ -25,6 +25,7 @@ import torch  # noqa: E402
 import data  # noqa: E402
 import eval as evaluation  # noqa: E402
 import simu  # noqa: E402
+from common import append  # noqa: E402
 from model import Transformer  # noqa: E402
 from pipeline import attack, settings  # noqa: E402
 from pipeline.columns import table  # noqa: E402
@@ -41,6 +42,7 @@ VALUES = ("forget.rouge_l", "retain.rouge_l", "world_facts.rouge_l", "mia.answer
           "forget_quality", "model_utility")
 ATTACKS = ("plain", "paraphrase", "shots", "prefix", "int4", "relearn-half")
 HEADER = ("arm", "objective", "seed", "lr", *VALUES, *ATTACKS)
+LOSSES = ("arm", "objective", "split", "loss")
 SHOWN = ("so", "simu")  # arms in the figure
 
 
@@ -83,15 +85,16 @@ def attacked(model, s) -> dict[str, float]:
 
 
 def unlearned(s, arm: str):
-    """The model of one point."""
+    """(model, mask, log) of one point."""
     bench, encoded = encoded_rows(s, s.objective)
-    model, mask, targets = Transformer.from_pretrained(s.run / "original"), None, None
+    model = Transformer.from_pretrained(s.run / "original", **settings.placement(s))
+    mask, targets = None, None
     if simu.METHODS[s.method].masked:
         mask = mask_of_scores(s)
     if simu.OBJECTIVES[s.objective].targeted:
         targets, _ = forget_targets(s, bench, encoded["forget"], model)
-    simu.unlearn(model, encoded["forget"], encoded["retain"], mask, s, targets=targets, title=arm)
-    return model
+    return model, mask, simu.unlearn(model, encoded["forget"], encoded["retain"], mask, s,
+                                     targets=targets, title=arm)
 
 
 def seed_points(benchmark: str, name: str, seed: int, out: Path, arms, objectives, runs: Path,
@@ -103,39 +106,35 @@ def seed_points(benchmark: str, name: str, seed: int, out: Path, arms, objective
     original_stage(s)
     attribute_stage(s)
     load = lambda name: Transformer.from_pretrained(s.run / name)
-    _, reference = judge(load("retain-only"), s)
-    jobs = [("retain-only", "-", s, lambda: load("retain-only")),
-            ("original", "-", s, lambda: load("original"))]
+    jobs = [(name, "-", s, lambda name=name: load(name)) for name in ("retain-only", "original")]
     for objective in objectives:
         for arm in arms:
             method, _, mask = arm.partition("-")
             p = settings.resolve(given | dict(method=method, mask=mask or "dual",
                                               objective=objective, lam=2.0) | rate)
-            jobs.append((arm, objective, p, lambda p=p, arm=arm: unlearned(p, arm)))
+            jobs.append((arm, objective, p, lambda p=p, arm=arm: unlearned(p, arm)[0]))
+    reference = None
     for arm, objective, p, model_of in jobs:
         lr = p.lr if objective != "-" else 0
-        if (arm, objective, str(seed), str(lr)) not in made:
-            model = model_of()
-            values, rows = judge(model, p, reference)
-            values |= attacked(model, p)
-            if seed == 0 and not rate and arm in (*SHOWN, "retain-only", "original"):
-                append(out.with_suffix(".losses.csv"), [
-                    (arm, objective, split, f"{x:.5g}")
-                    for split, xs in losses_of(rows).items() for x in xs])
-            append(out, [[arm, objective, seed, lr, *(
-                "" if values.get(v) is None else f"{values[v]:.5g}" for v in HEADER[4:])]])
+        if (arm, objective, str(seed), f"{lr:.5g}") in made:
+            continue
+        if reference is None:
+            _, reference = judge(load("retain-only"), s)
+        model = model_of()
+        values, rows = judge(model, p, reference)
+        values |= attacked(model, p)
+        if seed == 0 and not rate and arm in (*SHOWN, "retain-only", "original"):
+            append(out.with_suffix(".losses.csv"), LOSSES, [
+                (arm, objective, split, x) for split, xs in losses_of(rows).items() for x in xs])
+        append(out, HEADER, [[arm, objective, seed, lr, *(
+            "" if values.get(v) is None else float(values[v]) for v in HEADER[4:])]])
 
 
-def append(path: Path, lines: list):
-    with path.open("a", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows(lines)
-
-
-def cell(xs: list[float], style: str = ".3f") -> str:
+def cell(xs: list[float], sign: str = "") -> str:
     if not xs:
         return "–"
     middle, half = interval(xs)
-    return f"{middle:{style}}" + (f" ± {half:{style}}" if half == half else "")
+    return f"{middle:{sign}.3f}" + (f" ± {half:.3f}" if half == half else "")
 
 
 def print_tables(out: Path):
@@ -165,8 +164,7 @@ def print_tables(out: Path):
 def draw(out: Path):
     """Seed 0's losses: forget rows beside those never seen, a panel for each objective."""
     from matplotlib import pyplot as plt
-    rows = list(csv.DictReader(out.with_suffix(".losses.csv").open(),
-                               ("arm", "objective", "split", "loss")))
+    rows = list(csv.DictReader(out.with_suffix(".losses.csv").open()))
     keys = list(dict.fromkeys((r["objective"], r["arm"]) for r in rows))
     figure, axis = plt.subplots(figsize=(7, 0.32 * len(keys) + 1), layout="constrained")
     for y, key in enumerate(reversed(keys)):
@@ -196,8 +194,6 @@ def main():
     torch.set_num_threads(1)
     RESULTS.mkdir(parents=True, exist_ok=True)
     out = RESULTS / f"{a.benchmark}-{a.model}.csv"
-    if not out.exists():
-        append(out, [HEADER])
     runs = a.runs or settings.HERE / "runs" / f"objectives-{a.benchmark}-{a.model}"
     if a.figure:
         return draw(out)

@@ -10,7 +10,6 @@ made again. Text of neither benchmark: paragraphs of Python's own manual.
 """
 
 import argparse
-import copy
 import csv
 import dataclasses
 import sys
@@ -26,13 +25,13 @@ import data  # noqa: E402
 import eval as evaluation  # noqa: E402
 import objectives  # noqa: E402
 import simu  # noqa: E402
+from common import append  # noqa: E402
 from model import Transformer  # noqa: E402
-from pipeline import settings  # noqa: E402
+from objectives import cell  # noqa: E402
+from pipeline import settings, sweep  # noqa: E402
 from pipeline.attack import COLOURS  # noqa: E402
 from pipeline.columns import table  # noqa: E402
-from pipeline.figures import interval  # noqa: E402
-from pipeline.stages import (  # noqa: E402
-    answer_losses, encoded_rows, forget_targets, mask_of_scores)
+from pipeline.stages import answer_losses  # noqa: E402
 
 RESULTS = Path(__file__).resolve().parent / "results" / "tofu-smollm2-135m"
 SIMU, FROZEN = dict(method="simu"), dict(method="simu", attention="frozen")
@@ -53,14 +52,6 @@ POINTS = ("forget_set", "seed", "objective", "arm", "lr", "updates", "critical",
 ROWS = ("forget_set", "objective", "arm", "lr", "split", "id", "rouge_l", "loss")
 
 
-def append(name: str, header: tuple, lines: list):
-    path = RESULTS / f"{name}.csv"
-    new = [] if path.exists() else [header]
-    with path.open("a", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows(
-            new + [[f"{x:.5g}" if isinstance(x, float) else x for x in line] for line in lines])
-
-
 def read(name: str) -> list[dict]:
     path = RESULTS / f"{name}.csv"
     return list(csv.DictReader(path.open())) if path.exists() else []
@@ -79,14 +70,10 @@ def manual(model: Transformer, tokenizer) -> list[data.Encoded]:
 
 def judge(model: Transformer, s) -> tuple[dict, list[dict]]:
     """Values of a model, and the rows it was asked."""
-    def bare(rows, limit=ASKED):
-        return [dataclasses.replace(e, paraphrased_question="", paraphrased_answer="",
-                                    perturbed_answers=()) for e in evaluation.spread(rows, limit)]
-
     bench, tokenizer = settings.load_benchmark(s), data.load_tokenizer(s.run / "original")
-    others = ("retain_eval", "real_authors", "world_facts")
-    bench = dataclasses.replace(bench, forget=bare(bench.forget, 0),
-                                **{name: bare(getattr(bench, name)) for name in others})
+    bench = dataclasses.replace(bench, forget=sweep.bare(bench.forget), **{
+        name: sweep.bare(evaluation.spread(getattr(bench, name), ASKED))
+        for name in ("retain_eval", "real_authors", "world_facts")})
     metrics, rows = evaluation.evaluate_model(model, tokenizer, bench, template=s.template,
                                               limits=s)
     text = answer_losses(model, manual(model, tokenizer), s.eval_tokens)
@@ -96,22 +83,9 @@ def judge(model: Transformer, s) -> tuple[dict, list[dict]]:
     return values, [r for r in rows if r["split"] in SPLITS]
 
 
-def unlearned(s, start: Transformer) -> tuple[Transformer, int, object]:
-    """(model, updates, critical neurons)."""
-    bench, encoded = encoded_rows(s, s.objective)
-    mask = mask_of_scores(s) if simu.METHODS[s.method].masked else None
-    targets = None
-    if simu.OBJECTIVES[s.objective].targeted:
-        targets, _ = forget_targets(s, bench, encoded["forget"], start)
-    model = copy.deepcopy(start)
-    log = simu.unlearn(model, encoded["forget"], encoded["retain"], mask, s, targets=targets)
-    return model, len(log), "" if mask is None else int((mask != 0).sum())
-
-
 def unlearn(a):
     """The arms of one run that the CSVs lack."""
     run = settings.read_settings(a.run)
-    start = Transformer.from_pretrained(run.run / "original", **settings.placement(run))
     jobs = [(name, "-", dict(lr=0.0)) for name in ("original", "retain-only")]
     jobs += [(arm, a.objective, ARMS[arm] | (dict(lr=lr) if lr else {}))
              for arm in a.arms for lr in a.lr or [None]]
@@ -120,23 +94,20 @@ def unlearn(a):
         key = (run.forget_split, objective, arm, f"{how['lr']:.5g}")
         if key in made:
             continue
-        began, updates, critical, own = time.process_time(), 0, "", run
+        began, mask, log, own = time.process_time(), None, [], run
         if objective == "-":
             model = Transformer.from_pretrained(run.run / arm, **settings.placement(run))
         else:
             own = dataclasses.replace(run, objective=objective, lam=2.0, epochs=a.epochs, **how)
-            model, updates, critical = unlearned(own, start)
+            model, mask, log = objectives.unlearned(own, arm)
         took = time.process_time() - began
         values, rows = judge(model, own)
-        append("rows", ROWS, [[*key, r["split"], r["id"], evaluation.rouge_l(
+        append(RESULTS / "rows.csv", ROWS, [[*key, r["split"], r["id"], evaluation.rouge_l(
             r["answer"], r["generation"]).recall, r["loss"]] for r in rows])
-        append("points", POINTS, [[*key[:1], run.seed, *key[1:], updates, critical, *(
-            values.get(v) if values.get(v) is not None else "" for v in POINTS[7:-1]), took]])
-
-
-def shown(xs: list[float], sign: str = "") -> str:
-    middle, half = interval(xs)
-    return f"{middle:{sign}.3f}" + (f" ± {half:.3f}" if half == half else "")
+        critical = "" if mask is None else int((mask != 0).sum())
+        told = ["" if values.get(v) is None else values[v] for v in POINTS[7:-1]]
+        append(RESULTS / "points.csv", POINTS,
+               [[key[0], run.seed, *key[1:], len(log), critical, *told, took]])
 
 
 def key_of(row: dict) -> tuple:
@@ -151,7 +122,7 @@ def ends_table() -> str:
         some = [r for r in points if key_of(r) == key]
         critical = "/".join(r["critical"] for r in some).strip("/")
         lines.append([*key, len(some), critical, *(
-            shown([float(r[v]) for r in some if r[v]]) for v in shows)])
+            cell([float(r[v]) for r in some if r[v]]) for v in shows)])
     return table(["objective", "arm", "lr", "sets", "critical", *shows], lines)
 
 
@@ -168,7 +139,7 @@ def paired_table(objective: str = "level") -> str:
                 cells.append([a[k] - b[k] for k in a if k in b])
             if cells[0]:
                 lines.append([f"{one} - {other}", split, len(cells[0]),
-                              *(shown(c, "+") for c in cells)])
+                              *(cell(c, "+") for c in cells)])
     return table(["difference", "split", "rows", "ROUGE-L", "loss"], lines)
 
 
