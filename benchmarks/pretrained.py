@@ -2,14 +2,16 @@
 
     python -m pipeline attribute tofu smollm2-135m --teach --out RUN     the run, once
     python benchmarks/pretrained.py unlearn RUN [--arms fo simu ...]     into points.csv, rows.csv
+    python benchmarks/pretrained.py attack RUN [--arms fo simu ...]      those models; attacks.csv
     python benchmarks/pretrained.py tables                               from the CSVs alone
 
-An arm's model starts from RUN/original and ends, by the objective `level`, where rows never seen
-are. A line of points.csv per model, of rows.csv per row that it was asked. What stands there is not
-made again. Text of neither benchmark: paragraphs of Python's own manual.
+An arm's model starts from RUN/original, ends, by the objective `level`, where rows never seen are,
+and is kept in RUN/arms. A line of points.csv per model, of rows.csv and attacks.csv per row that it
+was asked. What stands there is not made again. Text of neither benchmark: Python's own manual.
 """
 
 import argparse
+import copy
 import csv
 import dataclasses
 import sys
@@ -28,8 +30,7 @@ import simu  # noqa: E402
 from common import append  # noqa: E402
 from model import Transformer  # noqa: E402
 from objectives import cell  # noqa: E402
-from pipeline import settings, sweep  # noqa: E402
-from pipeline.attack import COLOURS  # noqa: E402
+from pipeline import attack, settings, sweep  # noqa: E402
 from pipeline.columns import table  # noqa: E402
 from pipeline.stages import answer_losses  # noqa: E402
 
@@ -37,7 +38,7 @@ RESULTS = Path(__file__).resolve().parent / "results" / "tofu-smollm2-135m"
 SIMU, FROZEN = dict(method="simu"), dict(method="simu", attention="frozen")
 # What moves, and at which rate. One rate for each kind of arm, or masks would not be what differs.
 ARMS = {
-    "fo": dict(method="fo", lr=3e-5), "so": dict(method="so", lr=2e-5),
+    "fo": dict(method="fo", lr=5e-5), "so": dict(method="so", lr=5e-5),
     "simu": SIMU | dict(lr=1e-4), "simu-random": SIMU | dict(lr=1e-4, mask="random"),
     "attention": SIMU | dict(lr=1e-4, mask="none"),
     "simu-frozen": FROZEN | dict(lr=1.5e-3),
@@ -50,6 +51,8 @@ ENDS = ("mia.answer_auc", "ks", "mia.answer_min_40_plus", "forget.repetition", "
 POINTS = ("forget_set", "seed", "objective", "arm", "lr", "updates", "critical",
           *(f"{x}.rouge_l" for x in SPLITS), *ENDS, "manual", "cpu_seconds")
 ROWS = ("forget_set", "objective", "arm", "lr", "split", "id", "rouge_l", "loss")
+ATTACKS = ("plain", "paraphrase", "shots", "prefix", "int8", "int4", "relearn-half")
+ATTACKED = 20  # forget rows that every attack asks; of relearning, one author: the other is learnt
 
 
 def read(name: str) -> list[dict]:
@@ -100,6 +103,7 @@ def unlearn(a):
         else:
             own = dataclasses.replace(run, objective=objective, lam=2.0, epochs=a.epochs, **how)
             model, mask, log = objectives.unlearned(own, arm)
+            model.save_pretrained(folder_of(run, *key[1:]))
         took = time.process_time() - began
         values, rows = judge(model, own)
         append(RESULTS / "rows.csv", ROWS, [[*key, r["split"], r["id"], evaluation.rouge_l(
@@ -108,6 +112,35 @@ def unlearn(a):
         told = ["" if values.get(v) is None else values[v] for v in POINTS[7:-1]]
         append(RESULTS / "points.csv", POINTS,
                [[key[0], run.seed, *key[1:], len(log), critical, *told, took]])
+
+
+def folder_of(run, objective: str, arm: str, lr: str) -> Path:
+    return run.run / (arm if objective == "-" else f"arms/{arm}-{objective}-{lr}")
+
+
+def attack_models(a):
+    """Ask forget rows of every model of a run under each attack that the CSV lacks."""
+    run = settings.read_settings(a.run)
+    bench, tokenizer = settings.load_benchmark(run), data.load_tokenizer(run.run / "original")
+    made = {(r["forget_set"], *key_of(r), r["attack"]) for r in read("attacks")}
+    for point in read("points"):
+        key = (point["forget_set"], *key_of(point))
+        if key[0] != run.forget_split or key[2] not in (*a.arms, "original", "retain-only"):
+            continue
+        model = Transformer.from_pretrained(folder_of(run, *key[1:]), **settings.placement(run))
+        _, tested = attack.halves(bench.forget, run.seed)
+        some = {e.id for e in evaluation.spread(bench.forget, ATTACKED)}
+        probes = attack.input_probes(bench, tokenizer, run, model.config.max_position_embeddings)
+        for name in [x for x in ATTACKS if (*key, x) not in made]:
+            victim, only = model, tested if name == "relearn-half" else some
+            if name in attack.WEIGHTS:
+                victim = copy.deepcopy(model)
+                attack.attack_weights(victim, name, bench, tokenizer, run)
+            asked = [p for p in probes[name if name in probes else "plain"]
+                     if p.split == "forget" and p.id in only]
+            scores = attack.best(attack.answers_to(asked, victim, tokenizer, run, name))
+            append(RESULTS / "attacks.csv", (*ROWS[:4], "attack", "id", "rouge_l"),
+                   [[*key, name, *x] for x in scores.items()])
 
 
 def key_of(row: dict) -> tuple:
@@ -151,7 +184,7 @@ def draw():
     figure, axes = plt.subplots(1, len(SPLITS), figsize=(11, 0.35 * len(arms) + 1.2), sharey=True,
                                 layout="constrained")
     for axis, split in zip(axes, SPLITS):
-        for marker, colour, name in zip("os", COLOURS, ("forget10", "forget05")):
+        for marker, colour, name in zip("os", attack.COLOURS, ("forget10", "forget05")):
             own = {r["arm"]: float(r[f"{split}.rouge_l"]) for r in points
                    if r["forget_set"] == name}
             there = [x for x in arms if x in own]
@@ -175,7 +208,7 @@ def tables(a):
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    p.add_argument("what", choices=("unlearn", "tables"))
+    p.add_argument("what", choices=("unlearn", "attack", "tables"))
     p.add_argument("run", type=Path, nargs="?")
     p.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
     p.add_argument("--objective", default="level", choices=simu.OBJECTIVES)
@@ -183,7 +216,7 @@ def main():
     p.add_argument("--epochs", type=int, default=10)
     a = p.parse_args()
     torch.set_num_threads(1)
-    dict(unlearn=unlearn, tables=tables)[a.what](a)
+    dict(unlearn=unlearn, attack=attack_models, tables=tables)[a.what](a)
 
 
 if __name__ == "__main__":
