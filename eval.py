@@ -86,11 +86,12 @@ from tqdm import tqdm
 
 import data
 from data import TASKS, Encoded, Example, at_least, option
-from model import (LOGITS, Transformer, UserError, attention, causal_attention, generate,
+from model import (LOGITS, Transformer, UserError, causal_attention, generate,
                    write_text)
 
 MIN_K = (10, 20, 30, 40, 50, 60)  # percent
 ANSWER_K = 40  # percent, as open-unlearning sets it
+ATTENDED = 2048  # tokens whose attention is computed at once: texts of like length, little padding
 CHANCE = 0.5  # AUC of an attack that learns nothing
 SPLITS = ("forget", "retain", "real_authors", "world_facts")
 FACTS = ("real_authors", "world_facts")
@@ -829,19 +830,36 @@ def pack_texts(texts: list[list[int]], questions, tokens: int) -> list[Pack]:
 def read_packs(model: Transformer, packs: list[Pack]) -> torch.Tensor:
     """Final states [N, D] of the packs' N ids, one pack after another, nothing padded: a token sees
     what stands before it in its own text, and nothing of the texts beside it."""
-    like, width = model.embed_tokens.weight, max(len(p.ids) for p in packs)
-    ids, place, places = torch.tensor([
-        x for b, p in enumerate(packs)
-        for x in zip(p.ids, p.place, range(b * width, b * width + len(p.ids)))]).to(like.device).T
-    attend = causal_attention
-    if any(len(p.texts) > 1 for p in packs):
-        mask = torch.full((len(packs), width, width), -math.inf)
-        for seen, pack in zip(mask, packs):  # [T, T]
-            seen.fill_diagonal_(0)  # of padding too, which must see something
-            for path in map(torch.tensor, pack.texts.values()):
-                seen[path[:, None], path] = mask.new_full((len(path),) * 2, -math.inf).triu(1)
-        attend = partial(attention, mask=mask.to(like)[:, None])  # [B, 1, T, T]
-    return model.hidden_of_rows(ids, places, (len(packs), width), place, attend)
+    device, begins = model.embed_tokens.weight.device, [0]
+    for pack in packs:
+        begins.append(begins[-1] + len(pack.ids))
+    ids, place = torch.tensor([x for p in packs for x in zip(p.ids, p.place)]).to(device).T
+    paths = [[b + n for n in path] for b, p in zip(begins, packs) for path in p.texts.values()]
+    if not model.config.architecture.packs:  # one text in each pack, and nothing shared
+        width = max(map(len, paths))
+        places = torch.tensor([b * width + n for b, p in enumerate(paths) for n in range(len(p))])
+        return model.hidden_of_rows(ids, places.to(device), (len(paths), width), place)
+    groups, home, at = [], [0] * len(ids), 0  # home: where the attention of each id comes out
+    for part in data.batches_by_length([Encoded(p, 0) for p in paths],
+                                       max(ATTENDED, *map(len, paths))):
+        width = len(paths[part[0]])
+        groups.append(torch.tensor([paths[i] + paths[i][:1] * (width - len(paths[i]))
+                                    for i in part]).to(device))  # [B, T]
+        for i in part:
+            for slot, n in enumerate(paths[i], at):
+                home[n] = slot
+            at += width
+    attend = partial(attention_of_texts, groups, torch.tensor(home).to(device))
+    return model.hidden(ids[None], attend, rope=model.rope(place))[0]
+
+
+def attention_of_texts(groups: list[torch.Tensor], home: torch.Tensor, q, k, v):
+    """Causal attention within texts that share tokens, q [1, H, N, hd] and k, v [1, K, N, hd] ->
+    [1, N, H*hd]. A group [B, T] says which tokens B texts are made of, padded after their ends;
+    what token n gets stands in row home[n] of what comes out of all groups."""
+    mixed = [causal_attention(*(x[0, :, group].transpose(0, 1) for x in (q, k, v))).flatten(0, 1)
+             for group in groups]  # each [B*T, H*hd]
+    return torch.cat(mixed)[home][None]
 
 
 def _chunk_scores(logits, labels, wanted):

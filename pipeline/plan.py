@@ -69,7 +69,6 @@ TOFU_ROWS = {"forget01": 40, "forget05": 200, "forget10": 400}
 TOFU_RETAIN_EVAL, TOFU_FACTS, LUME_ROWS = 400, 217, 2732  # rows asked about; forget rows
 STAGES = (("attribute", None), *(("unlearn", method) for method in simu.METHODS),
           ("evaluate", None))
-ANSWERS = 7  # to one question of TOFU whose losses are read at once: true, in other words, wrong
 ANY_NUMBER = 1 << 30  # of rows, where only tokens limit a batch
 WIDTHS = (9, 11, 8, 13, 8)  # of the table's columns
 
@@ -262,17 +261,12 @@ def _trace_attribution(model, s, longest, answer) -> int:
 
 @torch.no_grad()
 def _trace_evaluation(model, s, longest, answer) -> int:
-    """Bytes beside the weights of a pass of `eval_tokens`, with the cache, the logits and the mask
-    of answers to one question to be had beside it."""
-    c = model.config
+    """Bytes beside the weights of a pass of `eval_tokens`, with the cache and the logits to be had
+    beside it."""
     B, T = _widest(s.eval_tokens, longest, most=ANY_NUMBER)
     with LiveBytes(*model.parameters()) as live, _fused_attention(s):
         model.hidden(_ids(B, T))
     peak = live.peak - sum(p.nbytes for p in model.parameters())
-    if c.architecture.packs:
-        shared = min(s.eval_tokens, longest + (ANSWERS - 1) * answer)  # tokens of a pack
-        mask = s.eval_tokens * shared * (1 + c.num_attention_heads // c.num_key_value_heads)
-        peak += mask * model.embed_tokens.weight.itemsize
     logits = 2 * LOGITS * torch.float32.itemsize  # and their log-softmax
     return peak + logits + max(_cache(model, 1, s.eval_tokens), _cache(model, B, 1))
 
