@@ -621,6 +621,8 @@ class Row:
 
     def to_read(self) -> list[int]:
         """Ids of the next pass: the last one, which no pass has read yet, and those guessed."""
+        if not self.ahead:
+            return self.ids[-1:]
         wanted = min(self.ahead, self.end - len(self.ids) - 1)
         guess = self.ids[self.at:self.at + wanted]
         while len(guess) < wanted:  # a loop goes on as it began
@@ -680,11 +682,11 @@ class Cache:
     def place(self, begin: list[int], counts: list[int]):
         """Say that the next pass reads counts[b] tokens of row b, which stand from begin[b] on.
         Returns their positions, int64 [N]; `step` takes the N tokens as they are, unpadded."""
-        device, (B, heads, columns, _) = self.kv[0].device, self.kv[0].shape
-        self.row, self.slot, position = torch.tensor([
-            [row for row, n in enumerate(counts) for _ in range(n)],
-            [slot for n in counts for slot in range(n)],
-            [at + slot for at, n in zip(begin, counts) for slot in range(n)]]).to(device)
+        (B, heads, columns, _), N = self.kv[0].shape, sum(counts)
+        first, n = torch.tensor([begin, counts]).to(self.column.device)
+        self.row = self.column.new_tensor(range(B)).repeat_interleave(n, output_size=N)
+        self.slot = self.column.new_tensor(range(N)) - (n.cumsum(0) - n)[self.row]
+        position = first[self.row] + self.slot
         self.end = max(at + n for at, n in zip(begin, counts))
         self.lines = (self.head + self.row * heads * columns + position).flatten()  # [2K * N]
         last = position[:, None]  # [B, width], the last column that a slot may see

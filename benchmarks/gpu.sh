@@ -36,8 +36,7 @@ if [[ "$tiny" == yes ]]; then
     bench 60 unlearning --size tiny --batch 4 --updates 1 --ways simu --micro-tokens 512
     bench 60 unlearning --size tiny --batch 4 --updates 1 --state bfloat16 --peer-rows 2
     bench 60 unlearning --passes --size tiny --batch 4 --updates 1
-    bench 60 decoding --learn 0 --prompts 8 --new 8 --hidden 64 --layers 2 --heads 2 --kv_heads 2 \
-        --ffn 128 --vocab 512 --repeats 1 --threads 1
+    bench 60 decoding --learn 0 --prompts 8 --new 8 --size tiny --repeats 1
     exit "$failed"
 fi
 
@@ -57,8 +56,6 @@ bench 40 unlearning --passes --size olmo-1b "${gpu[@]}"
 bench 60 unlearning --passes --size llama2-7b "${gpu[@]}"
 # Drafts that hit: rows that a model learned here, then the same model collapsed.
 bench 60 decoding --repeats 2 --device cuda
-bench 90 decoding --learn 0 --hidden 2048 --layers 16 --heads 16 --kv_heads 16 --ffn 8192 \
-    --vocab 50304 --repeats 2 --threads 8 "${gpu[@]}"
-bench 200 decoding --learn 0 --hidden 4096 --layers 32 --heads 32 --kv_heads 32 --ffn 11008 \
-    --vocab 32000 --repeats 1 --threads 16 "${gpu[@]}"
+bench 90 decoding --learn 0 --size olmo-1b --repeats 2 "${gpu[@]}"
+bench 200 decoding --learn 0 --size llama2-7b --repeats 1 "${gpu[@]}"
 exit "$failed"

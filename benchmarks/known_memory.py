@@ -81,7 +81,8 @@ def made(name: str) -> set[tuple]:
 def resolved(a, seed: int, **more) -> settings.Settings:
     return settings.resolve(dict(
         benchmark=a.benchmark, model=a.model, seed=seed,
-        out=str(a.runs / f"{a.benchmark}-{a.model}" / f"seed{seed}")) | SLICES[a.benchmark] | more)
+        out=str(a.runs / f"{a.benchmark}-{a.model}" / f"seed{seed}"))
+        | common.STUDIED.get((a.benchmark, a.model), {}) | SLICES[a.benchmark] | more)
 
 
 def prepared(a, seed: int) -> settings.Settings:
@@ -89,7 +90,9 @@ def prepared(a, seed: int) -> settings.Settings:
     s = resolved(a, seed)
     base = a.runs / f"base-{s.run.parent.name}" / s.run.name
     original_stage(settings.resolve(dict(benchmark=a.benchmark, model=a.model, seed=seed,
-                                         out=str(base)) | BASES[a.benchmark]))
+                                         out=str(base))
+                                    | common.STUDIED.get((a.benchmark, a.model), {})
+                                    | BASES[a.benchmark]))
     for name in ("original", "retain-only"):
         there = s.run / name / "stage.json"
         if not there.is_file() or there.read_bytes() != (base / name / "stage.json").read_bytes():

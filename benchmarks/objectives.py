@@ -25,7 +25,7 @@ import torch  # noqa: E402
 import data  # noqa: E402
 import eval as evaluation  # noqa: E402
 import simu  # noqa: E402
-from common import append  # noqa: E402
+from common import STUDIED, append  # noqa: E402
 from model import Transformer  # noqa: E402
 from pipeline import attack, settings  # noqa: E402
 from pipeline.columns import table  # noqa: E402
@@ -102,6 +102,7 @@ def seed_points(benchmark: str, name: str, seed: int, out: Path, arms, objective
     """Append every missing point of a seed to the CSV. rate: empty, or an lr for all arms."""
     made = {tuple(row[:4]) for row in csv.reader(out.open())} if out.exists() else set()
     given = dict(benchmark=benchmark, model=name, seed=seed, out=str(runs / f"seed{seed}"))
+    given |= STUDIED.get((benchmark, name), {})
     s = settings.resolve(given)
     original_stage(s)
     attribute_stage(s)

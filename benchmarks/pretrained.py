@@ -148,15 +148,16 @@ def key_of(row: dict) -> tuple:
 
 
 def ends_table() -> str:
-    points = read("points")
-    shows = [*(f"{x}.rouge_l" for x in SPLITS), *ENDS, "manual"]
-    lines = []
+    """ROUGE-L over the rows of all forget sets; what has one value in each, set by set."""
+    points, rows, lines = read("points"), read("rows"), []
     for key in dict.fromkeys(map(key_of, points)):
         some = [r for r in points if key_of(r) == key]
-        critical = "/".join(r["critical"] for r in some).strip("/")
-        lines.append([*key, len(some), critical, *(
-            cell([float(r[v]) for r in some if r[v]]) for v in shows)])
-    return table(["objective", "arm", "lr", "sets", "critical", *shows], lines)
+        own = [r for r in rows if key_of(r) == key]
+        lines.append([*key, *("/".join(r[v] for r in some) for v in ("updates", "critical")), *(
+            cell([float(r["rouge_l"]) for r in own if r["split"] == x]) for x in SPLITS), *(
+            " / ".join(f"{float(r[v]):.3f}" if r[v] else "-" for r in some)
+            for v in (*ENDS, "manual"))])
+    return table(["objective", "arm", "lr", "updates", "critical", *SPLITS, *ENDS, "manual"], lines)
 
 
 def paired_table(objective: str = "level") -> str:
@@ -174,6 +175,15 @@ def paired_table(objective: str = "level") -> str:
                 lines.append([f"{one} - {other}", split, len(cells[0]),
                               *(cell(c, "+") for c in cells)])
     return table(["difference", "split", "rows", "ROUGE-L", "loss"], lines)
+
+
+def attacks_table() -> str:
+    """ROUGE-L recall of the forget rows that each attack asked: of the most successful variant."""
+    found, lines = read("attacks"), []
+    for key in dict.fromkeys(map(key_of, found)):
+        lines.append([*key, *(cell([float(r["rouge_l"]) for r in found if key_of(r) == key
+                                    and r["attack"] == name]) for name in ATTACKS)])
+    return table(["objective", "arm", "lr", *ATTACKS], lines)
 
 
 def draw():
@@ -201,7 +211,8 @@ def draw():
 
 def tables(a):
     for title, text in {"Where each arm ends": ends_table(),
-                        "Differences by row": paired_table()}.items():
+                        "Differences by row": paired_table(),
+                        "ROUGE-L on forget rows under attack": attacks_table()}.items():
         print(f"## {title}\n\n{text}\n")
     draw()
 

@@ -283,6 +283,8 @@ TINY_ON = {
                         epochs=20),
     "lume": LUME | dict(forget_groups=3, retain_groups=8, learn_epochs=60, light_lr=1e-3,
                         light_epochs=40, epochs=20)}
+# `bash run.sh demo`: as few epochs as teach every row, for it should end within two minutes.
+DEMO = dict(learn_epochs=20, epochs=32)
 # Over the paper's row, if it has one. A key naming a method holds what only that one overrides.
 CELLS = {
     ("tofu", "llama2-7b"): TOFU | FIT_7B | dict(template="llama2"),
@@ -294,6 +296,7 @@ CELLS = {
     ("lume", "smollm2-135m"): LUME | SMOLLM2 | dict(template="raw"),
 } | {(benchmark, model): TINY | TINY_OF.get(model, {}) | own for benchmark, own in TINY_ON.items()
      for model in TINY_MODELS}
+CELLS["demo", "tiny-llama"] |= DEMO
 
 
 def cell_defaults(benchmark: str, model: str, method: str) -> dict:

@@ -1,6 +1,7 @@
 """The house: who imports whom, what the core needs, and what an edit makes again."""
 
 import ast
+import re
 import shutil
 import subprocess
 import sys
@@ -159,3 +160,16 @@ def test_what_an_edit_makes_again(tmp_path, monkeypatch, file, old, new, again):
         monkeypatch.undo()
         forget_code()
     assert {k for k in before if before[k] != after[k]} == again
+
+
+def test_gpu_sh_gives_its_scripts_options_that_they_have():
+    """Nothing runs it where there is no GPU, so that a renamed option would go unseen."""
+    given = {}
+    for line in (ROOT / "benchmarks/gpu.sh").read_text().replace("\\\n", " ").splitlines():
+        if found := re.match(r"\s*bench \d+ (\w+)(.*)", line):
+            given.setdefault(found[1], set()).update(re.findall(r" (--[\w-]+)", found[2]))
+    assert set(given) == {"attribution", "unlearning", "decoding"}
+    for script, options in given.items():
+        told = subprocess.run([sys.executable, ROOT / f"benchmarks/{script}.py", "--help"],
+                              capture_output=True, text=True, check=True).stdout
+        assert options <= set(re.findall(r"--[\w-]+", told)), script
