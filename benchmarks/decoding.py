@@ -5,7 +5,8 @@
 Three models: one that has memorised random answers to random questions, each ending at its own
 step; the same one collapsed by gradient ascent on them, so that it repeats itself; and random
 weights, which no draft ever fits. Lengths are those of TOFU's forget10. The drafts are the answers.
-`--learn 0` leaves out the first two: for large models.
+`--learn 0` leaves out the first two: for large models. `--models RUN/original RUN/so-graddiff`: models
+of a run instead, asked its own forget and retain rows.
 
 transformers gets one batch, padded on the left, its key/value cache and sdpa attention. `--before`
 names an older checkout, whose generate takes its turn too. All take turns; times are the fastest of
@@ -24,8 +25,10 @@ from common import (
 import torch
 import torch.nn.functional as F
 
-from data import collate
-from model import Transformer, generate
+import data
+import eval as evaluation
+from model import Config, Transformer, generate
+from pipeline.settings import load_benchmark, read_settings
 
 EOS = 0
 
@@ -38,12 +41,13 @@ def arguments():
                             threads=1).items():
         p.add_argument(f"--{name}", type=int, default=value)
     p.add_argument("--before", type=Path, help="an older checkout of this repository")
+    p.add_argument("--models", type=Path, nargs="+", help="folders of one run")
     return p.parse_args()
 
 
 def descend(model, rows, steps: int, lr: float, sign: float, enough) -> float:
     """Full-batch Adam on sign * the loss of answers and eos; stops where enough(loss)."""
-    batch = collate(rows, model.embed_tokens.weight.device)
+    batch = data.collate(rows, model.embed_tokens.weight.device)
     optimizer = torch.optim.Adam(model.parameters(), lr=lr)
     for _ in range(steps):
         loss = F.cross_entropy(model(batch.ids).flatten(0, 1), batch.targets.flatten())
@@ -114,12 +118,26 @@ def compare(a, label, model, prompts, drafts, eos):
               f"{passes and ', ' + passes}")
 
 
+def compare_models(a):
+    """The models of a run on rows that its original was taught."""
+    s = read_settings(a.models[0].parent)
+    bench, tokenizer = load_benchmark(s), data.load_tokenizer(a.models[0])
+    some = evaluation.spread(bench.forget + bench.retain, a.prompts)
+    rows = data.encode_for(Config.from_dir(a.models[0]), some, tokenizer, s.template)
+    for folder in a.models:
+        compare(a, folder.name, Transformer.from_pretrained(folder),
+                [row.ids[:row.n_prompt] for row in rows],
+                [row.ids[row.n_prompt:-1] for row in rows], tokenizer.eos_id)
+
+
 def main():
     a = arguments()
     import transformers
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(a.threads)
     describe(a)
+    if a.models:
+        return compare_models(a)
     rows = random_rows(a, tofu_lengths(a.prompts, a.seed))
     for row in rows:
         row.ids.append(EOS)

@@ -11,6 +11,7 @@ import argparse
 import statistics
 from pathlib import Path
 
+import torch
 from common import describe, older, timed
 
 import data
@@ -36,8 +37,9 @@ def main():
     p.add_argument("--data", help="the folder that holds tofu/; default: as for run.sh tofu")
     p.add_argument("--limit", type=int, default=2)
     p.add_argument("--repeats", type=int, default=1)
+    p.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     a = p.parse_args()
-    a.device, a.dtype = "cpu", "float32"
+    a.device, dtype = "cpu", getattr(torch, a.dtype)
     describe(a)
     s = resolve(dict(benchmark="tofu", model="smollm2-135m", forget_groups=2, retain_groups=8)
                 | (dict(data=a.data) if a.data else {}))
@@ -45,8 +47,8 @@ def main():
     module, old, stage = older(a.before, "model", "eval", "stage")
     their_s = stage.Settings(benchmark="tofu", model="tiny-llama", template=s.template,
                              max_total_tokens=s.max_total_tokens)
-    models = {"now": Transformer.from_pretrained(a.model),
-              "before": module.Transformer.from_pretrained(a.model)}
+    models = {"now": Transformer.from_pretrained(a.model, dtype=dtype),
+              "before": module.Transformer.from_pretrained(a.model, dtype=dtype)}
     tokenizer = data.load_tokenizer(a.model)
     ways = {"now": lambda: evaluation.evaluate_model(models["now"], tokenizer, bench, limits=s,
                                                      template=s.template, limit=a.limit),
