@@ -830,9 +830,8 @@ def pack_texts(texts: list[list[int]], questions, tokens: int) -> list[Pack]:
 def read_packs(model: Transformer, packs: list[Pack]) -> torch.Tensor:
     """Final states [N, D] of the packs' N ids, one pack after another, nothing padded: a token sees
     what stands before it in its own text, and nothing of the texts beside it."""
-    device, begins = model.embed_tokens.weight.device, [0]
-    for pack in packs:
-        begins.append(begins[-1] + len(pack.ids))
+    device = model.embed_tokens.weight.device
+    begins = accumulate((len(p.ids) for p in packs), initial=0)
     ids, place = torch.tensor([x for p in packs for x in zip(p.ids, p.place)]).to(device).T
     paths = [[b + n for n in path] for b, p in zip(begins, packs) for path in p.texts.values()]
     if not model.config.architecture.packs:  # one text in each pack, and nothing shared
@@ -843,8 +842,8 @@ def read_packs(model: Transformer, packs: list[Pack]) -> torch.Tensor:
     for part in data.batches_by_length([Encoded(p, 0) for p in paths],
                                        max(ATTENDED, *map(len, paths))):
         width = len(paths[part[0]])
-        groups.append(torch.tensor([paths[i] + paths[i][:1] * (width - len(paths[i]))
-                                    for i in part]).to(device))  # [B, T]
+        groups.append(torch.tensor([paths[i] + [0] * (width - len(paths[i])) for i in part]
+                                   ).to(device))  # [B, T]; what pads stand for does not matter
         for i in part:
             for slot, n in enumerate(paths[i], at):
                 home[n] = slot
