@@ -808,7 +808,9 @@ def test_texts_that_begin_alike_are_read_together():
     assert ev.pack_texts(three, "aaa", 100)[0].ids == [1, 2, 3, 4, 9, 6, 7]
 
 
-def test_texts_read_together_have_the_scores_of_texts_alone(made):
+@pytest.mark.parametrize("attended", [ev.ATTENDED, 1])
+def test_texts_read_together_have_the_scores_of_texts_alone(made, monkeypatch, attended):
+    monkeypatch.setattr(ev, "ATTENDED", attended)  # 1: attention a few texts at a time
     model, tokenizer, bench = loaded(made[0])
     e = bench.retain_eval[0]
     texts = [data.encode(data.Example(e.question, a), tokenizer, "qa")
