@@ -511,9 +511,10 @@ def first_names(names: list[str], shown: int = 4) -> str:
 
 
 def load_file(model, file: Path, contents: dict[str, list[str]], dtype, device):
-    """Put the tensors of one file into the model's parameters."""
-    with open_tensors(file) as shard:
-        for name, parts in contents.items():
+    """Put the tensors of one file into the model's parameters. It is opened for each anew: what is
+    mapped counts as this process's memory until it is closed, which would double the peak."""
+    for name, parts in contents.items():
+        with open_tensors(file) as shard:
             sizes = [model.get_parameter(part).shape[0] for part in parts]
             mapped = shard.get_tensor(name)  # its memory is the file
             for part, source in zip(parts, mapped.split(sizes) if parts else ()):
@@ -526,6 +527,7 @@ def load_file(model, file: Path, contents: dict[str, list[str]], dtype, device):
                                     "the checkpoint is damaged, or needs a wider dtype")
                 module, _, leaf = part.rpartition(".")
                 setattr(model.get_submodule(module), leaf, nn.Parameter(tensor))
+            mapped = source = None  # or the mapping would outlive the file's closing
 
 
 def check_tied(model, name: str, file: Path):

@@ -28,7 +28,7 @@ from pipeline.stage import read_stage, run_cli
 
 GB = 1e9
 OPTIONS = dict(dtype="bfloat16", state="bfloat16", forget_groups=1, retain_groups=1,
-               rows_per_author=4, epochs=1, batch=4, micro_tokens=512, attribution_tokens=2048,
+               rows_per_author=4, epochs=1, batch=4, micro_tokens=512, attribution_tokens=1024,
                eval_tokens=1024, max_total_tokens=80, level_share=0.5)
 LIMIT = 2  # rows of each split in an evaluation
 METHODS = ("fo", "so", "simu")

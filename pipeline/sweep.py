@@ -36,6 +36,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -336,20 +337,28 @@ def run_each(function, items: list, jobs: int, title: str):
             pool.shutdown(cancel_futures=True)
 
 
-def unlearn_and_evaluate(s: settings.Settings) -> str:
-    """One of `unlearn_each`; returns what it had to say, which the parent prints whole."""
+def unlearn_and_evaluate(s: settings.Settings):
+    unlearn_stage(s)
+    evaluate(s.run, unlearned_name(s))
+
+
+def heard(work) -> str:
+    """What work() has to say, which the parent prints whole."""
     with redirect_stdout(io.StringIO()) as told:
-        unlearn_stage(s)
-        evaluate(s.run, unlearned_name(s))
+        work()
     return told.getvalue()
 
 
 def unlearn_each(given: dict, each: list[str]):
-    """Unlearned models share nothing: on two cores two are made at once, with the same bytes."""
+    """Unlearned models share nothing: on two cores two are made at once, with the same bytes, and
+    what they are compared with is evaluated beside them."""
     several = [settings.resolve(given | dict(zip(("method", "objective"), pair.split(":"))))
                for pair in each]
-    with lock(several[0].run):
-        for told in run_each(unlearn_and_evaluate, several, os.cpu_count() or 1, "unlearn"):
+    run, jobs = several[0].run, [partial(unlearn_and_evaluate, s) for s in several]
+    if (run / "retain-only").exists():
+        jobs.append(partial(evaluate, run, "retain-only"))
+    with lock(run):
+        for told in run_each(heard, jobs, os.cpu_count() or 1, "unlearn"):
             tqdm.write(told, end="")
 
 
