@@ -133,36 +133,43 @@ run="$whole"
 [[ $seeds -eq 1 || " ${options[*]-}" != *" --seed"[\ =]* ]] ||
     { echo "error: --seeds $seeds chooses the seeds 0 to $((seeds - 1)); drop --seed" >&2; exit 2; }
 
+# A stage is a process, so that its memory is given back; those of a tiny model are one for all.
+each_stage() {
+    if [[ $tiny && -z $dry ]]; then queue+=(${queue[0]:+--then} "$@"); else $dry "${stage[@]}" "$@"; fi
+}
+tiny="" queue=() stage=("$python" "$here/pipeline")
+[[ "$model" != tiny-@(llama|olmo|mamba|rwkv) ]] || tiny=yes
 pipeline() { # pipeline RUN [--seed K]
-    local stage=("$python" "$here/pipeline") at method objective each=()
+    local at method objective each=()
     at=("$benchmark" "$model" ${options[@]+"${options[@]}"} ${force[@]+"${force[@]}"} --out "$@")
     [[ -z $dry ]] || { "${stage[@]}" files "${at[@]}"; echo; "${stage[@]}" plan "${at[@]}"; echo; }
-    $dry "${stage[@]}" original "${at[@]}"
-    $dry "${stage[@]}" check "$1"
-    $dry "${stage[@]}" attribute "${at[@]}"
-    $dry "${stage[@]}" mask "${at[@]}"
+    each_stage original "${at[@]}"
+    each_stage check "$1"
+    each_stage attribute "${at[@]}"
+    each_stage mask "${at[@]}"
     for method in "${methods[@]}"; do
         for objective in "${objectives[@]:-}"; do
             each+=("$method${objective:+:$objective}")
         done
     done
     [[ -z "$also" ]] || each+=("simu:$also")
-    if [[ "$model" == tiny* ]]; then  # at once; of large models, one at a time fits
-        $dry "${stage[@]}" unlearn "${at[@]}" --each "${each[@]}"
+    if [[ $tiny ]]; then  # at once; of large models, one at a time fits
+        each_stage unlearn "${at[@]}" --each "${each[@]}"
     else
         for method in "${each[@]}"; do
             objective="${method#"${method%%:*}"}"
-            $dry "${stage[@]}" unlearn "${at[@]}" --method "${method%%:*}" \
+            each_stage unlearn "${at[@]}" --method "${method%%:*}" \
                 ${objective:+--objective "${objective#:}"}
         done
     fi
-    $dry "${stage[@]}" evaluate "$1" ${force[@]+"${force[@]}"}
+    each_stage evaluate "$1" ${force[@]+"${force[@]}"}
 }
 trap 'exit 130' INT  # the stage has said so
 { # read whole before it starts, so that editing this file does not derail a run
     pipeline "$run"
     for ((k = 1; k < seeds; k++)); do pipeline "$run-seed$k" --seed "$k"; done
-    $dry "$python" "$here/pipeline" report "$run"
+    each_stage report "$run"
+    [[ -z "${queue[0]:-}" ]] || "${stage[@]}" "${queue[@]}"
     [[ "$benchmark" != rows ]] || $dry "$python" "$here/pipeline" request "$run"
     [[ -z "$attack" ]] || $dry "$python" "$here/pipeline" attack "$run"
     exit

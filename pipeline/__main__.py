@@ -1,4 +1,4 @@
-"""The command line: python -m pipeline STAGE ..."""
+"""The command line: python -m pipeline STAGE ... [--then STAGE ...]"""
 
 import errno
 import os
@@ -113,6 +113,14 @@ def evaluate_stages(run: Path, stages: list[str], *, limit: int, force: bool):
 
 
 def main(argv: list[str]):
+    """Commands with --then between them, one after another. A process of its own costs each some
+    three seconds, which is more than most stages of a tiny model take."""
+    ends = [i for i, word in enumerate(argv) if word == "--then"] + [len(argv)]
+    for start, end in zip([0, *(i + 1 for i in ends)], ends):
+        command(argv[start:end])
+
+
+def command(argv: list[str]):
     if argv[:1] and argv[0] in OF_RUNS:
         return OF_RUNS[argv[0]](argv[1:])
     given = vars(parser_of_stages().parse_args(argv))

@@ -12,6 +12,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -302,8 +303,7 @@ class Stage:
         if self.settings.tiny and "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(1)  # no slower on matrices so small; same bytes anywhere
         self._start = time.monotonic()
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
+        forget_peak_memory()
         return self.partial
 
     def __exit__(self, kind, error, trace):
@@ -369,10 +369,23 @@ def be_deterministic():
     torch.use_deterministic_algorithms(True)
 
 
+def forget_peak_memory():
+    """So that what an earlier stage of this process took is not counted again."""
+    with contextlib.suppress(OSError):  # only Linux can
+        Path("/proc/self/clear_refs").write_text("5")
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+
+
 def peak_memory() -> dict[str, int]:
     """Bytes at the highest point so far: of this process, and of the GPU if one was used."""
-    kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    memory = dict(peak_host_bytes=kib * (1 if sys.platform == "darwin" else 1024))
+    try:
+        status = Path("/proc/self/status").read_text()
+        host = int(re.search(r"VmHWM:\s*(\d+)", status)[1]) * 1024
+    except (OSError, TypeError):  # TypeError: there is no such line
+        host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        host *= 1 if sys.platform == "darwin" else 1024
+    memory = dict(peak_host_bytes=host)
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         memory["peak_gpu_bytes"] = torch.cuda.max_memory_allocated()
     return memory

@@ -372,6 +372,25 @@ def test_run_sh_shows_its_help_and_may_be_a_link(tmp_path):
     assert done.returncode == 0 and f"{ROOT}/pipeline original demo tiny-llama" in done.stdout
 
 
+def test_commands_with_then_between_them_run_in_turn_until_one_fails(runs, capsys):
+    run = str(runs["demo"])
+    main(["evaluate", run, "original", "--then", "report", run])
+    told = capsys.readouterr().out
+    assert told.index("[original/eval] already made") < told.index("report: ")
+    with pytest.raises(UserError, match="no-such-run"):
+        main(["evaluate", str(runs["demo"].parent / "no-such-run"), "--then", "report", run])
+    assert "report: " not in capsys.readouterr().out
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a process has one peak for life")
+def test_a_stage_does_not_count_what_an_earlier_one_of_its_process_took():
+    big = torch.zeros(100 << 20)  # 400 MiB
+    del big
+    before = stage.peak_memory()["peak_host_bytes"]
+    stage.forget_peak_memory()
+    assert stage.peak_memory()["peak_host_bytes"] < before - (300 << 20)
+
+
 def test_a_reader_that_has_gone_is_no_fault_of_the_disk():
     done = subprocess.run(["bash", "-c", f"{sys.executable} pipeline plan demo tiny-llama | true; "
                                          "exit ${PIPESTATUS[0]}"],
