@@ -16,6 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import pipeline  # noqa: E402, F401
+import torch  # noqa: E402
 
 import simu  # noqa: E402
 from model import read_tensors  # noqa: E402
@@ -31,6 +32,11 @@ def jaccard(a, b) -> tuple[float, float]:
     return (((a & b).sum() / (a | b).sum()).item(), (both / (a.sum() + b.sum() - both)).item())
 
 
+def correlation(a, b) -> float:
+    """Of scores [L, D], the mean over layers."""
+    return torch.stack([torch.corrcoef(torch.stack(x))[0, 1] for x in zip(a, b)]).mean().item()
+
+
 def overlap(title: str, pair: dict):
     """Table of two scores [L, D] by name, at every t."""
     rows = []
@@ -39,7 +45,10 @@ def overlap(title: str, pair: dict):
         found, chance = jaccard(a, b)
         rows.append([t, int(a.sum()), int(b.sum()), f"{found:.3f}", f"{chance:.3f}"])
     head = ["t", *(f"critical, {name}" for name in pair), "Jaccard", "chance"]
-    print(f"{title}\n\n{table(head, rows)}\n")
+    a, b = pair.values()
+    equal = int((a.argmax(1) == b.argmax(1)).sum())
+    print(f"{title}: in {equal} of {len(a)} layers one neuron has the largest score of both; "
+          f"correlation within a layer {correlation(a, b):.2f}\n\n{table(head, rows)}\n")
 
 
 def main():
