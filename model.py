@@ -181,14 +181,13 @@ def rotate(x, cos, sin):
 
 
 def attention(q, k, v, mask=None):
-    """q [B, H, T, hd] on k, v [B, K, S, hd] -> [B, T, H*hd]. `mask` [B, 1, T, S] is added to the
-    scores; without one S is T, and a position sees itself and what is before it."""
+    """q [B, H, T, hd] on k, v [B, K, S, hd] -> [B, T, H*hd]. `mask` [B, 1, H/K * T or 1, S] is added
+    to the scores; without one S is T, and a position sees itself and what is before it."""
     B, H, T, hd = q.shape
     if mask is None:
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=H != k.shape[1])
     else:  # heads that share keys become rows of queries, so that no key is copied
         q = q.reshape(B, k.shape[1], -1, hd)  # [B, K, H/K * T, hd]
-        mask = mask.repeat(1, 1, q.shape[2] // T, 1) if T > 1 else mask  # [B, 1, H/K * T, S]
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).view(B, H, T, hd)
     return y.transpose(1, 2).flatten(2)  # [B, T, H*hd]
 
@@ -670,6 +669,7 @@ class Cache:
         self.steps = [partial(self.step, layer) for layer in range(c.num_hidden_layers)]
         self.column = torch.arange(columns, device=like.device)
         self.head = columns * torch.arange(shape[1], device=like.device)[:, None]
+        self.sharing = c.num_attention_heads // c.num_key_value_heads  # H/K
 
     def prompts(self, rows: slice, lengths: list[int]):
         """What stands in for attention in each layer while the prompts of some rows are read."""
@@ -691,11 +691,12 @@ class Cache:
         position = first[self.row] + self.slot
         self.end = max(at + n for at, n in zip(begin, counts))
         self.lines = (self.head + self.row * heads * columns + position).flatten()  # [2K * N]
-        last = position[:, None]  # [B, width], the last column that a slot may see
-        if max(counts) > 1:
-            last = position.new_zeros(B, max(counts))  # a slot without token sees column 0
+        last, self.width = position[:, None], max(counts)  # the last column that a slot may see
+        if self.width > 1:
+            last = position.new_zeros(B, self.width)  # a slot without token sees column 0
             last[self.row, self.slot] = position
-        unseen = self.column[:self.end] > last[..., None]  # [B, width, end]
+            last = last.repeat(1, self.sharing)  # [B, H/K * width], as `attention` has its rows
+        unseen = self.column[:self.end] > last[..., None]  # [B, H/K * width or 1, end]
         self.mask = self.kv[0].new_zeros(unseen.shape).masked_fill_(unseen, -math.inf)[:, None]
         return position
 
@@ -705,10 +706,9 @@ class Cache:
         kv = self.kv[layer]
         kv.view(-1, kv.shape[-1]).index_copy_(0, self.lines, torch.cat((k, v), dim=1).flatten(0, 2))
         keys, values = kv[:, :, :self.end].chunk(2, dim=1)  # [B, K, end, hd]
-        B, _, width, _ = self.mask.shape
-        if width == 1:  # N is B
+        if self.width == 1:  # N is B
             return attention(q.transpose(0, 2), keys, values, self.mask).transpose(0, 1)
-        padded = q.new_zeros(B, width, *q.shape[1::2])  # [B, width, H, hd]
+        padded = q.new_zeros(len(kv), self.width, *q.shape[1::2])  # [B, width, H, hd]
         padded[self.row, self.slot] = q[0].transpose(0, 1)
         mixed = attention(padded.transpose(1, 2), keys, values, self.mask)  # [B, width, H*hd]
         return mixed[self.row, self.slot][None]
