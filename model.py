@@ -365,10 +365,14 @@ class Transformer(nn.Module):
         attend = partial(attention_of_rows, places, shape, attend=attend)
         return self.hidden(ids[None], attend, rope=self.rope(positions))[0]
 
+    @property
+    def head(self):
+        """The matrix [V, D] of the logits."""
+        return (self.embed_tokens if self.lm_head is None else self.lm_head).weight
+
     def logits(self, h):
         """Final normed states [..., D] -> float32 [..., V]"""
-        head = self.embed_tokens if self.lm_head is None else self.lm_head
-        return F.linear(h, head.weight).float()
+        return F.linear(h, self.head).float()
 
     def forward(self, ids):
         """ids [B, T] -> float32 logits [B, T, V]"""

@@ -215,11 +215,27 @@ def upper_layers(clean: Clean, l: int, x: Tensor) -> Tensor:
     return x
 
 
-def sum_log_p(clean: Clean, x: Tensor, labels: Tensor) -> Tensor:
-    """Sum of log P(label) over rows x [B, R, D] that left the last layer [D3]."""
-    logits = clean.model.logits(clean.model.norm(x))  # [B, R, V]
-    return -F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE,
-                            reduction="sum")
+def log_p_gradient(clean: Clean, x: Tensor, labels: Tensor, of):
+    """Gradients, with respect to activations `of`, of the sum of log P(label) [D3] over rows
+    x [B, R, D] that left the last layer."""
+    h = clean.model.norm(x)
+    return torch.autograd.grad(h, of, head_gradient(clean.model, h.detach(), labels))
+
+
+@torch.no_grad()
+def head_gradient(model: Transformer, h: Tensor, labels: Tensor) -> Tensor:
+    """d log P(label) / dh = W_label - sum_v P(v) W_v, for final states h [B, R, D]. In closed form
+    and in place: autograd would hold the logits of all rows three times, and they are the largest
+    tensors here."""
+    grads = []
+    rows = max(1, LOGITS // model.config.vocab_size)
+    for h, y in zip(h.flatten(0, 1).split(rows), labels.flatten().split(rows)):
+        p = model.logits(h)  # [rows, V]
+        p.sub_(p.amax(-1, keepdim=True)).exp_()  # P times its sum, at most 1
+        mean = (p.to(h.dtype) @ model.head).float() / p.sum(-1, keepdim=True)
+        grad = model.head[y.clamp_min(0)].float() - mean  # IGNORE is below 0
+        grads.append(torch.where((y != IGNORE)[:, None], grad, 0).to(h.dtype))
+    return torch.cat(grads).view(*labels.shape, -1)
 
 
 def last_node(clean: Clean) -> Tensor:
@@ -232,7 +248,7 @@ def last_node(clean: Clean) -> Tensor:
                 a.requires_grad_()
             activations.append(a)
             x = block.add_beta(x, a)
-        grads = torch.autograd.grad(sum_log_p(clean, x, clean.labels), activations)
+        grads = log_p_gradient(clean, x, clean.labels, activations)
     return torch.stack([(beta.float() * g.float()).sum((0, 1))
                         for beta, g in zip(clean.beta, grads)])
 
@@ -245,7 +261,7 @@ def layer_path(clean: Clean, l: int, steps: int) -> Tensor:
         a = (share[:, None, None] * beta[:, None]).requires_grad_()  # [B, J, A, D], Eq. 1a
         x = clean.model.layers[l].add_beta(clean.mid[l][:, None], a).flatten(1, 2)  # [B, R, D]
         x = upper_layers(clean, l, x)
-        grad, = torch.autograd.grad(sum_log_p(clean, x, clean.labels.repeat(1, J)), a)
+        grad, = log_p_gradient(clean, x, clean.labels.repeat(1, J), a)
     return (beta.float()[:, None] * grad.float()).sum((0, 1, 2))
 
 
@@ -264,7 +280,7 @@ def neuron_path(clean: Clean, l: int, steps: int, *, rows: int = 4096) -> Tensor
             whole = beta[:, None, None] + (a - b)[..., None] * unit  # [B, C, J, A, D]
             x = clean.model.layers[l].add_beta(clean.mid[l][:, None, None], whole)
             x = upper_layers(clean, l, x.flatten(1, 3))
-            grad, = torch.autograd.grad(sum_log_p(clean, x, clean.labels.repeat(1, C * J)), a)
+            grad, = log_p_gradient(clean, x, clean.labels.repeat(1, C * J), a)
         scores[neurons] += (b.float() * grad.float()).sum((0, 2, 3))
     return scores
 
