@@ -673,6 +673,7 @@ class Cache:
         self.steps = [partial(self.step, layer) for layer in range(c.num_hidden_layers)]
         self.column = torch.arange(columns, device=like.device)
         self.head = columns * torch.arange(shape[1], device=like.device)[:, None]
+        self.line = columns * shape[1] * torch.arange(B, device=like.device)  # a row's first
         self.sharing = c.num_attention_heads // c.num_key_value_heads  # H/K
 
     def prompts(self, rows: slice, lengths: list[int]):
@@ -688,34 +689,58 @@ class Cache:
     def place(self, begin: list[int], counts: list[int]):
         """Say that the next pass reads counts[b] tokens of row b, which stand from begin[b] on.
         Returns their positions, int64 [N]; `step` takes the N tokens as they are, unpadded."""
-        (B, heads, columns, _), N = self.kv[0].shape, sum(counts)
+        B, N = len(self.kv[0]), sum(counts)
         first, n = torch.tensor([begin, counts]).to(self.column.device)
-        self.row = self.column.new_tensor(range(B)).repeat_interleave(n, output_size=N)
-        self.slot = self.column.new_tensor(range(N)) - (n.cumsum(0) - n)[self.row]
-        position = first[self.row] + self.slot
+        row, slot = (slice(B), 0) if N == B else self.spread(n, N)
+        position = first[row] + slot
         self.end = max(at + n for at, n in zip(begin, counts))
-        self.lines = (self.head + self.row * heads * columns + position).flatten()  # [2K * N]
-        last, self.width = position[:, None], max(counts)  # the last column that a slot may see
-        if self.width > 1:
-            last = position.new_zeros(B, self.width)  # a slot without token sees column 0
-            last[self.row, self.slot] = position
-            last = last.repeat(1, self.sharing)  # [B, H/K * width], as `attention` has its rows
-        unseen = self.column[:self.end] > last[..., None]  # [B, H/K * width or 1, end]
-        self.mask = self.kv[0].new_zeros(unseen.shape).masked_fill_(unseen, -math.inf)[:, None]
+        self.lines = (self.head + self.line[row] + position).flatten()  # [2K * N]
+        # Rows that read one token do not wait for those that read several, unless they are few.
+        several = [b for b, n in enumerate(counts) if n > 1]
+        self.several = several = range(B) if 2 * len(several) > B else several
+        if len(several) < B:
+            self.mask = self.hide(first[:, None])
+        if several:
+            self.first = n.cumsum(0) - n  # [B], where in N a row's first token is
+            self.rows = self.column.new_tensor(several)  # [M]
+            home, slot = self.spread(n[self.rows], sum(counts[b] for b in several))
+            self.token = self.first[self.rows][home] + slot
+            self.home = home, slot
+            # [M, width], the last column that a slot may see; one without token sees column 0
+            last = first.new_zeros(len(several), max(counts))
+            last[home, slot] = position[self.token]
+            self.masks = self.hide(last.repeat(1, self.sharing))  # as `attention` has its rows
         return position
+
+    def spread(self, n, count: int):
+        """Of n[b] things for each b, side by side, `count` in all: their b, their number in it."""
+        home = self.column.new_tensor(range(len(n))).repeat_interleave(n, output_size=count)
+        return home, self.column.new_tensor(range(count)) - (n.cumsum(0) - n)[home]
+
+    def hide(self, last):
+        """What hides the columns past last [rows, width]: [rows, 1, width, end]"""
+        unseen = self.column[:self.end] > last[..., None]
+        return self.kv[0].new_zeros(unseen.shape).masked_fill_(unseen, -math.inf)[:, None]
 
     def step(self, layer: int, q, k, v):
         """Attention of the placed tokens, q [1, H, N, hd] and k, v [1, K, N, hd], on all that each
         may see -> [1, N, H*hd]"""
         kv = self.kv[layer]
         kv.view(-1, kv.shape[-1]).index_copy_(0, self.lines, torch.cat((k, v), dim=1).flatten(0, 2))
-        keys, values = kv[:, :, :self.end].chunk(2, dim=1)  # [B, K, end, hd]
-        if self.width == 1:  # N is B
-            return attention(q.transpose(0, 2), keys, values, self.mask).transpose(0, 1)
-        padded = q.new_zeros(len(kv), self.width, *q.shape[1::2])  # [B, width, H, hd]
-        padded[self.row, self.slot] = q[0].transpose(0, 1)
-        mixed = attention(padded.transpose(1, 2), keys, values, self.mask)  # [B, width, H*hd]
-        return mixed[self.row, self.slot][None]
+        seen, M = kv[:, :, :self.end], len(self.several)
+        if M == 0:  # N is B
+            return attention(q.transpose(0, 2), *seen.chunk(2, dim=1), self.mask).transpose(0, 1)
+        q = q[0].transpose(0, 1)  # [N, H, hd]
+        mixed = q.new_empty(len(q), q[0].numel())  # [N, H*hd]
+        if M < len(kv):
+            alone = q[self.first][:, :, None]  # [B, H, 1, hd]
+            mixed[self.first] = attention(alone, *seen.chunk(2, dim=1), self.mask)[:, 0]
+            seen = seen[self.rows]
+        padded = q.new_zeros(M, self.masks.shape[2] // self.sharing, *q.shape[1:])
+        padded[self.home] = q[self.token]  # [M, width, H, hd]
+        read = attention(padded.transpose(1, 2), *seen.chunk(2, dim=1), self.masks)
+        mixed[self.token] = read[self.home]
+        return mixed[None]
 
     def keep(self, rows):
         """Drop all rows but these (distinct int64 indices), which take this order. Those among
