@@ -432,6 +432,7 @@ def test_no_draft_changes_a_token(changes):
     want = [text[:text.index(eos)] if eos in text else text for text in free]
     for drafts in (free[::-1], *(wrong_at(free, place) for place in (0, 1, 9)), [[], None] * 4,
                    [text * 3 for text in free], [text[:i] for i, text in enumerate(free)],
+                   [*free[:3], *[None] * 5],  # few read ahead: the others do not wait for them
                    [[5] * 40] * 8, [[97, -1, 10 ** 9]] * 8):
         for options in ({}, {"batch_tokens": 120}):
             got = generate(model, prompts, max_new_tokens=30, eos_id=eos, drafts=drafts, **options)
