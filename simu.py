@@ -227,8 +227,9 @@ def head_gradient(model: Transformer, h: Tensor, labels: Tensor) -> Tensor:
     """d log P(label) / dh = W_label - sum_v P(v) W_v, for final states h [B, R, D]. In closed form
     and in place: autograd would hold the logits of all rows three times, and they are the largest
     tensors here."""
-    grads = []
-    rows = max(1, LOGITS // model.config.vocab_size)
+    grads, count = [], labels.numel()
+    # No more than 64 parts, for the memory plan runs this too, at settings of any size.
+    rows = max(1, LOGITS // model.config.vocab_size, count // 64)
     for h, y in zip(h.flatten(0, 1).split(rows), labels.flatten().split(rows)):
         p = model.logits(h)  # [rows, V]
         p.sub_(p.amax(-1, keepdim=True)).exp_()  # P times its sum, at most 1

@@ -699,8 +699,8 @@ def test_the_message_blames_what_is_wrong(words, says):
 
 
 def test_a_constant_that_was_changed_is_blamed(w):
-    refused(w, ["unlearn run-tofu --method so --weight-decay 1e9 --epochs 3"],
-            r"put back --weight-decay \(now 1e\+09\), or lower --lr")
+    refused(w, ["unlearn run-tofu --method so --weight-decay 2e9 --epochs 20"],
+            r"put back --weight-decay \(now 2e\+09\), or lower --lr")
 
 
 # ------------------------------------------------------------------ a number belongs to its run
