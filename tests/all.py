@@ -15,7 +15,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 # Started first, so that all end together.
 LONGEST = ("test_pipeline.py", "test_unlearn.py", "test_hub.py", "test_attack.py",
-           "test_figures.py", "test_faults.py", "test_mixers.py")
+           "test_figures.py", "test_faults.py", "test_mixers.py", "test_plan.py", "test_house.py")
 COUNTED = {"passed": ("passed",), "failed": ("failed", "error", "errors"), "skipped": ("skipped",)}
 
 

@@ -1020,7 +1020,8 @@ def through_run_sh(tmp_path, *words) -> list[list[str]]:
                               "RECORD": str(record)})
     assert done.returncode == 0, done.stderr
     assert not list((tmp_path / "cwd").iterdir()) and not list(ROOT.glob("OWNED"))
-    lines = record.read_text(encoding="utf-8").split("END\0")[:-1]
+    told = record.read_text(encoding="utf-8").replace("\0--then\0", f"\0END\0{ROOT}/pipeline\0")
+    lines = told.split("END\0")[:-1]
     return [x.split("\0")[:-1] for x in lines]
 
 
