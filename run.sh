@@ -138,7 +138,7 @@ each_stage() {
     if [[ $tiny && -z $dry ]]; then queue+=(${queue[0]:+--then} "$@"); else $dry "${stage[@]}" "$@"; fi
 }
 tiny="" queue=() stage=("$python" "$here/pipeline")
-[[ "$model" != tiny-@(llama|olmo|mamba|rwkv) ]] || tiny=yes
+[[ ! "$model" =~ ^tiny-(llama|olmo|mamba|rwkv)$ ]] || tiny=yes
 pipeline() { # pipeline RUN [--seed K]
     local at method objective each=()
     at=("$benchmark" "$model" ${options[@]+"${options[@]}"} ${force[@]+"${force[@]}"} --out "$@")
