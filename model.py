@@ -691,31 +691,30 @@ class Cache:
         Returns their positions, int64 [N]; `step` takes the N tokens as they are, unpadded."""
         B, N = len(self.kv[0]), sum(counts)
         first, n = torch.tensor([begin, counts]).to(self.column.device)
-        row, slot = (slice(B), 0) if N == B else self.spread(n, N)
+        row, slot = slice(B), 0
+        if N > B:
+            row = self.column.new_tensor(range(B)).repeat_interleave(n, output_size=N)
+            slot = self.column.new_tensor(range(N)) - (n.cumsum(0) - n)[row]
         position = first[row] + slot
         self.end = max(at + n for at, n in zip(begin, counts))
         self.lines = (self.head + self.line[row] + position).flatten()  # [2K * N]
-        # Rows that read one token do not wait for those that read several, unless they are few.
-        several = [b for b, n in enumerate(counts) if n > 1]
-        self.several = several = range(B) if 2 * len(several) > B else several
-        if len(several) < B:
+        several = n > 1
+        if 2 * sum(count > 1 for count in counts) > B:
+            several = torch.ones_like(several)
+        # Only the M rows that read several tokens are padded, to the longest of them: the others
+        # would wait. All are, where that is most of them, for the keys of a few rows are copied.
+        self.rows = several.nonzero()[:, 0]
+        if len(self.rows) < B:
             self.mask = self.hide(first[:, None])
-        if several:
+        if len(self.rows):
             self.first = n.cumsum(0) - n  # [B], where in N a row's first token is
-            self.rows = self.column.new_tensor(several)  # [M]
-            home, slot = self.spread(n[self.rows], sum(counts[b] for b in several))
-            self.token = self.first[self.rows][home] + slot
-            self.home = home, slot
+            self.token = several[row].nonzero()[:, 0]  # those of the M rows, and their places there
+            self.home = (several.cumsum(0) - 1)[row[self.token]], slot[self.token]
             # [M, width], the last column that a slot may see; one without token sees column 0
-            last = first.new_zeros(len(several), max(counts))
-            last[home, slot] = position[self.token]
+            last = first.new_zeros(len(self.rows), max(counts))
+            last[self.home] = position[self.token]
             self.masks = self.hide(last.repeat(1, self.sharing))  # as `attention` has its rows
         return position
-
-    def spread(self, n, count: int):
-        """Of n[b] things for each b, side by side, `count` in all: their b, their number in it."""
-        home = self.column.new_tensor(range(len(n))).repeat_interleave(n, output_size=count)
-        return home, self.column.new_tensor(range(count)) - (n.cumsum(0) - n)[home]
 
     def hide(self, last):
         """What hides the columns past last [rows, width]: [rows, 1, width, end]"""
@@ -727,7 +726,7 @@ class Cache:
         may see -> [1, N, H*hd]"""
         kv = self.kv[layer]
         kv.view(-1, kv.shape[-1]).index_copy_(0, self.lines, torch.cat((k, v), dim=1).flatten(0, 2))
-        seen, M = kv[:, :, :self.end], len(self.several)
+        seen, M = kv[:, :, :self.end], len(self.rows)
         if M == 0:  # N is B
             return attention(q.transpose(0, 2), *seen.chunk(2, dim=1), self.mask).transpose(0, 1)
         q = q[0].transpose(0, 1)  # [N, H, hd]

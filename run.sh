@@ -169,8 +169,8 @@ trap 'exit 130' INT  # the stage has said so
     pipeline "$run"
     for ((k = 1; k < seeds; k++)); do pipeline "$run-seed$k" --seed "$k"; done
     each_stage report "$run"
+    [[ "$benchmark" != rows ]] || each_stage request "$run"
+    [[ -z "$attack" ]] || each_stage attack "$run"
     [[ -z "${queue[0]:-}" ]] || "${stage[@]}" "${queue[@]}"
-    [[ "$benchmark" != rows ]] || $dry "$python" "$here/pipeline" request "$run"
-    [[ -z "$attack" ]] || $dry "$python" "$here/pipeline" attack "$run"
     exit
 }

@@ -225,8 +225,8 @@ def log_p_gradient(clean: Clean, x: Tensor, labels: Tensor, of):
 @torch.no_grad()
 def head_gradient(model: Transformer, h: Tensor, labels: Tensor) -> Tensor:
     """d log P(label) / dh = W_label - sum_v P(v) W_v, for final states h [B, R, D]. In closed form
-    and in place: autograd would hold the logits of all rows three times, and they are the largest
-    tensors here."""
+    and in place: autograd, as in `backward_head`, which serves any objective, would read and write
+    logits three times, and they are the largest tensors here."""
     grads, count = [], labels.numel()
     # No more than 64 parts, for the memory plan runs this too, at settings of any size.
     rows = max(1, LOGITS // model.config.vocab_size, count // 64)
