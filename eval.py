@@ -92,6 +92,7 @@ from model import (LOGITS, Transformer, UserError, causal_attention, generate,
 MIN_K = (10, 20, 30, 40, 50, 60)  # percent
 ANSWER_K = 40  # percent, as open-unlearning sets it
 ATTENDED = 2048  # tokens whose attention is computed at once: texts of like length, little padding
+CPU_PASS = 1024  # tokens in one pass on a CPU, whose caches hold no larger activations
 CHANCE = 0.5  # AUC of an attack that learns nothing
 SPLITS = ("forget", "retain", "real_authors", "world_facts")
 FACTS = ("real_authors", "world_facts")
@@ -735,7 +736,6 @@ def add_losses(rows, model, tokenizer, template: str, limits: Limits, benchmark:
     whole = [t.key == "loss" and _is_attacked(t.row, benchmark) for t in texts]
     first = [1 if w else e.start for w, e in zip(whole, encoded)]
     scores = token_scores(model, encoded, first, tokens=limits.eval_tokens,
-                          questions=[(id(t.row), t.example.question) for t in texts],
                           detailed=[t.key in ("loss", "paraphrased_question_loss") for t in texts])
     said = {}
     for (row, key, example), e, start, attacked, score in zip(texts, encoded, first, whole, scores):
@@ -773,78 +773,87 @@ def check_finite(values: list[float], name: str):
 # vocabulary (Min-K%++). The last two are empty of a text that nobody asks them of.
 TokenScores = namedtuple("TokenScores", "losses predicted standard")
 
-# Texts that begin alike, read in one row, each beginning once. place: where each id stands in its
-# texts. texts: number of the text -> where in this row its ids stand.
-Pack = namedtuple("Pack", "ids place texts")
+# Texts read in one pass, whatever they begin alike with only once. place: where each of `ids` stands
+# in its texts. texts: number of the text -> where in `ids` its own stand.
+Pass = namedtuple("Pass", "ids place texts")
 
 
 @torch.inference_mode()
 def token_scores(model: Transformer, rows: list[Encoded], first: list[int], *, tokens: int,
-                 questions: list | None = None, detailed: list[bool] | None = None
-                 ) -> list[TokenScores]:
-    """Scores of each row's tokens from index first[i] (at least 1) to its end. Rows that stand
-    together and have the same of `questions` are read as one: what any two share only once. A batch
-    holds at most `tokens`; only the positions asked for reach the lm_head."""
+                 detailed: list[bool] | None = None) -> list[TokenScores]:
+    """Scores of each row's tokens from index first[i] (at least 1) to its end. A pass reads at most
+    `tokens`; only the positions asked for reach the lm_head."""
     chunk, out = max(1, LOGITS // model.config.vocab_size), [None] * len(rows)
     detailed = detailed or [False] * len(rows)
-    alone = not questions or not model.config.architecture.packs
-    packs = pack_texts([r.ids for r in rows], range(len(rows)) if alone else questions, tokens)
+    longest = max((len(r.ids) - 1 for r in rows), default=0)  # the last token is but predicted
+    if longest > tokens:
+        raise UserError(f"--eval-tokens {tokens} cannot hold a text of {longest + 1} tokens; "
+                        "raise it")
+    if model.embed_tokens.weight.device.type == "cpu":
+        tokens = min(tokens, max(CPU_PASS, longest))
+    cut = passes_that_share if model.config.architecture.packs else passes_of_rows
     with tqdm(total=len(rows), desc="losses", unit="text") as bar:
-        for part in data.batches_by_length([Encoded(p.ids, 0) for p in packs], tokens):
-            begins = accumulate((len(packs[p].ids) for p in part), initial=0)
-            texts = [(b, i, at) for b, p in zip(begins, part) for i, at in packs[p].texts.items()]
-            asked = torch.tensor([(b + at[t - 1], rows[i].ids[t], detailed[i]) for b, i, at in texts
-                                  for t in range(first[i], len(rows[i].ids))])
-            h = read_packs(model, [packs[p] for p in part])
+        for part in cut([r.ids[:-1] for r in rows], tokens):
+            asked = torch.tensor([(at[t - 1], rows[i].ids[t], detailed[i]) for i, at in
+                                  part.texts.items() for t in range(first[i], len(rows[i].ids))])
+            h = read_pass(model, part)
             place, labels, wanted = asked.to(h.device).T
             found = [_chunk_scores(model.logits(x), y, w) for x, y, w in zip(
                 h[place].split(chunk), labels.split(chunk), wanted.split(chunk))]
-            sizes = [len(rows[i].ids) - first[i] for _, i, _ in texts]
-            for (_, i, _), *values in zip(texts, *(torch.cat(x).split(sizes) for x in zip(*found))):
+            sizes = [len(rows[i].ids) - first[i] for i in part.texts]
+            for i, *values in zip(part.texts, *(torch.cat(x).split(sizes) for x in zip(*found))):
                 losses, *details = (x.tolist() for x in values)
                 out[i] = TokenScores(losses, *(details if detailed[i] else ([], [])))
-            bar.update(len(texts))
+            bar.update(len(part.texts))
     return out
 
 
-def pack_texts(texts: list[list[int]], questions, tokens: int) -> list[Pack]:
-    """Texts in packs of at most `tokens` ids, if one text is no longer than that. The last token of
-    a text is predicted, and never read."""
-    packs, asked = [], None
-    for i, (text, question) in enumerate(zip(texts, questions)):
-        if not packs or question != asked or len(packs[-1].ids) + len(text) - 1 > tokens:
-            packs.append(Pack([], [], {}))
-            asked, after = question, {}  # (place of an id, the id after it) -> that one's place
-        ids, place, at, path = packs[-1].ids, packs[-1].place, -1, []
-        for token in text[:-1]:
-            if (at, token) not in after:
-                after[at, token] = len(ids)
-                ids.append(token)
-                place.append(len(path))
-            at = after[at, token]
-            path.append(at)
-        packs[-1].texts[i] = path
-    return packs
+def passes_that_share(texts: list[list[int]], tokens: int) -> list[Pass]:
+    """Texts in passes of at most `tokens` distinct ids. In sorted order, none before a text begins
+    with more of it than the last one."""
+    parts, last, path = [], [], []
+    for i in sorted(range(len(texts)), key=texts.__getitem__):
+        text = texts[i]
+        alike = next((n for n, (x, y) in enumerate(zip(text, last)) if x != y),
+                     min(len(text), len(last)))
+        if not parts or len(parts[-1].ids) + len(text) - alike > tokens:
+            parts.append(Pass([], [], {}))
+            alike = 0
+        ids, place, paths = parts[-1]
+        paths[i] = path = path[:alike] + list(range(len(ids), len(ids) + len(text) - alike))
+        ids += text[alike:]
+        place += range(alike, len(text))
+        last = text
+    return parts
 
 
-def read_packs(model: Transformer, packs: list[Pack]) -> torch.Tensor:
-    """Final states [N, D] of the packs' N ids, one pack after another, nothing padded: a token sees
-    what stands before it in its own text, and nothing of the texts beside it."""
-    device = model.embed_tokens.weight.device
-    begins = accumulate((len(p.ids) for p in packs), initial=0)
-    ids, place = torch.tensor([x for p in packs for x in zip(p.ids, p.place)]).to(device).T
-    paths = [[b + n for n in path] for b, p in zip(begins, packs) for path in p.texts.values()]
-    if not model.config.architecture.packs:  # one text in each pack, and nothing shared
+def passes_of_rows(texts: list[list[int]], tokens: int) -> list[Pass]:
+    """Texts in passes of at most `tokens` ids, padding counted, where nothing can be shared."""
+    parts = []
+    for part in data.batches_by_length([Encoded(text, 0) for text in texts], tokens):
+        begins = accumulate((len(texts[i]) for i in part), initial=0)
+        parts.append(Pass([x for i in part for x in texts[i]],
+                          [n for i in part for n in range(len(texts[i]))],
+                          {i: list(range(b, b + len(texts[i]))) for b, i in zip(begins, part)}))
+    return parts
+
+
+def read_pass(model: Transformer, part: Pass) -> torch.Tensor:
+    """Final states [N, D] of a pass's N ids, nothing padded: a token sees what stands before it in
+    its own text, and nothing of the texts beside it."""
+    device, paths = model.embed_tokens.weight.device, list(part.texts.values())
+    ids, place = torch.tensor([part.ids, part.place]).to(device)
+    if not model.config.architecture.packs:
         width = max(map(len, paths))
         places = torch.tensor([b * width + n for b, p in enumerate(paths) for n in range(len(p))])
         return model.hidden_of_rows(ids, places.to(device), (len(paths), width), place)
     groups, home, at = [], [0] * len(ids), 0  # home: where the attention of each id comes out
-    for part in data.batches_by_length([Encoded(p, 0) for p in paths],
+    for some in data.batches_by_length([Encoded(p, 0) for p in paths],
                                        max(ATTENDED, *map(len, paths))):
-        width = len(paths[part[0]])
-        groups.append(torch.tensor([paths[i] + [0] * (width - len(paths[i])) for i in part]
+        width = len(paths[some[0]])
+        groups.append(torch.tensor([paths[i] + [0] * (width - len(paths[i])) for i in some]
                                    ).to(device))  # [B, T]; what pads stand for does not matter
-        for i in part:
+        for i in some:
             for slot, n in enumerate(paths[i], at):
                 home[n] = slot
             at += width
@@ -993,7 +1002,7 @@ def choice_examples(row: dict) -> list[Example]:
 
 def add_choice_scores(rows: list[dict], model, tokenizer, template: str, tokens: int) -> list[dict]:
     """The rows with `scores`: log P of each choice, its eos not counted."""
-    context, texts, questions = model.config.max_position_embeddings, [], []
+    context, texts = model.config.max_position_embeddings, []
     for row in rows:
         encoded = [data.encode(e, tokenizer, "raw" if row["subject"] else template)
                    for e in choice_examples(row)]
@@ -1002,9 +1011,7 @@ def add_choice_scores(rows: list[dict], model, tokenizer, template: str, tokens:
             raise UserError(f"question {row['id']}: a choice is longer than the model's context of "
                             f"{context}; drop the question")
         texts += [Encoded(e.ids[cut:-1], e.n_prompt - cut) for e in encoded]
-        questions += [row["id"]] * len(encoded)
-    found = iter(token_scores(model, texts, [e.n_prompt for e in texts], tokens=tokens,
-                              questions=questions))
+    found = iter(token_scores(model, texts, [e.n_prompt for e in texts], tokens=tokens))
     rows = [row | dict(scores=[-sum(next(found).losses) for _ in row["choices"]]) for row in rows]
     for row in rows:
         check_finite(row["scores"], row["id"])

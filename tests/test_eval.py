@@ -603,6 +603,7 @@ def test_one_generation_per_question_and_one_pass_for_all_texts(made, monkeypatc
     monkeypatch.setattr(ev, "generate", lambda model, prompts, **k: asked.extend(prompts)
                         or generate(model, prompts, **k))
     passes = count_passes(model, monkeypatch)
+    monkeypatch.setattr(ev, "CPU_PASS", LIMITS.eval_tokens)
     _, rows = ev.evaluate_model(model, tokenizer, bench, template="qa", limits=LIMITS)
     questions = [e.question for e in bench.forget + bench.retain_eval + bench.world_facts]
     questions += [e.paraphrased_question for e in bench.forget + bench.retain_eval]
@@ -611,11 +612,10 @@ def test_one_generation_per_question_and_one_pass_for_all_texts(made, monkeypatc
     # the losses of their answers were read.
     left = [expected.pop(expected.index(prompt)) for prompt in sorted(asked)]
     assert len(left) < len(expected)
-    # All texts in one pass, without padding, and what two texts of a question begin with once.
-    texts = [t for row in rows[1:] for t in ev._texts(row, "tofu")]
-    encoded = data.encode_for(model.config, [t.example for t in texts], tokenizer, "qa")
-    begun = {(id(t.row), t.example.question, *e.ids[:n]) for t, e in zip(texts, encoded)
-             for n in range(1, len(e.ids))}
+    # All texts in one pass, without padding, and what two texts begin with once.
+    texts = [t.example for row in rows[1:] for t in ev._texts(row, "tofu")]
+    encoded = data.encode_for(model.config, texts, tokenizer, "qa")
+    begun = {tuple(e.ids[:n]) for e in encoded for n in range(1, len(e.ids))}
     assert passes == [(1, len(begun))]
 
 
@@ -634,6 +634,7 @@ def test_the_demo_takes_no_more_passes_than_text_by_text(tmp_path, monkeypatch):
         eos_token_id=tokenizer.eos_id))
     monkeypatch.setattr(ev, "generate", lambda model, prompts, **k: [[] for _ in prompts])
     passes = count_passes(model, monkeypatch)
+    monkeypatch.setattr(ev, "CPU_PASS", 8192)
     _, rows = ev.evaluate_model(model, tokenizer, bench, template="qa",
                                 limits=ev.Limits(eval_tokens=8192))
     texts = [t.example for row in rows[1:] for t in ev._texts(row, "tofu")
@@ -798,14 +799,27 @@ def test_a_question_too_long_loses_its_beginning(made):
 
 
 def test_texts_that_begin_alike_are_read_together():
-    texts = [[1, 2, 3, 4, 5], [1, 2, 9, 8], [1, 2, 3], [7, 7]]
-    packs = ev.pack_texts(texts, "aaab", 100)
-    assert packs[0] == ev.Pack([1, 2, 3, 4, 9], [0, 1, 2, 3, 2],
-                               {0: [0, 1, 2, 3], 1: [0, 1, 4], 2: [0, 1]})
-    assert packs[1] == ev.Pack([7], [0], {3: [0]})
-    assert [list(p.texts) for p in ev.pack_texts(texts, "aaab", 5)] == [[0], [1, 2], [3]]
-    three = [[1, 2, 3, 4, 5], [1, 2, 3, 9, 5], [1, 6, 7, 8]]  # two of them share more than all do
-    assert ev.pack_texts(three, "aaa", 100)[0].ids == [1, 2, 3, 4, 9, 6, 7]
+    texts = [[1, 2, 3, 4], [7], [1, 2, 9], [1, 2], [1, 2, 9, 5, 6]]
+    part, = ev.passes_that_share(texts, 100)
+    assert part == ev.Pass([1, 2, 3, 4, 9, 5, 6, 7], [0, 1, 2, 3, 2, 3, 4, 0], {
+        3: [0, 1], 0: [0, 1, 2, 3], 2: [0, 1, 4], 4: [0, 1, 4, 5, 6], 1: [7]})
+    parts = ev.passes_that_share(texts, 5)
+    assert [list(p.texts) for p in parts] == [[3, 0, 2], [4], [1]]
+    assert parts[1] == ev.Pass([1, 2, 9, 5, 6], [0, 1, 2, 3, 4], {4: [0, 1, 2, 3, 4]})
+
+
+def test_texts_of_states_are_read_apart():
+    texts = [[1, 2], [1, 2, 3, 4], [1]]
+    assert ev.passes_of_rows(texts, 8) == [ev.Pass([1, 2, 3, 4, 1, 2], [0, 1, 2, 3, 0, 1],
+                                                   {1: [0, 1, 2, 3], 0: [4, 5]}),
+                                           ev.Pass([1], [0], {2: [0]})]
+
+
+def test_a_text_that_no_pass_holds(made):
+    model, _, _ = loaded(made[0])
+    ev.token_scores(model, [data.Encoded([1] * 9, 1)], [1], tokens=8)
+    with pytest.raises(UserError, match="--eval-tokens 7 cannot hold a text of 9 tokens"):
+        ev.token_scores(model, [data.Encoded([1] * 9, 1)], [1], tokens=7)
 
 
 @pytest.mark.parametrize("attended", [ev.ATTENDED, 1])
@@ -816,10 +830,10 @@ def test_texts_read_together_have_the_scores_of_texts_alone(made, monkeypatch, a
     texts = [data.encode(data.Example(e.question, a), tokenizer, "qa")
              for a in (e.answer, e.paraphrased_answer, *e.perturbed_answers)]
     first, flags = [1] + [t.n_prompt for t in texts[1:]], [True] * len(texts)
-    alone = ev.token_scores(model, texts, first, tokens=300, detailed=flags)
-    for questions, tokens in (("q" * 7, 300), ("q" * 7, 40), ("qqqpprr", 300)):
-        together = ev.token_scores(model, texts, first, tokens=tokens, questions=questions,
-                                   detailed=flags)
+    alone = [ev.token_scores(model, [t], [n], tokens=300, detailed=[True])[0]
+             for t, n in zip(texts, first)]
+    for tokens in (300, 40):
+        together = ev.token_scores(model, texts, first, tokens=tokens, detailed=flags)
         for a, b in zip(alone, together, strict=True):
             assert b.losses == pytest.approx(a.losses, abs=1e-4) and b.predicted == a.predicted
             assert b.standard == pytest.approx(a.standard, rel=1e-3, abs=1e-3)

@@ -133,8 +133,7 @@ def test_answers_read_together_need_no_more_than_planned():
     some = [Encoded(ids[:8] + r.ids[8:], 8) for ids in (rows(1, vocab=40)[0].ids,)
             for r in rows(8 * 8, vocab=40)]
     with LiveBytes(*model.parameters()) as live:
-        evaluation.token_scores(model, some, [8] * len(some), tokens=s.eval_tokens,
-                                questions=[i // 8 for i in range(len(some))])
+        evaluation.token_scores(model, some, [8] * len(some), tokens=s.eval_tokens)
     planned = plan.need(s, c, "evaluate", dtype=torch.float32, critical=0, **LENGTHS)
     assert live.peak < planned.peak - 2 * plan.LOGITS * 4 + 2 * len(some) * 16 * 40 * 4
 
