@@ -125,9 +125,14 @@ def digest_of(functions: tuple, row_items: frozenset) -> str:
         left += references(node, module, defined, imported)
     digest = hashlib.sha256()
     for (module, name), node in sorted(found.items(), key=lambda item: item[0]):
-        quiet = Silent().visit(ast.parse(ast.unparse(node)))
-        digest.update(f"{module}.{name}\0{ast.unparse(quiet)}\0".encode())
+        digest.update(f"{module}.{name}\0{quiet_source(node)}\0".encode())
     return digest.hexdigest()
+
+
+@lru_cache(maxsize=None)  # stages share most of their functions
+def quiet_source(node) -> str:
+    """A syntax tree's code without what `Silent` drops. The tree itself is left whole."""
+    return ast.unparse(Silent().visit(ast.parse(ast.unparse(node))))
 
 
 def references(node, module: str, defined: dict, imported: dict) -> list[tuple[str, str]]:

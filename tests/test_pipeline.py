@@ -26,7 +26,7 @@ from pipeline.__main__ import main
 ROOT = Path(simu.__file__).parent
 DEMO = ROOT / "pipeline" / "demo"
 MICRO = ("--width 64 --depth 2 --vocab 500 --learn-epochs 2 --light-epochs 2 --epochs 2 "
-         "--max-total-tokens 48 --context 160 --forget-groups 4 --retain-groups 8").split()
+         "--max-total-tokens 48 --context 160 --forget-groups 2 --retain-groups 4").split()
 FOLDERS = ("retain-only", "original", "fo-graddiff", "so-graddiff", "simu-graddiff")
 MODELS = ("tiny-llama", "tiny-olmo")
 

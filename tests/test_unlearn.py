@@ -58,7 +58,7 @@ def place(tmp_path_factory):
                               context=128, vocab=tokenizer.vocab_size)
     recipe, rng = simu.Recipe(method="fo", lr=3e-3, batch=15), random.Random(0)
     order = []
-    for _ in range(60):
+    for _ in range(40):
         rows = rng.sample(encoded, len(encoded))
         order += [rows[i:i + 15] for i in range(0, len(rows), 15)]
     with simu.moving_weights(model, recipe, None) as moving:
