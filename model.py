@@ -605,9 +605,9 @@ def generate(model, prompts, *, max_new_tokens=None, eos_id, max_total_tokens=No
     rows = [Row(prompt, limit, [i for i in draft or [] if 0 <= i < model.config.vocab_size])
             for prompt, limit, draft in zip(prompts, limits, drafts)]
     with tqdm(total=len(rows), desc=progress, unit="row", disable=progress is None) as bar:
-        for batch in row_batches([len(p) for p in prompts], limits, batch_tokens):
-            decode(model, [rows[i] for i in batch], eos_id)
-            bar.update(len(batch))
+        bar.update(limits.count(0))
+        for together, group in row_groups([len(p) for p in prompts], limits, batch_tokens):
+            decode(model, [rows[i] for i in group], together, eos_id, bar)
     return [row.ids[row.begin + len(prompt):] for row, prompt in zip(rows, prompts)]
 
 
@@ -659,22 +659,33 @@ def pair_key(first: int, second: int) -> int:
 
 
 class Cache:
-    """Keys and values of B rows: in column p those of a row's p-th token, RoPE in them. Columns
-    past a row's end may hold what a wrong guess left; no query sees them, and later tokens
-    overwrite them."""
+    """Keys and values of at most B rows: in column p those of a row's p-th token, RoPE in them.
+    Columns past a row's end may hold what a wrong guess or another row left; no query sees them,
+    and later tokens overwrite them."""
 
     at_once = 1 + LONGEST_DRAFT  # tokens of a row in one pass
 
     def __init__(self, c: Config, B: int, columns: int, like):
         shape = (B, 2 * c.num_key_value_heads, columns, c.head_dim)  # keys, then values
         # Zeroed: a masked key weighs 0, but 0 times an uninitialised NaN would be NaN.
-        self.kv = [like.new_zeros(shape) for _ in range(c.num_hidden_layers)]
+        self.whole = [like.new_zeros(shape) for _ in range(c.num_hidden_layers)]
+        self.kv = [x[:0] for x in self.whole]  # of the rows that passes read
         self.end = 0  # columns in use
         self.steps = [partial(self.step, layer) for layer in range(c.num_hidden_layers)]
         self.column = torch.arange(columns, device=like.device)
         self.head = columns * torch.arange(shape[1], device=like.device)[:, None]
         self.line = columns * shape[1] * torch.arange(B, device=like.device)  # a row's first
         self.sharing = c.num_attention_heads // c.num_key_value_heads  # H/K
+
+    def open(self, n: int):
+        """From here to `close` the cache is that of n new rows, which then follow the others."""
+        self.before, self.begun = (len(self.kv[0]), self.end), n
+        self.kv = [x[self.before[0]:self.before[0] + n] for x in self.whole]
+
+    def close(self):
+        count, end = self.before
+        self.kv = [x[:count + self.begun] for x in self.whole]
+        self.end = max(self.end, end)
 
     def prompts(self, rows: slice, lengths: list[int]):
         """What stands in for attention in each layer while the prompts of some rows are read."""
@@ -691,30 +702,33 @@ class Cache:
         Returns their positions, int64 [N]; `step` takes the N tokens as they are, unpadded."""
         B, N = len(self.kv[0]), sum(counts)
         first, n = torch.tensor([begin, counts]).to(self.column.device)
-        row, slot = slice(B), 0
-        if N > B:
+        self.end = max(map(sum, zip(begin, counts)))
+        if N == B:
+            self.rows, row, position = (), slice(B), first
+        else:
             row = self.column.new_tensor(range(B)).repeat_interleave(n, output_size=N)
             slot = self.column.new_tensor(range(N)) - (n.cumsum(0) - n)[row]
-        position = first[row] + slot
-        self.end = max(at + n for at, n in zip(begin, counts))
-        self.lines = (self.head + self.line[row] + position).flatten()  # [2K * N]
-        several = n > 1
-        if 2 * sum(count > 1 for count in counts) > B:
-            several = torch.ones_like(several)
-        # Only the M rows that read several tokens are padded, to the longest of them: the others
-        # would wait. All are, where that is most of them, for the keys of a few rows are copied.
-        self.rows = several.nonzero()[:, 0]
+            position = first[row] + slot
+            self.pad(counts, n, row, slot, position)
         if len(self.rows) < B:
             self.mask = self.hide(first[:, None])
-        if len(self.rows):
-            self.first = n.cumsum(0) - n  # [B], where in N a row's first token is
-            self.token = several[row].nonzero()[:, 0]  # those of the M rows, and their places there
-            self.home = (several.cumsum(0) - 1)[row[self.token]], slot[self.token]
-            # [M, width], the last column that a slot may see; one without token sees column 0
-            last = first.new_zeros(len(self.rows), max(counts))
-            last[self.home] = position[self.token]
-            self.masks = self.hide(last.repeat(1, self.sharing))  # as `attention` has its rows
+        self.lines = (self.head + self.line[row] + position).flatten()  # [2K * N]
         return position
+
+    def pad(self, counts: list[int], n, row, slot, position):
+        """Lay out the tokens of the M rows that read several, padded to the longest of them: the
+        others would wait. Where most rows read several all are, for the keys of a few are copied."""
+        several = n > 1
+        if 2 * sum(count > 1 for count in counts) > len(counts):
+            several = torch.ones_like(several)
+        self.rows = several.nonzero()[:, 0]
+        self.first = n.cumsum(0) - n  # [B], where in N a row's first token is
+        self.token = several[row].nonzero()[:, 0]  # those of the M rows, and their places there
+        self.home = (several.cumsum(0) - 1)[row[self.token]], slot[self.token]
+        # [M, width], the last column that a slot may see; one without token sees column 0
+        last = n.new_zeros(len(self.rows), max(counts))
+        last[self.home] = position[self.token]
+        self.masks = self.hide(last.repeat(1, self.sharing))  # as `attention` has its rows
 
     def hide(self, last):
         """What hides the columns past last [rows, width]: [rows, 1, width, end]"""
@@ -771,37 +785,45 @@ def new_tokens(c: Config, i: int, prompt: list[int], max_new, max_total, batch_t
     return room
 
 
-def row_batches(lengths: list[int], limits: list[int], budget: int):
-    """Row numbers in batches, rows of like length together, the longest first: what does not fit
-    in memory fails at once. Rows with no room are left out."""
-    order = sorted((i for i in range(len(lengths)) if limits[i] > 0), key=lambda i: -lengths[i])
-    batch, steps = [], 0
-    for i in order:
-        wider = max(steps, limits[i])
-        if batch and (len(batch) + 1) * (lengths[batch[0]] + wider) > budget:
-            yield batch
-            batch, wider = [], limits[i]
-        batch, steps = [*batch, i], wider
-    if batch:
-        yield batch
+def row_groups(lengths: list[int], limits: list[int], budget: int):
+    """(how many rows fit at once, row numbers) of each group that shares a cache, the longest rows
+    first: what does not fit in memory fails at once. None of a group is half as long as another,
+    or the cache would stand half empty. Rows with no room are left out."""
+    size = [a + b for a, b in zip(lengths, limits)]
+    order = sorted((i for i, limit in enumerate(limits) if limit > 0),
+                   key=lambda i: (-size[i], -lengths[i]))
+    while order:
+        longest = size[order[0]]
+        group = [i for i in order if 2 * size[i] > longest]
+        yield min(len(group), budget // longest), group
+        order = order[len(group):]
 
 
 @torch.inference_mode()
-def decode(model, rows: list[Row], eos_id):
-    """Let the rows of one batch say all they will."""
-    like, columns = model.embed_tokens.weight, max(row.end - row.begin for row in rows)
+def decode(model, waiting: list[Row], together: int, eos_id, bar):
+    """Let rows say all they will, so many together: once a quarter of them have ended, others take
+    their places, or the last few would read all weights for a token each."""
+    like, columns = model.embed_tokens.weight, max(row.end - row.begin for row in waiting)
     rope = model.rope(torch.arange(columns, device=like.device))  # [columns, hd]
-    cache = (model.config.architecture.cache or Cache)(model.config, len(rows), columns, like)
-    chosen = read_prompts(model, cache, rows, rope)
-    while True:
-        alive = [row.add(ids, eos_id) for row, ids in zip(rows, chosen)]
-        if not any(alive):
-            return
+    cache = (model.config.architecture.cache or Cache)(model.config, together, columns, like)
+    rows = []
+    while rows or waiting:
+        free = together - len(rows)
+        if waiting and 4 * free >= together:
+            new, waiting = waiting[:free], waiting[free:]
+            cache.open(len(new))
+            chosen = read_prompts(model, cache, new, rope)
+            cache.close()
+            alive = [True] * len(rows) + [row.add(ids, eos_id) for row, ids in zip(new, chosen)]
+            rows = rows + new
+        else:
+            chosen = read_on(model, cache, rows, rope)
+            alive = [row.add(ids, eos_id) for row, ids in zip(rows, chosen)]
         if not all(alive):
             order = fill_gaps(alive)
-            cache.keep(torch.tensor(order, device=like.device))
+            cache.keep(torch.tensor(order, dtype=torch.int64, device=like.device))
             rows = [rows[i] for i in order]
-        chosen = read_on(model, cache, rows, rope)
+            bar.update(alive.count(False))
 
 
 def fill_gaps(alive: list[bool]) -> list[int]:

@@ -5,7 +5,8 @@
 MODEL is a folder in Hugging Face layout, the rows are TOFU's (a slice of two forget authors and
 eight others), at most --limit of each split. Every token that goes through the layers is counted,
 padding too, and every pass, and held against what no exact evaluation can do without: each distinct
-prefix of a text that is scored or said, once. What metrics are made of, texts and losses, is compared.
+prefix of a text that is scored or said, once, through the layers' matrices at the rate of a large
+matrix product. What metrics are made of, texts and losses, is compared.
 """
 
 import argparse
@@ -13,7 +14,7 @@ import statistics
 from pathlib import Path
 
 import torch
-from common import describe, older, timed
+from common import describe, matmul_rate, older, timed
 
 import data
 import eval as evaluation
@@ -90,7 +91,10 @@ def main():
     for name, s in seconds.items():
         print(f"  {name:7}{statistics.median(s):8.1f} s, {len(read[name])} passes, "
               f"{sum(read[name])} tokens read")
-    print(f"  {len(seen)} tokens at least: the distinct prefixes of what is scored or said")
+    weights = sum(p.numel() for p in models["now"].layers.parameters() if p.dim() == 2)
+    least = 2 * weights * len(seen) / matmul_rate(a)
+    print(f"  {len(seen)} tokens at least, the distinct prefixes of what is scored or said: {least:.1f} s "
+          f"at the matmul rate, at most {statistics.median(seconds['before']) / least:.1f} times faster")
     ratio = statistics.median(x / y for x, y in zip(seconds["before"], seconds["now"]))
     texts = [[r.get(k) for r in rows for k in ("generation", "paraphrased_generation")]
              for _, rows in found.values()]

@@ -275,9 +275,11 @@ def _cache(model, B: int, columns: int) -> int:
     """Bytes kept of B rows of so many tokens: keys and values grow with both, states with B."""
     kind = model.config.architecture.cache or Cache
     cache = kind(model.config, B, columns, model.embed_tokens.weight)
+    cache.open(B)
     model.hidden(_ids(B, 1), cache.prompts(slice(0, B), [1] * B))
-    kept = (t for t in tree_leaves(vars(cache)) if isinstance(t, torch.Tensor))
-    return sum(t.nbytes for t in kept if t.is_floating_point())
+    kept = (t.untyped_storage() for t in tree_leaves(vars(cache))
+            if isinstance(t, torch.Tensor) and t.is_floating_point())
+    return sum({memory._cdata: memory.nbytes() for memory in kept}.values())
 
 
 # ------------------------------------------------------------------------------------ will it fit

@@ -140,6 +140,8 @@ def test_tokens_depend_on_neither_company_nor_draft(kind):
     eos = alone[0][3]  # rows end at different times, and the others go on
     ended = generate(model, PROMPTS, max_new_tokens=9, eos_id=eos)
     assert ended == [x[:x.index(eos)] if eos in x else x for x in alone]
+    few = 2 * (max(map(len, PROMPTS)) + 9)  # two at a time: others take their places
+    assert generate(model, PROMPTS, max_new_tokens=9, eos_id=eos, batch_tokens=few) == ended
 
 
 @both

@@ -328,6 +328,31 @@ def test_finished_rows_leave_the_batch(monkeypatch):
     assert rows[0] > rows[-1] and rows == sorted(rows, reverse=True)
 
 
+@pytest.mark.parametrize("alike", [0, 20])
+def test_rows_take_the_places_of_those_that_ended(passes, alike):
+    """Also where what all prompts begin with is read once, while other rows go on."""
+    model, read = passes
+    prompts = [[5] * alike + p for p in prompts_of([4 + i % 5 for i in range(24)])]
+    free = [slow_greedy(model, p, new=30, eos_id=None) for p in prompts]
+    eos = an_eos(free)
+    want = [text[:text.index(eos)] if eos in text else text for text in free]
+    room = 6 * (alike + 8 + 30)
+    for drafts in (None, want, free[::-1]):
+        read.clear()
+        assert generate(model, prompts, max_new_tokens=30, eos_id=eos, batch_tokens=room,
+                        drafts=drafts) == want
+        if drafts is None:  # six at a time without it: each six as long as its longest
+            order = sorted(range(24), key=lambda i: -len(prompts[i]))
+            apart = [max(len(want[i]) for i in order[n:n + 6]) for n in range(0, 24, 6)]
+            assert len(read) < sum(apart)
+
+
+def test_a_short_row_does_not_take_the_place_of_a_long_one():
+    assert list(module.row_groups([9, 1, 5, 30, 2], [1, 0, 1, 2, 1], 64)) == [
+        (1, [3]), (2, [0, 2]), (1, [4])]
+    assert list(module.row_groups([20] * 5, [10] * 5, 64)) == [(2, [0, 1, 2, 3, 4])]
+
+
 def test_limits():
     model = random_model()  # context 64
     prompts = prompts_of([10, 60, 3])

@@ -44,8 +44,16 @@ class StateCache:
     at_once = 1  # what was read on a wrong guess could not be taken back
 
     def __init__(self, c, B: int, columns: int, like):
-        self.B, self.device, self.states = B, like.device, {}
+        self.device, self.states = like.device, {}
         self.steps = self.step
+
+    def open(self, n: int):
+        self.B, self.before, self.states = n, self.states, {}
+
+    def close(self):
+        none = {op: [s[:0] for s in own] for op, own in self.states.items()}
+        self.states = {op: [torch.cat(pair) for pair in zip((none | self.before)[op], own)]
+                       for op, own in self.states.items()}
 
     def prompts(self, rows: slice, lengths: list[int]):
         ends = torch.tensor(lengths, device=self.device)[:, None]  # [b, 1]
