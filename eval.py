@@ -783,8 +783,7 @@ def token_scores(model: Transformer, rows: list[Encoded], first: list[int], *, t
                  detailed: list[bool] | None = None) -> list[TokenScores]:
     """Scores of each row's tokens from index first[i] (at least 1) to its end. A pass reads at most
     `tokens`; only the positions asked for reach the lm_head."""
-    chunk, out = max(1, LOGITS // model.config.vocab_size), [None] * len(rows)
-    detailed = detailed or [False] * len(rows)
+    out, detailed = [None] * len(rows), detailed or [False] * len(rows)
     longest = max((len(r.ids) - 1 for r in rows), default=0)  # the last token is but predicted
     if longest > tokens:
         raise UserError(f"--eval-tokens {tokens} cannot hold a text of {longest + 1} tokens; "
@@ -796,12 +795,9 @@ def token_scores(model: Transformer, rows: list[Encoded], first: list[int], *, t
         for part in cut([r.ids[:-1] for r in rows], tokens):
             asked = torch.tensor([(at[t - 1], rows[i].ids[t], detailed[i]) for i, at in
                                   part.texts.items() for t in range(first[i], len(rows[i].ids))])
-            h = read_pass(model, part)
-            place, labels, wanted = asked.to(h.device).T
-            found = [_chunk_scores(model.logits(x), y, w) for x, y, w in zip(
-                h[place].split(chunk), labels.split(chunk), wanted.split(chunk))]
+            scores = asked_scores(model, read_pass(model, part), asked)
             sizes = [len(rows[i].ids) - first[i] for i in part.texts]
-            for i, *values in zip(part.texts, *(torch.cat(x).split(sizes) for x in zip(*found))):
+            for i, *values in zip(part.texts, *(x.split(sizes) for x in scores)):
                 losses, *details = (x.tolist() for x in values)
                 out[i] = TokenScores(losses, *(details if detailed[i] else ([], [])))
             bar.update(len(part.texts))
@@ -870,18 +866,34 @@ def attention_of_texts(groups: list[torch.Tensor], home: torch.Tensor, q, k, v):
     return torch.cat(mixed)[home][None]
 
 
-def _chunk_scores(logits, labels, wanted):
-    """logits [n, V], labels and wanted [n] -> losses, predicted ids and standardised log P [n]; the
-    last two where wanted, else 0."""
+def asked_scores(model: Transformer, h, asked) -> list[torch.Tensor]:
+    """Losses, predicted ids and standardised log P [N] of tokens, asked [N, 3]: which of the states
+    h it follows, its id, whether all is wanted. Texts that part after a state share its logits."""
+    place, labels, wanted = asked.to(h.device).T
+    places, row = place.unique(return_inverse=True)
+    scores = [h.new_zeros(len(row), dtype=t) for t in (torch.float, torch.long, torch.float)]
+    chunk = max(1, LOGITS // model.config.vocab_size)
+    for start in range(0, len(places), chunk):
+        own = ((row >= start) & (row < start + chunk)).nonzero()[:, 0]
+        found = _chunk_scores(model.logits(h[places[start:start + chunk]]), row[own] - start,
+                              labels[own], wanted[own])
+        for whole, some in zip(scores, found):
+            whole[own] = some
+    return scores
+
+
+def _chunk_scores(logits, row, labels, wanted):
+    """logits [n, V]; of N tokens, the row of each in them, its id, and whether all is wanted [N] ->
+    losses, predicted ids and standardised log P [N]; the last two where wanted, else 0."""
     log_p = logits.log_softmax(-1)
-    own = log_p.gather(1, labels[:, None])[:, 0]
+    own = log_p[row, labels]
     predicted, standard = torch.zeros_like(labels), torch.zeros_like(own)
-    for rows in wanted.nonzero()[:, 0].split(max(1, len(labels) // 8)):  # the logits' size again
-        some = log_p[rows]
-        p, predicted[rows] = some.exp(), some.argmax(1)
+    for i in wanted.nonzero()[:, 0].split(max(1, len(logits) // 8)):  # the logits' size again
+        some = log_p[row[i]]
+        p, predicted[i] = some.exp(), some.argmax(1)
         average = (p * some).sum(1)
         variance = (p * some.square()).sum(1) - average.square()
-        standard[rows] = (own[rows] - average) / variance.clamp(min=1e-6).sqrt()
+        standard[i] = (own[i] - average) / variance.clamp(min=1e-6).sqrt()
     return -own, predicted, standard
 
 
