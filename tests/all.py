@@ -37,7 +37,8 @@ def start(file: Path):
         return child, printed
     os.dup2(printed.fileno(), 1)
     os.dup2(printed.fileno(), 2)
-    status = pytest.main(["-q", "-rs", str(file)])
+    # transformers has imported anyio, which is a plugin too: pytest would warn that it comes late.
+    status = pytest.main(["-q", "-rs", "-p", "no:anyio", str(file)])
     sys.stdout.flush()
     os._exit(status)
 
