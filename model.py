@@ -806,13 +806,15 @@ def decode(model, waiting: list[Row], together: int, eos_id, bar):
     like, columns = model.embed_tokens.weight, max(row.end - row.begin for row in waiting)
     rope = model.rope(torch.arange(columns, device=like.device))  # [columns, hd]
     cache = (model.config.architecture.cache or Cache)(model.config, together, columns, like)
-    rows = []
+    rows, alike = [], 0
+    if model.config.architecture.packs:
+        alike = read_beginning(model, cache, [row.ids[row.begin:] for row in waiting])
     while rows or waiting:
         free = together - len(rows)
         if waiting and 4 * free >= together:
             new, waiting = waiting[:free], waiting[free:]
             cache.open(len(new))
-            chosen = read_prompts(model, cache, new, rope)
+            chosen = read_prompts(model, cache, new, alike, rope)
             cache.close()
             alive = [True] * len(rows) + [row.add(ids, eos_id) for row, ids in zip(new, chosen)]
             rows = rows + new
@@ -834,20 +836,30 @@ def fill_gaps(alive: list[bool]) -> list[int]:
     return [i if alive[i] else last.pop() for i in range(count)]
 
 
-def read_prompts(model, cache: Cache, rows: list[Row], rope) -> list[list[int]]:
-    """Fill the cache. Returns the model's choice after each prompt, in a list of one. What all
-    prompts begin with (shots, a system turn) is read once, if it is long."""
+def read_beginning(model, cache: Cache, texts: list[list[int]]) -> int:
+    """How many ids all prompts begin with (shots, a system turn). If they are many they are read
+    here, once, into the place of the first row; else 0."""
+    most = min(map(len, texts)) - 1  # each has a last id to choose after
+    alike = next((n for n, ids in enumerate(zip(*texts)) if n == most or len(set(ids)) > 1), 0)
+    if len(texts) == 1 or alike < ALIKE:
+        return 0
+    cache.open(1)
+    ids = torch.tensor([texts[0][:alike]], device=model.embed_tokens.weight.device)
+    model.hidden(ids, cache.prompts(slice(1), [alike]))
+    cache.keep(ids.new_zeros(0))
+    return alike
+
+
+def read_prompts(model, cache: Cache, rows: list[Row], alike: int, rope) -> list[list[int]]:
+    """Fill the cache of new rows. Returns the model's choice after each prompt, in a list of one.
+    The `alike` ids that all begin with stand in the first row's place, whichever row has it now."""
     device, chosen = model.embed_tokens.weight.device, []
-    texts = [row.ids[row.begin:] for row in rows]
-    alike = min(map(len, texts)) - 1  # each has a last id to choose after
-    alike = next((i for i, ids in enumerate(zip(*texts)) if i == alike or len(set(ids)) > 1), 0)
-    if len(rows) > 1 and alike >= ALIKE and model.config.architecture.packs:
-        read_prompts(model, cache, [Row(texts[0][:alike], 0, [])], rope)
-        for kv in cache.kv:
-            kv[1:, :, :alike] = kv[:1, :, :alike]
-        rest = [text[alike:] for text in texts]
-        h = read_placed(model, cache, [alike] * len(rows), rest, rope)
-        ends = torch.tensor(list(map(len, rest)), device=device).cumsum(0) - 1
+    texts = [row.ids[row.begin + alike:] for row in rows]
+    if alike:
+        for kv, whole in zip(cache.kv, cache.whole):
+            kv[:, :, :alike] = whole[:1, :, :alike].clone()
+        h = read_placed(model, cache, [alike] * len(rows), texts, rope)
+        ends = torch.tensor(list(map(len, texts)), device=device).cumsum(0) - 1
         return [[token] for token in best_ids(model, h[ends])]
     for i in range(0, len(rows), PROMPTS_AT_ONCE):
         part = slice(i, i + PROMPTS_AT_ONCE)

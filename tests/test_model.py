@@ -329,9 +329,11 @@ def test_finished_rows_leave_the_batch(monkeypatch):
 
 
 @pytest.mark.parametrize("alike", [0, 20])
-def test_rows_take_the_places_of_those_that_ended(passes, alike):
-    """Also where what all prompts begin with is read once, while other rows go on."""
-    model, read = passes
+def test_rows_take_the_places_of_those_that_ended(passes, alike, monkeypatch):
+    """Also where what all prompts begin with is read once, for those that come later too."""
+    (model, read), whole, inner = passes, [], module.Cache.prefill
+    monkeypatch.setattr(module.Cache, "prefill", lambda self, rows, layer, q, k, v: whole.append(
+        k.shape[2]) or inner(self, rows, layer, q, k, v))
     prompts = [[5] * alike + p for p in prompts_of([4 + i % 5 for i in range(24)])]
     free = [slow_greedy(model, p, new=30, eos_id=None) for p in prompts]
     eos = an_eos(free)
@@ -339,12 +341,14 @@ def test_rows_take_the_places_of_those_that_ended(passes, alike):
     room = 6 * (alike + 8 + 30)
     for drafts in (None, want, free[::-1]):
         read.clear()
+        whole.clear()
         assert generate(model, prompts, max_new_tokens=30, eos_id=eos, batch_tokens=room,
                         drafts=drafts) == want
         if drafts is None:  # six at a time without it: each six as long as its longest
             order = sorted(range(24), key=lambda i: -len(prompts[i]))
             apart = [max(len(want[i]) for i in order[n:n + 6]) for n in range(0, 24, 6)]
             assert len(read) < sum(apart)
+        assert whole == [alike] * len(model.layers) or not alike
 
 
 def test_a_short_row_does_not_take_the_place_of_a_long_one():
