@@ -37,8 +37,8 @@ def start(file: Path):
         return child, printed
     os.dup2(printed.fileno(), 1)
     os.dup2(printed.fileno(), 2)
-    # transformers has imported anyio, which is a plugin too: pytest would warn that it comes late.
-    status = pytest.main(["-q", "-rs", "-p", "no:anyio", str(file)])
+    # transformers imports anyio, which is a plugin too; pytest cannot rewrite its assertions now.
+    status = pytest.main(["-q", "-rs", "-W", "ignore:Module already imported", str(file)])
     sys.stdout.flush()
     os._exit(status)
 
