@@ -106,7 +106,8 @@ class Limits:
     max_new_tokens: int = option(0, "tokens generated at most; 0: no limit", **at_least(0))
     max_total_tokens: int = option(200, "prompt and answer at most; 0: no limit [D16]",
                                    **at_least(0))
-    eval_tokens: int = option(16384, "tokens in one evaluation pass", **at_least(1))
+    eval_tokens: int = option(16384, "tokens in one evaluation pass; on a CPU losses take fewer",
+                             **at_least(1))
     closeness: str = option("rouge", "what judges which answer is closest [D11]; encoder needs "
                             "sentence-transformers", choices=("rouge", "encoder"))
     encoder: str = option("paraphrase-MiniLM-L6-v2", "the sentence encoder (SOUL's): a folder, or "
@@ -773,7 +774,7 @@ def check_finite(values: list[float], name: str):
 # vocabulary (Min-K%++). The last two are empty of a text that nobody asks them of.
 TokenScores = namedtuple("TokenScores", "losses predicted standard")
 
-# Texts read in one pass, whatever they begin alike with only once. place: where each of `ids` stands
+# Texts read in one pass: what several begin with stands in `ids` once. place: where each id stands
 # in its texts. texts: number of the text -> where in `ids` its own stand.
 Pass = namedtuple("Pass", "ids place texts")
 
@@ -805,8 +806,8 @@ def token_scores(model: Transformer, rows: list[Encoded], first: list[int], *, t
 
 
 def passes_that_share(texts: list[list[int]], tokens: int) -> list[Pass]:
-    """Texts in passes of at most `tokens` distinct ids. In sorted order, none before a text begins
-    with more of it than the last one."""
+    """Texts in passes of at most `tokens` ids. They are sorted: of all texts before one, the last
+    begins with most of it."""
     parts, last, path = [], [], []
     for i in sorted(range(len(texts)), key=texts.__getitem__):
         text = texts[i]
