@@ -85,7 +85,7 @@ import torch
 from tqdm import tqdm
 
 import data
-from data import TASKS, Encoded, Example, at_least, option
+from data import TASKS, Encoded, Example, option
 from model import (LOGITS, Transformer, UserError, causal_attention, generate,
                    write_text)
 
@@ -103,20 +103,15 @@ KEEP_EVERY = 256  # generations between two writes of the file a killed evaluati
 class Limits:
     """How far a model is let speak, how much is computed at once, and what else is measured."""
 
-    max_new_tokens: int = option(0, "tokens generated at most; 0: no limit", **at_least(0))
-    max_total_tokens: int = option(200, "prompt and answer at most; 0: no limit [D16]",
-                                   **at_least(0))
-    eval_tokens: int = option(16384, "tokens in one evaluation pass; on a CPU losses take fewer",
-                             **at_least(1))
+    max_new_tokens: int = option(0, "tokens generated at most; 0: no limit")
+    max_total_tokens: int = option(200, "prompt and answer at most; 0: no limit [D16]")
+    eval_tokens: int = option(16384, "tokens in one evaluation pass; on a CPU losses take fewer")
     closeness: str = option("rouge", "what judges which answer is closest [D11]; encoder needs "
                             "sentence-transformers", choices=("rouge", "encoder"))
     encoder: str = option("paraphrase-MiniLM-L6-v2", "the sentence encoder (SOUL's): a folder, or "
                           "a name on the hub")
     mmlu: str = option("", "folder with multiple-choice files to answer: MMLU's *.csv, or *.jsonl "
                        "of question, choices, answer")
-
-    def __post_init__(self):
-        data.check_fields(self)
 
 
 # ------------------------------------------------------------------------------------- text metrics

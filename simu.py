@@ -37,8 +37,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from data import (DECAY, FRACTION, IGNORE, POSITIVE, SCALE, Batch, Encoded, Example, at_least,
-                  batches_by_length, check_fields, collate, option)
+from data import IGNORE, Batch, Encoded, Example, batches_by_length, collate, option
 from model import LOGITS, Transformer, UserError, causal_attention
 
 # ----------------------------------------------------------- step 1: attribution, to the letter
@@ -1022,67 +1021,56 @@ CONSTANTS = ("beta1", "beta2", "gamma", "eps", "adam_beta2", "adam_eps", "clip",
 class Attribution:
     """Step 1, scores (Section 2.1)."""
 
-    seed: int = option(0, "seeds every draw: slice, initial weights, order, pairing", **at_least(0))
-    steps: int = option(5, "m: nodes on the path from 0 to beta (Eq. 1)", **at_least(1))
+    seed: int = option(0, "seeds every draw: slice, initial weights, order, pairing")
+    steps: int = option(5, "m: nodes on the path from 0 to beta (Eq. 1)")
     path: str = option("layer", "scale a layer's outputs together, or one neuron at a time [D4]",
                        choices=PATHS)
-    attribution_tokens: int = option(4096, "tokens in one attribution pass, path nodes counted in",
-                                     **at_least(1))
-
-    def __post_init__(self):
-        check_fields(self)
+    attribution_tokens: int = option(4096, "tokens in one attribution pass, path nodes counted in")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Masking:
     """Step 1, mask (Section 2.1)."""
 
-    seed: int = option(0, "seeds every draw: slice, initial weights, order, pairing", **at_least(0))
-    threshold: float = option(0.3, "t: critical if Att > t * max of the layer", **FRACTION)
+    seed: int = option(0, "seeds every draw: slice, initial weights, order, pairing")
+    threshold: float = option(0.3, "t: critical if Att > t * max of the layer")
     mask: str = option("dual", "dual keeps neurons critical for both sets [D6], forget-only drops, "
                        "soft weighs them; random: of equal size; none: attention only; all: no "
                        "mask on down_proj", choices=tuple(MASKS))
-
-    def __post_init__(self):
-        check_fields(self)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Unlearning:
     """Step 2 (Section 2.2)."""
 
-    seed: int = option(0, "seeds every draw: slice, initial weights, order, pairing", **at_least(0))
+    seed: int = option(0, "seeds every draw: slice, initial weights, order, pairing")
     method: str = option("simu", "fo: AdamW on all weights; so: Sophia on all; simu: Sophia on "
                          "attention and critical rows", choices=tuple(METHODS))
     objective: str = option("graddiff", "; ".join(f"{k}: {v.about}" for k, v in OBJECTIVES.items()),
                             choices=tuple(OBJECTIVES))
     attention: str = option("moving", "of masked methods: frozen follows the sentence after Eq. 7 "
                             "[D9]", choices=("moving", "frozen"))
-    npo_beta: float = option(0.1, "beta of NPO", **SCALE)
-    simnpo_beta: float = option(4.5, "beta of SimNPO", **SCALE)
-    simnpo_margin: float = option(0.0, "gamma of SimNPO", **at_least(0))
-    undial_strength: float = option(10.0, "how much UNDIAL lowers the answer's logit", **POSITIVE)
-    lr: float = option(5e-6, "eta: peak learning rate", **POSITIVE)
-    epochs: int = option(5, "passes over the forget set", **at_least(1))
-    batch: int = option(16, "forget rows per update, each with one retain row", **at_least(1))
-    micro_tokens: int = option(8192, "tokens in one forward-backward pass; a batch is cut to fit",
-                               **at_least(1))
-    lam: float = option(2.0, "lambda: weight of the retain loss", **at_least(0))
-    beta1: float = option(0.9, "of the first moment (Eq. 4)", **DECAY)
-    beta2: float = option(0.95, "of the curvature (Eq. 4)", **DECAY)
-    gamma: float = option(204.8, "damping (Eq. 3): SOUL's rho * bs = 0.04 * 5120 [D7]", **POSITIVE)
-    eps: float = option(1e-15, "floor of gamma * H (Eq. 3)", **POSITIVE)
-    adam_beta2: float = option(0.999, "AdamW's second moment (FO-GradDiff)", **DECAY)
-    adam_eps: float = option(1e-8, "AdamW's epsilon (FO-GradDiff)", **POSITIVE)
-    weight_decay: float = option(0.1, "decoupled, none on norms [D7]", **at_least(0))
-    clip: float = option(1.0, "largest gradient norm over the weights that move", **POSITIVE)
-    warmup: float = option(0.1, "share of updates with rising learning rate", **DECAY)
+    npo_beta: float = option(0.1, "beta of NPO")
+    simnpo_beta: float = option(4.5, "beta of SimNPO")
+    simnpo_margin: float = option(0.0, "gamma of SimNPO")
+    undial_strength: float = option(10.0, "how much UNDIAL lowers the answer's logit")
+    lr: float = option(5e-6, "eta: peak learning rate")
+    epochs: int = option(5, "passes over the forget set")
+    batch: int = option(16, "forget rows per update, each with one retain row")
+    micro_tokens: int = option(8192, "tokens in one forward-backward pass; a batch is cut to fit")
+    lam: float = option(2.0, "lambda: weight of the retain loss")
+    beta1: float = option(0.9, "of the first moment (Eq. 4)")
+    beta2: float = option(0.95, "of the curvature (Eq. 4)")
+    gamma: float = option(204.8, "damping (Eq. 3): SOUL's rho * bs = 0.04 * 5120 [D7]")
+    eps: float = option(1e-15, "floor of gamma * H (Eq. 3)")
+    adam_beta2: float = option(0.999, "AdamW's second moment (FO-GradDiff)")
+    adam_eps: float = option(1e-8, "AdamW's epsilon (FO-GradDiff)")
+    weight_decay: float = option(0.1, "decoupled, none on norms [D7]")
+    clip: float = option(1.0, "largest gradient norm over the weights that move")
+    warmup: float = option(0.1, "share of updates with rising learning rate")
     state: str = option("float32", "optimiser state and master weights; bfloat16 rounds "
                         "stochastically [D10]", choices=("float32", "bfloat16"))
     checkpointing: bool = option(False, "recompute activations in the backward pass")
-
-    def __post_init__(self):
-        check_fields(self)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -47,7 +47,6 @@ if __name__ == "__main__":
 import pipeline  # noqa: E402, F401  before torch: it silences a warning of torch's import
 from contextlib import nullcontext  # noqa: E402
 
-from data import LIMIT  # noqa: E402
 from model import UserError  # noqa: E402
 from pipeline import (  # noqa: E402
     attack, evaluate, figures, hub, plan, report, request, settings, sweep)
@@ -102,7 +101,7 @@ def parser_of_stages() -> settings.Parser:
 
 
 def evaluate_stages(run: Path, stages: list[str], *, limit: int, force: bool):
-    if not 0 <= limit < LIMIT:
+    if not 0 <= limit < settings.LIMIT:
         raise UserError(f"--limit is {limit}; it must be 0 (all rows) or more, and below 2**31")
     stages = stages or finished_models(run)
     if not stages:

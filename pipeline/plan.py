@@ -21,11 +21,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import simu
-from data import LIMIT, Encoded
+from data import Encoded
 from model import LOGITS, Cache, Config, Transformer, UserError
 from pipeline import hub
-from pipeline.settings import (Settings, choose_device, choose_dtype, load_benchmark, resolve,
-                               tiny_config)
+from pipeline.settings import (LIMIT, Settings, choose_device, choose_dtype, load_benchmark,
+                               resolve, tiny_config)
 from pipeline.stage import mask_name, read_stage
 
 GB = 1e9

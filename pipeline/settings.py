@@ -16,8 +16,8 @@ import torch
 import data
 import eval as evaluation
 import simu
-from data import DECAY, POSITIVE, at_least, option
-from model import Config, Transformer, UserError, read_json
+from data import option
+from model import NO_TEXT, Config, Transformer, UserError, read_json
 from pipeline import mixers
 
 HERE = Path(__file__).resolve().parent.parent  # the repository
@@ -55,30 +55,30 @@ class Source:
 class Making:
     """How the original is made, where it is made here."""
 
-    vocab: int = option(2048, "pieces of a tiny model's tokenizer", **at_least(300))
-    width: int = option(128, "D of a tiny model", **at_least(8))
-    depth: int = option(4, "L of a tiny model", **at_least(1))
-    context: int = option(512, "positions of a tiny model", **at_least(8))
-    learn_batch: int = option(16, "rows per update while it is made", **at_least(1))
-    learn_lr: float = option(2e-3, "peak rate while learning all but the forget set", **POSITIVE)
-    learn_epochs: int = option(40, "epochs of that", **at_least(1))
-    learn_decay: float = option(0.1, "weight decay while it is made", **at_least(0))
-    learn_warmup: float = option(0.1, "share of updates with rising rate while it is made", **DECAY)
-    learn_tokens: int = option(8192, "tokens in one pass while it is made", **at_least(1))
+    vocab: int = option(2048, "pieces of a tiny model's tokenizer")
+    width: int = option(128, "D of a tiny model")
+    depth: int = option(4, "L of a tiny model")
+    context: int = option(512, "positions of a tiny model")
+    learn_batch: int = option(16, "rows per update while it is made")
+    learn_lr: float = option(2e-3, "peak rate while learning all but the forget set")
+    learn_epochs: int = option(40, "epochs of that")
+    learn_decay: float = option(0.1, "weight decay while it is made")
+    learn_warmup: float = option(0.1, "share of updates with rising rate while it is made")
+    learn_tokens: int = option(8192, "tokens in one pass while it is made")
     learn_state: str = option("float32", "optimiser state while it is made",
                               choices=("float32", "bfloat16"))
     learn_checkpointing: bool = option(False, "recompute activations while it is made")
     learn_retain_only: bool = option(False, "also teach a copy of the base all but the forget set")
-    light_lr: float = option(5e-4, "peak rate while learning the forget set", **POSITIVE)
-    light_epochs: int = option(10, "epochs of that", **at_least(1))
-    light_retain: int = option(2, "retain rows beside each forget row in it", **at_least(0))
+    light_lr: float = option(5e-4, "peak rate while learning the forget set")
+    light_epochs: int = option(10, "epochs of that")
+    light_retain: int = option(2, "retain rows beside each forget row in it")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Planting:
     """Where `plant` puts the forget set."""
 
-    share: float = option(0.25, "of down_proj's rows that are planted", **data.FRACTION)
+    share: float = option(0.25, "of down_proj's rows that are planted")
     where: str = option("rows", "rows: as many in every layer; held: as rows, each keeping its "
                         "norm; layers: in as few layers as hold them; spread: as rows, and "
                         "attention learns too; inner: inner neurons (rows of gate_proj and "
@@ -92,7 +92,20 @@ class Aside:
 
     level_share: float = option(
         0.0, "share of the never-seen rows, whole authors, that set the level; membership is "
-        "measured on the others", ok=lambda x: 0 <= x < 1, must="in [0, 1)")
+        "measured on the others")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Level(Aside):
+    """Where forgetting ends, for the objectives that end somewhere."""
+
+    level: str = option("unseen", "what such an objective gives each forget row: the loss of a row "
+                        "never seen; that of retain-only on the same row (retain-only); or a "
+                        "number")
+
+
+LIMIT = 2**31  # a number from here on is a slip of the hand, and overflows some kernel
+LEAST = 2.0 ** -126  # what is smaller may be 0 in float32, where everything is computed
 
 
 def is_level(level: str) -> bool:
@@ -102,14 +115,48 @@ def is_level(level: str) -> bool:
         return False
 
 
-@dataclass(frozen=True, kw_only=True)
-class Level(Aside):
-    """Where forgetting ends, for the objectives that end somewhere."""
+def at_least(low) -> tuple:
+    return lambda x: low <= x < LIMIT, f"at least {low}, and below 2**31"
 
-    level: str = option("unseen", "what such an objective gives each forget row: the loss of a row "
-                        "never seen; that of retain-only on the same row (retain-only); or a "
-                        "number", ok=is_level, must="unseen, retain-only, or a loss in nats per "
-                        "token")
+
+# What each setting must be, however it is given: names, a test of the value, and the test in words.
+RANGES = (
+    ("seed simnpo_margin lam weight_decay forget_groups retain_groups max_new_tokens "
+     "max_total_tokens learn_decay light_retain retain_from_model", *at_least(0)),
+    ("steps attribution_tokens epochs batch micro_tokens rows_per_author eval_tokens depth "
+     "learn_batch learn_epochs learn_tokens light_epochs", *at_least(1)),
+    ("width context", *at_least(8)),
+    ("vocab", *at_least(300)),
+    ("threshold lume_fraction share", lambda x: 0 < x <= 1, "in (0, 1]"),
+    ("resume_cost must_know", lambda x: 0 <= x <= 1, "in [0, 1]"),
+    ("beta1 beta2 adam_beta2 warmup learn_warmup level_share", lambda x: 0 <= x < 1, "in [0, 1)"),
+    ("npo_beta simnpo_beta", lambda x: 1e-6 <= x <= 1e6, "from 1e-6 to 1e6"),
+    ("undial_strength lr gamma eps adam_eps clip learn_lr light_lr", lambda x: LEAST <= x < LIMIT,
+     "at least 2**-126, and below 2**31"),
+    ("level", is_level, "unseen, retain-only, or a loss in nats per token"),
+)
+RANGE_OF = {name: tuple(test) for names, *test in RANGES for name in names.split()}
+
+
+def check_ranges(settings):
+    """UserError if a field of a dataclass made of `option`s holds what it must not."""
+    for f in fields(settings):
+        value, choices, name = getattr(settings, f.name), f.metadata["choices"], flag(f.name)
+        if f.type in (bool, int, float, str) and type(value) not in (
+                f.type, int if f.type is float else f.type):
+            raise UserError(f"{name} is {value!r}; it must be of type {f.type.__name__}")
+        if isinstance(value, str) and NO_TEXT.search(value):
+            raise UserError(f"{name} is {value!r}, which is not UTF-8 text; choose another")
+        if choices and value not in choices:
+            raise UserError(f"{name} is {value!r}; choose {' or '.join(choices)}")
+        good, must = RANGE_OF.get(f.name, (None, ""))
+        if good and not good(value):
+            raise UserError(f"{name} is {value}; it must be {must}")
+
+
+def flag(name: str) -> str:
+    """A field's option on the command line."""
+    return "--" + name.replace("_", "-")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,8 +170,7 @@ class Settings(Source, Placement, data.Slice, simu.Recipe, Making, Planting, Lev
     forget: str = option("", "rows: file of the rows to forget")
     retain: str = option("", "rows: file of the rows to keep")
     unseen: str = option("", "file of rows like the forget rows that the model never saw")
-    retain_from_model: int = option(0, "rows: keep this many texts that the original writes",
-                                    **at_least(0))
+    retain_from_model: int = option(0, "rows: keep this many texts that the original writes")
     retain_only: str = option("", "a model that never saw the forget set: a folder or "
                               "hf:OWNER/NAME[@REVISION]")
     out: str = option("", "run folder; default runs/<benchmark>-<model>")
@@ -135,15 +181,13 @@ class Settings(Source, Placement, data.Slice, simu.Recipe, Making, Planting, Lev
     force: bool = option(False, "make again what is already made")
     resume_cost: float = option(
         0.03, "share of a training's or attribution's time spent on checkpoints from which a "
-        "killed one goes on; 1: one after every update; 0: none",
-        ok=lambda x: 0 <= x <= 1, must="from 0 to 1")
+        "killed one goes on; 1: one after every update; 0: none")
     eval_epochs: bool = option(False, "evaluate after every epoch of unlearning (epochs.jsonl)")
     must_know: float = option(0.5, "least ROUGE-L of the original on the forget set, below which "
-                              "run.sh stops before unlearning; 0: go on with any",
-                              ok=lambda x: 0 <= x <= 1, must="in [0, 1]")
+                              "run.sh stops before unlearning; 0: go on with any")
 
     def __post_init__(self):
-        data.check_fields(self)
+        check_ranges(self)
         if self.name and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{,99}", self.name):
             raise UserError(f"--name {self.name!r} must be letters, digits, dots, dashes and "
                             "underscores, at most 100, and begin with a letter or digit")
@@ -485,12 +529,12 @@ def add_options(to: argparse.ArgumentParser, *, skip: tuple = ()):
     for f in fields(Settings):
         if f.name in skip:
             continue
-        flag, effect = "--" + f.name.replace("_", "-"), f.metadata["effect"].replace("%", "%%")
+        effect = f.metadata["effect"].replace("%", "%%")
         if f.type is bool:
-            to.add_argument(flag, action=argparse.BooleanOptionalAction, help=effect,
+            to.add_argument(flag(f.name), action=argparse.BooleanOptionalAction, help=effect,
                             default=argparse.SUPPRESS)
         else:
             shown = f"{effect} (default {f.default!r})"
-            to.add_argument(flag, type=f.type, help=shown, default=argparse.SUPPRESS,
+            to.add_argument(flag(f.name), type=f.type, help=shown, default=argparse.SUPPRESS,
                             choices=f.metadata["choices"] or None,
                             metavar=None if f.metadata["choices"] else f.type.__name__.upper())

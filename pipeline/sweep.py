@@ -370,7 +370,7 @@ BEGINS = '{"key": "'  # each line, also a torn one
 def is_line(line) -> bool:
     """Does a JSON value have the shape, and the digest, of a line that a sweep wrote?"""
     return (has_types(line, LINE) and has_types(line, {k: NOTES[k] for k in NOTES if k in line})
-            and line.pop("digest", "") == digest(line) and 0 <= line["seed"] < data.LIMIT
+            and line.pop("digest", "") == digest(line) and 0 <= line["seed"] < settings.LIMIT
             and (line["arm"] in BASELINES or bool(arm_settings(line["arm"])))
             and all(type(x) in (int, float) and math.isfinite(x)
                     for x in (line.get("lr"), *line["values"].values())))

@@ -12,6 +12,7 @@ import pytest
 import data
 from data import IGNORE, Encoded, Example, Slice
 from model import UserError
+from pipeline.settings import Settings
 
 DEMO = Path(data.__file__).parent / "pipeline" / "demo"
 FIXED = [name for name in data.TEMPLATES if name != "chat"]
@@ -224,12 +225,12 @@ def test_overlap_is_counted_and_told(tmp_path, capsys):
     (dict(lume_fraction=float("nan")), "--lume-fraction is nan"), (dict(seed="1"), "of type int"),
     (dict(seed=True), "of type int"), (dict(forget_split="a\ud800"), "not UTF-8"),
     (dict(rows_per_author=2**31), "below 2"), (dict(lume_fraction=1), None)])
-def test_a_slice_checks_its_fields(given, told):
+def test_settings_check_the_fields_of_a_slice(given, told):
     if told is None:
-        assert Slice(**given).lume_fraction == 1
+        assert Settings(**given).lume_fraction == 1
         return
     with pytest.raises(UserError, match=re.escape(told)):
-        Slice(**given)
+        Settings(**given)
 
 
 # -------------------------------------------------------------------------------- rows of one's own
