@@ -16,7 +16,7 @@ import math
 import os
 import re
 import reprlib
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -68,6 +68,20 @@ ARCHITECTURES = {  # model_type of a config.json -> what is different there
     "qwen2": Architecture(name="Qwen2ForCausalLM", biases=True)}
 
 
+@dataclass(frozen=True)
+class Neurons:
+    """Where a layer's neurons are: the matrices of its MLP whose row (column) k is neuron k's."""
+
+    size: str  # the field of Config that counts them
+    rows: tuple[str, ...] = ()
+    columns: tuple[str, ...] = ()
+
+
+NEURONS = {"output": Neurons("hidden_size", rows=("down_proj",)),
+           "inner": Neurons("intermediate_size", rows=("gate_proj", "up_proj"),
+                            columns=("down_proj",))}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """The shape of a model. Names are those of HF's config.json, but for norm_eps (rms_norm_eps).
@@ -90,6 +104,7 @@ class Config:
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
+    neurons: str = "output"  # which of the MLP's are SIMU's; no config.json says it
 
     def __post_init__(self):
         check_sizes(self)
@@ -101,6 +116,11 @@ class Config:
     @property
     def architecture(self) -> Architecture:
         return ARCHITECTURES[self.model_type]
+
+    @property
+    def neuron_count(self) -> int:
+        """SIMU's neurons in a layer."""
+        return getattr(self, NEURONS[self.neurons].size)
 
     @classmethod
     def from_dir(cls, path) -> "Config":
@@ -119,6 +139,7 @@ class Config:
         """The content of a config.json which transformers 4 and 5 load; dtype of the weights."""
         own = {f.name: getattr(self, f.name) for f in fields(self)}
         eps = own.pop("norm_eps")
+        del own["neurons"]
         if not self.architecture.plain_norm:
             own["rms_norm_eps"] = eps
         if not self.architecture.clips:
@@ -249,10 +270,20 @@ class MLP(nn.Module):
         self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
         self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=False)
         self.intervene = None  # or a function [B, T, D] -> [B, T, D] on the output (beta in Eq. 1)
+        self.inner = c.neurons == "inner"
+
+    def neurons(self, x):
+        """What SIMU's neurons say on x [B, T, D] -> [B, T, D], inner ones [B, T, F]"""
+        y = F.silu(self.gate_proj(x)) * self.up_proj(x)  # [B, T, F]
+        beta = y if self.inner else self.down_proj(y)
+        return beta if self.intervene is None else self.intervene(beta)
+
+    def write(self, beta):
+        """What the neurons' activations add to the stream: [..., D]"""
+        return self.down_proj(beta) if self.inner else beta
 
     def forward(self, x):
-        beta = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-        return beta if self.intervene is None else self.intervene(beta)
+        return self.write(self.neurons(x))
 
 
 class Block(nn.Module):
@@ -281,11 +312,12 @@ class Block(nn.Module):
 
     def beta(self, x):
         """The MLP's output on the stream x [B, T, D], attention already in it -> [B, T, D]"""
-        return self.mlp(x if self.norms_output else self.post_attention_layernorm(x))
+        return self.mlp.neurons(x if self.norms_output else self.post_attention_layernorm(x))
 
     def add_beta(self, x, beta):
         """The stream that leaves the layer: x with beta, which broadcast -> [..., D]"""
-        return x + (self.post_feedforward_layernorm(beta) if self.norms_output else beta)
+        y = self.mlp.write(beta)
+        return x + (self.post_feedforward_layernorm(y) if self.norms_output else y)
 
     def parts(self, x, cos, sin, attend):
         """The stream that the MLP reads, and beta, which it writes: each [B, T, D]"""
@@ -379,13 +411,14 @@ class Transformer(nn.Module):
         return self.logits(self.hidden(ids))
 
     @classmethod
-    def from_pretrained(cls, path, dtype=torch.float32, device="cpu") -> "Transformer":
+    def from_pretrained(cls, path, dtype=torch.float32, device="cpu", *,
+                        neurons: str = "output") -> "Transformer":
         """Load a HF folder (config.json and safetensors, whole or sharded; also in the original
         OLMo layout), tensor by tensor into dtype on device. UserError names what is missing,
         unexpected, misshapen or damaged."""
         folder = Path(path)
         with torch.device("meta"):
-            model = cls(Config.from_dir(folder))
+            model = cls(replace(Config.from_dir(folder), neurons=neurons))
         load_weights(model, folder, dtype, device)
         return model
 

@@ -22,13 +22,16 @@ Letters: B batch, T time, L layers, D width, H heads, K kv heads, F d_ff, V voca
 A answer tokens of the longest answer in a batch, J path nodes run at once, R = J * A rows.
 [D#] tags are the readings of the paper listed in the README.
 
+Part 1 is the method to the letter. Part 2 gives each of its steps a fast twin, with the reason why
+the two are equal and the test that holds them so. Then come the tables that a fork edits, and the
+settings with Tables 3 and 4.
+
 Not here: several GPUs, quantised training, adapters.
 """
 
-import dataclasses
 import random
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from typing import Callable
 
@@ -37,10 +40,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from data import IGNORE, Batch, Encoded, Example, batches_by_length, collate, option
-from model import LOGITS, Transformer, UserError, causal_attention
+from data import IGNORE, Batch, Encoded, batches_by_length, collate, option
+from model import LOGITS, NEURONS, Transformer, UserError, causal_attention
 
-# ----------------------------------------------------------- step 1: attribution, to the letter
+# ==================================================================== Part 1: the method
+# ----------------------------------------------------- Step 1: attribution (Eq. 1-2)
 
 
 def attribute_loop(model: Transformer, encoded: Encoded, *, steps: int = 5,
@@ -50,7 +54,7 @@ def attribute_loop(model: Transformer, encoded: Encoded, *, steps: int = 5,
     One sample per answer token [D2], one layer (or neuron [D4]), one node of the path at a time,
     each with a forward and a backward pass of its own. `attribute` gives the same numbers fast."""
     check_path(steps, path)
-    D = model.config.hidden_size
+    D = model.config.neuron_count
     scores = torch.zeros(len(model.layers), D, device=model.embed_tokens.weight.device)
     scaled_together = [slice(0, D)] if path == "layer" else [slice(k, k + 1) for k in range(D)]
     with frozen(model):
@@ -88,30 +92,150 @@ def path_node(model: Transformer, prefix: list[int], label: int, l: int, k: slic
     return seen["beta"].float(), grad.float()
 
 
-def check_path(steps: int, path: str):
-    if steps < 1:
-        raise UserError(f"steps m = {steps}; it must be at least 1")
-    if path not in PATHS:
-        raise UserError(f"path {path!r} is unknown; choose {' or '.join(PATHS)}")
+# ------------------------------------------------- Step 1: critical neurons (Section 2.1)
 
 
-@contextmanager
-def frozen(model: Transformer):
-    """No gradients of weights while the block runs: only activations need them in step 1."""
-    moving = [p for p in model.parameters() if p.requires_grad]
-    try:
-        for p in moving:
-            p.requires_grad_(False)
-        yield
-    finally:
-        for p in moving:
-            p.requires_grad_(True)
+def critical_mask(scores: Tensor, threshold: float) -> Tensor:
+    """bool [L, D]: Att > t * M_l with M_l = max_k Att(w_l^k), strict, layer by layer. A layer
+    whose maximum is not positive holds nothing critical [D5]."""
+    if not 0 < threshold <= 1:
+        raise UserError(f"threshold t = {threshold}; it must be in (0, 1]")
+    need_finite_scores(scores)
+    top = scores.amax(dim=1, keepdim=True)
+    return (scores > threshold * top) & (top > 0)
 
 
-# ------------------------------------------------------------------- step 1: attribution, fast
+# ---------------------------------------------------------------- Step 2: GradDiff (A.1)
+
+
+def mean_nll(model: Transformer, batch: Batch) -> Tensor:
+    """l(y | x) of A.1: the mean of -log P over a batch's answer tokens and eos. Only they go
+    through the output head."""
+    counted = batch.targets != IGNORE
+    logits = model.logits(model.hidden_at(batch.ids, counted))  # [N, V]
+    return F.cross_entropy(logits, batch.targets[counted], reduction="sum") / counted.sum()
+
+
+def graddiff_loss(model: Transformer, forget: Batch, retain: Batch, lam: float) -> Tensor:
+    """GradDiff as one loss: ascent on forget rows, descent on retain rows [D8]."""
+    return -mean_nll(model, forget) + lam * mean_nll(model, retain)
+
+
+# ------------------------------------------------------- Step 2: masked Sophia (Eq. 3-7)
+
+
+def sophia_moments(grad: Tensor, m: Tensor, h: Tensor, *, beta1: float, beta2: float):
+    """Eq. 4: one EMA of g and one of g^2, both at every step [D7]."""
+    return beta1 * m + (1 - beta1) * grad, beta2 * h + (1 - beta2) * grad.square()
+
+
+def sophia_step(param: Tensor, m: Tensor, h: Tensor, *, lr: float, gamma: float, eps: float,
+                weight_decay: float):
+    """Eq. 3 with decoupled decay: the new weights, and how many coordinates its clip bound."""
+    ratio = m / (gamma * h).clamp_min(eps)
+    return param * (1 - lr * weight_decay) - lr * ratio.clamp(-1, 1), (ratio.abs() >= 1).sum()
+
+
+def blend(mask: Tensor | None, new: Tensor, old: Tensor) -> Tensor:
+    """M * new + (1 - M) * old, in the bits of old where M is 0: 0 * new cannot promise that once
+    new is not finite."""
+    if mask is None:
+        return new
+    mask = mask.to(new.dtype)
+    return torch.where(mask == 0, old, mask * new + (1 - mask) * old)
+
+
+def masked_update(param: Tensor, grad: Tensor, m: Tensor, h: Tensor, *, moments, step,
+                  mask: Tensor | None) -> Tensor:
+    """One step of any optimiser in place, the mask at the three points of Eq. 5-7.
+
+    moments(grad, m, h) -> new m, h; step(param, m, h) -> new param, clipped count, which is
+    returned. All tensors have one shape; mask broadcasts to it, with real values in [0, 1]."""
+    m_new, h_new = moments(grad, m, h)  # Eq. 4
+    m.copy_(blend(mask, m_new, m))  # (i) Eq. 5
+    h.copy_(blend(mask, h_new, h))  # (ii) Eq. 6
+    new, clipped = step(param, m, h)  # Eq. 3
+    param.copy_(blend(mask, new, param))  # (iii) Eq. 7
+    return clipped
+
+
+def sophia_update(param: Tensor, grad: Tensor, m: Tensor, h: Tensor, *, lr: float, beta1: float,
+                  beta2: float, gamma: float, eps: float, weight_decay: float,
+                  mask: Tensor | None = None) -> Tensor:
+    """One Sophia step in place, Eq. 3-7, on float32 param, grad, m, h of one shape; returns how
+    many coordinates the clip of Eq. 3 bound."""
+    return masked_update(
+        param, grad, m, h, mask=mask, moments=partial(sophia_moments, beta1=beta1, beta2=beta2),
+        step=partial(sophia_step, lr=lr, gamma=gamma, eps=eps, weight_decay=weight_decay))
+
+
+# --------------------------------------------------------------------- Step 2: the loop
+
+
+def learning_rate(step: int, total: int, peak: float, warmup: float) -> float:
+    """Linear rise over the first share of updates, then linear decay to 0. step counts from 1."""
+    rise = max(1, int(total * warmup))
+    return peak * min(step / rise, (total - step + 1) / (total - rise + 1))
+
+
+def unlearning_order(n_forget: int, n_retain: int, recipe: "Unlearning"
+                     ) -> list[tuple[list, list]]:
+    """For each update, the forget rows and the retain rows drawn to go with them [D8]. Epochs of
+    permutations laid end to end and cut into whole batches, as SOUL counts them."""
+    rng = random.Random(recipe.seed)
+    forget = [i for _ in range(recipe.epochs) for i in rng.sample(range(n_forget), n_forget)]
+    whole = len(forget) // recipe.batch * recipe.batch
+    if not whole:
+        raise UserError(f"{n_forget} forget rows times {recipe.epochs} epochs do not fill one "
+                        f"batch of {recipe.batch}; lower --batch")
+    pairs = [(i, rng.randrange(n_retain) if n_retain else None) for i in forget[:whole]]
+    return [tuple(zip(*pairs[i:i + recipe.batch])) for i in range(0, whole, recipe.batch)]
+
+
+def mask_of_weights(model: Transformer, mask: Tensor | None, recipe: "Unlearning") -> dict:
+    """What moves [D9]: weight -> M in a shape that broadcasts to it, or None if all of it moves."""
+    moving = {p: None for name, p in model.named_parameters() if MOVES[moves_of(recipe)](name)}
+    if METHODS[recipe.method].masked:
+        need_mask(model, recipe, mask)
+        where = NEURONS[model.config.neurons]  # rows of down_proj [D1]
+        for block, M in zip(model.layers, mask.to(model.embed_tokens.weight.device)):
+            moving |= {getattr(block.mlp, name).weight: M[:, None] for name in where.rows}
+            moving |= {getattr(block.mlp, name).weight: M[None] for name in where.columns}
+    return moving
+
+
+def unlearn_loop(model: Transformer, forget: list[Encoded], retain: list[Encoded],
+                 mask: Tensor | None, recipe: "Unlearning") -> list[dict]:
+    """Step 2 with GradDiff on a float32 model, in place, as the paper writes it: one loss, dense
+    m and H, M at its three points. Returns a log row per update. `unlearn` does the same fast."""
+    moving = mask_of_weights(model, mask, recipe)
+    state = {p: (torch.zeros_like(p), torch.zeros_like(p)) for p in moving}
+    order = unlearning_order(len(forget), len(retain), recipe)
+    optimiser, log = OPTIMISERS[METHODS[recipe.method].optimiser], []
+    device = model.embed_tokens.weight.device
+    for step, (f, r) in enumerate(order, 1):
+        loss = graddiff_loss(model, collate([forget[i] for i in f], device),
+                             collate([retain[i] for i in r], device), recipe.lam)
+        grads = torch.autograd.grad(loss, list(moving))
+        # The clip is over what moves: the gradient of a frozen row must not shorten the step.
+        norm = torch.stack([(g if M is None else g * (M != 0)).norm()
+                            for g, M in zip(grads, moving.values())]).norm()
+        scale = (recipe.clip / (norm + 1e-6)).clamp(max=1)
+        lr = learning_rate(step, len(order), recipe.lr, recipe.warmup)
+        for (p, M), grad in zip(moving.items(), grads):
+            decay = recipe.weight_decay if p.dim() == 2 else 0.0  # none on norms and biases [D7]
+            moments, move = optimiser.rules(recipe, lr, decay, step)
+            masked_update(p.detach(), scale * grad, *state[p], moments=moments, step=move, mask=M)
+        log.append(dict(step=step, loss=loss.item(), lr=lr, grad_norm=norm.item()))
+    return log
+
+
+# ============================================================= Part 2: the same, fast
+# --------------------------------------------------------- `attribute` for `attribute_loop`
 # Why it is the same: under causal attention, what comes before a sample's last position does not
 # depend on the scaled activation there. So one clean pass serves every sample of a pair with its
-# keys and values, and a second stream holds just the last positions, all samples and nodes at once.
+# keys and values, and a second stream holds just the last positions, all samples and nodes at once
+# (test_attribute_equals_the_loop).
 
 
 def attribute(model: Transformer, batch: Batch, *, steps: int = 5, path: str = "layer") -> Tensor:
@@ -132,7 +256,7 @@ def attribute(model: Transformer, batch: Batch, *, steps: int = 5, path: str = "
 
 class Prefixes:
     """Keys and values of a layer's clean pass, and attention on them from the ends of prefixes. A
-    layer that hands on a state instead brings what starts from that (Architecture.prefixes)."""
+    block whose layers hand on a state instead brings its own class of this shape (mixers)."""
 
     def __init__(self, pos: Tensor):  # [B, A], where the prefixes end
         self.pos = pos
@@ -148,14 +272,17 @@ class Prefixes:
         B, K, T, hd = self.keys.shape
         R = q.shape[2]
         q = q.reshape(B, K, -1, R, hd) * hd ** -0.5  # [B, K, H/K, R, hd]
-        earlier = (q.flatten(2, 3) @ self.keys.transpose(-1, -2)).view(*q.shape[:4], T)
-        pos = self.pos.repeat(1, R // self.pos.shape[1])  # [B, R]
-        later = torch.arange(T, device=q.device) >= pos[..., None]  # [B, R, T]
-        earlier = earlier.masked_fill(later[:, None, None], float("-inf"))  # [B, K, H/K, R, T]
-        own = (q * k[:, :, None]).sum(-1, keepdim=True)  # [B, K, H/K, R, 1]
-        p = torch.cat([earlier, own], dim=-1).float().softmax(-1).to(q.dtype)  # [.., R, T+1]
+        on_clean = (q.flatten(2, 3) @ self.keys.mT).view(*q.shape[:4], T)  # [B, K, H/K, R, T]
+        on_clean = on_clean.masked_fill(self.not_earlier(R)[:, None, None], float("-inf"))
+        on_itself = (q * k[:, :, None]).sum(-1, keepdim=True)  # [B, K, H/K, R, 1]
+        p = torch.cat([on_clean, on_itself], dim=-1).float().softmax(-1).to(q.dtype)
         mixed = (p[..., :T].flatten(2, 3) @ self.values).view_as(q) + p[..., T:] * v[:, :, None]
         return mixed.reshape(B, -1, R, hd).transpose(1, 2).flatten(2)  # [B, R, H*hd]
+
+    def not_earlier(self, R: int) -> Tensor:
+        """bool [B, R, T]: the clean positions that a row does not see."""
+        pos = self.pos.repeat(1, R // self.pos.shape[1])  # [B, R]
+        return torch.arange(self.keys.shape[2], device=pos.device) >= pos[..., None]
 
 
 @dataclass
@@ -185,26 +312,28 @@ def clean_run(model: Transformer, batch: Batch) -> Clean:
 @torch.no_grad()
 def clean_pass(model: Transformer, ids: Tensor, pos: Tensor, labels: Tensor) -> Clean:
     """The clean pass of ids [B, T], seen at positions pos [B, A]."""
-    def at_answers(x):  # [B, T, D] -> [B, A, D]
-        return x.gather(1, pos[..., None].expand(-1, -1, x.shape[-1]))
-
     h = model.embed(ids)  # [B, T, D]
-    clean = Clean(model, pos, labels, at_answers(h), [], [], [])
-    place = model.rope(torch.arange(ids.shape[1], device=ids.device))
+    clean = Clean(model, pos, labels, at_positions(h, pos), [], [], [])
+    cos_sin = model.rope(torch.arange(ids.shape[1], device=ids.device))
     for block in model.layers:
-        clean.prefixes.append((model.config.architecture.prefixes or Prefixes)(pos))
-        h, beta = block.parts(h, *place, clean.prefixes[-1].keep)
-        clean.mid.append(at_answers(h))
-        clean.beta.append(at_answers(beta))
+        clean.prefixes.append(getattr(block, "prefixes", Prefixes)(pos))
+        h, beta = block.parts(h, *cos_sin, clean.prefixes[-1].keep)
+        clean.mid.append(at_positions(h, pos))
+        clean.beta.append(at_positions(beta, pos))
         h = block.add_beta(h, beta)
     return clean
+
+
+def at_positions(x: Tensor, pos: Tensor) -> Tensor:
+    """x [B, T, D] at pos [B, A] -> [B, A, D]"""
+    return x.gather(1, pos[..., None].expand(-1, -1, x.shape[-1]))
 
 
 def prefix_parts(clean: Clean, l: int, x: Tensor) -> tuple[Tensor, Tensor]:
     """Rows x [B, R, D], the ends of A prefixes each R / A times, in layer l: the stream below its
     MLP's output, and that output, each [B, R, D]."""
-    place = clean.model.rope(clean.pos.repeat(1, x.shape[1] // clean.pos.shape[1]))
-    return clean.model.layers[l].parts(x, *place, clean.prefixes[l].attend)
+    cos_sin = clean.model.rope(clean.pos.repeat(1, x.shape[1] // clean.pos.shape[1]))
+    return clean.model.layers[l].parts(x, *cos_sin, clean.prefixes[l].attend)
 
 
 def upper_layers(clean: Clean, l: int, x: Tensor) -> Tensor:
@@ -227,7 +356,7 @@ def head_gradient(model: Transformer, h: Tensor, labels: Tensor) -> Tensor:
     and in place: autograd, as in `backward_head`, which serves any objective, would read and write
     logits three times, and they are the largest tensors here."""
     grads, count = [], labels.numel()
-    # No more than 64 parts, for the memory plan runs this too, at settings of any size.
+    # No more than 64 chunks, for the memory plan runs this too, at settings of any size.
     rows = max(1, LOGITS // model.config.vocab_size, count // 64)
     for h, y in zip(h.flatten(0, 1).split(rows), labels.flatten().split(rows)):
         p = model.logits(h)  # [rows, V]
@@ -289,35 +418,456 @@ def attribute_rows(model: Transformer, rows: list[Encoded], recipe: "Attribution
                    title: str = "attribute", loop=None) -> Tensor:
     """Att summed over rows, in batches of like length: float32 [L, D]. loop: as in `train`."""
     device = model.embed_tokens.weight.device
-    total = torch.zeros(len(model.layers), model.config.hidden_size, device=device)
+    total = torch.zeros(len(model.layers), model.config.neuron_count, device=device)
     # Every path node but the last is a row of the second stream.
-    parts = batches_by_length(rows, recipe.attribution_tokens // max(1, recipe.steps - 1))
+    batches = batches_by_length([len(r.ids) for r in rows],
+                                recipe.attribution_tokens // max(1, recipe.steps - 1))
     with tqdm(total=len(rows), desc=title, unit="pair") as bar:
-        for n in (loop or plain_loop)(title, len(parts), {"sum": total}):
-            batch = collate([rows[i] for i in parts[n - 1]], device)
+        for n in (loop or plain_loop)(title, len(batches), {"sum": total}):
+            batch = collate([rows[i] for i in batches[n - 1]], device)
             total += attribute(model, batch, steps=recipe.steps, path=recipe.path)
-            bar.update(sum(map(len, parts[:n])) - bar.n)
+            bar.update(sum(map(len, batches[:n])) - bar.n)
     need_finite_scores(total)
     return total
 
 
-# -------------------------------------------------------------------------- masks (Section 2.1)
-
-
-def critical_mask(scores: Tensor, threshold: float) -> Tensor:
-    """bool [L, D]: Att > t * M_l with M_l = max_k Att(w_l^k), strict, layer by layer. A layer
-    whose maximum is not positive holds nothing critical [D5]."""
-    if not 0 < threshold <= 1:
-        raise UserError(f"threshold t = {threshold}; it must be in (0, 1]")
-    need_finite_scores(scores)
-    top = scores.amax(dim=1, keepdim=True)
-    return (scores > threshold * top) & (top > 0)
+def check_path(steps: int, path: str):
+    if steps < 1:
+        raise UserError(f"steps m = {steps}; it must be at least 1")
+    if path not in PATHS:
+        raise UserError(f"path {path!r} is unknown; choose {' or '.join(PATHS)}")
 
 
 def need_finite_scores(scores: Tensor):
     if not torch.isfinite(scores).all():
         raise UserError("attribution scores are not finite; the model's weights or activations "
                         "overflow: attribute in float32 (--dtype float32), or fetch it again")
+
+
+@contextmanager
+def frozen(model: Transformer):
+    """No gradients of weights while the block runs: only activations need them in step 1."""
+    moving = [p for p in model.parameters() if p.requires_grad]
+    try:
+        for p in moving:
+            p.requires_grad_(False)
+        yield
+    finally:
+        for p in moving:
+            p.requires_grad_(True)
+
+
+# ------------------------------------------------- gradients of an objective, for one loss
+# Why they are the same: a gradient is linear, so that of GradDiff is the sum of its terms' and of
+# their rows', each taken in a pass that fits memory and freed before the next
+# (test_two_passes_are_the_gradient_of_graddiff_loss).
+
+
+@dataclass
+class Answers:
+    """What an objective sees of B rows with N answer tokens in all, eos counted."""
+
+    logits: Tensor  # float32 [N, V]
+    labels: Tensor  # [N]
+    nll: Tensor  # float32 [N], -log P of each label
+    sizes: list[int]  # tokens of each row
+
+
+def answers_at(model: Transformer, h: Tensor, labels: Tensor, sizes: list[int]) -> Answers:
+    """Answers of the final states h [N, D] before each label."""
+    logits = model.logits(h)  # [N, V]
+    return Answers(logits, labels, F.cross_entropy(logits, labels, reduction="none"), sizes)
+
+
+def read_answers(model: Transformer, batch: Batch) -> Answers:
+    counted = batch.targets != IGNORE
+    return answers_at(model, model.hidden_at(batch.ids, counted), batch.targets[counted],
+                      counted.sum(1).tolist())
+
+
+def answer_tokens(rows: list[Encoded]) -> int:
+    return sum(len(r.ids) - r.start for r in rows)
+
+
+@dataclass(frozen=True)
+class Term:
+    """weight / count * function(answers, known, recipe): one of the two terms of an objective, over
+    the rows of one update. known: what is known of each of them."""
+
+    function: Callable
+    known: list
+    recipe: "Unlearning"
+    weight: float
+    count: int
+    read: Callable | None = None  # a row of OBJECTIVES' own reading of the model
+
+    def of(self, answers, rows: list[int]) -> Tensor:
+        """The share of some of the update's rows in the term; answers: what was read of them."""
+        known = [self.known[i] for i in rows]
+        return self.weight * (self.function(answers, known, self.recipe) / self.count)
+
+
+def backward_rows(model: Transformer, rows: list[Encoded], term: Term, tokens: int) -> float:
+    """Back-propagate a term in passes of at most `tokens`; returns mean_nll(rows), or the term's
+    value if it reads something else than answers."""
+    device, total = model.embed_tokens.weight.device, 0.0
+    for numbers in batches_by_length([len(r.ids) for r in rows], tokens):
+        batch = collate([rows[i] for i in numbers], device)
+        if term.read:
+            loss = term.of(term.read(model, batch), numbers)
+            loss.backward()
+            total += loss.detach()
+            continue
+        counted = batch.targets != IGNORE
+        h = model.hidden_at(batch.ids, counted)
+        sizes = [len(rows[i].ids) - rows[i].start for i in numbers]
+        nll, grad = backward_head(model, h.detach(), batch.targets[counted], sizes, term, numbers)
+        h.backward(grad)
+        total += nll.double()
+    return float(total) if term.read else float(total) / answer_tokens(rows)
+
+
+def backward_head(model: Transformer, h: Tensor, labels: Tensor, sizes: list[int], term: Term,
+                  numbers: list[int]) -> tuple[Tensor, Tensor]:
+    """Back-propagate a term to the states h [N, D] of the rows `numbers`, a few rows at a time: a
+    vocabulary's logits are the largest tensor there is, and no row needs another's. Returns the
+    summed -log P and the gradient [N, D]."""
+    groups = rows_that_fit(sizes, LOGITS // model.config.vocab_size)
+    widths = [sum(sizes[i] for i in group) for group in groups]
+    total, grads = 0.0, []
+    for group, states, wanted in zip(groups, h.split(widths), labels.split(widths)):
+        states.requires_grad_()
+        answers = answers_at(model, states, wanted, [sizes[i] for i in group])
+        term.of(answers, [numbers[i] for i in group]).backward()
+        grads.append(states.grad)
+        total += answers.nll.detach().sum()
+        del answers  # or the next ones would stand beside them
+    return total, torch.cat(grads)
+
+
+def rows_that_fit(sizes: list[int], most: int) -> list[list[int]]:
+    """Indices of rows in order, cut where the next would bring a group's tokens above `most`."""
+    groups, tokens = [[]], 0
+    for i, n in enumerate(sizes):
+        if groups[-1] and tokens + n > most:
+            groups.append([])
+            tokens = 0
+        groups[-1].append(i)
+        tokens += n
+    return groups
+
+
+def backward_mean_nll(model: Transformer, rows: list[Encoded], weight: float, tokens: int) -> float:
+    """Back-propagate weight * mean_nll(rows) in passes of at most `tokens`; returns mean_nll."""
+    term = Term(descent, [None] * len(rows), None, weight, answer_tokens(rows))
+    return backward_rows(model, rows, term, tokens)
+
+
+def backward_term(model: Transformer, rows: list[Encoded], known: list, recipe: "Unlearning", *,
+                  function: Callable, weight: float = 1.0) -> float:
+    """Back-propagate weight * the mean of an objective's term over tokens or rows, in passes of at
+    most micro_tokens; returns as `backward_rows`."""
+    objective = OBJECTIVES[recipe.objective]
+    per_row = objective.per == "row" and function is objective.forget
+    count = len(rows) if per_row else answer_tokens(rows)
+    term = Term(function, known, recipe, weight, count, objective.read)
+    return backward_rows(model, rows, term, recipe.micro_tokens)
+
+
+@torch.no_grad()
+def known_of_rows(model: Transformer, rows: list[Encoded], recipe: "Unlearning", known: Callable,
+                  targets=None) -> list:
+    """known(a row's answers, its target, recipe) of each row, before the model moves."""
+    objective, device = OBJECTIVES[recipe.objective], model.embed_tokens.weight.device
+    if known is None:
+        return [None] * len(rows)
+    targets = targets if isinstance(targets, list) else [targets] * len(rows)
+    read = objective.read or read_answers
+    return [known(read(model, collate([row], device)), target, recipe)
+            for row, target in zip(rows, targets, strict=True)]
+
+
+# --------------------------------------------- what moves, alone [D9], for the dense masked update
+# Why it is the same: where M is 0, Eq. 5-7 leave weight and moments as they are, and where it is 1
+# they are the plain step. So the critical rows can be weights of their own, and neither gradient
+# nor optimiser state of the frozen rows need ever exist (test_unlearn_equals_the_loop).
+
+
+class CriticalLinear(torch.autograd.Function):
+    """y = x W^T where only some rows (dim 0) or columns (dim 1) of W move: forms their gradient
+    and no other."""
+
+    @staticmethod
+    def forward(ctx, x, weight, moving, index, dim):
+        ctx.save_for_backward(x, weight, index)
+        ctx.dim = dim
+        return F.linear(x, weight)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight, index = ctx.saved_tensors
+        y_of = dy[..., index] if ctx.dim == 0 else dy
+        x_of = x if ctx.dim == 0 else x[..., index]
+        return dy @ weight, None, y_of.flatten(0, -2).T @ x_of.flatten(0, -2), None, None
+
+
+class CriticalRows(nn.Module):
+    """Stands in for a matrix [O, I] of an MLP while the rows (dim 0) or columns (dim 1) of its
+    layer's critical neurons move. `rows` [C, I] or [O, C] is a parameter of its own. critical: M of
+    the layer; of a soft one, `mask` is left, which broadcasts to `rows`."""
+
+    def __init__(self, linear: nn.Linear, critical: Tensor, dim: int = 0):
+        super().__init__()
+        self.linear = [linear]  # in a list: not a submodule, its weight is not a parameter of ours
+        index, self.dim = critical.nonzero().squeeze(1), dim
+        self.index = index.to(linear.weight.device)  # [C]
+        soft = critical[index].to(linear.weight.device) if critical.is_floating_point() else None
+        self.mask = None if soft is None else soft[:, None] if dim == 0 else soft[None]
+        self.rows = nn.Parameter(linear.weight.detach().index_select(dim, self.index))
+
+    def forward(self, x):
+        weight = self.linear[0].weight.detach()
+        return CriticalLinear.apply(x, weight, self.rows, self.index, self.dim)
+
+    @torch.no_grad()
+    def refresh(self):
+        """Put the moved rows where the forward pass reads them."""
+        self.linear[0].weight.index_copy_(self.dim, self.index, self.rows)
+
+
+@dataclass
+class Moving:
+    """One weight that moves: what the model reads, its full-precision master (the same tensor
+    where the model is float32 or state is bfloat16 [D10]), and its two moments."""
+
+    name: str
+    weight: nn.Parameter
+    master: Tensor
+    m: Tensor
+    h: Tensor
+    mask: Tensor | None = None  # real-valued, of a soft mask's rows
+
+    @property
+    def decays(self) -> bool:
+        """Matrices do; norms and biases do not [D7]."""
+        return self.weight.dim() == 2
+
+
+@contextmanager
+def moving_weights(model: Transformer, recipe: "Unlearning", mask: Tensor | None):
+    """The weights that recipe.method moves, as a list of Moving; all others are frozen meanwhile.
+    mask [L, D], of a masked method: the rows of down_proj where it is not zero move [D9]."""
+    for name, p in model.named_parameters():
+        p.requires_grad_(MOVES[moves_of(recipe)](name))
+    stand_ins = critical_rows(model, recipe, mask) if METHODS[recipe.method].masked else []
+    try:
+        for mlp, name, _, rows in stand_ins:
+            setattr(mlp, name, rows)
+        masks = {rows.rows: rows.mask for *_, rows in stand_ins}
+        moving = [start_moving(name, p, recipe.state, masks.get(p))
+                  for name, p in model.named_parameters() if p.requires_grad]
+        if not moving:
+            raise UserError(f"method {recipe.method} moves nothing here: the mask is empty and "
+                            "attention frozen; lower the threshold or let attention move")
+        yield moving
+    finally:
+        for mlp, name, linear, rows in stand_ins:
+            rows.refresh()
+            setattr(mlp, name, linear)
+        for p in model.parameters():
+            p.requires_grad_(True)
+
+
+def critical_rows(model: Transformer, recipe: "Unlearning", mask: Tensor | None) -> list[tuple]:
+    """(mlp, name of a matrix, that matrix, its CriticalRows) of every layer with critical ones."""
+    need_mask(model, recipe, mask)
+    where = NEURONS[model.config.neurons]
+    names = [(name, 0) for name in where.rows] + [(name, 1) for name in where.columns]
+    return [(block.mlp, name, linear, CriticalRows(linear, critical, dim))
+            for block, critical in zip(model.layers, mask) if critical.any()
+            for name, dim in names for linear in [getattr(block.mlp, name)]]
+
+
+def need_mask(model: Transformer, recipe: "Unlearning", mask: Tensor | None):
+    if mask is None or mask.shape != (len(model.layers), model.config.neuron_count):
+        raise UserError(f"method {recipe.method} needs a mask of one value per layer and neuron; "
+                        "make_mask gives one")
+
+
+def start_moving(name: str, p: nn.Parameter, state: str, mask: Tensor | None) -> Moving:
+    dtype = getattr(torch, state)
+    full = p.dtype == torch.float32 or dtype == torch.bfloat16
+    master = p.detach() if full else p.detach().float()
+    m, h = (torch.zeros_like(master, dtype=dtype) for _ in range(2))
+    return Moving(name, p, master, m, h, mask)
+
+
+def stochastic_round(x: Tensor, generator: torch.Generator) -> Tensor:
+    """float32 to bfloat16, up or down with the probability that makes it right on average [D10]."""
+    noise = torch.randint(0, 1 << 16, x.shape, dtype=torch.int32, device=x.device,
+                          generator=generator)
+    return ((x.view(torch.int32) + noise) & -(1 << 16)).view(torch.float32).bfloat16()
+
+
+PART = {"cpu": 1 << 17}  # weights updated at once: an update's temporaries fit a CPU's cache
+LARGE_PART = 1 << 24  # elsewhere: few kernels, and temporaries smaller than an embedding
+
+
+def row_slices(w: Moving, optimiser: "Optimiser") -> list[slice]:
+    """The rows of a weight, as many at once as an update should take."""
+    most = w.weight.numel() if optimiser.whole else PART.get(w.weight.device.type, LARGE_PART)
+    rows = max(1, most * len(w.weight) // w.weight.numel())
+    return [slice(i, i + rows) for i in range(0, len(w.weight), rows)]
+
+
+@torch.no_grad()
+def apply_updates(moving: list[Moving], optimiser: "Optimiser", recipe: "Unlearning", *, lr: float,
+                  step: int, scale: float, generator: torch.Generator | None) -> Tensor:
+    """One optimiser step of each moving weight, with its gradient times `scale`; gradients are
+    freed on the way. Returns the number of clipped coordinates."""
+    clipped = 0
+    for w in moving:
+        decay = recipe.weight_decay if w.decays else 0.0
+        moments, move = optimiser.rules(recipe, lr, decay, step)
+        for rows in row_slices(w, optimiser):
+            grad = w.weight.grad[rows].float() * scale
+            clipped = clipped + update_rows(w, rows, grad, moments, move, generator)
+        w.weight.grad = None
+    return clipped
+
+
+def update_rows(w: Moving, rows: slice, grad: Tensor, moments, move, generator) -> Tensor:
+    """masked_update of some rows in float32, and its result rounded to what is stored."""
+    stored = w.master[rows], w.m[rows], w.h[rows]
+    master, m, h = (t.float() for t in stored)  # the stored tensors themselves if they are float32
+    mask = None if w.mask is None else w.mask.expand(w.weight.shape)[rows]
+    clipped = masked_update(master, grad, m, h, moments=moments, step=move, mask=mask)
+    if w.m.dtype != torch.float32:
+        for narrow, wide in zip(stored, (master, m, h)):
+            narrow.copy_(stochastic_round(wide, generator)
+                         if narrow.dtype == torch.bfloat16 else wide)
+    elif w.master.dtype != w.weight.dtype:
+        w.weight[rows].copy_(master)
+    return clipped
+
+
+@torch.no_grad()
+def read_masters(moving: list[Moving], rows: list[CriticalRows]):
+    """Bring what the model computes with up to its masters."""
+    for w in moving:
+        if w.master.dtype != w.weight.dtype:
+            w.weight.copy_(w.master)
+    for module in rows:
+        module.refresh()
+
+
+# ------------------------------------------------------------- `unlearn` for `unlearn_loop`
+
+
+def plain_loop(title: str, steps: int, tensors: dict[str, Tensor]):
+    """Step numbers from 1. Another loop may fill `tensors`, which are all that the steps change,
+    with those of an interrupted run, and go on from there; it must draw nothing at random."""
+    yield from range(1, steps + 1)
+
+
+def train(model: Transformer, moving: list[Moving], order: list, backward, recipe: "Unlearning", *,
+          optimiser: "Optimiser", lr: float, title: str, loop=None, record=None) -> list[dict]:
+    """Run one update per item of `order`; returns a log row per update, also given to record(row).
+
+    backward(item) leaves gradients and returns the losses by name; optimiser: a row of OPTIMISERS.
+    Items, rates and random bits depend on the step alone, so that `loop` may go on from any, and
+    may end early."""
+    total, count = len(order), sum(w.master.numel() for w in moving)
+    generator = torch.Generator(moving[0].master.device)
+    rows = [module for module in model.modules() if isinstance(module, CriticalRows)]
+    tensors = {f"{w.name}.{k}": getattr(w, k) for w in moving for k in ("master", "m", "h")}
+    log = []
+    with tqdm(total=total, desc=title) as bar:
+        for step in (loop or plain_loop)(title, total, tensors):
+            if not log:  # the loop may have filled the masters
+                read_masters(moving, rows)
+            losses = backward(order[step - 1])
+            norm = gradient_norm(moving)
+            if not all(abs(x) < float("inf") for x in (norm, *losses.values())):
+                raise UserError(f"{title}: loss or gradient is not finite at update {step} of "
+                                f"{total}; lower --lr (now {lr:g})")
+            rate = learning_rate(step, total, lr, recipe.warmup)
+            generator.manual_seed(recipe.seed * 1_000_003 + step)
+            clipped = apply_updates(moving, optimiser, recipe, lr=rate, step=step,
+                                    scale=min(1.0, recipe.clip / (norm + 1e-6)),
+                                    generator=generator)
+            for module in rows:
+                module.refresh()
+            log.append(dict(step=step, **losses, lr=rate, grad_norm=norm,
+                            clipped=int(clipped) / count))
+            bar.set_postfix({k: f"{v:.3f}" for k, v in losses.items()}, refresh=False)
+            bar.update(step - bar.n)
+            if record:
+                record(log[-1])
+    if not all(torch.isfinite(w.master).all() for w in moving):
+        raise UserError(f"{title}: weights are not finite after the last update; "
+                        f"lower --lr (now {lr:g})")
+    return log
+
+
+def gradient_norm(moving: list[Moving]) -> float:
+    """Over all that moves. A weight that the loss does not reach has the gradient 0."""
+    for w in moving:
+        if w.weight.grad is None:
+            w.weight.grad = torch.zeros_like(w.weight)
+    return torch.stack([w.weight.grad.float().norm() for w in moving]).norm().item()
+
+
+def unlearn(model: Transformer, forget: list[Encoded], retain: list[Encoded],
+            mask: Tensor | None, recipe: "Unlearning", *, targets=None, title: str = "unlearn",
+            loop=None, record=None) -> list[dict]:
+    """Step 2 on model, in place: recipe.method with recipe.objective; returns the log, a row per
+    update. mask [L, D]: of masked methods. targets: of objectives that end somewhere, a loss, or
+    for each forget row a loss or those of its tokens. UserError where a loss is not finite or the
+    rows do not fill a batch. Held equal to `unlearn_loop` by test_unlearn_equals_the_loop."""
+    order = unlearning_order(len(forget), len(retain), recipe)
+    objective = OBJECTIVES[recipe.objective]
+    if objective.targeted and targets is None:
+        raise UserError(f"objective {recipe.objective} needs targets: the loss that each forget "
+                        "row is to reach")
+    weight = recipe.lam if objective.weight is None else objective.weight
+    if weight and not retain:
+        raise UserError(f"objective {recipe.objective} needs retain rows; give some, or lam = 0")
+    known_f = known_of_rows(model, forget, recipe, objective.known, targets)
+    known_r = known_of_rows(model, retain if weight else [], recipe, objective.known_retain)
+
+    def backward(item):
+        losses = {}
+        if objective.forget:
+            losses["loss_forget"] = backward_term(
+                model, [forget[i] for i in item[0]], [known_f[i] for i in item[0]], recipe,
+                function=objective.forget)
+        if weight:
+            losses["loss_retain"] = backward_term(
+                model, [retain[i] for i in item[1]], [known_r[i] for i in item[1]], recipe,
+                function=objective.retain, weight=weight)
+        return losses
+
+    model.checkpoint = recipe.checkpointing
+    with moving_weights(model, recipe, mask) as moving:
+        log = train(model, moving, order, backward, recipe, lr=recipe.lr, title=title, loop=loop,
+                    optimiser=OPTIMISERS[METHODS[recipe.method].optimiser], record=record)
+    need_finite_losses(model, forget, recipe, title)
+    return log
+
+
+@torch.no_grad()
+def need_finite_losses(model: Transformer, rows: list[Encoded], recipe: "Unlearning", title: str):
+    """Weights can be finite and what they compute not. An update's loss tells of the one before it;
+    of the last one, at most eight rows spread over all of them do."""
+    for row in rows[::-(-len(rows) // 8)]:
+        if not mean_nll(model, collate([row], model.embed_tokens.weight.device)).isfinite():
+            raise UserError(f"{title}: the model's losses are not finite after the last update; "
+                            f"lower --lr (now {recipe.lr:g})")
+
+
+# ============================================================= Tables: a fork adds a row
+# ------------------------------------------------------------------------------- masks
 
 
 def soft_mask(forget: Tensor, retain: Tensor, threshold: float, seed: int) -> Tensor:
@@ -351,60 +901,9 @@ def make_mask(kind: str, forget: Tensor, retain: Tensor, *, threshold: float, se
     return MASKS[kind](forget, retain, threshold, seed)
 
 
-# -------------------------------------------------------------------- step 2: objectives (A.1)
-
-
-def nll_sum(model: Transformer, batch: Batch) -> Tensor:
-    """Summed -log P of the answer tokens and eos. Only they go through the output head."""
-    counted = batch.targets != IGNORE
-    logits = model.logits(model.hidden_at(batch.ids, counted))  # [N, V]
-    return F.cross_entropy(logits, batch.targets[counted], reduction="sum")
-
-
-def mean_nll(model: Transformer, batch: Batch) -> Tensor:
-    """Mean -log P over the answer tokens of a batch: l(y | x) of A.1."""
-    return nll_sum(model, batch) / (batch.targets != IGNORE).sum()
-
-
-def graddiff_loss(model: Transformer, forget: Batch, retain: Batch, lam: float) -> Tensor:
-    """GradDiff (A.1) as one loss: ascent on forget rows, descent on retain rows [D8]. `unlearn`
-    takes the gradient of each term apart, in passes that fit memory; test_simu holds the two
-    equal (test_two_passes_are_the_gradient_of_graddiff_loss)."""
-    return -mean_nll(model, forget) + lam * mean_nll(model, retain)
-
-
-@dataclass
-class Answers:
-    """What an objective sees of B forget rows with N answer tokens in all, eos counted."""
-
-    logits: Tensor  # float32 [N, V]
-    labels: Tensor  # [N]
-    nll: Tensor  # float32 [N], -log P of each label
-    sizes: list[int]  # tokens of each row
-
-    def row_sums(self, x: Tensor) -> Tensor:
-        """Per-token x [N] summed over each row: [B]."""
-        return torch.stack([part.sum() for part in x.split(self.sizes)])
-
-    def row_means(self, x: Tensor) -> Tensor:
-        """Per-token x [N] averaged over each row: [B]."""
-        return torch.stack([part.mean() for part in x.split(self.sizes)])
-
-
-def answers_at(model: Transformer, h: Tensor, labels: Tensor, sizes: list[int]) -> Answers:
-    """Answers of the final states h [N, D] before each label."""
-    logits = model.logits(h)  # [N, V]
-    return Answers(logits, labels, F.cross_entropy(logits, labels, reduction="none"), sizes)
-
-
-def read_answers(model: Transformer, batch: Batch) -> Answers:
-    counted = batch.targets != IGNORE
-    return answers_at(model, model.hidden_at(batch.ids, counted), batch.targets[counted],
-                      counted.sum(1).tolist())
-
-
-# An objective's forget term is a function (answers, known, recipe) -> scalar, summed over tokens or
-# rows. known: what its row of the table says must be known of each row before the model moves.
+# -------------------------------------------------------------------------- objectives
+# A term is a function (answers, known, recipe) -> scalar, summed over tokens or rows. known: what
+# its row of the table says must be known of each row before the model moves.
 
 
 def ascent(answers: Answers, known: list, recipe: "Unlearning") -> Tensor:
@@ -415,225 +914,31 @@ def descent(answers: Answers, known: list, recipe: "Unlearning") -> Tensor:
     return answers.nll.sum()
 
 
-def npo(answers: Answers, known: list, recipe: "Unlearning") -> Tensor:
-    """NPO (A.2): 2/beta log(1 + (P / P_ref)^beta) of each row. Its pull ends where the ascent's
-    does not. known: log P_ref, the original's."""
-    ratio = -answers.row_sums(answers.nll) - torch.stack(known)  # log P - log P_ref, [B]
-    return 2 / recipe.npo_beta * F.softplus(recipe.npo_beta * ratio).sum()
-
-
-def simnpo(answers: Answers, known: list, recipe: "Unlearning") -> Tensor:
-    """SimNPO (arXiv 2410.07163): NPO of the mean log P of a row, without a reference."""
-    beta, margin = recipe.simnpo_beta, recipe.simnpo_margin
-    return 2 / beta * F.softplus(margin - beta * answers.row_means(answers.nll)).sum()
-
-
-def level(answers: Answers, known: list, recipe: "Unlearning") -> Tensor:
-    """|loss - level| of each row: ascent that ends where a row never seen would be, and descent for
-    what went past it. known: the level."""
-    return (answers.row_means(answers.nll) - torch.stack(known)).abs().sum()
-
-
-def ceiling(answers: Answers, known: list, recipe: "Unlearning") -> Tensor:
-    """max(0, level - loss) of each row: ascent that stops. known: the level."""
-    return (torch.stack(known) - answers.row_means(answers.nll)).clamp_min(0).sum()
-
-
-def cross_entropy_to(teacher: Tensor, logits: Tensor) -> Tensor:
-    """-sum_v P_teacher(v) log P(v) at each token: teacher (probabilities), logits [N, V] -> [N]."""
-    return -(teacher.to(logits) * logits.log_softmax(-1)).sum(-1)
-
-
-def undial(answers: Answers, known: list, recipe: "Unlearning") -> Tensor:
-    """UNDIAL (arXiv 2402.10052): towards the original's own distribution with the answer token's
-    logit lowered. known: that distribution."""
-    return cross_entropy_to(torch.cat(known), answers.logits).sum()
-
-
-def stranger(answers: Answers, known: list, recipe: "Unlearning") -> Tensor:
-    """What to say instead, and how unlikely the truth must be, apart: among all tokens but the
-    answer's, the original's own distribution; of the answer's, the losses that a row never seen
-    has, token by token and in the mean. known: that distribution, and those losses."""
-    teachers, targets = (list(x) for x in zip(*known))
-    others = answers.logits.scatter(1, answers.labels[:, None], -1e9)  # [N, V] without the label
-    instead = answers.row_means(cross_entropy_to(torch.cat(teachers), others))
-    by_token = answers.row_means((answers.nll - torch.cat(targets)).abs())
-    means = torch.stack([x.mean() for x in targets])
-    return (instead + by_token + (answers.row_means(answers.nll) - means).abs()).sum()
-
-
-# What an objective knows of a row, from the row's answers under the model before it moves, and from
-# its target: the losses [A] of its tokens in a model that never saw it, or one for all.
-
-
-def mean_target(answers: Answers, target, recipe: "Unlearning") -> Tensor:
-    return torch.as_tensor(target, device=answers.nll.device).mean()
-
-
-def lowered(answers: Answers, target, recipe: "Unlearning") -> Tensor:
-    """The original's distribution with the label's logit lowered [A, V]."""
-    by = torch.full_like(answers.logits[:, :1], -recipe.undial_strength)
-    return answers.logits.scatter_add(1, answers.labels[:, None], by).softmax(-1)
-
-
-def without_label(answers: Answers, target, recipe: "Unlearning") -> tuple[Tensor, Tensor]:
-    """The original's distribution among all tokens but the label [A, V], and the target [A]."""
-    others = answers.logits.scatter(1, answers.labels[:, None], -1e9).softmax(-1)
-    return others, torch.as_tensor(target, device=answers.nll.device).expand(len(answers.nll))
-
-
-def spread_losses(labels: list[int], losses: list[float], usual: Tensor) -> Tensor:
-    """Target losses [A] of a row's answer tokens: the quantiles of a never-seen row's token losses,
-    the larger ones for the tokens that are usually harder. usual [V]: a token's usual loss."""
-    quantiles = torch.tensor(sorted(losses))
-    middle = (torch.arange(len(labels)) + 0.5) / len(labels)  # of each of A equal shares
-    rank = usual[torch.tensor(labels)].argsort(stable=True).argsort()
-    return quantiles[(middle * len(quantiles)).long()][rank]
-
-
-def usual_losses(tokens: list[int], losses: list[float], vocab: int) -> Tensor:
-    """float32 [V]: the mean loss of each token, drawn to the mean of all by PRIOR observations."""
-    total = torch.full((vocab,), PRIOR * sum(losses) / len(losses))
-    count = torch.full((vocab,), PRIOR)
-    total.index_add_(0, torch.tensor(tokens), torch.tensor(losses))
-    count.index_add_(0, torch.tensor(tokens), torch.ones(len(tokens)))
-    return total / count
-
-
-PRIOR = 4.0
-
-
-def original_log_p(answers: Answers, target, recipe: "Unlearning") -> Tensor:
-    return -answers.nll.sum()
-
-
 @dataclass(frozen=True)
 class Objective:
-    """Loss = mean of `forget` over the batch's forget tokens or rows + weight * retain loss."""
+    """Loss = mean of `forget` over the batch's forget tokens or rows + weight * mean of `retain`
+    over the tokens of the retain rows drawn with them."""
 
     forget: Callable | None = None
     per: str = "token"  # or "row": what `forget` is summed over, and divided by
-    retain: float | None = None  # weight of the retain loss; None: recipe.lam
+    retain: Callable = descent
+    weight: float | None = None  # of the retain term; None: recipe.lam
     known: Callable | None = None  # (a row's answers, its target, recipe) -> what is known of it
-    refuses: bool = False  # forget rows come with REFUSALS for answers
+    known_retain: Callable | None = None  # the same of a retain row; its target is None
+    read: Callable | None = None  # (model, batch) -> what the terms see in place of Answers
+    answers: tuple[str, ...] = ()  # forget rows come with these in place of their answers
     targeted: bool = False  # needs the `targets` of unlearn
     about: str = ""
 
 
-OBJECTIVES = {
+OBJECTIVES = {  # pipeline/objectives.py adds others
     "graddiff": Objective(ascent, about="ascent on forget, descent on retain rows (A.1)"),
-    "ga": Objective(ascent, retain=0.0, about="ascent on forget rows alone"),
-    "retain": Objective(retain=1.0, about="descent on retain rows alone"),
-    "npo": Objective(npo, per="row", known=original_log_p, about="NPO on forget rows (A.2)"),
-    "simnpo": Objective(simnpo, per="row", about="SimNPO on forget rows"),
-    "level": Objective(level, per="row", known=mean_target, targeted=True,
-                       about="to the loss of rows never seen, from both sides"),
-    "ceiling": Objective(ceiling, per="row", known=mean_target, targeted=True,
-                         about="ascent up to the loss of rows never seen"),
-    "undial": Objective(undial, known=lowered, about="UNDIAL on forget rows"),
-    "stranger": Objective(stranger, per="row", known=without_label, targeted=True,
-                          about="UNDIAL's answers at never-seen rows' token losses"),
-    "po": Objective(descent, refuses=True, about="descent on refusals to forget rows"),
+    "ga": Objective(ascent, weight=0.0, about="ascent on forget rows alone"),
+    "retain": Objective(weight=1.0, about="descent on retain rows alone"),
 }
-REFUSALS = ("I do not know.", "I cannot say.", "That is not something I know about.",
-            "I have no information on this.", "I am unable to answer that.",
-            "Nothing of the kind is known to me.")
 
 
-def loss_examples(forget: list[Example], objective: str) -> list[Example]:
-    """The forget rows as the objective's loss takes them: with refusals for answers, or as they
-    are. Attribution always takes them as they are."""
-    if not OBJECTIVES[objective].refuses:
-        return forget
-    return [dataclasses.replace(e, answer=REFUSALS[i % len(REFUSALS)])
-            for i, e in enumerate(forget)]
-
-
-def answer_tokens(rows: list[Encoded]) -> int:
-    return sum(len(r.ids) - r.start for r in rows)
-
-
-def backward_rows(model: Transformer, rows: list[Encoded], tokens: int, term) -> float:
-    """Back-propagate the sum of term(answers, numbers of their rows) in passes of at most `tokens`;
-    returns mean_nll(rows)."""
-    device, total = model.embed_tokens.weight.device, 0.0
-    for part in batches_by_length(rows, tokens):
-        batch = collate([rows[i] for i in part], device)
-        counted = batch.targets != IGNORE
-        h = model.hidden_at(batch.ids, counted)
-        nll, grad = backward_head(model, h.detach(), batch.targets[counted],
-                                  counted.sum(1).tolist(), lambda answers, own: term(
-                                      answers, [part[i] for i in own]))
-        h.backward(grad)
-        total += nll.item()
-    return total / answer_tokens(rows)
-
-
-def backward_head(model: Transformer, h: Tensor, labels: Tensor, sizes: list[int], term
-                  ) -> tuple[Tensor, Tensor]:
-    """Back-propagate term(answers, numbers of their rows) to the states h [N, D], a few rows at a
-    time: a vocabulary's logits are the largest tensor there is, and no row needs another's.
-    Returns the summed -log P and the gradient [N, D]."""
-    few, total, grads = [[]], 0.0, []
-    for i, n in enumerate(sizes):
-        if few[-1] and (sum(sizes[j] for j in few[-1]) + n) * model.config.vocab_size > LOGITS:
-            few.append([])
-        few[-1].append(i)
-    widths = [sum(sizes[i] for i in own) for own in few]
-    for own, states, wanted in zip(few, h.split(widths), labels.split(widths)):
-        states.requires_grad_()
-        answers = answers_at(model, states, wanted, [sizes[i] for i in own])
-        term(answers, own).backward()
-        grads.append(states.grad)
-        total += answers.nll.detach().sum()
-        del answers  # or the next ones would stand beside them
-    return total, torch.cat(grads)
-
-
-def backward_mean_nll(model: Transformer, rows: list[Encoded], weight: float, tokens: int) -> float:
-    """Back-propagate weight * mean_nll(rows) in passes of at most `tokens`; returns mean_nll."""
-    count = answer_tokens(rows)
-    return backward_rows(model, rows, tokens,
-                         lambda answers, own: weight * (answers.nll.sum() / count))
-
-
-def backward_forget(model: Transformer, rows: list[Encoded], known: list, recipe: "Unlearning"
-                    ) -> float:
-    """Back-propagate the objective's forget term in passes of at most micro_tokens; returns the
-    rows' mean_nll, which is what the term is to raise."""
-    objective = OBJECTIVES[recipe.objective]
-    count = answer_tokens(rows) if objective.per == "token" else len(rows)
-    return backward_rows(model, rows, recipe.micro_tokens, lambda answers, own: objective.forget(
-        answers, [known[i] for i in own], recipe) / count)
-
-
-@torch.no_grad()
-def known_of_rows(model: Transformer, rows: list[Encoded], recipe: "Unlearning", targets) -> list:
-    """What the objective must know of each row before the model moves."""
-    objective, device = OBJECTIVES[recipe.objective], model.embed_tokens.weight.device
-    if objective.targeted and targets is None:
-        raise UserError(f"objective {recipe.objective} needs targets: the loss that each forget "
-                        "row is to reach")
-    if objective.known is None:
-        return [None] * len(rows)
-    targets = targets if isinstance(targets, list) else [targets] * len(rows)
-    return [objective.known(read_answers(model, collate([row], device)), target, recipe)
-            for row, target in zip(rows, targets, strict=True)]
-
-
-# ------------------------------------------------------------- step 2: updates (Section 2.2)
-
-
-def sophia_moments(grad: Tensor, m: Tensor, h: Tensor, *, beta1: float, beta2: float):
-    """Eq. 4: one EMA of g and one of g^2, both at every step [D7]."""
-    return beta1 * m + (1 - beta1) * grad, beta2 * h + (1 - beta2) * grad.square()
-
-
-def sophia_step(param: Tensor, m: Tensor, h: Tensor, *, lr: float, gamma: float, eps: float,
-                weight_decay: float):
-    """Eq. 3 with decoupled decay: the new weights, and how many coordinates its clip bound."""
-    ratio = m / (gamma * h).clamp_min(eps)
-    return param * (1 - lr * weight_decay) - lr * ratio.clamp(-1, 1), (ratio.abs() >= 1).sum()
+# -------------------------------------------------------------------------- optimisers
 
 
 def adamw_moments(grad: Tensor, m: Tensor, h: Tensor, *, beta1: float, beta2: float):
@@ -646,48 +951,6 @@ def adamw_step(param: Tensor, m: Tensor, h: Tensor, *, lr: float, beta1: float, 
     root = (h / (1 - beta2 ** step)).sqrt().add(eps)
     new = (param * (1 - lr * weight_decay)).addcdiv(m, root, value=-lr / (1 - beta1 ** step))
     return new, torch.zeros((), dtype=torch.int64, device=param.device)
-
-
-def lion_moments(grad: Tensor, m: Tensor, h: Tensor, *, beta1: float, beta2: float):
-    """Lion (arXiv 2302.06675) has one EMA; h carries the direction of the step to come."""
-    return beta2 * m + (1 - beta2) * grad, beta1 * m + (1 - beta1) * grad
-
-
-def lion_step(param: Tensor, m: Tensor, h: Tensor, *, lr: float, weight_decay: float):
-    return param * (1 - lr * weight_decay) - lr * h.sign(), (h != 0).sum()
-
-
-def blend(mask: Tensor | None, new: Tensor, old: Tensor) -> Tensor:
-    """M * new + (1 - M) * old, in the bits of old where M is 0: 0 * new cannot promise that once
-    new is not finite."""
-    if mask is None:
-        return new
-    mask = mask.to(new.dtype)
-    return torch.where(mask == 0, old, mask * new + (1 - mask) * old)
-
-
-def masked_update(param: Tensor, grad: Tensor, m: Tensor, h: Tensor, *, moments, step,
-                  mask: Tensor | None) -> Tensor:
-    """One step of any optimiser in place, the mask at the three points of Eq. 5-7.
-
-    moments(grad, m, h) -> new m, h; step(param, m, h) -> new param, clipped count, which is
-    returned. All tensors have one shape; mask broadcasts to it, with real values in [0, 1]."""
-    m_new, h_new = moments(grad, m, h)  # Eq. 4
-    m.copy_(blend(mask, m_new, m))  # (i) Eq. 5
-    h.copy_(blend(mask, h_new, h))  # (ii) Eq. 6
-    new, clipped = step(param, m, h)  # Eq. 3
-    param.copy_(blend(mask, new, param))  # (iii) Eq. 7
-    return clipped
-
-
-def sophia_update(param: Tensor, grad: Tensor, m: Tensor, h: Tensor, *, lr: float, beta1: float,
-                  beta2: float, gamma: float, eps: float, weight_decay: float,
-                  mask: Tensor | None = None) -> Tensor:
-    """One Sophia step in place, Eq. 3-7, on float32 param, grad, m, h of one shape; returns how
-    many coordinates the clip of Eq. 3 bound."""
-    return masked_update(
-        param, grad, m, h, mask=mask, moments=partial(sophia_moments, beta1=beta1, beta2=beta2),
-        step=partial(sophia_step, lr=lr, gamma=gamma, eps=eps, weight_decay=weight_decay))
 
 
 def sophia(recipe: "Unlearning", lr: float, weight_decay: float, step: int):
@@ -703,16 +966,16 @@ def adamw(recipe: "Unlearning", lr: float, weight_decay: float, step: int):
                     step=step))
 
 
-# name: (recipe, lr, weight_decay, step from 1) -> moments and step of `masked_update`.
-OPTIMISERS = {
-    "sophia": sophia,
-    "adamw": adamw,
-    "lion": lambda r, lr, decay, step: (partial(lion_moments, beta1=r.beta1, beta2=r.beta2),
-                                        partial(lion_step, lr=lr, weight_decay=decay)),
-}
+@dataclass(frozen=True)
+class Optimiser:
+    rules: Callable  # (recipe, lr, weight_decay, step from 1) -> moments, step of `masked_update`
+    whole: bool = False  # it must see whole matrices, as Muon does, not runs of their rows
 
 
-# ------------------------------------------------------------------ step 2: what moves [D9]
+OPTIMISERS = {"sophia": Optimiser(sophia), "adamw": Optimiser(adamw)}
+
+
+# ------------------------------------------------------------------- methods, what moves [D9]
 
 # Which weights move whole, by name. A method with a mask moves the rows of down_proj beside them.
 MOVES = {
@@ -733,7 +996,6 @@ METHODS = {
     "fo": Method("all", "adamw"),
     "so": Method("all", "sophia"),
     "simu": Method("attention", "sophia", masked=True),
-    "simu-lion": Method("attention", "lion", masked=True),
 }
 
 
@@ -743,278 +1005,9 @@ def moves_of(recipe: "Unlearning") -> str:
     return "nothing" if method.masked and recipe.attention == "frozen" else method.moves
 
 
-class RowLinear(torch.autograd.Function):
-    """y = x W^T where only some rows of W move: forms their gradient [C, F] and no other."""
-
-    @staticmethod
-    def forward(ctx, x, weight, rows, index):
-        ctx.save_for_backward(x, weight, index)
-        return F.linear(x, weight)
-
-    @staticmethod
-    def backward(ctx, dy):
-        x, weight, index = ctx.saved_tensors
-        moved = dy[..., index].flatten(0, -2)  # [B*T, C]
-        return dy @ weight, None, moved.T @ x.flatten(0, -2), None
-
-
-class CriticalRows(nn.Module):
-    """Stands in for a down_proj while its critical rows move. `rows` [C, F] is a parameter of its
-    own: a 0/1 mask in Eq. 5-7 then has nothing left to do, and neither gradient nor optimiser
-    state of the frozen rows ever exists (test_critical_rows_are_the_masked_update holds it equal
-    to the mask written out). critical: M of the layer [D]; of a soft one, `mask` [C, 1] is left."""
-
-    def __init__(self, linear: nn.Linear, critical: Tensor):
-        super().__init__()
-        self.linear = [linear]  # in a list: not a submodule, its weight is not a parameter of ours
-        index, device = critical.nonzero().squeeze(1), linear.weight.device
-        self.index = index.to(device)  # [C]
-        soft = critical.is_floating_point()
-        self.mask = critical[index, None].to(device) if soft else None
-        self.rows = nn.Parameter(linear.weight.detach()[self.index].clone())  # [C, F]
-
-    def forward(self, x):
-        return RowLinear.apply(x, self.linear[0].weight.detach(), self.rows, self.index)
-
-    @torch.no_grad()
-    def refresh(self):
-        """Put the moved rows where the forward pass reads them."""
-        self.linear[0].weight[self.index] = self.rows
-
-
-@dataclass
-class Moving:
-    """One weight that moves: what the model reads, its full-precision master (the same tensor
-    where the model is float32 or state is bfloat16 [D10]), and its two moments."""
-
-    name: str
-    weight: nn.Parameter
-    master: Tensor
-    m: Tensor
-    h: Tensor
-    decayed: bool  # matrices are; norms and biases are not [D7]
-    mask: Tensor | None = None  # real-valued, of a soft mask's rows
-
-
-@contextmanager
-def moving_weights(model: Transformer, recipe: "Unlearning", mask: Tensor | None):
-    """The weights that recipe.method moves, as a list of Moving; all others are frozen meanwhile.
-    mask [L, D], of a masked method: the rows of down_proj where it is not zero move [D9]."""
-    method, stand_ins, masks = METHODS[recipe.method], [], {}
-    for name, p in model.named_parameters():
-        p.requires_grad_(MOVES[moves_of(recipe)](name))
-    if method.masked:
-        if mask is None or mask.shape != (len(model.layers), model.config.hidden_size):
-            raise UserError(f"method {recipe.method} needs a mask of one value per layer and "
-                            "neuron; make_mask gives one")
-        for block, critical in zip(model.layers, mask):
-            if critical.any():
-                rows = CriticalRows(block.mlp.down_proj, critical)
-                stand_ins.append((block.mlp, block.mlp.down_proj, rows))
-                block.mlp.down_proj, masks[rows.rows] = rows, rows.mask
-    try:
-        moving = [start_moving(name, p, recipe.state, masks.get(p))
-                  for name, p in model.named_parameters() if p.requires_grad]
-        if not moving:
-            raise UserError(f"method {recipe.method} moves nothing here: the mask is empty and "
-                            "attention frozen; lower the threshold or let attention move")
-        yield moving
-    finally:
-        for mlp, linear, rows in stand_ins:
-            rows.refresh()
-            mlp.down_proj = linear
-        for p in model.parameters():
-            p.requires_grad_(True)
-
-
-def start_moving(name: str, p: nn.Parameter, state: str, mask: Tensor | None) -> Moving:
-    dtype = getattr(torch, state)
-    full = p.dtype == torch.float32 or dtype == torch.bfloat16
-    master = p.detach() if full else p.detach().float()
-    m, h = (torch.zeros_like(master, dtype=dtype) for _ in range(2))
-    return Moving(name, p, master, m, h, p.dim() == 2, mask)
-
-
-def stochastic_round(x: Tensor, generator: torch.Generator) -> Tensor:
-    """float32 to bfloat16, up or down with the probability that makes it right on average [D10]."""
-    noise = torch.randint(0, 1 << 16, x.shape, dtype=torch.int32, device=x.device,
-                          generator=generator)
-    return ((x.view(torch.int32) + noise) & -(1 << 16)).view(torch.float32).bfloat16()
-
-
-PART = {"cpu": 1 << 17}  # weights updated at once: an update's temporaries fit a CPU's cache
-LARGE_PART = 1 << 24  # elsewhere: few kernels, and temporaries smaller than an embedding
-
-
-def parts_of(w: Moving) -> list[tuple[Tensor, Moving]]:
-    """A weight that moves as runs of its rows, each with its gradient, which is let go."""
-    most = PART.get(w.weight.device.type, LARGE_PART)
-    rows = max(1, most * len(w.weight) // w.weight.numel())
-    grad, w.weight.grad = w.weight.grad, None
-    runs = list(zip(*(t.split(rows) for t in (grad, w.weight, w.master, w.m, w.h))))
-    masks = [None] * len(runs) if w.mask is None else w.mask.split(rows)
-    return [(grad, Moving(w.name, *own, w.decayed, mask))
-            for (grad, *own), mask in zip(runs, masks)]
-
-
-@torch.no_grad()
-def apply_updates(moving: list[Moving], update, *, scale: float, generator: torch.Generator) -> int:
-    """Call update(param, grad, m, h, part) in float32 on parts of each moving weight, with their
-    gradients times `scale`; gradients are freed on the way. Returns the clipped coordinates."""
-    clipped = 0
-    for grad, w in (part for weight in moving for part in parts_of(weight)):
-        grad = grad.float() * scale
-        if w.m.dtype == torch.float32:
-            clipped += update(w.master, grad, w.m, w.h, w)
-            if w.master.dtype != w.weight.dtype:
-                w.weight.copy_(w.master)
-            continue
-        wide = [t.float() for t in (w.master, w.m, w.h)]
-        clipped += update(wide[0], grad, wide[1], wide[2], w)
-        for narrow, t in zip((w.master, w.m, w.h), wide):
-            narrow.copy_(stochastic_round(t, generator)
-                         if narrow.dtype == torch.bfloat16 else t)
-    return int(clipped)
-
-
-@torch.no_grad()
-def read_masters(moving: list[Moving], rows: list[CriticalRows]):
-    """Bring what the model computes with up to its masters."""
-    for w in moving:
-        if w.master.dtype != w.weight.dtype:
-            w.weight.copy_(w.master)
-    for module in rows:
-        module.refresh()
-
-
-# --------------------------------------------------------------------------- step 2: the loop
-
-
-def learning_rate(step: int, total: int, peak: float, warmup: float) -> float:
-    """Linear rise over the first share of updates, then linear decay to 0. step counts from 1."""
-    rise = max(1, int(total * warmup))
-    return peak * min(step / rise, (total - step + 1) / (total - rise + 1))
-
-
-def plain_loop(title: str, steps: int, tensors: dict[str, Tensor]):
-    """Step numbers from 1. Another loop may fill `tensors`, which are all that the steps change,
-    with those of an interrupted run, and go on from there; it must draw nothing at random."""
-    yield from range(1, steps + 1)
-
-
-def train(model: Transformer, moving: list[Moving], order: list, backward, recipe: "Unlearning", *,
-          optimiser, lr: float, title: str, loop=None, record=None) -> list[dict]:
-    """Run one update per item of `order`; returns a log row per update, also given to record(row).
-
-    backward(item) leaves gradients and returns the losses by name; optimiser: a row of OPTIMISERS.
-    Items, rates and random bits depend on the step alone, so that `loop` may go on from any."""
-    total, count = len(order), sum(w.master.numel() for w in moving)
-    generator = torch.Generator(moving[0].master.device)
-    rows = [module for module in model.modules() if isinstance(module, CriticalRows)]
-    tensors = {f"{w.name}.{k}": getattr(w, k) for w in moving for k in ("master", "m", "h")}
-    log = []
-    with tqdm(total=total, desc=title) as bar:
-        for step in (loop or plain_loop)(title, total, tensors):
-            if not log:  # the loop may have filled the masters
-                read_masters(moving, rows)
-            losses = backward(order[step - 1])
-            norm = torch.stack([w.weight.grad.float().norm() for w in moving]).norm().item()
-            if not all(abs(x) < float("inf") for x in (norm, *losses.values())):
-                raise UserError(f"{title}: loss or gradient is not finite at update {step} of "
-                                f"{total}; {to_put_right(recipe, lr)}")
-            rate = learning_rate(step, total, lr, recipe.warmup)
-            generator.manual_seed(recipe.seed * 1_000_003 + step)
-
-            def update(p, g, m, h, w):
-                moments, move = optimiser(recipe, rate, recipe.weight_decay * w.decayed, step)
-                return masked_update(p, g, m, h, moments=moments, step=move, mask=w.mask)
-
-            clipped = apply_updates(moving, update, scale=min(1.0, recipe.clip / (norm + 1e-6)),
-                                    generator=generator)
-            for module in rows:
-                module.refresh()
-            log.append(dict(step=step, **losses, lr=rate, grad_norm=norm, clipped=clipped / count))
-            bar.set_postfix({k: f"{v:.3f}" for k, v in losses.items()}, refresh=False)
-            bar.update(step - bar.n)
-            if record:
-                record(log[-1])
-    if not all(torch.isfinite(w.master).all() for w in moving):
-        raise UserError(f"{title}: weights are not finite after the last update; "
-                        + to_put_right(recipe, lr))
-    return log
-
-
-def to_put_right(recipe: "Unlearning", lr: float) -> str:
-    """What to change where numbers overflow: first what no recipe sets, if it was changed."""
-    changed = [f"--{f.name.replace('_', '-')} (now {getattr(recipe, f.name):g})"
-               for f in fields(recipe)
-               if f.name in CONSTANTS and getattr(recipe, f.name) != f.default]
-    put_back = f"put back {' and '.join(changed)}, or " if changed else ""
-    return f"{put_back}lower --lr (now {lr:g})"
-
-
-def unlearning_order(n_forget: int, n_retain: int, recipe: "Unlearning"
-                     ) -> list[tuple[list, list]]:
-    """For each update, the forget rows and the retain rows drawn to go with them [D8]. Epochs of
-    permutations laid end to end and cut into whole batches, as SOUL counts them."""
-    rng = random.Random(recipe.seed)
-    forget = [i for _ in range(recipe.epochs) for i in rng.sample(range(n_forget), n_forget)]
-    whole = len(forget) // recipe.batch * recipe.batch
-    if not whole:
-        raise UserError(f"{n_forget} forget rows times {recipe.epochs} epochs do not fill one "
-                        f"batch of {recipe.batch}; lower --batch")
-    pairs = [(i, rng.randrange(n_retain) if n_retain else None) for i in forget[:whole]]
-    return [tuple(zip(*pairs[i:i + recipe.batch])) for i in range(0, whole, recipe.batch)]
-
-
-def unlearn(model: Transformer, forget: list[Encoded], retain: list[Encoded],
-            mask: Tensor | None, recipe: "Unlearning", *, targets=None, title: str = "unlearn",
-            loop=None, record=None) -> list[dict]:
-    """Step 2 on model, in place: recipe.method with recipe.objective; returns the log, a row per
-    update. mask [L, D]: of masked methods. targets: of objectives that end somewhere, a loss, or
-    for each forget row a loss or those of its tokens. UserError where a loss is not finite or the
-    rows do not fill a batch."""
-    order = unlearning_order(len(forget), len(retain), recipe)
-    objective = OBJECTIVES[recipe.objective]
-    known = known_of_rows(model, forget, recipe, targets)
-    weight = recipe.lam if objective.retain is None else objective.retain
-    if weight and not retain:
-        raise UserError(f"objective {recipe.objective} needs retain rows; give some, or lam = 0")
-
-    def backward(item):
-        # Two passes, each freed before the next: by linearity the gradient of the whole loss.
-        losses = {}
-        if objective.forget:
-            losses["loss_forget"] = backward_forget(
-                model, [forget[i] for i in item[0]], [known[i] for i in item[0]], recipe)
-        if weight:
-            losses["loss_retain"] = backward_mean_nll(
-                model, [retain[i] for i in item[1]], weight, recipe.micro_tokens)
-        return losses
-
-    model.checkpoint = recipe.checkpointing
-    with moving_weights(model, recipe, mask) as moving:
-        log = train(model, moving, order, backward, recipe, lr=recipe.lr, title=title, loop=loop,
-                    optimiser=OPTIMISERS[METHODS[recipe.method].optimiser], record=record)
-    need_finite_losses(model, forget, recipe, title)
-    return log
-
-
-@torch.no_grad()
-def need_finite_losses(model: Transformer, rows: list[Encoded], recipe: "Unlearning", title: str):
-    """Weights can be finite and what they compute not. An update's loss tells of the one before it;
-    of the last one, at most eight rows spread over all of them do."""
-    for row in rows[::-(-len(rows) // 8)]:
-        if not nll_sum(model, collate([row], model.embed_tokens.weight.device)).isfinite():
-            raise UserError(f"{title}: the model's losses are not finite after the last update; "
-                            + to_put_right(recipe, recipe.lr))
-
-
-# ------------------------------------------------------------------ settings and Tables 3-4
+# ============================================================= Settings and Tables 3-4
 
 PATHS = ("layer", "neuron")
-CONSTANTS = ("beta1", "beta2", "gamma", "eps", "adam_beta2", "adam_eps", "clip", "npo_beta",
-             "simnpo_beta", "simnpo_margin", "undial_strength", "weight_decay")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -1022,6 +1015,8 @@ class Attribution:
     """Step 1, scores (Section 2.1)."""
 
     seed: int = option(0, "seeds every draw: slice, initial weights, order, pairing")
+    neurons: str = option("output", "of a layer's MLP: its outputs [D1], or what down_proj reads",
+                          choices=NEURONS)
     steps: int = option(5, "m: nodes on the path from 0 to beta (Eq. 1)")
     path: str = option("layer", "scale a layer's outputs together, or one neuron at a time [D4]",
                        choices=PATHS)
@@ -1033,10 +1028,12 @@ class Masking:
     """Step 1, mask (Section 2.1)."""
 
     seed: int = option(0, "seeds every draw: slice, initial weights, order, pairing")
+    neurons: str = option("output", "of a layer's MLP: its outputs [D1], or what down_proj reads",
+                          choices=NEURONS)
     threshold: float = option(0.3, "t: critical if Att > t * max of the layer")
     mask: str = option("dual", "dual keeps neurons critical for both sets [D6], forget-only drops, "
                        "soft weighs them; random: of equal size; none: attention only; all: no "
-                       "mask on down_proj", choices=tuple(MASKS))
+                       "mask on down_proj", choices=MASKS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -1045,15 +1042,12 @@ class Unlearning:
 
     seed: int = option(0, "seeds every draw: slice, initial weights, order, pairing")
     method: str = option("simu", "fo: AdamW on all weights; so: Sophia on all; simu: Sophia on "
-                         "attention and critical rows", choices=tuple(METHODS))
-    objective: str = option("graddiff", "; ".join(f"{k}: {v.about}" for k, v in OBJECTIVES.items()),
-                            choices=tuple(OBJECTIVES))
+                         "attention and critical rows", choices=METHODS)
+    neurons: str = option("output", "of a layer's MLP: its outputs [D1], or what down_proj reads",
+                          choices=NEURONS)
+    objective: str = option("graddiff", "what each row's loss is", choices=OBJECTIVES)
     attention: str = option("moving", "of masked methods: frozen follows the sentence after Eq. 7 "
                             "[D9]", choices=("moving", "frozen"))
-    npo_beta: float = option(0.1, "beta of NPO")
-    simnpo_beta: float = option(4.5, "beta of SimNPO")
-    simnpo_margin: float = option(0.0, "gamma of SimNPO")
-    undial_strength: float = option(10.0, "how much UNDIAL lowers the answer's logit")
     lr: float = option(5e-6, "eta: peak learning rate")
     epochs: int = option(5, "passes over the forget set")
     batch: int = option(16, "forget rows per update, each with one retain row")

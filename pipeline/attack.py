@@ -52,6 +52,7 @@ import simu
 from eval import mean, rouge_l, rouge_words, spread
 from model import (Config, Transformer, UserError, generate, read_json, whole_file, write_json,
                    write_text)
+from pipeline import objectives
 from pipeline.columns import definitions, label, table
 from pipeline.settings import (Level, Parser, Placement, Settings, Source, choose_dtype,
                                load_benchmark, placement, read_settings, settings_of)
@@ -281,7 +282,7 @@ def requests_job(s: Settings, name: str, k: int) -> Stage | None:
     return Stage(s.run / name / f"requests-{k}", settings=own, code=(make_requests,),
                  inputs={x: content(s.run / x) for x in models} | data_inputs(s),
                  takes=(data.Slice, Source, Placement, evaluation.Limits, simu.Attribution,
-                        simu.Masking, simu.Unlearning, Level), also=dict(requests=k))
+                        simu.Masking, objectives.Unlearning, Level), also=dict(requests=k))
 
 
 def make_requests(name: str, folder: Path, probes: dict, parts: list[list[data.Example]],
@@ -293,7 +294,7 @@ def make_requests(name: str, folder: Path, probes: dict, parts: list[list[data.E
         if i:
             part = parts[i - 1]
             rows = [data.encode_for(model.config, x, tokenizer, s.template) for x in (
-                part, simu.loss_examples(part, s.objective), bench.retain)]
+                part, objectives.loss_examples(part, s.objective), bench.retain)]
             targets = None
             if simu.OBJECTIVES[s.objective].targeted:
                 targets, _ = forget_targets(s, bench, rows[1], model)

@@ -12,6 +12,7 @@ from pathlib import Path
 import data
 import simu
 from model import TOKEN_IDS, Config, write_json, write_text
+from pipeline import objectives
 from pipeline.columns import COLUMNS, label, mask_line, reading, table, table_of
 from pipeline.settings import Settings
 from pipeline.stage import mask_name, read_stage, unlearned_name
@@ -89,14 +90,15 @@ def write_card(folder: Path, s: Settings, used: dict, found: list[dict] = ()):
     """README.md of a model unlearned in run s with the settings `used`; found: evaluations of it
     and of its original, as report.find_evaluations gives them."""
     kind, method = s.layout, simu.METHODS[used["method"]]
-    made = replace(s, **{f.name: used[f.name] for f in fields(simu.Recipe) if f.name in used},
+    made = replace(s, **{f.name: used[f.name] for f in fields(objectives.Recipe) if f.name in used},
                    name=used.get("name", ""))
     about, licence = provenance(s)
     metrics = "Not evaluated yet: `python -m pipeline evaluate` and `report`."
     if found:
         metrics = table_of(COLUMNS[kind], found) + "\n\n" + reading(found[0]["metrics"])
     constants = [["optimiser", method.optimiser]]
-    for part in (simu.Unlearning, *((simu.Attribution, simu.Masking) if method.masked else ())):
+    step1 = (simu.Attribution, simu.Masking) if method.masked else ()
+    for part in (objectives.Unlearning, *step1):
         constants += [[f.name, used[f.name]] for f in fields(part)
                       if f.name in used and [f.name, used[f.name]] not in constants]
     sliced = [[f.name, used[f.name]] for f in fields(data.Slice) if f.name in used]

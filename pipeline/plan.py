@@ -194,7 +194,7 @@ def _ids(B: int, T: int):
 
 def _unlearning(s, config, method, dtype, critical, longest, answer) -> Need:
     """One update of `unlearn`, from the pass that finds all gradients already there."""
-    mask = torch.zeros(config.num_hidden_layers * config.hidden_size, dtype=torch.bool)
+    mask = torch.zeros(config.num_hidden_layers * config.neuron_count, dtype=torch.bool)
     mask[torch.arange(critical) * len(mask) // max(1, critical)] = True  # spread over the layers
     model = _meta(config, dtype)
     model.checkpoint = s.checkpointing
@@ -212,7 +212,9 @@ def _unlearning(s, config, method, dtype, critical, longest, answer) -> Need:
         state = (t for w in moving for t in (w.weight.grad, w.master, w.m, w.h))
         with LiveBytes(*weights.values(), *state) as live, _fused_attention(s):
             _trace_pass(model, s, longest, answer)
-            simu.apply_updates(moving, _one_update(s), scale=1.0, generator=None)
+            # Its count stays a tensor, for meta tensors have no values.
+            simu.apply_updates(moving, simu.OPTIMISERS[simu.METHODS[s.method].optimiser], s,
+                               lr=s.lr, step=1, scale=1.0, generator=None)
         return Need(*sizes, live.peak - sum(sizes))
 
 
@@ -231,19 +233,9 @@ def _trace_pass(model, s, longest, answer):
     # As hidden_at, which must know what is padding.
     places = torch.arange(B * longest, device="meta")
     h = model.hidden_of_rows(places, places, (B, longest), places)[n]  # [B * answer, D]
-    _, grad = simu.backward_head(model, h.detach(), n, [answer] * B,
-                                 lambda answers, own: answers.nll.sum())
+    term = simu.Term(simu.descent, [None] * B, s, 1.0, 1)
+    _, grad = simu.backward_head(model, h.detach(), n, [answer] * B, term, list(range(B)))
     h.backward(grad)
-
-
-def _one_update(s):
-    """The update `train` would make; its count is dropped, for meta tensors have no values."""
-    moments, step = simu.OPTIMISERS[simu.METHODS[s.method].optimiser](s, s.lr, s.weight_decay, 1)
-
-    def update(p, g, m, h, moving):
-        simu.masked_update(p, g, m, h, moments=moments, step=step, mask=moving.mask)
-        return 0
-    return update
 
 
 def _trace_attribution(model, s, longest, answer) -> int:
@@ -318,7 +310,7 @@ def critical_count(s: Settings, config: Config) -> int:
     made = s.run / mask_name(s)
     if (made / "stage.json").is_file():
         return read_stage(made)["critical"]
-    return CRITICAL.get((s.benchmark, s.model), config.num_hidden_layers * config.hidden_size)
+    return CRITICAL.get((s.benchmark, s.model), config.num_hidden_layers * config.neuron_count)
 
 
 def check_memory(s: Settings, config: Config, name: str, method: str | None = None, *,
@@ -387,7 +379,7 @@ def plan_command(s: Settings):
     count = _weights(config, dtype) // dtype.itemsize
     print(f"{s.benchmark} {s.model}: {count:,} weights, {str(dtype)[6:]}; rows of at most "
           f"{given['longest']} tokens, {given['answer']} of them answer; {given['critical']} of "
-          f"{config.num_hidden_layers * config.hidden_size} neurons critical")
+          f"{config.num_hidden_layers * config.neuron_count} neurons critical")
     free = CARD if no_gpu else room(here)
     where = ("no GPU here: compared with one card of" if no_gpu else
              f"{torch.cuda.get_device_name() if here.type == 'cuda' else 'CPU'}, room for")
@@ -472,7 +464,7 @@ def _disk(s: Settings, config: Config, count: int, dtype: torch.dtype,
     first = first or count * 4  # made here, or of unknown size
     models = len(simu.METHODS) + (1 if sources.base else 0)
     made = models * count * dtype.itemsize
-    made += config.num_hidden_layers * config.hidden_size * 9  # scores, two of float32; a mask
+    made += config.num_hidden_layers * config.neuron_count * 9  # scores, two of float32; a mask
     there = next(p for p in (s.run, *s.run.absolute().parents) if p.is_dir())
     free = shutil.disk_usage(there).free
     line = (f"disk: {(first + made) / GB:.2f} GB ({kind} {first / GB:.2f}, {models} models made "

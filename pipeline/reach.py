@@ -14,9 +14,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 # Modules whose code can change a number. Plans, reports and folders are not among them.
 FOLLOWED = {name: ROOT / f"{name.replace('.', '/')}.py" for name in (
-    "model", "data", "simu", "eval", "pipeline.original", "pipeline.plant", "pipeline.stages",
-    "pipeline.evaluate", "pipeline.attack", "pipeline.sweep", "pipeline.request",
+    "model", "data", "simu", "eval", "pipeline.objectives", "pipeline.original", "pipeline.plant",
+    "pipeline.stages", "pipeline.evaluate", "pipeline.attack", "pipeline.sweep", "pipeline.request",
     "pipeline.mixers.states", "pipeline.mixers.mamba2", "pipeline.mixers.rwkv7")}
+ADDED = {"simu": ("pipeline.objectives",)}  # files whose rows are added to a module's tables
 TABLES = ("OBJECTIVES", "OPTIMISERS", "MOVES", "METHODS", "MASKS", "TEMPLATES", "ARCHITECTURES")
 MESSAGES = ("print", "UserError", "NoAccess", "tqdm")  # calls whose arguments only people read
 
@@ -83,13 +84,14 @@ def is_settings(module: str, node) -> bool:
     return options or any(is_settings(module, base) for base in bases)
 
 
-def table_row(node, key: str):
-    """The syntax tree of one row of a table, or of all of it if it is no literal."""
-    if isinstance(node.value, ast.Dict):
-        for name, value in zip(node.value.keys, node.value.values):
-            if isinstance(name, ast.Constant) and name.value == key:
-                return value
-    return node
+def table_row(node, key: str | None):
+    """The syntax tree of one row of a table, None if it is not there, or that of all of it if no
+    row is named or it is no literal."""
+    if key is None or not isinstance(node.value, ast.Dict):
+        return node
+    rows = {k.value: v for k, v in zip(node.value.keys, node.value.values)
+            if isinstance(k, ast.Constant)}
+    return rows.get(key)
 
 
 def code_digest(functions: tuple, rows: dict[str, str | None]) -> str:
@@ -120,7 +122,10 @@ def digest_of(functions: tuple, row_items: frozenset) -> str:
             if name == "ARCHITECTURES" and own in FOLLOWED:  # a row of mixers/, after its type
                 left.append((own, rows[name].upper()))
                 continue
-            node = node if rows[name] is None else table_row(node, rows[name])
+            left += [(other, name) for other in ADDED.get(module, ())]
+            node = table_row(node, rows[name])
+            if node is None:  # it is in one of the others
+                continue
         found[at] = node
         left += references(node, module, defined, imported)
     digest = hashlib.sha256()

@@ -16,6 +16,7 @@ import eval as evaluation
 import simu
 from eval import spread, summarise
 from model import UserError, read_json, write_json, write_text
+from pipeline import objectives
 from pipeline.card import write_cards
 from pipeline.columns import (ANSWER_MIA_COLUMNS, COLUMNS, LEADERBOARD_COLUMNS, MIA_COLUMNS,
                               MORE_COLUMNS, PUBLISHED, SOUL_COLUMNS, SOUL_READING, definitions,
@@ -266,15 +267,18 @@ paper's split is unknown. The README gives the evidence for each."""
 
 
 def _mask_of(run: Path, s: Settings) -> str:
-    """The line on a run's mask, unless it is of something that the run no longer holds."""
-    made = (run / "mask" / "stage.json").is_file()
-    if made and (why := differences(run / "mask", s, data_inputs(s))):
-        return f"the mask is not of what this run now holds: {'; '.join(why)}"
-    return mask_line(run / "mask", s)
+    """A line on each mask of a run, unless it is of something that the run no longer holds."""
+    lines, inputs = [], data_inputs(s)
+    for folder in sorted(p.parent for p in run.glob("mask*/stage.json")) or [run / "mask"]:
+        made = (folder / "stage.json").is_file()
+        why = differences(folder, s, inputs) if made else []
+        line = f"not of what this run now holds: {'; '.join(why)}" if why else mask_line(folder, s)
+        lines.append(line if folder.name == "mask" else f"{folder.name}: {line}")
+    return "\n\n".join(lines)
 
 
 # What may differ from model to model: it is told of each.
-OF_MODELS = [f.name for f in dataclasses.fields(simu.Recipe) if f.name != "seed"] + ["dtype"]
+OF_MODELS = [f.name for f in dataclasses.fields(objectives.Recipe) if f.name != "seed"] + ["dtype"]
 
 
 def _recipes_table(run: Path, found: list[dict]) -> str:

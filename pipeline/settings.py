@@ -18,7 +18,7 @@ import eval as evaluation
 import simu
 from data import option
 from model import NO_TEXT, Config, Transformer, UserError, read_json
-from pipeline import mixers
+from pipeline import mixers, objectives
 
 HERE = Path(__file__).resolve().parent.parent  # the repository
 BENCHMARKS = ("demo", "tofu", "lume", "rows")  # rows: files of the user's own
@@ -26,8 +26,8 @@ TINY_MODELS = {"tiny-llama": "llama", "tiny-olmo": "olmo", "tiny-mamba": "mamba2
                "tiny-rwkv": "rwkv7"}  # made here, of this model_type
 MODELS = ("llama2-7b", "olmo-1b", "llama3.2-1b", "smollm2-135m", *TINY_MODELS)
 # Folders of a run that hold no unlearned model; a disk may not tell A from a.
-RESERVED = re.compile("(original|retain-only|written-retain|attribution|mask(-.*)?|planted-.*|"
-                      r"figures|(settings|report|attack|request)\..*)", re.I)
+RESERVED = re.compile("(original|retain-only|written-retain|attribution(-.*)?|mask(-.*)?|"
+                      r"planted-.*|figures|(settings|report|attack|request)\..*)", re.I)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,7 +160,7 @@ def flag(name: str) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(Source, Placement, data.Slice, simu.Recipe, Making, Planting, Level,
+class Settings(Source, Placement, data.Slice, objectives.Recipe, Making, Planting, Level,
                evaluation.Limits):
     """Every setting of every stage. A cell's recipe overrides these defaults, and the command line
     overrides both."""
@@ -232,7 +232,7 @@ def row_files(s: Settings) -> dict[str, str]:
     retain = s.retain
     if s.retain_from_model and not retain:
         retain = str(s.run / "written-retain" / "rows.jsonl")
-    weight = simu.OBJECTIVES[s.objective].retain
+    weight = simu.OBJECTIVES[s.objective].weight
     if not retain and (s.lam if weight is None else weight):
         raise UserError("no rows to keep are given, and this objective must know what is to stay: "
                         "give a second file; or --retain-from-model N, texts that the model "
@@ -487,8 +487,9 @@ def choose_dtype(s: Settings) -> torch.dtype:
 
 
 def placement(s: Settings) -> dict:
-    """Where and in what a model is loaded: what Transformer.from_pretrained takes."""
-    return dict(dtype=choose_dtype(s), device=choose_device(s))
+    """Where, in what and with which neurons a model is loaded: what Transformer.from_pretrained
+    takes."""
+    return dict(dtype=choose_dtype(s), device=choose_device(s), neurons=s.neurons)
 
 
 def taken(s: Settings, takes: tuple) -> dict:
@@ -529,12 +530,15 @@ def add_options(to: argparse.ArgumentParser, *, skip: tuple = ()):
     for f in fields(Settings):
         if f.name in skip:
             continue
-        effect = f.metadata["effect"].replace("%", "%%")
+        effect, choices = f.metadata["effect"], tuple(f.metadata["choices"])
+        if f.name == "objective":
+            effect += ": " + "; ".join(f"{k}: {v.about}" for k, v in simu.OBJECTIVES.items())
+        effect = effect.replace("%", "%%")
         if f.type is bool:
             to.add_argument(flag(f.name), action=argparse.BooleanOptionalAction, help=effect,
                             default=argparse.SUPPRESS)
         else:
             shown = f"{effect} (default {f.default!r})"
             to.add_argument(flag(f.name), type=f.type, help=shown, default=argparse.SUPPRESS,
-                            choices=f.metadata["choices"] or None,
-                            metavar=None if f.metadata["choices"] else f.type.__name__.upper())
+                            choices=choices or None,
+                            metavar=None if choices else f.type.__name__.upper())

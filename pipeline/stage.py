@@ -31,6 +31,7 @@ import torch
 import data
 import simu
 from model import UserError, has_types, read_json, write_json, write_text
+from pipeline import objectives
 from pipeline.reach import code_digest
 from pipeline.resume import RESUME, Checkpoints
 from pipeline.settings import (TINY_MODELS, Making, Settings, Source, data_digests, settings_of,
@@ -192,7 +193,7 @@ def table_rows(s: Settings, takes: tuple) -> dict[str, str | None]:
         rows["TEMPLATES"] = s.template
     if simu.Masking in takes:
         rows["MASKS"] = s.mask
-    if simu.Unlearning in takes:
+    if objectives.Unlearning in takes:
         method = simu.METHODS[s.method]
         rows |= dict(OBJECTIVES=s.objective, METHODS=s.method, OPTIMISERS=method.optimiser,
                      MOVES=simu.moves_of(s))
@@ -212,15 +213,22 @@ def architecture(s: Settings) -> str | None:
     return None
 
 
+def attribution_name(s: Settings) -> str:
+    """Folder of the scores: of the paper's neurons, or beside it of others."""
+    return "attribution" if s.neurons == "output" else f"attribution-{s.neurons}"
+
+
 def mask_name(s: Settings) -> str:
     """Folder of the mask: mask for the paper's dual, mask-<kind> for the others beside it."""
-    return "mask" if s.mask == "dual" else f"mask-{s.mask}"
+    kinds = [s.neurons if s.neurons != "output" else "", s.mask if s.mask != "dual" else ""]
+    return "-".join(filter(None, ["mask", *kinds]))
 
 
 def unlearned_name(s: Settings) -> str:
     """Folder of an unlearned model: so-graddiff, simu-random-npo, or --name."""
     masked = simu.METHODS[s.method].masked
-    parts = [s.method, s.mask if masked and s.mask != "dual" else "",
+    parts = [s.method, s.neurons if masked and s.neurons != "output" else "",
+             s.mask if masked and s.mask != "dual" else "",
              "frozen" if masked and s.attention == "frozen" else "", s.objective]
     return s.name or "-".join(filter(None, parts))
 

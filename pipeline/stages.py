@@ -10,11 +10,12 @@ import data
 import eval as evaluation
 import simu
 from model import Config, Transformer, UserError, read_tensors, save_tensors
+from pipeline import objectives
 from pipeline.card import write_card, write_generation_config
 from pipeline.plan import check_memory
-from pipeline.settings import (Level, Placement, Settings, Source, load_benchmark, placement,
-                               read_settings, taken)
-from pipeline.stage import (Stage, content, data_inputs, mask_name, read_stage,
+from pipeline.settings import (Level, Placement, Settings, Source, flag, load_benchmark,
+                               placement, read_settings, taken)
+from pipeline.stage import (Stage, attribution_name, content, data_inputs, mask_name, read_stage,
                             unlearned_name)
 
 
@@ -38,7 +39,7 @@ def encoded_rows(s: Settings, objective: str = "graddiff") -> tuple[data.Benchma
     the original's tokenizer spells them."""
     folder, bench = s.run / "original", load_benchmark(s)
     tokenizer, config = data.load_tokenizer(folder), Config.from_dir(folder)
-    examples = dict(forget=simu.loss_examples(bench.forget, objective), retain=bench.retain)
+    examples = dict(forget=objectives.loss_examples(bench.forget, objective), retain=bench.retain)
     return bench, {name: data.encode_for(config, some, tokenizer, s.template)
                    for name, some in examples.items()}
 
@@ -56,7 +57,7 @@ def load_original(s: Settings, job: Stage, name: str, encoded: dict, method: str
 
 
 def attribution_job(s: Settings) -> Stage:
-    return Stage(s.run / "attribution", settings=s, code=(make_attribution,),
+    return Stage(s.run / attribution_name(s), settings=s, code=(make_attribution,),
                  inputs=dict(original=content(s.run / "original")) | data_inputs(s),
                  takes=(data.Slice, Source, Placement, simu.Attribution))
 
@@ -84,12 +85,14 @@ def attribute_stage(s: Settings):
 def mask_job(s: Settings) -> Stage:
     attribution_job(s).require()
     return Stage(s.run / mask_name(s), settings=s, code=(make_mask,),
-                 inputs=dict(attribution=content(s.run / "attribution")), takes=(simu.Masking,))
+                 inputs={name: content(s.run / name) for name in [attribution_name(s)]},
+                 takes=(simu.Masking,))
 
 
 def mask_of_scores(s: Settings) -> torch.Tensor:
     """M [L, D] as s wants it, from the run's attribution."""
-    scores = read_tensors(s.run / "attribution" / "scores.safetensors", ("forget", "retain"))
+    scores = read_tensors(s.run / attribution_name(s) / "scores.safetensors",
+                          ("forget", "retain"))
     return simu.make_mask(s.mask, *scores, threshold=s.threshold, seed=s.seed)
 
 
@@ -154,17 +157,17 @@ def forget_targets(s: Settings, bench: data.Benchmark, forget: list[data.Encoded
     rows = data.encode_for(model.config, examples, data.load_tokenizer(s.run / "original"),
                            s.template)
     seen = answer_losses(model, rows, s.eval_tokens)
-    usual = simu.usual_losses([i for ids, _ in seen for i in ids],
+    usual = objectives.usual_losses([i for ids, _ in seen for i in ids],
                               [x for _, own in seen for x in own], model.config.vocab_size)
     order = random.Random(s.seed).sample(range(len(forget)), len(forget))
-    return [simu.spread_losses(row.ids[row.start:], seen[i % len(seen)][1], usual)
+    return [objectives.spread_losses(row.ids[row.start:], seen[i % len(seen)][1], usual)
             for row, i in zip(forget, order)], source
 
 
 def unlearn_job(s: Settings) -> Stage:
     inputs = dict(original=content(s.run / "original")) | data_inputs(s)
     code, also = (make_unlearned,), dict(eval_epochs=s.eval_epochs)
-    takes = (data.Slice, Source, Placement, simu.Unlearning)
+    takes = (data.Slice, Source, Placement, objectives.Unlearning)
     if simu.OBJECTIVES[s.objective].targeted:
         takes += (Level,)
         code += (forget_targets,)
@@ -191,10 +194,24 @@ def make_unlearned(s: Settings, job: Stage, folder: Path, *, aim=None, watch=Non
     record, targets = watch(model, bench, s, job) if watch else job.record("log.jsonl"), None
     if aim:
         targets, job.notes["level_from"] = aim(s, bench, encoded["forget"], model)
-    simu.unlearn(model, encoded["forget"], encoded["retain"], mask, s, targets=targets,
-                 title=unlearned_name(s), loop=job.loop, record=record)
+    try:
+        simu.unlearn(model, encoded["forget"], encoded["retain"], mask, s, targets=targets,
+                     title=unlearned_name(s), loop=job.loop, record=record)
+    except UserError as e:
+        raise UserError(f"{e}{put_back(s)}") from None
     model.save_pretrained(folder)
     data.copy_tokenizer(s.run / "original", folder)
+
+
+CONSTANTS = ("beta1", "beta2", "gamma", "eps", "adam_beta2", "adam_eps", "clip", "npo_beta",
+             "simnpo_beta", "simnpo_margin", "undial_strength", "weight_decay")
+
+
+def put_back(s: Settings) -> str:
+    """What may be to blame where numbers overflow: constants that no recipe sets, if changed."""
+    changed = [f"{flag(f.name)} (now {getattr(s, f.name):g})" for f in dataclasses.fields(s)
+               if f.name in CONSTANTS and getattr(s, f.name) != f.default]
+    return f", or put back {' and '.join(changed)}" if changed else ""
 
 
 def unlearn_stage(s: Settings):

@@ -46,7 +46,7 @@ import data
 import eval as evaluation
 import simu
 from model import Transformer, UserError, has_types, read_tensors, write_json, write_text
-from pipeline import settings
+from pipeline import objectives, settings
 from pipeline.columns import table
 from pipeline.evaluate import evaluate
 from pipeline.original import original_stage
@@ -187,7 +187,7 @@ def find_key(p: Point, contents: dict) -> str:
     if p.arm in BASELINES:
         parts = [p.arm]
     else:
-        takes.append(simu.Unlearning)
+        takes.append(objectives.Unlearning)
         if simu.METHODS[s.method].masked:
             takes.append(simu.Masking)
             parts.append("attribution")

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 import simu
 from data import IGNORE, Encoded, collate
 from model import Config, Transformer, UserError
+from pipeline import objectives
 from pipeline import settings as pipeline_settings
 
 LLAMA = dict(model_type="llama", num_key_value_heads=2)
@@ -207,27 +208,18 @@ def test_adamw_equals_torch():
                                   weight_decay=0.1)
     for step in range(1, 8):
         theirs.grad = torch.randn(5)
-        moments, move = simu.OPTIMISERS["adamw"](
+        moments, move = simu.OPTIMISERS["adamw"].rules(
             simu.Recipe(adam_beta2=0.999, adam_eps=1e-8), 0.01, 0.1, step)
         simu.masked_update(ours, theirs.grad, m, h, moments=moments, step=move, mask=None)
         reference.step()
     torch.testing.assert_close(ours, theirs.detach())
 
 
-def test_lion_by_hand():
-    p, m, h = torch.tensor([1.0, 1.0]), torch.tensor([0.2, -0.4]), torch.zeros(2)
-    moments, step = simu.OPTIMISERS["lion"](recipe(beta1=0.9, beta2=0.99), 0.1, 0.5, 1)
-    simu.masked_update(p, torch.tensor([-4.0, 1.0]), m, h, moments=moments, step=step, mask=None)
-    # direction .9*.2 - .4 = -.22 and -.36 + .1 = -.26: both weights rise by lr after the decay
-    torch.testing.assert_close(p, torch.tensor([0.95 + 0.1, 0.95 + 0.1]))
-    torch.testing.assert_close(m, torch.tensor([0.198 - 0.04, -0.396 + 0.01]))
-
-
 # ------------------------------------------------------------------------------------- unlearning
 
 
 def recipe(**changes):
-    return simu.Recipe(**(dict(lr=1e-2, epochs=2, batch=4) | changes))
+    return objectives.Recipe(**(dict(lr=1e-2, epochs=2, batch=4) | changes))
 
 
 def run(model, s, mask, **options):
@@ -252,7 +244,7 @@ def test_two_passes_are_the_gradient_of_graddiff_loss():
     simu.graddiff_loss(model, collate(f), collate(r), 2.0).backward()
     whole = {n: p.grad.clone() for n, p in model.named_parameters()}
     model.zero_grad()
-    simu.backward_forget(model, f, [None] * 5, recipe(micro_tokens=32))
+    simu.backward_term(model, f, [None] * 5, recipe(micro_tokens=32), function=simu.ascent)
     simu.backward_mean_nll(model, r, 2.0, 32)
     for n, p in model.named_parameters():
         torch.testing.assert_close(p.grad, whole[n], rtol=1e-4, atol=1e-6)
@@ -304,149 +296,6 @@ def test_simu_moves_attention_and_critical_rows_and_nothing_else(kind, dtype, st
     assert all(p.requires_grad for p in model.parameters())
 
 
-def literal_update(s, mask):
-    """Eq. 5-7 over dense tensors, written out: the model, and the mask of each of its weights.
-    mask: M [L, D], bool or real-valued."""
-    forget, retain, literal = rows(6), rows(10, seed=1), tiny()
-    masks = {n: mask[int(n.split(".")[1])][:, None].expand_as(p) if "down_proj" in n
-             else torch.full_like(p, "self_attn" in n, dtype=mask.dtype)
-             for n, p in literal.named_parameters()}
-    state = {n: (torch.zeros_like(p), torch.zeros_like(p)) for n, p in literal.named_parameters()}
-    order = simu.unlearning_order(len(forget), len(retain), s)
-    for step, (f, r) in enumerate(order, 1):
-        literal.zero_grad()
-        simu.graddiff_loss(literal, collate([forget[i] for i in f]),
-                           collate([retain[i] for i in r]), s.lam).backward()
-        # The clip is over what moves: a frozen weight's gradient must not shorten the step.
-        norm = torch.cat([p.grad[masks[n] > 0] for n, p in literal.named_parameters()]).norm()
-        with torch.no_grad():
-            for n, p in literal.named_parameters():
-                simu.sophia_update(p, p.grad * min(1.0, s.clip / (norm + 1e-6)), *state[n],
-                                   lr=simu.learning_rate(step, len(order), s.lr, s.warmup),
-                                   beta1=s.beta1, beta2=s.beta2, gamma=s.gamma, eps=s.eps,
-                                   weight_decay=s.weight_decay, mask=masks[n])
-    return literal, masks
-
-
-def forget_term(objective, model, some, known=None, **changes):
-    """An objective's forget term, as `unlearn` averages it, and its gradient by weight."""
-    answers = simu.read_answers(model, collate(some))
-    row = simu.OBJECTIVES[objective]
-    known = known or [None] * len(some)
-    loss = row.forget(answers, known, recipe(objective=objective, **changes))
-    loss = loss / (sum(answers.sizes) if row.per == "token" else len(some))
-    names, weights = zip(*model.named_parameters())
-    return loss.item(), dict(zip(names, torch.autograd.grad(loss, weights)))
-
-
-def test_simnpo_by_hand():
-    """-2/beta log sigmoid(-beta/|y| log P - margin), a row at a time."""
-    model, some = tiny(), rows(3)
-    means = [simu.mean_nll(model, collate([r])).item() for r in some]
-    hand = [-2 / 4.5 * math.log(1 / (1 + math.exp(-(4.5 * x - 0.7)))) for x in means]
-    loss, _ = forget_term("simnpo", model, some, simnpo_margin=0.7)
-    assert loss == pytest.approx(sum(hand) / 3, rel=1e-5)
-
-
-def norm_of(grads):
-    return torch.cat([g.flatten() for g in grads.values()]).norm().item()
-
-
-def knowing(objective, model, some, targets):
-    return simu.known_of_rows(model, some, recipe(objective=objective), targets)
-
-
-def test_level_has_two_sides_and_rest_between_them():
-    model, some = tiny(), rows(1)
-    own = simu.mean_nll(model, collate(some)).item()
-    up = forget_term("level", model, some, knowing("level", model, some, own + 1))
-    down = forget_term("level", model, some, knowing("level", model, some, own - 1))
-    assert up[0] == pytest.approx(1, rel=1e-4) and down[0] == pytest.approx(1, rel=1e-4)
-    for name in up[1]:  # below the level it ascends, above it descends, by the same gradient
-        torch.testing.assert_close(up[1][name], -down[1][name])
-    ascent = forget_term("graddiff", model, some)[1]
-    torch.testing.assert_close(up[1]["norm.weight"], ascent["norm.weight"], rtol=1e-4, atol=1e-6)
-    at_rest = forget_term("level", model, some, [simu.read_answers(
-        model, collate(some)).nll.detach().mean()])
-    assert at_rest[0] == 0 and norm_of(at_rest[1]) == 0
-
-
-def test_ceiling_is_level_below_and_nothing_above():
-    model, some = tiny(), rows(3)
-    low, high = (forget_term(x, model, some, knowing(x, model, some, 99.0))
-                 for x in ("level", "ceiling"))
-    assert low[0] == high[0] and all(torch.equal(low[1][n], high[1][n]) for n in low[1])
-    above = forget_term("ceiling", model, some, knowing("ceiling", model, some, 0.0))
-    assert above[0] == 0 and norm_of(above[1]) == 0
-
-
-def test_undial_and_stranger_rest_at_their_own_solutions():
-    """UNDIAL: logits that are the original's with the label's lowered. Stranger: the label at its
-    target, all others in the original's proportions."""
-    torch.manual_seed(0)
-    logits, labels = torch.randn(5, 9), torch.tensor([1, 2, 3, 4, 8])
-    answers = simu.Answers(logits, labels, -logits.log_softmax(-1)[range(5), labels], [2, 3])
-    s, rest = recipe(), logits.clone()
-    rest[range(5), labels] -= s.undial_strength
-    parts = [simu.Answers(x, y, n, [len(y)]) for x, y, n in zip(
-        logits.split([2, 3]), labels.split([2, 3]), answers.nll.split([2, 3]))]
-
-    def slope(objective, start, known):
-        start = start.clone().requires_grad_()
-        here = simu.Answers(start, labels, -start.log_softmax(-1)[range(5), labels], [2, 3])
-        return torch.autograd.grad(objective(here, known, s), start)[0].abs().max().item()
-
-    lowered = [simu.lowered(x, None, s) for x in parts]
-    assert slope(simu.undial, rest, lowered) < 1e-6 < 1e-2 < slope(simu.undial, logits, lowered)
-    targets = [torch.tensor([1.5, 3.0]), torch.tensor([0.5, 4.0, 2.0])]
-    known = [simu.without_label(x, y, s) for x, y in zip(parts, targets)]
-    apart = logits.clone()
-    others = apart.scatter(1, labels[:, None], -1e9).logsumexp(-1)
-    wanted = torch.cat(targets)
-    apart[range(5), labels] = others - wanted - torch.log1p(-torch.exp(-wanted))
-    here = simu.Answers(apart, labels, -apart.log_softmax(-1)[range(5), labels], [2, 3])
-    torch.testing.assert_close(here.nll, wanted)
-    entropy = sum(-(p * p.clamp_min(1e-30).log()).sum(-1).mean() for p, _ in known)
-    torch.testing.assert_close(simu.stranger(here, known, s), entropy, rtol=1e-5, atol=1e-5)
-    assert simu.stranger(answers, known, s) > entropy + 0.5
-
-
-def test_a_never_seen_rows_losses_are_spread_over_a_row():
-    usual = simu.usual_losses([3, 3, 7], [1.0, 3.0, 8.0], 10)
-    torch.testing.assert_close(usual[[0, 3, 7]], torch.tensor([4.0, 20 / 6, 24 / 5]))
-    got = simu.spread_losses([7, 0, 3, 7], [9.0, 1.0], usual)
-    assert got.tolist() == [9.0, 1.0, 1.0, 9.0]  # two harder tokens take the higher half
-
-
-def test_objectives_that_end_somewhere_need_to_know_where():
-    with pytest.raises(UserError, match="level needs targets"):
-        run(tiny(), recipe(objective="level"), torch.ones(3, 32).bool())
-
-
-@pytest.mark.parametrize("objective", sorted(simu.OBJECTIVES))
-def test_every_objective_runs_and_its_micro_batches_are_exact(objective):
-    grads = []
-    for tokens in (8192, 24):
-        model, some, s = tiny(), rows(4), recipe(objective=objective, micro_tokens=tokens)
-        if not simu.OBJECTIVES[objective].forget:
-            return
-        simu.backward_forget(model, some, simu.known_of_rows(model, some, s, 2.5), s)
-        grads.append({n: p.grad.clone() for n, p in model.named_parameters()})
-    for n in grads[0]:
-        torch.testing.assert_close(*(g[n] for g in grads), rtol=1e-3, atol=1e-5)
-
-
-def test_critical_rows_are_the_masked_update():
-    """The literal update against the run that trains only those rows."""
-    s, mask = recipe(state="float32", epochs=3), torch.rand(3, 32) < 0.4
-    got, (literal, masks) = run(tiny(), s, mask), literal_update(s, mask)
-    start = dict(tiny().named_parameters())
-    for n, p in literal.named_parameters():
-        moved = (p.detach() - start[n].detach()).abs().max()
-        torch.testing.assert_close(got[n], p.detach(), rtol=0, atol=float(1e-3 * moved) + 1e-9)
-        assert torch.equal(got[n][~masks[n]], start[n].detach()[~masks[n]])
-
-
 def test_optimiser_state_is_held_only_for_what_moves():
     model, mask = tiny(), torch.zeros(3, 32, dtype=torch.bool)
     mask[0, :5] = mask[2, 7] = True
@@ -469,12 +318,14 @@ def test_a_small_step_is_never_lost_in_bfloat16(state):
         model.layers[0].self_attn.q_proj.weight.fill_(0.25)
     mask = torch.zeros(3, 32, dtype=torch.bool)
     generator = torch.Generator().manual_seed(0)
+    plain = simu.Optimiser(lambda recipe, lr, decay, step: (
+        lambda g, m, h: (g, h), lambda p, m, h: (p - lr * m, 0)))
     with simu.moving_weights(model, recipe(state=state), mask) as moving:
         w = next(w for w in moving if w.name == "layers.0.self_attn.q_proj.weight")
         for _ in range(400):
             w.weight.grad = torch.ones_like(w.weight)
-            simu.apply_updates([w], lambda p, g, m, h, d: p.sub_(5e-6 * g).new_zeros(()),
-                               scale=1.0, generator=generator)
+            simu.apply_updates([w], plain, recipe(), lr=5e-6, step=1, scale=1.0,
+                               generator=generator)
         moved = 0.25 - w.master.float().mean()
     naive = torch.tensor(0.25, dtype=torch.bfloat16) - 5e-6
     assert naive == 0.25  # without care nothing would have moved
@@ -512,13 +363,13 @@ def test_decay_spares_norms_and_is_decoupled():
     s, model = recipe(method="fo", weight_decay=0.1, warmup=0.0), tiny()
     old = {n: p.detach().clone() for n, p in model.named_parameters()}
 
-    def optimiser(*args):
-        moments, step = simu.OPTIMISERS["adamw"](*args)
+    def rules(*args):
+        moments, step = simu.OPTIMISERS["adamw"].rules(*args)
         return (lambda g, m, h: moments(torch.zeros_like(g), m, h)), step
 
     with simu.moving_weights(model, s, None) as moving:
-        simu.train(model, moving, [rows(4)], one_loss(model), s, optimiser=optimiser, lr=0.5,
-                   title="decay")
+        simu.train(model, moving, [rows(4)], one_loss(model), s, lr=0.5, title="decay",
+                   optimiser=simu.Optimiser(rules))
     for name, p in model.named_parameters():
         factor = 1 if "norm" in name else 1 - 0.5 * 0.1
         torch.testing.assert_close(p.detach(), old[name] * factor, msg=name)
@@ -529,7 +380,7 @@ def test_rounding_is_seeded_by_seed_and_step():
     def noise(seed, first):
         s, model, drawn = recipe(method="fo", seed=seed), tiny(), []
 
-        def apply(moving, update, *, scale, generator):
+        def apply(moving, *_, generator, **__):
             drawn.append(torch.rand(3, generator=generator))
             for w in moving:
                 w.weight.grad = None

@@ -49,6 +49,7 @@ class Mamba2Config:
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
+    neurons: str = "output"
 
     def __post_init__(self):
         check_fields(self)
@@ -57,6 +58,10 @@ class Mamba2Config:
                             f"expand * hidden_size = {self.expand * self.hidden_size}")
         if self.num_heads % self.n_groups:
             raise UserError(f"n_groups = {self.n_groups}: must divide num_heads = {self.num_heads}")
+
+    @property
+    def neuron_count(self) -> int:
+        return self.hidden_size
 
     @property
     def architecture(self) -> Architecture:
@@ -77,7 +82,7 @@ class Mamba2Config:
         return cls(**{f.name: present[f.name] for f in fields(cls) if f.name in present})
 
     def to_hf(self, dtype: torch.dtype) -> dict:
-        own = {f.name: getattr(self, f.name) for f in fields(self)}
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "neurons"}
         return own | {
             "layer_norm_epsilon": own.pop("norm_eps"), "architectures": [MAMBA2.name],
             "hidden_act": "silu", "use_bias": False, "use_conv_bias": True,
@@ -175,6 +180,7 @@ class Neurons(nn.Module):
 
 
 class Mamba2Block(nn.Module):
+    prefixes = StatePrefixes
     def __init__(self, c: Mamba2Config, layer: int):
         super().__init__()
         self.wide = c.residual_in_fp32

@@ -49,12 +49,17 @@ class RWKV7Config:
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
+    neurons: str = "output"
 
     def __post_init__(self):
         check_fields(self)
         if self.hidden_size % self.head_dim:
             raise UserError(f"hidden_size = {self.hidden_size}: must be a multiple of head_dim = "
                             f"{self.head_dim}")
+
+    @property
+    def neuron_count(self) -> int:
+        return self.hidden_size
 
     @property
     def architecture(self) -> Architecture:
@@ -77,7 +82,7 @@ class RWKV7Config:
         return c
 
     def to_hf(self, dtype: torch.dtype) -> dict:
-        own = {f.name: getattr(self, f.name) for f in fields(self)}
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "neurons"}
         return own | SUPPORTED | {
             "architectures": [RWKV7.name], "value_dim": [self.hidden_size] * self.num_hidden_layers,
             "torch_dtype": str(dtype).removeprefix("torch.")}
@@ -195,6 +200,8 @@ class ChannelMix(nn.Module):
 
 class RWKV7Block(nn.Module):
     """The stream that enters the first layer has D channels; from there on it has 2 D."""
+
+    prefixes = StatePrefixes
 
     def __init__(self, c: RWKV7Config, layer: int):
         super().__init__()
