@@ -74,7 +74,7 @@ COLUMNS = ("sweep", "arm", "seed", "lr", "epochs", "threshold", "steps", "critic
 OF_ORIGINAL = {f.name for t in (data.Slice, Placement, Making) for f in fields(t)}
 OF_ATTRIBUTION = {f.name for f in fields(simu.Attribution)}
 OF_ARMS = ("method", "mask", "objective")
-MAY_VARY = {f.name: f for t in (data.Slice, Placement, Making, simu.Recipe, Level,
+MAY_VARY = {f.name: f for t in (data.Slice, Placement, Making, objectives.Recipe, Level,
                                 evaluation.Limits)
             for f in fields(t) if f.name not in ("seed", *OF_ARMS)}
 

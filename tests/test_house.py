@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import reach
+from pipeline import objectives, reach
 from pipeline.original import make_original, make_retain_only
 from pipeline.settings import Settings
 from pipeline.stage import table_rows
@@ -98,9 +98,9 @@ STAGES = {"retain-only": ((make_retain_only,), (data.Slice,)),
           "original": ((make_original,), (data.Slice,)),
           "attribution": ((make_attribution,), (data.Slice, simu.Attribution)),
           "mask": ((make_mask,), (simu.Masking,)),
-          "fo-graddiff": ((make_unlearned,), (data.Slice, simu.Unlearning), dict(method="fo")),
-          "so-graddiff": ((make_unlearned,), (data.Slice, simu.Unlearning), dict(method="so")),
-          "simu-npo": ((make_unlearned,), (data.Slice, simu.Unlearning), dict(objective="npo"))}
+          "fo-graddiff": ((make_unlearned,), (data.Slice, objectives.Unlearning), dict(method="fo")),
+          "so-graddiff": ((make_unlearned,), (data.Slice, objectives.Unlearning), dict(method="so")),
+          "simu-npo": ((make_unlearned,), (data.Slice, objectives.Unlearning), dict(objective="npo"))}
 ABOVE = {"retain-only", "original", "attribution", "mask"}
 UNLEARNED = set(STAGES) - ABOVE
 
@@ -122,7 +122,8 @@ def digests():
 EDITS = [  # file, text, its replacement, stages made again
     ("simu.py", "    return -answers.nll.sum()", "    return -2 * answers.nll.sum()",
      {"fo-graddiff", "so-graddiff"}),
-    ("simu.py", "recipe.npo_beta * F.softplus", "recipe.npo_beta * 2 * F.softplus", {"simu-npo"}),
+    ("pipeline/objectives.py", "recipe.npo_beta * F.softplus", "recipe.npo_beta * 2 * F.softplus",
+     {"simu-npo"}),
     ("simu.py", "ratio = m / (gamma", "ratio = 2 * m / (gamma", {"so-graddiff", "simu-npo"}),
     ("simu.py", "return m.lerp(grad, 1 - beta1)", "return m.lerp(grad, 2 - beta1)",
      {"fo-graddiff"}),
@@ -130,13 +131,15 @@ EDITS = [  # file, text, its replacement, stages made again
     ("simu.py", "(scores > threshold * top)", "(scores >= threshold * top)", {"mask"}),
     ("simu.py", "rise = max(1,", "rise = max(2,", UNLEARNED | {"retain-only", "original"}),
     ("model.py", "F.silu(", "F.gelu(", set(STAGES) - {"mask"}),
-    ("simu.py", '    "po": Objective(', '    "mine": Objective(descent),\n    "po": Objective(',
+    ("simu.py", '    "ga": Objective(', '    "mine": Objective(descent),\n    "ga": Objective(',
      set()),
+    ("pipeline/objectives.py", '    "po": Objective(', '    "mine": Objective(npo),\n    "po": '
+     'Objective(', set()),
     ("simu.py", "nothing to attribute", "nothing whatever to attribute", set()),
-    ("simu.py", '"""GradDiff (A.1) as one loss', '"""GradDiff as one loss', set()),
+    ("simu.py", '"""GradDiff as one loss', '"""GradDiff as a single loss', set()),
     ("simu.py", "# Eq. 4", "# Equation 4", set()),
-    ("simu.py", 'npo_beta: float = option(0.1, "beta of NPO"', 'mine: int = option(3, "own")\n'
-     '    npo_beta: float = option(0.1, "the beta of NPO"', set()),
+    ("pipeline/objectives.py", 'npo_beta: float = option(0.1, "beta of NPO"', 'mine: int = option('
+     '3, "own")\n    npo_beta: float = option(0.1, "the beta of NPO"', set()),
     ("eval.py", "def auc(", "def auc_of(", set()),
 ]
 
