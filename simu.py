@@ -1011,12 +1011,18 @@ PATHS = ("layer", "neuron")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Attribution:
-    """Step 1, scores (Section 2.1)."""
+class Common:
+    """What every step takes."""
 
     seed: int = option(0, "seeds every draw: slice, initial weights, order, pairing")
     neurons: str = option("output", "of a layer's MLP: its outputs [D1], or what down_proj reads",
                           choices=NEURONS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attribution(Common):
+    """Step 1, scores (Section 2.1)."""
+
     steps: int = option(5, "m: nodes on the path from 0 to beta (Eq. 1)")
     path: str = option("layer", "scale a layer's outputs together, or one neuron at a time [D4]",
                        choices=PATHS)
@@ -1024,12 +1030,9 @@ class Attribution:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Masking:
+class Masking(Common):
     """Step 1, mask (Section 2.1)."""
 
-    seed: int = option(0, "seeds every draw: slice, initial weights, order, pairing")
-    neurons: str = option("output", "of a layer's MLP: its outputs [D1], or what down_proj reads",
-                          choices=NEURONS)
     threshold: float = option(0.3, "t: critical if Att > t * max of the layer")
     mask: str = option("dual", "dual keeps neurons critical for both sets [D6], forget-only drops, "
                        "soft weighs them; random: of equal size; none: attention only; all: no "
@@ -1037,14 +1040,11 @@ class Masking:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Unlearning:
+class Unlearning(Common):
     """Step 2 (Section 2.2)."""
 
-    seed: int = option(0, "seeds every draw: slice, initial weights, order, pairing")
     method: str = option("simu", "fo: AdamW on all weights; so: Sophia on all; simu: Sophia on "
                          "attention and critical rows", choices=METHODS)
-    neurons: str = option("output", "of a layer's MLP: its outputs [D1], or what down_proj reads",
-                          choices=NEURONS)
     objective: str = option("graddiff", "what each row's loss is", choices=OBJECTIVES)
     attention: str = option("moving", "of masked methods: frozen follows the sentence after Eq. 7 "
                             "[D9]", choices=("moving", "frozen"))
