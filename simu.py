@@ -132,7 +132,7 @@ def attribute(model: Transformer, batch: Batch, *, steps: int = 5, path: str = "
 
 class Prefixes:
     """Keys and values of a layer's clean pass, and attention on them from the ends of prefixes. A
-    layer that hands on a state instead brings what starts from that (Architecture.prefixes)."""
+    layer that hands on a state instead brings what starts from that (`prefixes` of its block)."""
 
     def __init__(self, pos: Tensor):  # [B, A], where the prefixes end
         self.pos = pos
@@ -192,7 +192,7 @@ def clean_pass(model: Transformer, ids: Tensor, pos: Tensor, labels: Tensor) -> 
     clean = Clean(model, pos, labels, at_answers(h), [], [], [])
     place = model.rope(torch.arange(ids.shape[1], device=ids.device))
     for block in model.layers:
-        clean.prefixes.append((model.config.architecture.prefixes or Prefixes)(pos))
+        clean.prefixes.append(getattr(block, "prefixes", Prefixes)(pos))
         h, beta = block.parts(h, *place, clean.prefixes[-1].keep)
         clean.mid.append(at_answers(h))
         clean.beta.append(at_answers(beta))
@@ -291,7 +291,8 @@ def attribute_rows(model: Transformer, rows: list[Encoded], recipe: "Attribution
     device = model.embed_tokens.weight.device
     total = torch.zeros(len(model.layers), model.config.hidden_size, device=device)
     # Every path node but the last is a row of the second stream.
-    parts = batches_by_length(rows, recipe.attribution_tokens // max(1, recipe.steps - 1))
+    parts = batches_by_length([len(r.ids) for r in rows],
+                              recipe.attribution_tokens // max(1, recipe.steps - 1))
     with tqdm(total=len(rows), desc=title, unit="pair") as bar:
         for n in (loop or plain_loop)(title, len(parts), {"sum": total}):
             batch = collate([rows[i] for i in parts[n - 1]], device)
@@ -557,7 +558,7 @@ def backward_rows(model: Transformer, rows: list[Encoded], tokens: int, term) ->
     """Back-propagate the sum of term(answers, numbers of their rows) in passes of at most `tokens`;
     returns mean_nll(rows)."""
     device, total = model.embed_tokens.weight.device, 0.0
-    for part in batches_by_length(rows, tokens):
+    for part in batches_by_length([len(r.ids) for r in rows], tokens):
         batch = collate([rows[i] for i in part], device)
         counted = batch.targets != IGNORE
         h = model.hidden_at(batch.ids, counted)
