@@ -726,14 +726,18 @@ def shard_files(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
+def tensor_shapes(config: Config) -> dict[str, torch.Size]:
+    """Name and shape of every tensor that a HF checkpoint of this config holds."""
+    with torch.device("meta"):
+        model = Transformer(config)
+    return {model.stored_name(name): p.shape for name, p in model.named_parameters()}
+
+
 def save_weights(model, folder: Path, shard_bytes: int):
     """What Transformer.save_pretrained writes; an older save in other shards is removed."""
     c = model.config
     tensors = {model.stored_name(name): p.detach() for name, p in model.named_parameters()}
-    with torch.device("meta"):
-        fresh = Transformer(c)
-    if {n: t.shape for n, t in tensors.items()} != {
-            model.stored_name(n): p.shape for n, p in fresh.named_parameters()}:
+    if {n: t.shape for n, t in tensors.items()} != tensor_shapes(c):
         raise ValueError("parameters differ from the config's: undo replaced modules first")
     shards = split_shards(tensors, shard_bytes)
     names = ["model.safetensors"] if len(shards) == 1 else [
