@@ -344,6 +344,10 @@ class Config:
         """From the content of a config.json."""
         present = {key: value for key, value in content.items() if value is not None}
         check_supported(present, SUPPORTED)
+        kinds = present.get("layer_types", [])
+        if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
+            raise UserError(f"layer_types = {reprlib.repr(kinds)} is not supported; only "
+                            '"full_attention" is')
         values = {f.name: present[f.name] for f in fields(cls) if f.name in present}
         values |= rope_fields(present) | dict(norm_eps=present.get("rms_norm_eps"),
                                               neurons="output")

@@ -530,7 +530,7 @@ def test_loaded_weights_do_not_live_in_the_file(folder):
 
 
 def test_inner_neurons_are_what_down_proj_reads(tmp_path):
-    """The same model cut elsewhere: same logits, and `intervene` acts on the F inner activations."""
+    """The same model cut elsewhere: same logits, and `intervene` acts on the F activations."""
     model = random_model()
     model.save_pretrained(tmp_path)
     assert "neurons" not in (tmp_path / "config.json").read_text()
@@ -600,6 +600,7 @@ def test_an_architecture_is_a_row(monkeypatch, tmp_path):
     (lambda t, c: c.update(model_type="gpt2"), "model_type = 'gpt2': must be llama or"),
     (lambda t, c: c.update(hidden_act="gelu"), "hidden_act = 'gelu' is not supported"),
     (lambda t, c: c.update(rope_scaling={"type": "yarn"}), "only plain RoPE"),
+    (lambda t, c: c.update(layer_types=["sliding_attention"] * 3), "layer_types = "),
     (lambda t, c: c.update(num_key_value_heads=3), "num_key_value_heads = 3: must be a divisor"),
 ])
 def test_the_core_alone_refuses_in_one_line(folder, change, told):

@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-import eval as evaluation
 import simu
 from data import Encoded, collate
 from model import Config, Transformer, UserError
