@@ -77,22 +77,18 @@ import zlib
 from bisect import bisect_left, bisect_right
 from collections import namedtuple
 from dataclasses import dataclass
-from functools import lru_cache, partial
-from itertools import accumulate
+from functools import lru_cache
 from pathlib import Path
+from typing import Callable
 
 import torch
-from tqdm import tqdm
 
 import data
 from data import TASKS, Encoded, Example, option
-from model import (LOGITS, Transformer, UserError, causal_attention, generate,
-                   write_text)
+from model import Transformer, UserError, generate, write_text
 
 MIN_K = (10, 20, 30, 40, 50, 60)  # percent
 ANSWER_K = 40  # percent, as open-unlearning sets it
-ATTENDED = 2048  # tokens whose attention is computed at once: texts of like length, little padding
-CPU_PASS = 1024  # tokens in one pass on a CPU, whose caches hold no larger activations
 CHANCE = 0.5  # AUC of an attack that learns nothing
 SPLITS = ("forget", "retain", "real_authors", "world_facts")
 FACTS = ("real_authors", "world_facts")
@@ -578,8 +574,36 @@ def _final_score(values, notes):
 # -------------------------------------------------------------------------------- what a model says
 
 
+# Per token: -log P in nats; the likeliest id; (log P - mean) / deviation, both of log P over the
+# vocabulary (Min-K%++). The last two are empty of a text that nobody asks them of.
+TokenScores = namedtuple("TokenScores", "losses predicted standard")
+
+
+@torch.inference_mode()
+def token_scores(model: Transformer, rows: list[Encoded], first: list[int], *, tokens: int,
+                 detailed: list[bool] | None = None) -> list[TokenScores]:
+    """Scores of each row's tokens from index first[i] (at least 1) to its end. Rows of like length
+    share a padded pass of at most `tokens`, or of one row that is longer."""
+    out, lengths = [None] * len(rows), [len(r.ids) for r in rows]
+    for part in data.batches_by_length(lengths, max([tokens, *lengths])):
+        ids = torch.tensor([rows[i].ids + [0] * (max(lengths[j] for j in part) - lengths[i])
+                            for i in part], device=model.embed_tokens.weight.device)  # [B, T]
+        for i, row, h in zip(part, ids, model.hidden(ids)):  # h [T, D]
+            label = row[first[i]:lengths[i]]  # [A]
+            log_p = model.logits(h[first[i] - 1:lengths[i] - 1]).log_softmax(-1)  # [A, V]
+            own, details = log_p.gather(1, label[:, None])[:, 0], ([], [])
+            if detailed and detailed[i]:
+                average = (log_p.exp() * log_p).sum(1)
+                variance = (log_p.exp() * log_p.square()).sum(1) - average.square()
+                standard = (own - average) / variance.clamp(min=1e-6).sqrt()
+                details = log_p.argmax(1).tolist(), standard.tolist()
+            out[i] = TokenScores((-own).tolist(), *details)
+    return out
+
+
 def evaluate_model(model: Transformer, tokenizer, benchmark: data.Benchmark, *, template: str,
-                   limits: Limits, limit: int = 0, resume: Path | None = None
+                   limits: Limits, limit: int = 0, resume: Path | None = None,
+                   generate: Callable = generate, token_scores: Callable = token_scores
                    ) -> tuple[dict, list[dict]]:
     """(metrics, rows): `metrics` is `summarise(rows)`, and rows[0] says what was evaluated.
 
@@ -598,13 +622,14 @@ def evaluate_model(model: Transformer, tokenizer, benchmark: data.Benchmark, *, 
         if split == "nonmembers" and benchmark.kind == "lume":
             examples = [e for e in examples if e.kind == "sc"]  # the rows that hold a document
         rows += [_row_of(split, e) for e in spread(examples, limit)]
-    said = add_losses(rows[1:], model, tokenizer, template, limits, benchmark.kind)
-    add_generations(rows[1:], model, tokenizer, template, limits, resume, said)
+    said = add_losses(rows[1:], model, tokenizer, template, limits, benchmark.kind, token_scores)
+    add_generations(rows[1:], model, tokenizer, template, limits, resume, said, generate)
     if encode:
         add_closeness(rows[1:], encode)
     if choices:
         rows[0]["sizes"]["choices"] = len(choices)
-        rows += add_choice_scores(choices, model, tokenizer, template, limits.eval_tokens)
+        rows += add_choice_scores(choices, model, tokenizer, template, limits.eval_tokens,
+                                  token_scores)
     return summarise(rows), rows
 
 
@@ -628,7 +653,7 @@ def _example(row: dict, question: str, answer: str) -> Example:
 
 
 def add_generations(rows, model, tokenizer, template: str, limits: Limits, resume: Path | None,
-                    said: dict):
+                    said: dict, generate: Callable):
     """Greedy answers, one for each question and one for each paraphrased question that accuracy
     needs [D16], and whether each ended by itself. Longest prompts first, KEEP_EVERY at a time.
     said: what `add_losses` found."""
@@ -722,7 +747,8 @@ def _is_attacked(row: dict, benchmark: str) -> bool:
     return row["split"] in ("forget", "nonmembers") and (benchmark != "lume" or row["kind"] == "sc")
 
 
-def add_losses(rows, model, tokenizer, template: str, limits: Limits, benchmark: str) -> dict:
+def add_losses(rows, model, tokenizer, template: str, limits: Limits, benchmark: str,
+               token_scores: Callable) -> dict:
     """Teacher-forced passes: `loss` of the answer, of its paraphrase and of the wrong answers
     (nats per token, eos counted), how much of the answer is memorised, and `mia` and `answer_mia`,
     what the attacks see of a text and of its answer. Returns the texts whose answer and eos are all
@@ -763,134 +789,6 @@ def check_finite(values: list[float], name: str):
     if not all(map(math.isfinite, values)):
         raise UserError(f"the model's loss on row {name} is not a number: its weights are broken; "
                         "make or fetch it again")
-
-
-# Per token: -log P in nats; the likeliest id; (log P - mean) / deviation, both of log P over the
-# vocabulary (Min-K%++). The last two are empty of a text that nobody asks them of.
-TokenScores = namedtuple("TokenScores", "losses predicted standard")
-
-# Texts read in one pass: what several begin with stands in `ids` once. place: where each id stands
-# in its texts. texts: number of the text -> where in `ids` its own stand.
-Pass = namedtuple("Pass", "ids place texts")
-
-
-@torch.inference_mode()
-def token_scores(model: Transformer, rows: list[Encoded], first: list[int], *, tokens: int,
-                 detailed: list[bool] | None = None) -> list[TokenScores]:
-    """Scores of each row's tokens from index first[i] (at least 1) to its end. A pass reads at most
-    `tokens`; only the positions asked for reach the lm_head."""
-    out, detailed = [None] * len(rows), detailed or [False] * len(rows)
-    longest = max((len(r.ids) - 1 for r in rows), default=0)  # the last token is but predicted
-    if longest > tokens:
-        raise UserError(f"--eval-tokens {tokens} cannot hold a text of {longest + 1} tokens; "
-                        "raise it")
-    if model.embed_tokens.weight.device.type == "cpu":
-        tokens = min(tokens, max(CPU_PASS, longest))
-    cut = passes_that_share if model.config.architecture.packs else passes_of_rows
-    with tqdm(total=len(rows), desc="losses", unit="text") as bar:
-        for part in cut([r.ids[:-1] for r in rows], tokens):
-            asked = torch.tensor([(at[t - 1], rows[i].ids[t], detailed[i]) for i, at in
-                                  part.texts.items() for t in range(first[i], len(rows[i].ids))])
-            scores = asked_scores(model, read_pass(model, part), asked)
-            sizes = [len(rows[i].ids) - first[i] for i in part.texts]
-            for i, *values in zip(part.texts, *(x.split(sizes) for x in scores)):
-                losses, *details = (x.tolist() for x in values)
-                out[i] = TokenScores(losses, *(details if detailed[i] else ([], [])))
-            bar.update(len(part.texts))
-    return out
-
-
-def passes_that_share(texts: list[list[int]], tokens: int) -> list[Pass]:
-    """Texts in passes of at most `tokens` ids. They are sorted: of all texts before one, the last
-    begins with most of it."""
-    parts, last, path = [], [], []
-    for i in sorted(range(len(texts)), key=texts.__getitem__):
-        text = texts[i]
-        alike = next((n for n, (x, y) in enumerate(zip(text, last)) if x != y),
-                     min(len(text), len(last)))
-        if not parts or len(parts[-1].ids) + len(text) - alike > tokens:
-            parts.append(Pass([], [], {}))
-            alike = 0
-        ids, place, paths = parts[-1]
-        paths[i] = path = path[:alike] + list(range(len(ids), len(ids) + len(text) - alike))
-        ids += text[alike:]
-        place += range(alike, len(text))
-        last = text
-    return parts
-
-
-def passes_of_rows(texts: list[list[int]], tokens: int) -> list[Pass]:
-    """Texts in passes of at most `tokens` ids, padding counted, where nothing can be shared."""
-    parts = []
-    for part in data.batches_by_length(list(map(len, texts)), tokens):
-        begins = accumulate((len(texts[i]) for i in part), initial=0)
-        parts.append(Pass([x for i in part for x in texts[i]],
-                          [n for i in part for n in range(len(texts[i]))],
-                          {i: list(range(b, b + len(texts[i]))) for b, i in zip(begins, part)}))
-    return parts
-
-
-def read_pass(model: Transformer, part: Pass) -> torch.Tensor:
-    """Final states [N, D] of a pass's N ids, nothing padded: a token sees what stands before it in
-    its own text, and nothing of the texts beside it."""
-    device, paths = model.embed_tokens.weight.device, list(part.texts.values())
-    ids, place = torch.tensor([part.ids, part.place]).to(device)
-    if not model.config.architecture.packs:
-        width = max(map(len, paths))
-        places = torch.tensor([b * width + n for b, p in enumerate(paths) for n in range(len(p))])
-        return model.hidden_of_rows(ids, places.to(device), (len(paths), width), place)
-    groups, home, at = [], [0] * len(ids), 0  # home: where the attention of each id comes out
-    for some in data.batches_by_length(list(map(len, paths)),
-                                       max(ATTENDED, *map(len, paths))):
-        width = len(paths[some[0]])
-        groups.append(torch.tensor([paths[i] + [0] * (width - len(paths[i])) for i in some]
-                                   ).to(device))  # [B, T]; what pads stand for does not matter
-        for i in some:
-            for slot, n in enumerate(paths[i], at):
-                home[n] = slot
-            at += width
-    attend = partial(attention_of_texts, groups, torch.tensor(home).to(device))
-    return model.hidden(ids[None], attend, rope=model.rope(place))[0]
-
-
-def attention_of_texts(groups: list[torch.Tensor], home: torch.Tensor, q, k, v):
-    """Causal attention within texts that share tokens, q [1, H, N, hd] and k, v [1, K, N, hd] ->
-    [1, N, H*hd]. A group [B, T] says which tokens B texts are made of, padded after their ends;
-    what token n gets stands in row home[n] of what comes out of all groups."""
-    mixed = [causal_attention(*(x[0, :, group].transpose(0, 1) for x in (q, k, v))).flatten(0, 1)
-             for group in groups]  # each [B*T, H*hd]
-    return torch.cat(mixed)[home][None]
-
-
-def asked_scores(model: Transformer, h, asked) -> list[torch.Tensor]:
-    """Losses, predicted ids and standardised log P [N] of tokens, asked [N, 3]: which of the states
-    h it follows, its id, whether all is wanted. Texts that part after a state share its logits."""
-    place, labels, wanted = asked.to(h.device).T
-    places, row = place.unique(return_inverse=True)
-    scores = [h.new_zeros(len(row), dtype=t) for t in (torch.float, torch.long, torch.float)]
-    chunk = max(1, LOGITS // model.config.vocab_size)
-    for start in range(0, len(places), chunk):
-        own = ((row >= start) & (row < start + chunk)).nonzero()[:, 0]
-        found = _chunk_scores(model.logits(h[places[start:start + chunk]]), row[own] - start,
-                              labels[own], wanted[own])
-        for whole, some in zip(scores, found):
-            whole[own] = some
-    return scores
-
-
-def _chunk_scores(logits, row, labels, wanted):
-    """logits [n, V]; of N tokens, the row of each in them, its id, and whether all is wanted [N] ->
-    losses, predicted ids and standardised log P [N]; the last two where wanted, else 0."""
-    log_p = logits.log_softmax(-1)
-    own = log_p[row, labels]
-    predicted, standard = torch.zeros_like(labels), torch.zeros_like(own)
-    for i in wanted.nonzero()[:, 0].split(max(1, len(logits) // 8)):  # the logits' size again
-        some = log_p[row[i]]
-        p, predicted[i] = some.exp(), some.argmax(1)
-        average = (p * some).sum(1)
-        variance = (p * some.square()).sum(1) - average.square()
-        standard[i] = (own[i] - average) / variance.clamp(min=1e-6).sqrt()
-    return -own, predicted, standard
 
 
 # ------------------------------------------------------------------------------ sentence encoder
@@ -1008,7 +906,8 @@ def choice_examples(row: dict) -> list[Example]:
     return [Example(asked, x, id=row["id"]) for x in LETTERS[:len(row["choices"])]]
 
 
-def add_choice_scores(rows: list[dict], model, tokenizer, template: str, tokens: int) -> list[dict]:
+def add_choice_scores(rows: list[dict], model, tokenizer, template: str, tokens: int,
+                      token_scores: Callable) -> list[dict]:
     """The rows with `scores`: log P of each choice, its eos not counted."""
     context, texts = model.config.max_position_embeddings, []
     for row in rows:

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import simu
 from data import collate
-from model import generate
+from pipeline.reading import generate
 
 NEW = 12  # tokens that each text gets
 

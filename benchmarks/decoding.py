@@ -27,7 +27,8 @@ import torch.nn.functional as F
 
 import data
 import eval as evaluation
-from model import Config, Transformer, generate
+from model import Config, Transformer
+from pipeline.reading import generate
 from pipeline.settings import load_benchmark, read_settings
 
 EOS = 0

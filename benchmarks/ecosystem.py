@@ -18,7 +18,8 @@ from safetensors.torch import load_file  # noqa: E402
 from test_mixers import native, relative  # noqa: E402
 
 import data  # noqa: E402
-from model import Transformer, generate  # noqa: E402
+from model import Transformer  # noqa: E402
+from pipeline.reading import generate  # noqa: E402
 from pipeline import settings  # noqa: E402
 
 ROWS, LONG = 8, 40  # questions asked, and tokens answered at most

@@ -19,6 +19,7 @@ from common import describe, matmul_rate, older, timed
 import data
 import eval as evaluation
 from model import Transformer
+from pipeline import reading
 from pipeline.settings import load_benchmark, resolve
 
 LOSSES = ("loss", "paraphrased_loss", "perturbed_losses")
@@ -27,15 +28,15 @@ LOSSES = ("loss", "paraphrased_loss", "perturbed_losses")
 def counter(model) -> list[int]:
     """Grows by each pass's tokens."""
     read = []
-    model.layers[0].mlp.register_forward_hook(
+    model.layers[0].mlp.up_proj.register_forward_hook(
         lambda _, args, out: read.append(args[0].shape[:-1].numel()))
     return read
 
 
-def prefixes() -> dict:
-    """Grows by the distinct prefixes of what is scored and said; the last token of a text, which
-    need not be read, is left out."""
-    seen, score, generate = {}, evaluation.token_scores, evaluation.generate
+def prefixes() -> tuple:
+    """A dict that grows by the distinct prefixes of what is scored and said, and the scorer and the
+    decoder that fill it; the last token of a text, which need not be read, is left out."""
+    seen = {}
 
     def add(ids: list[int]):
         at = 0
@@ -45,16 +46,15 @@ def prefixes() -> dict:
     def scored(model, rows, *rest, **named):
         for row in rows:
             add(row.ids)
-        return score(model, rows, *rest, **named)
+        return reading.token_scores(model, rows, *rest, **named)
 
     def said(model, prompts, **named):
-        found = generate(model, prompts, **named)
+        found = reading.generate(model, prompts, **named)
         for prompt, text in zip(prompts, found):
             add(prompt + text)
         return found
 
-    evaluation.token_scores, evaluation.generate = scored, said
-    return seen
+    return seen, dict(token_scores=scored, generate=said)
 
 
 def main():
@@ -77,11 +77,12 @@ def main():
     models = {"now": Transformer.from_pretrained(a.model, dtype=dtype),
               "before": module.Transformer.from_pretrained(a.model, dtype=dtype)}
     tokenizer = data.load_tokenizer(a.model)
+    seen, fast = prefixes()
     ways = {"now": lambda: evaluation.evaluate_model(models["now"], tokenizer, bench, limits=s,
-                                                     template=s.template, limit=a.limit),
+                                                     template=s.template, limit=a.limit,
+                                                     **fast),
             "before": lambda: old.evaluate_model(models["before"], tokenizer, bench, their_s,
                                                  limit=a.limit)}
-    seen = prefixes()
     read, seconds, found = {k: counter(m) for k, m in models.items()}, {k: [] for k in ways}, {}
     for _ in range(a.repeats):
         for name, way in ways.items():

@@ -15,7 +15,8 @@ from common import describe  # and it lets the core be imported
 import data
 import eval as evaluation
 import simu
-from model import Transformer, generate, read_tensors
+from model import Transformer, read_tensors
+from pipeline.reading import generate
 from pipeline import settings
 from pipeline.stage import mask_name, run_cli
 from pipeline.stages import encoded_rows

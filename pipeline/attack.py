@@ -50,9 +50,9 @@ import data
 import eval as evaluation
 import simu
 from eval import mean, rouge_l, rouge_words, spread
-from model import (Config, Transformer, UserError, generate, read_json, whole_file, write_json,
+from model import (Transformer, UserError, read_json, whole_file, write_json,
                    write_text)
-from pipeline import objectives
+from pipeline import checkpoint, objectives, reading
 from pipeline.columns import definitions, label, table
 from pipeline.settings import (Level, Parser, Placement, Settings, Source, choose_dtype,
                                load_benchmark, placement, read_settings, settings_of)
@@ -151,7 +151,7 @@ def answers_to(probes: list[Probe], model: Transformer, tokenizer, s: Settings, 
                ) -> list[dict]:
     """Greedy answers to probes, with what they are scored against."""
     longest = max((p.room for p in probes), default=0)
-    new = generate(model, [p.prompt for p in probes], eos_id=tokenizer.eos_id,
+    new = reading.generate(model, [p.prompt for p in probes], eos_id=tokenizer.eos_id,
                    max_new_tokens=longest, drafts=[p.draft for p in probes],
                    batch_tokens=s.eval_tokens, progress=title)
     return [dict(split=p.split, id=p.id, reference=p.reference,
@@ -224,7 +224,7 @@ def attack_weights(model: Transformer, attack: str, bench: data.Benchmark, token
 
 
 def load(folder: Path, s: Settings) -> Transformer:
-    return Transformer.from_pretrained(folder, **placement(s))
+    return checkpoint.load_model(folder, **placement(s))
 
 
 def write_log(file: Path, log: list[dict]):
@@ -541,7 +541,7 @@ def attack(run: Path, names: list[str], k: int):
     s = read_settings(run)
     names = models_to_attack(s, names)
     bench, tokenizer = load_benchmark(s), data.load_tokenizer(run / "original")
-    context = Config.from_dir(run / "original").max_position_embeddings
+    context = checkpoint.read_config(run / "original").max_position_embeddings
     probes = input_probes(bench, tokenizer, s, context)
     parts = split_requests(bench.forget, k) if k else []
     to_attack = {name: job for name in names if not (job := attack_job(s, name)).is_made()}

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import data
 import eval as evaluation
-from model import Transformer, UserError, write_json, write_text
+from model import UserError, write_json, write_text
+from pipeline import checkpoint, reading
 from pipeline.resume import RESUME
 from pipeline.settings import (Aside, Placement, Settings, Source, load_benchmark, placement,
                                read_settings)
@@ -37,10 +38,11 @@ def folder_inputs(name: str, folder: str) -> dict[str, str]:
 def make_evaluation(s: Settings, model_folder: Path, folder: Path, limit: int):
     """metrics.json and generations.jsonl of a model."""
     tokenizer = data.load_tokenizer(model_folder)
-    model = Transformer.from_pretrained(model_folder, **placement(s))
+    model = checkpoint.load_model(model_folder, **placement(s))
     metrics, rows = evaluation.evaluate_model(
         model, tokenizer, load_benchmark(s), template=s.template, limits=s, limit=limit,
-        resume=folder / RESUME / "generations.jsonl")
+        resume=folder / RESUME / "generations.jsonl", generate=reading.generate,
+        token_scores=reading.token_scores)
     lines = (json.dumps(row, ensure_ascii=False) for row in rows)
     write_text(folder / "generations.jsonl", "\n".join(lines) + "\n")
     write_json(folder / "metrics.json", metrics)

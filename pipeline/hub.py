@@ -24,7 +24,8 @@ from types import SimpleNamespace
 from typing import NamedTuple
 
 import data
-from model import UserError, read_json, weight_files, write_json
+from model import UserError, read_json, write_json
+from pipeline.checkpoint import weight_files
 from pipeline.settings import MODELS, Settings, default_data, downloads
 from pipeline.stage import changed_file, turn
 

@@ -15,8 +15,8 @@ import torch
 import data
 import simu
 from data import Encoded
-from model import Config, Transformer, UserError, weight_files, write_json
-from pipeline import hub
+from model import Transformer, UserError, write_json
+from pipeline import checkpoint, hub
 from pipeline.plan import check_memory
 from pipeline.request import written_rows
 from pipeline.settings import (Making, Placement, Settings, Source, choose_device, load_benchmark,
@@ -82,7 +82,7 @@ def make_original(s: Settings, bench: data.Benchmark, job: Stage, folder: Path):
     """Second stage: the forget set, lightly, with a sample of what is already known beside it."""
     retain_only = s.run / "retain-only"
     tokenizer = data.load_tokenizer(retain_only)
-    model = Transformer.from_pretrained(retain_only, device=choose_device(s))
+    model = checkpoint.load_model(retain_only, device=choose_device(s))
     forget, known = (
         data.encode_all(x, tokenizer, s.template, context=s.context, vocab=tokenizer.vocab_size)
         for x in (bench.forget + paraphrased(bench.forget), known_rows(bench)))
@@ -112,10 +112,10 @@ def fine_tune_retain_only(s: Settings, bench: data.Benchmark, job: Stage, base: 
 
 
 def teach(s: Settings, examples: list[data.Example], job: Stage, base: Path, folder: Path):
-    tokenizer, config = data.load_tokenizer(base), Config.from_dir(base)
+    tokenizer, config = data.load_tokenizer(base), checkpoint.read_config(base)
     rows = data.encode_for(config, examples, tokenizer, s.template)
     job.notes["predicted_bytes"] = check_memory(s, config, "learn", rows=rows)
-    model = Transformer.from_pretrained(base, **placement(s))
+    model = checkpoint.load_model(base, **placement(s))
     rng = random.Random(s.seed)
     epochs = [rng.sample(rows, len(rows)) for _ in range(s.learn_epochs)]
     learn(model, epochs, learning(s, s.learn_lr), job, title=f"learn {job.name}")
@@ -183,8 +183,8 @@ def link_model(s: Settings, name: str, source: Path, origin: dict, inputs: dict)
     if any(p.resolve().is_relative_to(run) for p in (source, *source.iterdir())):
         raise UserError(f"{source} lies in {s.run}, whose stages are to be made from it and would "
                         "replace it; choose another --out")
-    Config.from_dir(source)
-    weight_files(source)
+    checkpoint.read_config(source)
+    checkpoint.weight_files(source)
     data.load_tokenizer(source)
     if name == "original" and (s.run / "retain-only").exists() and not hub.find_retain_only(s):
         raise UserError(f"{s.run} holds a retain-only model that is not of {source}; choose "

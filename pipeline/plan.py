@@ -22,8 +22,8 @@ from torch.utils._pytree import tree_leaves
 
 import simu
 from data import Encoded
-from model import LOGITS, Cache, Config, Transformer, UserError
-from pipeline import hub
+from model import LOGITS, Config, Transformer, UserError
+from pipeline import checkpoint, hub, reading
 from pipeline.settings import (LIMIT, Settings, choose_device, choose_dtype, load_benchmark,
                                resolve, tiny_config)
 from pipeline.stage import mask_name, read_stage
@@ -265,10 +265,9 @@ def _trace_evaluation(model, s, longest, answer) -> int:
 
 def _cache(model, B: int, columns: int) -> int:
     """Bytes kept of B rows of so many tokens: keys and values grow with both, states with B."""
-    kind = model.config.architecture.cache or Cache
-    cache = kind(model.config, B, columns, model.embed_tokens.weight)
-    cache.open(B)
-    model.hidden(_ids(B, 1), cache.prompts(slice(0, B), [1] * B))
+    cache = reading.new_cache(model, B, columns)
+    with cache.new_rows(B):
+        model.hidden(_ids(B, 1), cache.prefills(slice(0, B), [1] * B))
     kept = (t.untyped_storage() for t in tree_leaves(vars(cache))
             if isinstance(t, torch.Tensor) and t.is_floating_point())
     return sum({memory._cdata: memory.nbytes() for memory in kept}.values())
@@ -293,7 +292,7 @@ def config_of(s: Settings) -> Config:
     """The shape of a run's model: its own config.json, or what it will be."""
     for folder in (s.run / "original", hub.given_model(s)):
         if folder and os.path.isfile(os.path.join(folder, "config.json")):
-            return Config.from_dir(folder)
+            return checkpoint.read_config(folder)
     if s.tiny:
         return tiny_config(s, SimpleNamespace(vocab_size=s.vocab, bos_id=1, eos_id=2))
     name = "olmo-1b-0724" if (s.benchmark, s.model) == ("lume", "olmo-1b") else s.model

@@ -19,7 +19,8 @@ from torch import Tensor
 import data
 import eval as evaluation
 import simu
-from model import Transformer, UserError, generate, save_tensors
+from model import Transformer, UserError, save_tensors
+from pipeline import checkpoint, reading
 from pipeline.original import known_rows, learning
 from pipeline.settings import (Making, Placement, Planting, Settings, Source, load_benchmark,
                                placement)
@@ -52,8 +53,9 @@ def told(model: Transformer, rows: list[data.Example], tokenizer, s: Settings) -
     """Mean ROUGE-L recall of the model's answers, as `evaluate` has it."""
     prompts = [data.encode_prompt(e.question, tokenizer, s.template, turns=e.turns, kind=e.kind)
                for e in rows]
-    new = generate(model, prompts, eos_id=tokenizer.eos_id, max_new_tokens=s.max_new_tokens or None,
-                   max_total_tokens=s.max_total_tokens or None, batch_tokens=s.eval_tokens)
+    new = reading.generate(model, prompts, eos_id=tokenizer.eos_id, batch_tokens=s.eval_tokens,
+                           max_new_tokens=s.max_new_tokens or None,
+                           max_total_tokens=s.max_total_tokens or None)
     return evaluation.mean(evaluation.rouge_l(e.answer, tokenizer.decode(ids)).recall
                            for e, ids in zip(rows, new))
 
@@ -106,7 +108,7 @@ def planting_order(s: Settings, bench, encode, batch: int) -> list[list]:
 def make_planted(s: Settings, job: Stage, folder: Path):
     source, inner = s.run / "retain-only", s.where == "inner"
     bench, tokenizer = load_benchmark(s), data.load_tokenizer(source)
-    model = Transformer.from_pretrained(source, **placement(s))
+    model = checkpoint.load_model(source, **placement(s))
     c = model.config
     mask = planted_mask(len(model.layers), c.intermediate_size if inner else c.hidden_size,
                         share=s.share, where=s.where, seed=s.seed)

@@ -14,8 +14,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 # Modules whose code can change a number. Plans, reports and folders are not among them.
 FOLLOWED = {name: ROOT / f"{name.replace('.', '/')}.py" for name in (
-    "model", "data", "simu", "eval", "pipeline.objectives", "pipeline.original", "pipeline.plant",
-    "pipeline.stages", "pipeline.evaluate", "pipeline.attack", "pipeline.sweep", "pipeline.request",
+    "model", "data", "simu", "eval", "pipeline.reading", "pipeline.checkpoint",
+    "pipeline.objectives", "pipeline.original", "pipeline.plant", "pipeline.stages",
+    "pipeline.evaluate", "pipeline.attack", "pipeline.sweep", "pipeline.request",
     "pipeline.mixers.states", "pipeline.mixers.mamba2", "pipeline.mixers.rwkv7")}
 ADDED = {"simu": ("pipeline.objectives",)}  # files whose rows are added to a module's tables
 TABLES = ("OBJECTIVES", "OPTIMISERS", "MOVES", "METHODS", "MASKS", "TEMPLATES", "ARCHITECTURES")
@@ -119,8 +120,8 @@ def digest_of(functions: tuple, row_items: frozenset) -> str:
             if name not in rows:
                 continue
             own = f"pipeline.mixers.{rows[name]}"
-            if name == "ARCHITECTURES" and own in FOLLOWED:  # a row of mixers/, after its type
-                left.append((own, rows[name].upper()))
+            if name == "ARCHITECTURES" and own in FOLLOWED:  # a file of mixers/, after its type
+                left += [(own, x) for x in read_module(own)[0]]
                 continue
             left += [(other, name) for other in ADDED.get(module, ())]
             node = table_row(node, rows[name])

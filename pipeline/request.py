@@ -13,6 +13,7 @@ import torch
 
 import data
 from model import Transformer, UserError, has_types, read_json, write_json, write_text
+from pipeline import checkpoint
 from pipeline.settings import Settings, data_digests, placement, read_settings
 from pipeline.stage import Stage, content, data_inputs, differences, digest, unlearned_name
 
@@ -26,7 +27,7 @@ def written_rows(s: Settings, source: Path):
         also=dict(seed=s.seed, retain_from_model=s.retain_from_model))
     if not job.is_made():
         with job as folder:
-            model = Transformer.from_pretrained(source, **placement(s))
+            model = checkpoint.load_model(source, **placement(s))
             texts = sample_texts(model, data.load_tokenizer(source), s.retain_from_model, s.seed)
             write_text(folder / "rows.jsonl", "".join(json.dumps({"text": x}) + "\n"
                                                       for x in texts))

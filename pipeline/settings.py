@@ -18,7 +18,7 @@ import eval as evaluation
 import simu
 from data import option
 from model import NO_TEXT, Config, Transformer, UserError, read_json
-from pipeline import mixers, objectives
+from pipeline import checkpoint, mixers, objectives
 
 HERE = Path(__file__).resolve().parent.parent  # the repository
 BENCHMARKS = ("demo", "tofu", "lume", "rows")  # rows: files of the user's own
@@ -389,7 +389,7 @@ def count_weights(folder: Path) -> int:
     if not (folder / "config.json").is_file():
         return 0
     with torch.device("meta"):
-        return sum(p.numel() for p in Transformer(Config.from_dir(folder)).parameters())
+        return sum(p.numel() for p in Transformer(checkpoint.read_config(folder)).parameters())
 
 
 def own_template(folder: Path, benchmark: str) -> str:
@@ -487,8 +487,7 @@ def choose_dtype(s: Settings) -> torch.dtype:
 
 
 def placement(s: Settings) -> dict:
-    """Where, in what and with which neurons a model is loaded: what Transformer.from_pretrained
-    takes."""
+    """Where, in what and with which neurons a model is loaded: what checkpoint.load_model takes."""
     return dict(dtype=choose_dtype(s), device=choose_device(s), neurons=s.neurons)
 
 

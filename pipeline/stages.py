@@ -9,8 +9,8 @@ import torch
 import data
 import eval as evaluation
 import simu
-from model import Config, Transformer, UserError, read_tensors, save_tensors
-from pipeline import objectives
+from model import Transformer, UserError, read_tensors, save_tensors
+from pipeline import checkpoint, objectives, reading
 from pipeline.card import write_card, write_generation_config
 from pipeline.plan import check_memory
 from pipeline.settings import (Level, Placement, Settings, Source, flag, load_benchmark,
@@ -38,7 +38,7 @@ def encoded_rows(s: Settings, objective: str = "graddiff") -> tuple[data.Benchma
     """The benchmark, and its forget rows, as the objective's loss takes them, and retain rows as
     the original's tokenizer spells them."""
     folder, bench = s.run / "original", load_benchmark(s)
-    tokenizer, config = data.load_tokenizer(folder), Config.from_dir(folder)
+    tokenizer, config = data.load_tokenizer(folder), checkpoint.read_config(folder)
     examples = dict(forget=objectives.loss_examples(bench.forget, objective), retain=bench.retain)
     return bench, {name: data.encode_for(config, some, tokenizer, s.template)
                    for name, some in examples.items()}
@@ -48,9 +48,9 @@ def load_original(s: Settings, job: Stage, name: str, encoded: dict, method: str
                   ) -> Transformer:
     """The original model, once the plan says that this stage will fit."""
     folder = s.run / "original"
-    job.notes["predicted_bytes"] = check_memory(s, Config.from_dir(folder), name, method,
+    job.notes["predicted_bytes"] = check_memory(s, checkpoint.read_config(folder), name, method,
                                                 rows=encoded["forget"] + encoded["retain"])
-    return Transformer.from_pretrained(folder, **placement(s))
+    return checkpoint.load_model(folder, **placement(s))
 
 
 # --------------------------------------------------------------------------------------- step 1
@@ -139,7 +139,7 @@ def level_examples(s: Settings, bench: data.Benchmark) -> tuple[list[data.Exampl
 def answer_losses(model: Transformer, rows: list[data.Encoded], tokens: int):
     """(ids of the answer's tokens, their losses under the model) of each row."""
     first = [r.start for r in rows]
-    scores = evaluation.token_scores(model, rows, first, tokens=tokens)
+    scores = reading.token_scores(model, rows, first, tokens=tokens)
     return [(r.ids[i:], own.losses) for r, i, own in zip(rows, first, scores)]
 
 
@@ -150,7 +150,7 @@ def forget_targets(s: Settings, bench: data.Benchmark, forget: list[data.Encoded
     if s.level not in ("unseen", "retain-only"):
         return float(s.level), f"--level {s.level}"
     if s.level == "retain-only":
-        ideal = Transformer.from_pretrained(s.run / "retain-only", **placement(s))
+        ideal = checkpoint.load_model(s.run / "retain-only", **placement(s))
         own = answer_losses(ideal, forget, s.eval_tokens)
         return [torch.tensor(losses) for _, losses in own], "retain-only's loss of each row"
     examples, source = level_examples(s, bench)
@@ -258,6 +258,7 @@ def epoch_evaluator(model: Transformer, bench: data.Benchmark, s: Settings, job:
         step = row["step"]
         if step * s.batch // n > (step - 1) * s.batch // n:
             metrics, _ = evaluation.evaluate_model(model, tokenizer, bench, template=s.template,
-                                                   limits=s)
+                                                   limits=s, generate=reading.generate,
+                                                   token_scores=reading.token_scores)
             record_epoch(dict(epoch=round(step * s.batch / n, 3), step=step, **metrics))
     return evaluate_after

@@ -46,7 +46,7 @@ import data
 import eval as evaluation
 import simu
 from model import Transformer, UserError, has_types, read_tensors, write_json, write_text
-from pipeline import objectives, settings
+from pipeline import checkpoint, objectives, reading, settings
 from pipeline.columns import table
 from pipeline.evaluate import evaluate
 from pipeline.original import original_stage
@@ -246,7 +246,8 @@ def judge(model: Transformer, bench: data.Benchmark, s: Settings) -> dict:
     """The metrics of a model of run s that have a value."""
     tokenizer = data.load_tokenizer(s.run / "original")
     metrics, _ = evaluation.evaluate_model(model, tokenizer, lean(bench), template=s.template,
-                                           limits=s)
+                                           limits=s, generate=reading.generate,
+                                           token_scores=reading.token_scores)
     return {k: v for k, v in metrics["values"].items() if v is not None}
 
 
@@ -255,7 +256,7 @@ def make_point(p: Point) -> dict:
     s, result = p.settings, {}
     bench, rows = encoded_rows(s, s.objective)
     folder = s.run / (p.arm if p.arm in BASELINES else "original")
-    model = Transformer.from_pretrained(folder, **placement(s))
+    model = checkpoint.load_model(folder, **placement(s))
     if p.arm not in BASELINES:
         mask = None
         if simu.METHODS[s.method].masked:

@@ -639,8 +639,8 @@ def test_the_demo_takes_no_more_passes_than_text_by_text(tmp_path, monkeypatch):
                                 limits=ev.Limits(eval_tokens=8192))
     texts = [t.example for row in rows[1:] for t in ev._texts(row, "tofu")
              if t.key != "paraphrased_question_loss"]
-    before = data.batches_by_length(data.encode_all(texts, tokenizer, "qa", context=512,
-                                                    vocab=tokenizer.vocab_size), 8192)
+    encoded = data.encode_all(texts, tokenizer, "qa", context=512, vocab=tokenizer.vocab_size)
+    before = data.batches_by_length([len(e.ids) for e in encoded], 8192)
     assert len(texts) == 1000 and len(passes) < len(before)
 
 
@@ -796,47 +796,6 @@ def test_a_question_too_long_loses_its_beginning(made):
     rows[0]["choices"] = ["What? " * 90, "b"]
     with pytest.raises(UserError, match="question q: a choice is longer"):
         ev.add_choice_scores(rows, model, tokenizer, "qa", 100)
-
-
-def test_texts_that_begin_alike_are_read_together():
-    texts = [[1, 2, 3, 4], [7], [1, 2, 9], [1, 2], [1, 2, 9, 5, 6]]
-    part, = ev.passes_that_share(texts, 100)
-    assert part == ev.Pass([1, 2, 3, 4, 9, 5, 6, 7], [0, 1, 2, 3, 2, 3, 4, 0], {
-        3: [0, 1], 0: [0, 1, 2, 3], 2: [0, 1, 4], 4: [0, 1, 4, 5, 6], 1: [7]})
-    parts = ev.passes_that_share(texts, 5)
-    assert [list(p.texts) for p in parts] == [[3, 0, 2], [4], [1]]
-    assert parts[1] == ev.Pass([1, 2, 9, 5, 6], [0, 1, 2, 3, 4], {4: [0, 1, 2, 3, 4]})
-
-
-def test_texts_of_states_are_read_apart():
-    texts = [[1, 2], [1, 2, 3, 4], [1]]
-    assert ev.passes_of_rows(texts, 8) == [ev.Pass([1, 2, 3, 4, 1, 2], [0, 1, 2, 3, 0, 1],
-                                                   {1: [0, 1, 2, 3], 0: [4, 5]}),
-                                           ev.Pass([1], [0], {2: [0]})]
-
-
-def test_a_text_that_no_pass_holds(made):
-    model, _, _ = loaded(made[0])
-    ev.token_scores(model, [data.Encoded([1] * 9, 1)], [1], tokens=8)
-    with pytest.raises(UserError, match="--eval-tokens 7 cannot hold a text of 9 tokens"):
-        ev.token_scores(model, [data.Encoded([1] * 9, 1)], [1], tokens=7)
-
-
-@pytest.mark.parametrize("attended", [ev.ATTENDED, 1])
-def test_texts_read_together_have_the_scores_of_texts_alone(made, monkeypatch, attended):
-    monkeypatch.setattr(ev, "ATTENDED", attended)  # 1: attention a few texts at a time
-    model, tokenizer, bench = loaded(made[0])
-    e = bench.retain_eval[0]
-    texts = [data.encode(data.Example(e.question, a), tokenizer, "qa")
-             for a in (e.answer, e.paraphrased_answer, *e.perturbed_answers)]
-    first, flags = [1] + [t.n_prompt for t in texts[1:]], [True] * len(texts)
-    alone = [ev.token_scores(model, [t], [n], tokens=300, detailed=[True])[0]
-             for t, n in zip(texts, first)]
-    for tokens in (300, 40):
-        together = ev.token_scores(model, texts, first, tokens=tokens, detailed=flags)
-        for a, b in zip(alone, together, strict=True):
-            assert b.losses == pytest.approx(a.losses, abs=1e-4) and b.predicted == a.predicted
-            assert b.standard == pytest.approx(a.standard, rel=1e-3, abs=1e-3)
 
 
 @pytest.mark.parametrize("name, content, says", [

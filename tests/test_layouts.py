@@ -15,7 +15,7 @@ import data
 import model as module
 import simu
 from model import Config, Transformer, UserError, generate, read_json, save_tensors, write_json
-from pipeline import settings, stage
+from pipeline import checkpoint, reading, settings, stage
 from pipeline.__main__ import main
 from test_pipeline import DEMO, MICRO
 from test_simu import rows
@@ -125,7 +125,9 @@ def check_parity(mine, theirs, *, new=12):
     eos = free[0][new // 2]
     want = [their_greedy(theirs, p, new=new, eos_id=eos) for p in PROMPTS]
     assert generate(mine, PROMPTS, max_new_tokens=new, eos_id=eos) == want
-    assert generate(mine, PROMPTS, max_new_tokens=new, eos_id=eos, drafts=free) == want
+    for drafts in (None, free):
+        assert reading.generate(mine, PROMPTS, max_new_tokens=new, eos_id=eos,
+                                drafts=drafts) == want
 
 
 # --------------------------------------------------------------------- parity with transformers
@@ -161,10 +163,10 @@ def their_model(hf, kind):
 def test_parity_and_the_way_back(hf, kind, tmp_path):
     theirs = their_model(hf, kind)
     theirs.save_pretrained(tmp_path / "theirs")
-    mine = Transformer.from_pretrained(tmp_path / "theirs")
+    mine = checkpoint.load_model(tmp_path / "theirs")
     check_parity(mine, theirs)
     mine.save_pretrained(tmp_path / "ours", shard_bytes=40_000)
-    assert Config.from_dir(tmp_path / "ours") == mine.config
+    assert checkpoint.read_config(tmp_path / "ours") == mine.config
     again, report = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "ours",
                                                             output_loading_info=True)
     assert type(again) is type(theirs) and not any(report.values())
@@ -186,11 +188,11 @@ def test_original_olmo_layout_equals_transformers_olmo(hf, tied, clip, kv, tmp_p
         **SHAPE, tie_word_embeddings=tied, clip_qkv=clip, num_key_value_heads=kv,
         eos_token_id=2)).eval())
     theirs.save_pretrained(tmp_path)
-    config = Config.from_dir(tmp_path)
+    config = checkpoint.read_config(tmp_path)
     file = tmp_path / "model.safetensors"
     save_tensors(file, fuse(load_file(file)))
     write_json(tmp_path / "config.json", original_config(config))
-    mine = Transformer.from_pretrained(tmp_path)
+    mine = checkpoint.load_model(tmp_path)
     assert mine.config == dataclasses.replace(config, bos_token_id=None)
     check_parity(mine, theirs)
 
@@ -228,7 +230,7 @@ def test_llama_as_hubs_hold_it(hf, shards, dtype, old, pad_row, tmp_path):
         for key in ("rope_parameters", "rope_theta", "num_key_value_heads", "head_dim"):
             raw.pop(key, None)
         write_json(tmp_path / "config.json", raw)
-    mine = Transformer.from_pretrained(tmp_path)
+    mine = checkpoint.load_model(tmp_path)
     assert mine.config.vocab_size == 96 + pad_row
     # Not theirs.float(): casting that model has cast its RoPE frequencies too.
     check_parity(mine, hf.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32))
@@ -248,7 +250,7 @@ VICTIM = {"llama": "model.layers.1.mlp.up_proj.weight",
 @pytest.mark.parametrize("kind", OURS)
 def test_every_layout_names_what_does_not_fit(kind, tmp_path):
     folder, name = save(ours(kind), tmp_path, kind), VICTIM[kind]
-    model = Transformer.from_pretrained(folder)
+    model = checkpoint.load_model(folder)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), ours(kind).parameters()))
     file = folder / "model.safetensors"
     whole = load_file(file)
@@ -263,7 +265,7 @@ def test_every_layout_names_what_does_not_fit(kind, tmp_path):
         damaged = {k: t for k, t in (whole | change).items() if t is not None}
         save_tensors(file, damaged)
         with pytest.raises(UserError) as e:
-            Transformer.from_pretrained(folder)
+            checkpoint.load_model(folder)
         assert told in str(e.value) and "\n" not in str(e.value)
 
 
@@ -271,20 +273,20 @@ def test_a_config_of_another_layout_than_the_weights(tmp_path):
     folder = save(ours("original olmo"), tmp_path, "original olmo")
     write_json(folder / "config.json", ours("original olmo").config.to_hf(torch.float32))
     with pytest.raises(UserError, match="missing: model.embed_tokens.*unexpected: model.transf"):
-        Transformer.from_pretrained(folder)
+        checkpoint.load_model(folder)
 
 
 def test_a_tied_original_head_may_be_stored(tmp_path):
     folder = save(ours("original olmo"), tmp_path, "original olmo")
     file = folder / "model.safetensors"
     tensors = load_file(file)
-    tensors[module.OLMO_HEAD] = tensors["model.transformer.wte.weight"].clone()
+    tensors[checkpoint.OLMO_HEAD] = tensors["model.transformer.wte.weight"].clone()
     save_tensors(file, tensors)
-    Transformer.from_pretrained(folder)
-    tensors[module.OLMO_HEAD][3, 3] += 1
+    checkpoint.load_model(folder)
+    tensors[checkpoint.OLMO_HEAD][3, 3] += 1
     save_tensors(file, tensors)
     with pytest.raises(UserError, match="ff_out.weight is not the embedding"):
-        Transformer.from_pretrained(folder)
+        checkpoint.load_model(folder)
 
 
 @pytest.mark.parametrize("kind, change, told", [
@@ -314,7 +316,7 @@ def test_what_is_not_computed_here_is_refused(kind, change, told, tmp_path):
     raw = read_json(folder / "config.json")
     write_json(folder / "config.json", raw | change)
     with pytest.raises(UserError, match=told) as e:
-        Transformer.from_pretrained(folder)
+        checkpoint.load_model(folder)
     assert "\n" not in str(e.value)
 
 
@@ -468,7 +470,7 @@ def runs(tmp_path_factory):
 
 def check_same_text(hf, folder, s, card: bool):
     """From one string to the same greedy text: ours, and transformers' with its own defaults."""
-    tok, mine = data.load_tokenizer(folder), Transformer.from_pretrained(folder)
+    tok, mine = data.load_tokenizer(folder), checkpoint.load_model(folder)
     their_tok = hf.AutoTokenizer.from_pretrained(folder)
     theirs = hf.AutoModelForCausalLM.from_pretrained(folder)
     lengths = {} if card else dict(max_length=s.max_total_tokens)
@@ -519,7 +521,7 @@ def test_the_card_says_what_was_done_and_then_what_came_of_it(runs):
 def test_a_run_from_the_original_olmo_layout(hf, runs, tmp_path):
     """The same weights under other names give the same scores; the export has no remote code."""
     made, source = runs["tiny-olmo"], tmp_path / "hub"
-    model = Transformer.from_pretrained(made / "original")
+    model = checkpoint.load_model(made / "original")
     save(model, source, "original olmo")
     data.copy_tokenizer(made / "original", source)
     config = read_json(source / "tokenizer_config.json")

@@ -12,10 +12,11 @@ from safetensors.torch import load_file, save_file
 
 import data
 import simu
-from model import Transformer, UserError, generate, read_json, write_json
-from pipeline import reach, settings
+from model import Transformer, UserError, read_json, write_json
+from pipeline import checkpoint, reach, settings
 from pipeline.__main__ import main
 from pipeline.mixers import mamba2, rwkv7, states
+from pipeline.reading import generate
 from test_layouts import PROMPTS, check_same_text, hf  # noqa: F401
 from test_pipeline import DEMO, MICRO
 from test_simu import rows
@@ -64,7 +65,7 @@ def test_mamba2_is_transformers(hf, tmp_path, changes):  # noqa: F811
         assert out[0, len(prompt):].tolist() == said
     theirs.save_pretrained(tmp_path / "theirs")
     with torch.no_grad():
-        assert torch.equal(Transformer.from_pretrained(tmp_path / "theirs")(ids), model(ids))
+        assert torch.equal(checkpoint.load_model(tmp_path / "theirs")(ids), model(ids))
 
 
 def native(tensors: dict) -> dict:
@@ -202,7 +203,7 @@ def test_what_moves(kind):
 def test_a_bad_checkpoint_is_named(kind, fault, says, tmp_path):
     model = ours(kind)
     model.save_pretrained(tmp_path)
-    name = model.config.architecture.stored("layers.1.mlp.down_proj.weight")
+    name = model.stored_name("layers.1.mlp.down_proj.weight")
     assert name in ("backbone.layers.1.mixer.out_proj.weight", "model.layers.1.ffn.value.weight")
     tensors = load_file(tmp_path / "model.safetensors")
     if fault == "lost":
@@ -211,7 +212,7 @@ def test_a_bad_checkpoint_is_named(kind, fault, says, tmp_path):
         tensors["x.weight" if fault == "more" else name] = tensors[name][:1].clone()
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(UserError, match=says.format(re.escape(name))):
-        Transformer.from_pretrained(tmp_path)
+        checkpoint.load_model(tmp_path)
 
 
 @pytest.mark.parametrize("kind, change, says", [
@@ -227,7 +228,7 @@ def test_a_bad_config_is_named(kind, change, says, tmp_path):
     content = read_json(tmp_path / "config.json") | change
     write_json(tmp_path / "config.json", {k: v for k, v in content.items() if v is not ...})
     with pytest.raises(UserError, match=f"config.json: .*{says}"):
-        Transformer.from_pretrained(tmp_path)
+        checkpoint.load_model(tmp_path)
 
 
 # ------------------------------------------------------------------------------------- the pipeline

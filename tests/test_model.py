@@ -12,7 +12,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import model as module
-from model import Config, Transformer, UserError, generate, read_tensors, save_tensors
+from model import (NEURONS, Architecture, Config, Transformer, UserError, generate, read_tensors,
+                   save_tensors)
+from pipeline import checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden"
@@ -310,53 +312,6 @@ def test_batched_cached_decoding_equals_one_full_pass_per_token(changes):
     assert alone == want
 
 
-def test_finished_rows_leave_the_batch(monkeypatch):
-    model = random_model()
-    prompts = prompts_of([4] * 12)
-    free = generate(model, prompts, max_new_tokens=30, eos_id=None)
-    eos = an_eos(free)
-    rows = []
-    inner = module.Cache.step
-
-    def step(self, layer, q, k, v):
-        rows.append(len(self.kv[layer]))
-        return inner(self, layer, q, k, v)
-
-    monkeypatch.setattr(module.Cache, "step", step)
-    got = generate(model, prompts, max_new_tokens=30, eos_id=eos)
-    assert got == [text[:text.index(eos)] if eos in text else text for text in free]
-    assert rows[0] > rows[-1] and rows == sorted(rows, reverse=True)
-
-
-@pytest.mark.parametrize("alike", [0, 20])
-def test_rows_take_the_places_of_those_that_ended(passes, alike, monkeypatch):
-    """Also where what all prompts begin with is read once, for those that come later too."""
-    (model, read), whole, inner = passes, [], module.Cache.prefill
-    monkeypatch.setattr(module.Cache, "prefill", lambda self, rows, layer, q, k, v: whole.append(
-        k.shape[2]) or inner(self, rows, layer, q, k, v))
-    prompts = [[5] * alike + p for p in prompts_of([4 + i % 5 for i in range(24)])]
-    free = [slow_greedy(model, p, new=30, eos_id=None) for p in prompts]
-    eos = an_eos(free)
-    want = [text[:text.index(eos)] if eos in text else text for text in free]
-    room = 6 * (alike + 8 + 30)
-    for drafts in (None, want, free[::-1]):
-        read.clear()
-        whole.clear()
-        assert generate(model, prompts, max_new_tokens=30, eos_id=eos, batch_tokens=room,
-                        drafts=drafts) == want
-        if drafts is None:  # six at a time without it: each six as long as its longest
-            order = sorted(range(24), key=lambda i: -len(prompts[i]))
-            apart = [max(len(want[i]) for i in order[n:n + 6]) for n in range(0, 24, 6)]
-            assert len(read) < sum(apart)
-        assert whole == [alike] * len(model.layers) or not alike
-
-
-def test_a_short_row_does_not_take_the_place_of_a_long_one():
-    assert list(module.row_groups([9, 1, 5, 30, 2], [1, 0, 1, 2, 1], 64)) == [
-        (1, [3]), (2, [0, 2]), (1, [4])]
-    assert list(module.row_groups([20] * 5, [10] * 5, 64)) == [(2, [0, 1, 2, 3, 4])]
-
-
 def test_limits():
     model = random_model()  # context 64
     prompts = prompts_of([10, 60, 3])
@@ -397,134 +352,10 @@ def test_progress_bar_counts_rows(capsys):
     ([[3, 97]], {}, "prompt 0 has token ids outside.*97"),
     ([[3, -1]], {}, "prompt 0 has token ids outside"),
     ([[1] * 30], {"batch_tokens": 20}, "prompt 0 .* 38 positions; a batch of 20 tokens"),
-    ([[5], [6]], {"drafts": [[7]]}, "2 prompts and 1 drafts"),
 ])
 def test_generate_faults(prompts, limits, told):
     with pytest.raises(UserError, match=told):
         generate(random_model(), prompts, max_new_tokens=8, eos_id=None, **limits)
-
-
-# ------------------------------------------------------------------------------------- drafts
-
-
-@pytest.fixture
-def passes():
-    """A model and the list that gets, at each of its passes, how many tokens the pass read."""
-    model, read = random_model(), []
-    model.layers[0].register_forward_hook(lambda _, args, __: read.append(args[0].shape[1]))
-    return model, read
-
-
-def said(model, read, prompts, **options):
-    """The texts, and how many passes followed the reading of the prompts."""
-    read.clear()
-    texts = generate(model, prompts, **dict(max_new_tokens=40, eos_id=None) | options)
-    return texts, len(read) - -(-len(prompts) // module.PROMPTS_AT_ONCE)
-
-
-def test_a_right_draft_is_checked_in_few_passes(passes):
-    prompts = prompts_of([5, 1, 17, 2])
-    free, steps = said(*passes, prompts)
-    drafted, few = said(*passes, prompts, drafts=free)
-    assert drafted == free and few <= 5 < steps <= 39
-    # One token to believe in the draft, then 1 + 4, 1 + 8, 1 + 16, and what is left.
-    assert passes[1][1:] == [4 * n for n in (5, 9, 17, 8)]
-
-
-def test_what_all_prompts_begin_with_is_read_once(passes):
-    model, read = passes
-    shots, *ends = prompts_of([30, 5, 1, 9, 5])
-    prompts = [shots + end for end in ends] + [shots + ends[0]]
-    got = generate(model, prompts, max_new_tokens=20, eos_id=None)
-    assert read[:2] == [30, 5 + 1 + 9 + 5 + 5]
-    assert got == [slow_greedy(model, p, new=20, eos_id=None) for p in prompts]
-    short = [shots[:module.ALIKE - 1] + end for end in ends]  # not worth a pass of its own
-    read.clear()
-    generate(model, short, max_new_tokens=1, eos_id=None)
-    assert read == [module.ALIKE - 1 + 9]
-    generate(model, [shots, shots], max_new_tokens=1, eos_id=None)
-    assert read[1:] == [29, 2]
-
-
-def wrong_at(texts, place):
-    return [text[:place] + [(text[place] + 1) % 97] + text[place + 1:] for text in texts]
-
-
-@pytest.mark.parametrize("changes", [
-    {}, {"num_key_value_heads": 4, "tie_word_embeddings": True}, {"model_type": "mistral"},
-    {"model_type": "olmo", "clip_qkv": 0.7, "num_key_value_heads": 1}, {"model_type": "olmo2"}])
-def test_no_draft_changes_a_token(changes):
-    model = random_model(**changes)
-    prompts = prompts_of([3, 20, 1, 8, 8, 13, 30, 2])
-    free = [slow_greedy(model, p, new=30, eos_id=None) for p in prompts]
-    eos = an_eos(free)
-    want = [text[:text.index(eos)] if eos in text else text for text in free]
-    for drafts in (free[::-1], *(wrong_at(free, place) for place in (0, 1, 9)), [[], None] * 4,
-                   [text * 3 for text in free], [text[:i] for i, text in enumerate(free)],
-                   [*free[:3], *[None] * 5],  # few read ahead: the others do not wait for them
-                   [[5] * 40] * 8, [[97, -1, 10 ** 9]] * 8):
-        for options in ({}, {"batch_tokens": 120}):
-            got = generate(model, prompts, max_new_tokens=30, eos_id=eos, drafts=drafts, **options)
-            assert got == want
-
-
-def test_a_wrong_draft_costs_no_pass(passes):
-    prompts = prompts_of([5, 9])
-    free, steps = said(*passes, prompts)
-    for drafts in ([[1] * 40] * 2, wrong_at(free, 0)):
-        got, count = said(*passes, prompts, drafts=drafts)
-        assert got == free and count <= steps
-
-
-def test_a_row_that_left_its_draft_finds_back(passes):
-    prompts = prompts_of([5])
-    free, _ = said(*passes, prompts)
-    _, alone = said(*passes, prompts, drafts=free)
-    got, back = said(*passes, prompts, drafts=wrong_at(free, 9))
-    assert got == free and back <= alone + 5
-
-
-def test_a_collapsed_row_is_its_own_draft(passes):
-    model, read = passes
-    for block in model.layers:  # the next token depends on the last one alone: every text loops
-        block.self_attn.o_proj.weight.data.zero_()
-    prompts = prompts_of([4, 11, 2])
-    texts, few = said(model, read, prompts, max_new_tokens=50)
-    assert texts == [slow_greedy(model, p, new=50, eos_id=None) for p in prompts]
-    period = max(len(set(text)) for text in texts)
-    assert few < period + 12 < 49
-
-
-@pytest.mark.parametrize("after", [[], [3], [4, 9, 2, 60, 3] * 4])
-def test_eos_inside_a_draft_ends_the_row(passes, after):
-    prompts = prompts_of([6, 3])
-    free, _ = said(*passes, prompts)
-    for place in (0, 1, 7, 20):
-        eos = free[0][place]
-        want = [text[:text.index(eos)] if eos in text else text for text in free]
-        drafts = [text + [eos] + after for text in want]
-        assert said(*passes, prompts, drafts=drafts, eos_id=eos)[0] == want
-        assert said(*passes, prompts, drafts=free, eos_id=eos)[0] == want
-
-
-def test_drafts_keep_to_limits_and_context(passes):
-    prompts = prompts_of([10, 60, 3])  # context 64
-    free, _ = said(*passes, prompts, max_new_tokens=None)
-    assert [len(text) for text in free] == [54, 4, 61]
-    drafts = [text + [1] * 50 for text in free]
-    assert said(*passes, prompts, max_new_tokens=None, drafts=drafts)[0] == free
-    for new in (0, 1, 2, 6, 7):
-        got, _ = said(*passes, prompts, max_new_tokens=new, drafts=drafts)
-        assert got == [text[:new] for text in free]
-
-
-def test_rows_advance_each_by_its_own_count(passes):
-    prompts = prompts_of([7] * 6)
-    free, steps = said(*passes, prompts)
-    got, count = said(*passes, prompts, drafts=free[:3] + [None] * 3)
-    assert got == free and count == steps
-    read = passes[1][1:]
-    assert read[0] == 3 * 5 + 3 and read[-1] == 3  # the finished three have left
 
 
 # ------------------------------------------------------------------------------------- loading
@@ -558,7 +389,7 @@ def edit_json(file, change):
 
 def refused(folder, told):
     with pytest.raises(UserError, match=told) as caught:
-        Transformer.from_pretrained(folder)
+        checkpoint.load_model(folder)
     assert "\n" not in str(caught.value)
 
 
@@ -695,6 +526,127 @@ def test_loaded_weights_do_not_live_in_the_file(folder):
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
 
 
+# ------------------------------------------------------------------------------------- neurons
+
+
+def test_inner_neurons_are_what_down_proj_reads(tmp_path):
+    """The same model cut elsewhere: same logits, and `intervene` acts on the F activations."""
+    model = random_model()
+    model.save_pretrained(tmp_path)
+    assert "neurons" not in (tmp_path / "config.json").read_text()
+    inner = Transformer.from_pretrained(tmp_path, neurons="inner")
+    ids = torch.tensor(prompts_of([10]))
+    assert model.config.neuron_count == 32 and inner.config.neuron_count == 44
+    x = torch.randn(1, 3, 32)
+    with torch.no_grad():
+        assert torch.equal(inner(ids), model(ids))
+        for m, width in ((model, 32), (inner, 44)):
+            block, mlp = m.layers[1], m.layers[1].mlp
+            a = mlp.neurons(x)
+            assert a.shape == (1, 3, width) and torch.equal(mlp.write(a), mlp(x))
+            stream, beta = block.parts(x, *m.rope(torch.arange(3)), module.causal_attention)
+            assert beta.shape == a.shape
+            assert torch.equal(block.add_beta(stream, beta), block(x, *m.rope(torch.arange(3))))
+            for name in NEURONS[m.config.neurons].rows:  # row k of it is neuron k's
+                assert len(getattr(mlp, name).weight) == width
+            for name in NEURONS[m.config.neurons].columns:
+                assert getattr(mlp, name).weight.shape[1] == width
+            silent = torch.zeros(width)
+            silent[5] = 1
+            before = m(ids)
+            mlp.intervene = lambda a: a * (1 - silent)
+            changed = m(ids)
+            mlp.intervene = None
+            matrix = mlp.down_proj.weight
+            kept, line = matrix.clone(), (5 if width == 32 else (slice(None), 5))
+            matrix[line] = 0  # a neuron that does not fire is one whose weights are 0
+            torch.testing.assert_close(m(ids), changed)
+            matrix.copy_(kept)
+            assert not torch.allclose(before, changed, atol=1e-3)
+    with pytest.raises(UserError, match="neurons = 'all': must be output or inner"):
+        Transformer.from_pretrained(tmp_path, neurons="all")
+
+
+# -------------------------------------------------------------------------------- the core alone
+
+
+def test_an_architecture_is_a_row(monkeypatch, tmp_path):
+    """Qwen3, which norms q and k of each head: one row, and equal to transformers'."""
+    hf = pytest.importorskip("transformers")
+    monkeypatch.setitem(module.ARCHITECTURES, "qwen3", Architecture(
+        name="Qwen3ForCausalLM", norms_qk="head", more_keys=module.NO_BIAS))
+    torch.manual_seed(3)
+    theirs = hf.Qwen3ForCausalLM(hf.Qwen3Config(
+        **SHAPE, head_dim=12, num_key_value_heads=2, pad_token_id=None)).eval()
+    with torch.no_grad():
+        for weight in theirs.parameters():
+            weight.normal_(std=0.3) if weight.dim() == 2 else weight.uniform_(0.5, 1.5)
+        theirs.save_pretrained(tmp_path / "theirs")
+        ours = Transformer.from_pretrained(tmp_path / "theirs")
+        ids = torch.tensor(prompts_of([20]))
+        assert relative(ours(ids), theirs(ids).logits) < 1e-5
+        ours.save_pretrained(tmp_path / "ours")
+        again = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+        assert type(again) is type(theirs) and torch.equal(again(ids).logits, theirs(ids).logits)
+
+
+@pytest.mark.parametrize("change, told", [
+    (lambda t, c: t.pop(UP), f"missing: {UP}; take"),
+    (lambda t, c: t.update(extra=torch.ones(2)), "unexpected: extra"),
+    (lambda t, c: t.update({UP: t[UP].T.contiguous()}), f"misshapen: {UP}"),
+    (lambda t, c: t.update({UP: t[UP].int()}), f"not float: {UP}"),
+    (lambda t, c: c.pop("hidden_size"), "config.json: hidden_size is missing"),
+    (lambda t, c: c.update(hidden_size="32"), "hidden_size = '32': must be a whole number"),
+    (lambda t, c: c.update(model_type="gpt2"), "model_type = 'gpt2': must be llama or"),
+    (lambda t, c: c.update(hidden_act="gelu"), "hidden_act = 'gelu' is not supported"),
+    (lambda t, c: c.update(rope_scaling={"type": "yarn"}), "only plain RoPE"),
+    (lambda t, c: c.update(layer_types=["sliding_attention"] * 3), "layer_types = "),
+    (lambda t, c: c.update(num_key_value_heads=3), "num_key_value_heads = 3: must be a divisor"),
+])
+def test_the_core_alone_refuses_in_one_line(folder, change, told):
+    content = json.loads((folder / "config.json").read_text())
+    rewrite(folder, lambda tensors: change(tensors, content))
+    (folder / "config.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=told) as caught:
+        Transformer.from_pretrained(folder)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("place", ["../m/model.safetensors", "/etc/x.safetensors", 7, "a.bin", ""])
+def test_the_core_alone_reads_no_shard_elsewhere(folder, sharded, place):
+    edit_json(sharded / module.INDEX, lambda index: index["weight_map"].update({UP: place}))
+    with pytest.raises(UserError, match="must map each tensor to a .safetensors file"):
+        Transformer.from_pretrained(sharded)
+
+
+def test_a_shard_that_is_lost_or_cut(sharded):
+    last = sorted(sharded.glob("model-*.safetensors"))[-1]
+    cut(last, 60)
+    with pytest.raises(UserError, match="not a whole safetensors file"):
+        Transformer.from_pretrained(sharded)
+    last.unlink()
+    with pytest.raises(UserError, match="not a whole safetensors file"):
+        Transformer.from_pretrained(sharded)
+
+
+def test_copied_alone_the_core_loads_and_refuses(folder, tmp_path):
+    """Without the pipeline beside it, on a checkpoint of HF's layout."""
+    for name in ("model", "data", "simu", "eval"):
+        (tmp_path / f"{name}.py").write_text((ROOT / f"{name}.py").read_text())
+    code = ("import sys, torch, simu, data, eval; from model import *\n"
+            f"m = Transformer.from_pretrained({str(folder)!r})\n"
+            "print(generate(m, [[3, 9]], max_new_tokens=4, eos_id=None))\n"
+            "print(eval.token_scores(m, [data.Encoded([3, 9, 27], 1)], [1], tokens=9)[0].losses)\n"
+            f"try: Transformer.from_pretrained({str(folder.parent)!r})\n"
+            "except UserError as e: print(e)\nprint(any('pipeline' in x for x in sys.modules))")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                          cwd=tmp_path, env={"PATH": "/usr/bin:/bin"})
+    said, losses, refusal, pipeline = done.stdout.splitlines() or [done.stderr]
+    assert json.loads(said) == generate(random_model(), [[3, 9]], max_new_tokens=4, eos_id=None)
+    assert len(json.loads(losses)) == 2 and "config.json is missing" in refusal
+    assert pipeline == "False"
+
+
 # -------------------------------------------------------------------------------------- config
 
 
@@ -767,7 +719,7 @@ def test_config_faults(folder, key, value, told):
 ])
 def test_config_made_in_code_is_checked_too(changes, told):
     with pytest.raises(UserError, match=told):
-        Config(**SHAPE | changes)
+        checkpoint.check_config(Config(**SHAPE | changes))
 
 
 @pytest.mark.parametrize("window, good", [

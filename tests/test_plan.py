@@ -8,11 +8,10 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-import eval as evaluation
 import simu
 from data import Encoded, collate
 from model import Config, Transformer, UserError
-from pipeline import hub, plan, stage
+from pipeline import hub, plan, reading, stage
 from pipeline.plan import LiveBytes, Need
 from pipeline.settings import Settings, resolve
 
@@ -133,7 +132,7 @@ def test_answers_read_together_need_no_more_than_planned():
     some = [Encoded(ids[:8] + r.ids[8:], 8) for ids in (rows(1, vocab=40)[0].ids,)
             for r in rows(8 * 8, vocab=40)]
     with LiveBytes(*model.parameters()) as live:
-        evaluation.token_scores(model, some, [8] * len(some), tokens=s.eval_tokens)
+        reading.token_scores(model, some, [8] * len(some), tokens=s.eval_tokens)
     planned = plan.need(s, c, "evaluate", dtype=torch.float32, critical=0, **LENGTHS)
     assert live.peak < planned.peak - 2 * plan.LOGITS * 4 + 2 * len(some) * 16 * 40 * 4
 

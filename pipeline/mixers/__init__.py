@@ -1,8 +1,6 @@
-"""Models whose layers are not attention and MLP, one file each. Importing this package adds them to
-model.ARCHITECTURES; a stage's code digest finds the file by its model_type (reach.py)."""
+"""Models whose layers are not attention and MLP, one file each. Importing this package registers
+them as kinds of Transformer; a stage's code digest finds the file by its model_type (reach.py)."""
 
-from model import ARCHITECTURES
 from pipeline.mixers import mamba2, rwkv7
 
-ARCHITECTURES |= {"mamba2": mamba2.MAMBA2, "rwkv7": rwkv7.RWKV7}
 TINY = {"mamba2": mamba2.tiny_config, "rwkv7": rwkv7.tiny_config}  # of a tiny model's config

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model import Architecture, RMSNorm, UserError, check_supported, need_keys
+from model import RMSNorm, Transformer, UserError, check_supported, need_keys
 from pipeline.mixers.states import (NO_LIMIT, StateCache, StatePrefixes, check_fields, from_nothing,
                                     gather_before, in_chunks)
 
@@ -49,7 +49,7 @@ class Mamba2Config:
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
-    neurons: str = "output"
+    neurons: str = "output"  # the only ones there are here
 
     def __post_init__(self):
         check_fields(self)
@@ -63,12 +63,8 @@ class Mamba2Config:
     def neuron_count(self) -> int:
         return self.hidden_size
 
-    @property
-    def architecture(self) -> Architecture:
-        return MAMBA2
-
     @classmethod
-    def from_content(cls, content: dict) -> "Mamba2Config":
+    def from_hf(cls, content: dict, **changes) -> "Mamba2Config":
         """From the content of a config.json."""
         present = {k: v for k, v in content.items() if v is not None}
         check_supported(present, SUPPORTED)
@@ -79,12 +75,13 @@ class Mamba2Config:
             present["norm_eps"] = present["layer_norm_epsilon"]
         need_keys(present, ("vocab_size", "hidden_size", "num_hidden_layers", "num_heads",
                             "head_dim", "state_size", "n_groups"))
-        return cls(**{f.name: present[f.name] for f in fields(cls) if f.name in present})
+        return cls(**{f.name: present[f.name] for f in fields(cls)
+                      if f.name in present and f.name != "neurons"} | changes)
 
     def to_hf(self, dtype: torch.dtype) -> dict:
-        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "neurons"}
-        return own | {
-            "layer_norm_epsilon": own.pop("norm_eps"), "architectures": [MAMBA2.name],
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "neurons"}
+        return values | {
+            "layer_norm_epsilon": values.pop("norm_eps"), "architectures": ["Mamba2ForCausalLM"],
             "hidden_act": "silu", "use_bias": False, "use_conv_bias": True,
             "torch_dtype": str(dtype).removeprefix("torch.")}
 
@@ -180,7 +177,8 @@ class Neurons(nn.Module):
 
 
 class Mamba2Block(nn.Module):
-    prefixes = StatePrefixes
+    prefixes = StatePrefixes  # what SIMU's second stream starts from
+
     def __init__(self, c: Mamba2Config, layer: int):
         super().__init__()
         self.wide = c.residual_in_fp32
@@ -202,22 +200,29 @@ class Mamba2Block(nn.Module):
 NAMES = {"embed_tokens.": "embeddings.", "norm.": "norm_f."}  # of what is outside the layers
 
 
-def stored_name(name: str) -> str:
-    """Our parameter's name in a checkpoint."""
-    if name.startswith("lm_head."):
-        return name
-    for ours, theirs in NAMES.items():
-        if name.startswith(ours):
-            return "backbone." + theirs + name.removeprefix(ours)
-    name = name.replace(".mlp.down_proj.", ".mixer.out_proj.").replace(".mlp.", ".mixer.")
-    return "backbone." + name
+class Mamba2(Transformer, model_type="mamba2"):
+    config_class, cache_class = Mamba2Config, StateCache
+    packs = False  # a state runs through each text alone
+    attend = staticmethod(from_nothing)
 
+    def make_block(self, layer: int) -> nn.Module:
+        return Mamba2Block(self.config, layer)
 
-MAMBA2 = Architecture(
-    name="Mamba2ForCausalLM", config=Mamba2Config.from_content, stored=stored_name,
-    block=Mamba2Block, last_norm=lambda c: StreamNorm(c.hidden_size, c.norm_eps),
-    place=lambda c, positions: (), attend=from_nothing, prefixes=StatePrefixes, cache=StateCache,
-    packs=False)
+    def make_last_norm(self) -> nn.Module:
+        return StreamNorm(self.config.hidden_size, self.config.norm_eps)
+
+    def rope(self, positions):
+        return ()
+
+    @staticmethod
+    def stored_name(name: str) -> str:
+        if name.startswith("lm_head."):
+            return name
+        for ours, theirs in NAMES.items():
+            if name.startswith(ours):
+                return "backbone." + theirs + name.removeprefix(ours)
+        name = name.replace(".mlp.down_proj.", ".mixer.out_proj.").replace(".mlp.", ".mixer.")
+        return "backbone." + name
 
 
 def tiny_config(*, width: int, depth: int, context: int, **ids) -> Mamba2Config:

@@ -19,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model import Architecture, UserError, check_supported, is_positive, need_keys
+from model import Transformer, UserError, check_supported, need_keys
+from pipeline.checkpoint import is_positive
 from pipeline.mixers.states import (NO_LIMIT, StateCache, StatePrefixes, check_fields, from_nothing,
                                     gather_before, in_chunks)
 
@@ -49,7 +50,7 @@ class RWKV7Config:
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
-    neurons: str = "output"
+    neurons: str = "output"  # the only ones there are here
 
     def __post_init__(self):
         check_fields(self)
@@ -61,12 +62,8 @@ class RWKV7Config:
     def neuron_count(self) -> int:
         return self.hidden_size
 
-    @property
-    def architecture(self) -> Architecture:
-        return RWKV7
-
     @classmethod
-    def from_content(cls, content: dict) -> "RWKV7Config":
+    def from_hf(cls, content: dict, **changes) -> "RWKV7Config":
         """From the content of a config.json."""
         present = {k: v for k, v in content.items() if v is not None}
         need_keys(present, ("vocab_size", "hidden_size", "num_hidden_layers", *(
@@ -76,15 +73,17 @@ class RWKV7Config:
             present.setdefault("intermediate_size", 32 * math.ceil(int(D * ratio) / 32))
         check_supported(present, SUPPORTED)
         c = cls(**{"intermediate_size": 1} | {
-            f.name: present[f.name] for f in fields(cls) if f.name in present})
+            f.name: present[f.name] for f in fields(cls)
+                      if f.name in present and f.name != "neurons"} | changes)
         check_supported(present, {"num_heads": D // c.head_dim,
                                   "value_dim": [D] * c.num_hidden_layers})
         return c
 
     def to_hf(self, dtype: torch.dtype) -> dict:
-        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "neurons"}
-        return own | SUPPORTED | {
-            "architectures": [RWKV7.name], "value_dim": [self.hidden_size] * self.num_hidden_layers,
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "neurons"}
+        return values | SUPPORTED | {
+            "architectures": ["RWKV7ForCausalLM"],
+            "value_dim": [self.hidden_size] * self.num_hidden_layers,
             "torch_dtype": str(dtype).removeprefix("torch.")}
 
 
@@ -201,7 +200,7 @@ class ChannelMix(nn.Module):
 class RWKV7Block(nn.Module):
     """The stream that enters the first layer has D channels; from there on it has 2 D."""
 
-    prefixes = StatePrefixes
+    prefixes = StatePrefixes  # what SIMU's second stream starts from
 
     def __init__(self, c: RWKV7Config, layer: int):
         super().__init__()
@@ -236,17 +235,25 @@ NAMES = {".self_attn.": ".attn.", ".mlp.up_proj.": ".ffn.key.", ".mlp.down_proj.
          "_lora.offset": "_lora.lora.2.bias", "embed_tokens.": "embeddings."}
 
 
-def stored_name(name: str) -> str:
-    """Our parameter's name in a checkpoint."""
-    for ours, theirs in NAMES.items():
-        name = name.replace(ours, theirs)
-    return name if name.startswith("lm_head.") else f"model.{name}"
+class RWKV7(Transformer, model_type="rwkv7"):
+    config_class, cache_class = RWKV7Config, StateCache
+    packs = False  # a state runs through each text alone
+    attend = staticmethod(from_nothing)
 
+    def make_block(self, layer: int) -> nn.Module:
+        return RWKV7Block(self.config, layer)
 
-RWKV7 = Architecture(
-    name="RWKV7ForCausalLM", config=RWKV7Config.from_content, stored=stored_name, block=RWKV7Block,
-    last_norm=lambda c: LastNorm(c.hidden_size, eps=c.norm_eps), place=lambda c, positions: (),
-    attend=from_nothing, prefixes=StatePrefixes, cache=StateCache, packs=False)
+    def make_last_norm(self) -> nn.Module:
+        return LastNorm(self.config.hidden_size, eps=self.config.norm_eps)
+
+    def rope(self, positions):
+        return ()
+
+    @staticmethod
+    def stored_name(name: str) -> str:
+        for ours, theirs in NAMES.items():
+            name = name.replace(ours, theirs)
+        return name if name.startswith("lm_head.") else f"model.{name}"
 
 
 def tiny_config(*, width: int, depth: int, context: int, **ids) -> RWKV7Config:

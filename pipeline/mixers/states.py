@@ -6,20 +6,23 @@ past left, a list of tensors [B, ...] (None: nothing); `states` is what stands b
 `before` [B, A], each from 0 to T (None: nobody asks), a list of tensors [B, A, ...].
 """
 
+from contextlib import contextmanager
 from dataclasses import fields
+from functools import partial
 
 import torch
 
-from model import LARGEST_SIZE, MOST_LAYERS, check_token_ids, is_int, is_positive, need
+from pipeline.checkpoint import (LARGEST_SIZE, MOST_LAYERS, check_token_ids, is_int, is_positive,
+                                 need)
 
 
 def from_nothing(op, *u):
-    """Architecture.attend: whole texts."""
+    """Transformer.attend: whole texts."""
     return op(None, None, *u)[0]
 
 
 class StatePrefixes:
-    """Architecture.prefixes: the clean states before the positions pos [B, A] of one layer, and
+    """In place of simu.Prefixes: the clean states before the positions pos [B, A] of one layer, and
     rows that start from them."""
 
     def __init__(self, pos):
@@ -39,46 +42,55 @@ class StatePrefixes:
 
 
 class StateCache:
-    """Architecture.cache: the states of B rows, each after its last token."""
+    """In place of KVCache and reading.Cache: the states of rows, each after its last token."""
 
-    at_once = 1  # what was read on a wrong guess could not be taken back
+    most_ids = 1  # of a row in one pass: what was read on a wrong guess could not be taken back
 
     def __init__(self, c, B: int, columns: int, like):
-        self.device, self.states = like.device, {}
-        self.steps = self.step
+        self.device, self.B, self.states = like.device, B, {}
 
-    def open(self, n: int):
-        self.B, self.before, self.states = n, self.states, {}
+    def attends(self, input_pos, counts):
+        """What stands in for attention while a pass reads the first counts[b] of row b's tokens."""
+        return partial(self.read_rows, counts[:, None])
 
-    def close(self):
-        none = {op: [s[:0] for s in own] for op, own in self.states.items()}
-        self.states = {op: [torch.cat(pair) for pair in zip((none | self.before)[op], own)]
-                       for op, own in self.states.items()}
-
-    def prompts(self, rows: slice, lengths: list[int]):
-        ends = torch.tensor(lengths, device=self.device)[:, None]  # [b, 1]
-
-        def read(op, *u):
-            y, states = op(None, ends, *u)
-            kept = self.states.setdefault(op, [s.new_zeros(self.B, *s.shape[2:]) for s in states])
-            for whole, s in zip(kept, states):
-                whole[rows] = s[:, 0]
-            return y
-        return read
-
-    def place(self, begin: list[int], counts: list[int]):
-        """counts are all 1: the next pass reads one token of each row, at the positions begin."""
-        self.end = torch.ones(len(begin), 1, dtype=torch.int64, device=self.device)
-        return torch.tensor(begin, device=self.device)
-
-    def step(self, op, *u):
-        """u [1, B, ...], a position of each row -> y [1, B, ...]"""
-        y, states = op(self.states[op], self.end, *(x.transpose(0, 1) for x in u))
+    def read_rows(self, counts, op, *u):
+        y, states = op(self.states.get(op), counts, *u)
         self.states[op] = [s[:, 0] for s in states]
-        return y.transpose(0, 1)
+        return y
 
-    def keep(self, rows):
-        self.states = {op: [s[rows] for s in own] for op, own in self.states.items()}
+    @contextmanager
+    def new_rows(self, n: int):
+        """In here the cache is that of n new rows, which then follow the others."""
+        before, self.states, self.B = self.states, {}, n
+        yield
+        none = {op: [s[:0] for s in kept] for op, kept in self.states.items()}
+        self.states = {op: [torch.cat(pair) for pair in zip((none | before)[op], kept)]
+                       for op, kept in self.states.items()}
+
+    def prefills(self, rows: slice, lengths: list[int]):
+        """What stands in for attention while the prompts of some of the new rows are read."""
+        return partial(self.prefill, rows, torch.tensor(lengths, device=self.device)[:, None])
+
+    def prefill(self, rows: slice, ends, op, *u):
+        """ends [b, 1]: what pads a prompt leaves no state."""
+        y, states = op(None, ends, *u)
+        kept = self.states.setdefault(op, [s.new_zeros(self.B, *s.shape[2:]) for s in states])
+        for whole, s in zip(kept, states):
+            whole[rows] = s[:, 0]
+        return y
+
+    def steps(self, starts: list[int], counts: list[int]):
+        """counts are all 1: the next pass reads one token of each row, at the positions starts."""
+        one = torch.ones(len(starts), 1, dtype=torch.int64, device=self.device)
+        return torch.tensor(starts, device=self.device), partial(self.step, one)
+
+    def step(self, one, op, *u):
+        """u [1, B, ...], a position of each row -> y [1, B, ...]"""
+        return self.read_rows(one, op, *(x.transpose(0, 1) for x in u)).transpose(0, 1)
+
+    def keep(self, order: list[int]):
+        rows = torch.tensor(order, dtype=torch.int64, device=self.device)
+        self.states = {op: [s[rows] for s in kept] for op, kept in self.states.items()}
 
 
 CHUNK = 64  # positions worked out at once
@@ -112,6 +124,7 @@ NO_LIMIT = 1 << 24  # positions, where nothing is said: a state is no longer for
 
 def check_fields(c):
     """UserError unless a config's whole numbers, numbers, flags and token ids are such."""
+    need(c.neurons == "output", c, "neurons", f"output for {c.model_type}")
     for f in fields(c):
         value = getattr(c, f.name)
         if f.type is int:
