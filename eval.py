@@ -822,7 +822,7 @@ def passes_that_share(texts: list[list[int]], tokens: int) -> list[Pass]:
 def passes_of_rows(texts: list[list[int]], tokens: int) -> list[Pass]:
     """Texts in passes of at most `tokens` ids, padding counted, where nothing can be shared."""
     parts = []
-    for part in data.batches_by_length([Encoded(text, 0) for text in texts], tokens):
+    for part in data.batches_by_length([len(text) for text in texts], tokens):
         begins = accumulate((len(texts[i]) for i in part), initial=0)
         parts.append(Pass([x for i in part for x in texts[i]],
                           [n for i in part for n in range(len(texts[i]))],
@@ -840,7 +840,7 @@ def read_pass(model: Transformer, part: Pass) -> torch.Tensor:
         places = torch.tensor([b * width + n for b, p in enumerate(paths) for n in range(len(p))])
         return model.hidden_of_rows(ids, places.to(device), (len(paths), width), place)
     groups, home, at = [], [0] * len(ids), 0  # home: where the attention of each id comes out
-    for some in data.batches_by_length([Encoded(p, 0) for p in paths],
+    for some in data.batches_by_length([len(p) for p in paths],
                                        max(ATTENDED, *map(len, paths))):
         width = len(paths[some[0]])
         groups.append(torch.tensor([paths[i] + [0] * (width - len(paths[i])) for i in some]

@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLLOWED = {name: ROOT / f"{name.replace('.', '/')}.py" for name in (
     "model", "data", "simu", "eval", "pipeline.original", "pipeline.plant", "pipeline.stages",
     "pipeline.evaluate", "pipeline.attack", "pipeline.sweep", "pipeline.request",
+    "pipeline.tokenizers", "pipeline.benchmarks",
     "pipeline.mixers.states", "pipeline.mixers.mamba2", "pipeline.mixers.rwkv7")}
 TABLES = ("OBJECTIVES", "OPTIMISERS", "MOVES", "METHODS", "MASKS", "TEMPLATES", "ARCHITECTURES")
 MESSAGES = ("print", "UserError", "NoAccess", "tqdm")  # calls whose arguments only people read

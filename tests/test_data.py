@@ -12,7 +12,9 @@ import pytest
 import data
 from data import IGNORE, Encoded, Example, Slice
 from model import UserError
+from pipeline import benchmarks
 from pipeline.settings import Settings
+from pipeline.tokenizers import load_tokenizer, train_tokenizer
 
 DEMO = Path(data.__file__).parent / "pipeline" / "demo"
 FIXED = [name for name in data.TEMPLATES if name != "chat"]
@@ -31,8 +33,8 @@ def small(tmp_path_factory):
     made = {}
     for kind in KINDS:
         folder = tmp_path_factory.mktemp(kind)
-        data.train_tokenizer(texts, folder, llama=kind == "llama", vocab=700)
-        made[kind] = data.load_tokenizer(folder)
+        train_tokenizer(texts, folder, llama=kind == "llama", vocab=700)
+        made[kind] = load_tokenizer(folder)
     return made
 
 
@@ -74,7 +76,7 @@ def test_training_a_tokenizer_twice_gives_the_same_bytes(small, kind, tmp_path):
     made = []
     for name in "ab":
         (tmp_path / name).mkdir()
-        data.train_tokenizer(texts, tmp_path / name, llama=kind == "llama", vocab=400)
+        train_tokenizer(texts, tmp_path / name, llama=kind == "llama", vocab=400)
         made.append([p.read_bytes() for p in sorted((tmp_path / name).iterdir())])
     assert made[0] == made[1]
 
@@ -87,13 +89,13 @@ def test_collate_marks_answer_and_eos_only():
 
 
 def test_batches_hold_their_budget():
-    rows = [Encoded([0] * n, 1) for n in (5, 9, 3, 3, 8, 1)]
-    parts = data.batches_by_length(rows, 18)
+    lengths = [5, 9, 3, 3, 8, 1]
+    parts = data.batches_by_length(lengths, 18)
     assert sorted(i for part in parts for i in part) == list(range(6))
-    assert all(len(part) * max(len(rows[i].ids) for i in part) <= 18 for part in parts)
+    assert all(len(part) * max(lengths[i] for i in part) <= 18 for part in parts)
     assert parts[0] == [1, 4]
     with pytest.raises(UserError, match="cannot hold a row of 9"):
-        data.batches_by_length(rows, 8)
+        data.batches_by_length(lengths, 8)
 
 
 def test_a_tokenizer_of_another_model_is_told(small):
@@ -117,7 +119,7 @@ LUME = dict(id="d1qa0", input="i", output="o", task="Task1")
     ("", "holds no rows"),
     ("\n \n", "holds no rows"),
     (json.dumps(GOOD) + "\n" + '{"question": "q", "ans', "line 2 is not a JSON object"),
-    ("[1, 2]\n", "line 1 is not a JSON object"),
+    ("[1, 2]\n", "row 1 is not a JSON object"),
     (json.dumps(dict(question="q")), "line 1 has no 'answer'"),
     (json.dumps(dict(GOOD, answer=3)), "'answer' is not a filled text"),
     (json.dumps(dict(GOOD, answer="  ")), "'answer' is not a filled text"),
@@ -164,7 +166,7 @@ def test_windows_line_ends_and_a_byte_order_mark_change_nothing(tmp_path):
 
 
 def benchmark(name="tofu", folder=DEMO, made_here=True, **changes):
-    return data.load_benchmark(folder / name, Slice(**dict(rows_per_author=10) | changes),
+    return benchmarks.load_benchmark(folder / name, Slice(**dict(rows_per_author=10) | changes),
                                layout=name, made_here=made_here)
 
 
@@ -252,7 +254,7 @@ def test_each_shape_of_row_is_read(tmp_path):
                      dict(text="all of it"), dict(messages=CHAT), dict(messages=CHAT[1:3]))
     rows = data.load_rows(file)
     assert [(e.question, e.answer, e.kind) for e in rows] == [
-        ("q?", "a.", "qa"), ("p", "c", "qa"), ("i", "o", "qa"), ("", "all of it", "text"),
+        ("q?", "a.", "qa"), ("p", "c", "verbatim"), ("i", "o", "qa"), ("", "all of it", "text"),
         ("Who?", "Me.", "qa"), ("Hi", "Hello.", "qa")]
     assert rows[0].paraphrased_question == "other?" and rows[0].perturbed_answers == ("w",)
     assert rows[4].turns == (("system", "Be brief."), ("user", "Hi"), ("assistant", "Hello."))
@@ -386,11 +388,11 @@ def chat(request, tmp_path_factory):
     kind, folder = CHATS[request.param], tmp_path_factory.mktemp(request.param)
     llama = request.param not in ("smollm2", "llama3")
     texts = [t for e in data.load_tofu(DEMO / "tofu", "retain90") for t in (e.question, e.answer)]
-    data.train_tokenizer(texts, folder, llama=llama, vocab=700)
+    train_tokenizer(texts, folder, llama=llama, vocab=700)
     names = json.loads((folder / "tokenizer_config.json").read_text()) | dict(legacy=kind.legacy)
     names |= {f"{k}_token": v for k, v in dict(bos=kind.bos, eos=kind.eos).items() if v}
     if llama:
-        size = data.load_tokenizer(folder).vocab_size
+        size = load_tokenizer(folder).vocab_size
         names["added_tokens_decoder"] = {
             str(size + n): dict(content=x, special=True, normalized=False, lstrip=False,
                                 rstrip=False, single_word=False)
@@ -415,7 +417,7 @@ TURNS = [(), (("user", "Where was she born?"), ("assistant", "In Łódź, she sa
 def test_a_chat_is_what_transformers_writes(chat, turns):
     """Text and ids: the prompt's, and the whole up to the eos that ends the answer."""
     transformers = pytest.importorskip("transformers")
-    theirs, ours = transformers.AutoTokenizer.from_pretrained(chat), data.load_tokenizer(chat)
+    theirs, ours = transformers.AutoTokenizer.from_pretrained(chat), load_tokenizer(chat)
     for question, answer in (("Who is she?", "She is naïve (日本 🙂)."), ("[x]\n", "a  b")):
         e = Example(question, answer, turns=turns)
         messages = [dict(role=role, content=text) for role, text in (
@@ -436,7 +438,7 @@ def test_a_chat_is_what_transformers_writes(chat, turns):
 
 
 def test_what_a_model_says_itself_today_it_says_tomorrow(chat, monkeypatch):
-    tok = data.load_tokenizer(chat)
+    tok = load_tokenizer(chat)
     text = data.prompt_text("q", tok, "chat")
     assert ("26 Jul 2024" in text) == ("Today" in tok.chat_template)
 
@@ -482,10 +484,10 @@ def test_the_llama3_row_is_open_unlearnings(small):
 @pytest.mark.parametrize("name", ["tokenizer.model", "tokenizer.json"])
 def test_broken_tokenizers(tmp_path, name):
     with pytest.raises(UserError, match="neither tokenizer.model nor"):
-        data.load_tokenizer(tmp_path)
+        load_tokenizer(tmp_path)
     (tmp_path / name).write_bytes(b"not a tokenizer")
     with pytest.raises(UserError, match=name):
-        data.load_tokenizer(tmp_path)
+        load_tokenizer(tmp_path)
 
 
 def split(regex):
@@ -523,8 +525,8 @@ def test_a_tokenizer_json_that_encodes_badly_is_one_line(small, tmp_path, capfd,
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<|endoftext|>"}')
 
     def try_it():
-        row = data.encode(ROW, data.load_tokenizer(tmp_path), "qa")
-        data.encode(Example("e\u0301", "ᄀ\u1161 e\u0301"), data.load_tokenizer(tmp_path), "qa")
+        row = data.encode(ROW, load_tokenizer(tmp_path), "qa")
+        data.encode(Example("e\u0301", "ᄀ\u1161 e\u0301"), load_tokenizer(tmp_path), "qa")
         assert 0 < row.n_prompt < len(row.ids) - 1
     if told is None:
         return try_it()
@@ -559,9 +561,9 @@ def test_odd_tokenizer_configs(small, tmp_path, kind, names):
     {"pipe": os.mkfifo, "folder": os.mkdir}.get(names, lambda f: f.write_text(names))(file)
     if names[0] != "{":
         with pytest.raises(UserError, match="tokenizer_config.json does not hold a JSON object"):
-            data.load_tokenizer(tmp_path)
+            load_tokenizer(tmp_path)
     else:
-        tok = data.load_tokenizer(tmp_path)
+        tok = load_tokenizer(tmp_path)
         assert tok.chat_template == "" and tok.decode(tok.encode("a b", bos=True)) == "a b"
 
 
@@ -577,7 +579,7 @@ def real_rows():
 @needs_real
 @pytest.mark.parametrize("kind, template", REAL_KINDS)
 def test_real_tokenizers_round_trip_tofu_and_lume(kind, template):
-    tok = data.load_tokenizer(TOKENIZERS / kind)
+    tok = load_tokenizer(TOKENIZERS / kind)
     seen = set()
     for e in real_rows()[::4]:
         row = data.encode(e, tok, template)
@@ -591,10 +593,10 @@ def test_real_tokenizers_round_trip_tofu_and_lume(kind, template):
 
 @needs_real
 def test_real_tokenizers_by_their_known_facts():
-    llama = data.load_tokenizer(TOKENIZERS / "llama2")
+    llama = load_tokenizer(TOKENIZERS / "llama2")
     assert (llama.vocab_size, llama.bos_id, llama.eos_id) == (32000, 1, 2)
     assert llama.encode(" The", bos=False)[0] == 29871
-    olmo = data.load_tokenizer(TOKENIZERS / "olmo")
+    olmo = load_tokenizer(TOKENIZERS / "olmo")
     assert (olmo.vocab_size, olmo.bos_id, olmo.eos_id) == (50280, None, 50279)
     library = pytest.importorskip("tokenizers")
     own = library.Tokenizer.from_file(str(TOKENIZERS / "olmo" / "tokenizer.json"))
