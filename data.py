@@ -146,7 +146,7 @@ def render_chat(tokenizer, turns: list[tuple[str, str]], *, ask: bool) -> str:
 
 def joined(lead: str, text: str) -> str:
     """A template's lead and a text; where the text has a space of its own, the lead gives none."""
-    return (lead.rstrip(" ") if text[:1].isspace() else lead) + text
+    return (lead.rstrip(" ") if text.startswith(" ") else lead) + text
 
 
 def prompt_text(question: str, tokenizer, template: str, *, turns=(), kind: str = "qa") -> str:
@@ -331,9 +331,9 @@ def examples_of(path: Path, make) -> list[Example]:
     examples, wrong = [], []
     for number, (where, row) in enumerate(read_rows(path)):
         try:
-            if not isinstance(row, dict):
-                raise UserError(f"{where} is not a JSON object on one line; each line must be one "
-                                "row: mend it, or fetch the file again")
+            if not isinstance(row, dict) or None in row:  # None: a table's cells beyond its head
+                raise UserError(f"{where} is not a JSON object on one line, nor a table's row as "
+                                "long as its head line: mend it, or fetch the file again")
             examples.append(replace(make(row, where, number), where=where))
         except UserError as e:
             wrong.append(str(e))
@@ -500,7 +500,8 @@ def benchmark_of_rows(forget: list[Example], retain: list[Example], unseen: list
             if other != name:
                 raise UserError(f"row {e.id} of the {name} rows is among the {other} rows too; "
                                 "leave it in one of the two files")
-            other, first = nearly.setdefault(bare(f"{e.turns} {e.question} {e.answer}"), (name, e))
+            other, first = nearly.setdefault(tuple(map(bare, (
+                *(text for _, text in e.turns), e.question, e.answer))), (name, e))
             if other != name:
                 near.append(f"{e.where or e.id} is {first.where or first.id}")
         if again := len(rows) - len({(e.turns, e.question, e.answer) for e in rows}):
@@ -729,7 +730,8 @@ def json_text(path: Path, names: dict) -> str:
                                           sorted(merges)])
         spec["added_tokens"] = [dict(id=i, content=sp.id_to_piece(i), special=True, lstrip=False,
                                      rstrip=False, single_word=False, normalized=False)
-                                for i in range(len(vocab)) if sp.is_control(i) or sp.is_unknown(i)]
+                                for i in range(len(vocab)) if sp.is_control(i)
+                                and not names["extra"]]  # as transformers does
     scheme = ("never" if names.get("add_prefix_space") is False else
               "always" if names.get("legacy") else "first")
     decoders = [dict(type="Replace", pattern=dict(String="\u2581"), content=" "),
@@ -793,8 +795,15 @@ def names_beside(path: Path) -> tuple[dict, list]:
         names = names | {k: v for k, v in json_beside(path, "special_tokens_map.json").items()
                          if k.endswith("_token")}
         decoder = {str(i): text for text, i in json_beside(path, "added_tokens.json").items()}
+    is_llama = (str(names.get("tokenizer_class")).removesuffix("Fast") == "LlamaTokenizer"
+                and json_beside(path, "config.json").get("model_type") != "mistral")
+    extra = names.get("extra_special_tokens") or names.get("additional_special_tokens")
+    extra = extra if isinstance(extra, list) else []
     tokens = {f"{key}_token": names.get(f"{key}_token") for key in (
         "bos", "eos", "unk", "sep", "pad", "cls", "mask")}
+    if is_llama or path.suffix != ".json":
+        usual = dict(bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+        tokens |= {k: tokens[k] or usual[k] for k in usual}
     special = set(map(token_text, tokens.values()))
     flags = ("lstrip", "rstrip", "single_word", "normalized", "special")
     added = {}
@@ -805,16 +814,15 @@ def names_beside(path: Path) -> tuple[dict, list]:
             added[text] = declared, dict(special=is_special, normalized=not is_special) | {
                 k: own[k] for k in flags if isinstance(own.get(k), bool)} | dict(content=text)
 
-    for i, token in sorted((int(i), token) for i, token in decoder.items()
-                           if i.isascii() and i.isdigit()) if isinstance(decoder, dict) else []:
+    for i, token in sorted(((int(i), token) for i, token in decoder.items()
+                            if i.isascii() and i.isdigit()), key=lambda x: x[0]) if isinstance(
+                                decoder, dict) else []:
         add(i, token, token_text(token) in special)
-    extra = names.get("extra_special_tokens") or names.get("additional_special_tokens")
-    for token in [*tokens.values(), *(extra if isinstance(extra, list) else [])]:
+    for token in [*tokens.values(), *extra]:
         add(None, token, True)
-    is_llama = (str(names.get("tokenizer_class")).removesuffix("Fast") == "LlamaTokenizer"
-                and json_beside(path, "config.json").get("model_type") != "mistral")
     return {"legacy": not is_llama, "add_bos_token": not path.with_name(
-        "tokenizer_config.json").exists()} | names | dict(is_llama=is_llama) | {
+        "tokenizer_config.json").exists()} | names | dict(
+            is_llama=is_llama, extra=extra) | {
             k: token_text(v) for k, v in tokens.items()}, list(added.values())
 
 
