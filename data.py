@@ -806,13 +806,14 @@ def names_beside(path: Path) -> tuple[dict, list]:
         tokens |= {k: tokens[k] or usual[k] for k in usual}
     special = set(map(token_text, tokens.values()))
     flags = ("lstrip", "rstrip", "single_word", "normalized", "special")
+    raw = {} if is_llama or path.suffix == ".json" else dict(normalized=False)
     added = {}
 
     def add(declared, token, is_special):
         if (text := token_text(token)) and text not in added:
             own = token if isinstance(token, dict) else {}
             added[text] = declared, dict(special=is_special, normalized=not is_special) | {
-                k: own[k] for k in flags if isinstance(own.get(k), bool)} | dict(content=text)
+                k: own[k] for k in flags if isinstance(own.get(k), bool)} | raw | dict(content=text)
 
     for i, token in sorted(((int(i), token) for i, token in decoder.items()
                             if i.isascii() and i.isdigit()), key=lambda x: x[0]) if isinstance(
