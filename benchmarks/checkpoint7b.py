@@ -26,6 +26,7 @@ import data
 from model import UserError
 from pipeline.settings import HERE
 from pipeline.stage import run_cli
+from pipeline.tokenizers import train_tokenizer
 
 DEMO = HERE / "pipeline" / "demo"
 
@@ -41,7 +42,7 @@ def write_checkpoint(a, folder: Path) -> int:
         shutil.copyfile(a.tokenizer, folder / "tokenizer.model")
     else:
         rows = data.load_tofu(DEMO / "tofu", "full")
-        data.train_tokenizer([t for e in rows for t in (e.question, e.answer)], folder, llama=True,
+        train_tokenizer([t for e in rows for t in (e.question, e.answer)], folder, llama=True,
                              vocab=1000)
     shards = sorted(folder.glob("*.safetensors"))
     if len(shards) != 3:

@@ -59,10 +59,11 @@ from pipeline.settings import (Level, Parser, Placement, Settings, Source, choos
 from pipeline.stage import (Stage, content, data_inputs, differences, finished_models, lock,
                             read_stage)
 from pipeline.stages import forget_targets
+from pipeline.tokenizers import load_tokenizer
 
 CONTINUE = ("Continue this text: {}", "A text begins as follows. {}")
 REPHRASE = {"qa": ("Please tell me: {}", "I have a question for you. {}"),
-            "sc": CONTINUE, "text": CONTINUE}
+            "sc": CONTINUE, "text": CONTINUE, "verbatim": CONTINUE}
 SHOTS = (1, 3)  # retain rows before the question
 PREFIXES = ("Sure, here is the answer:", "Of course.")
 LEAKS = (1, 2, 4, 8)  # tokens of the answer given away
@@ -108,7 +109,7 @@ def variants(e: data.Example, shots: list[data.Example], tokenizer, template: st
             *x.turns, ("user", x.question), ("assistant", x.answer + gap))]
 
     own = [e.paraphrased_question] if e.paraphrased_question else []
-    others = [x for x in data.TEMPLATES if x not in (template, "chat")]
+    others = [x for x in data.TEMPLATES if x not in (template, "chat", "verbatim")]
     found = {"plain": [ask(e.question)],
              "paraphrase": [ask(q) for q in own + [x.format(e.question) for x in REPHRASE[e.kind]]],
              "shots": [ask(e.question, before=turns_of(n)) for n in SHOTS],
@@ -242,7 +243,7 @@ def attack_job(s: Settings, name: str) -> Stage:
 
 def make_attacks(source: Path, folder: Path, probes: dict, bench: data.Benchmark, s: Settings):
     """A file of answers per attack. A killed stage goes on after the last file."""
-    tokenizer, (_, tested) = data.load_tokenizer(source), halves(bench.forget, s.seed)
+    tokenizer, (_, tested) = load_tokenizer(source), halves(bench.forget, s.seed)
     model = load(source, s)
     for attack in (*probes, *WEIGHTS):
         file = folder / f"{attack}.json"
@@ -289,7 +290,7 @@ def make_requests(name: str, folder: Path, probes: dict, parts: list[list[data.E
                   bench: data.Benchmark, s: Settings):
     """Answers after-0.json (the original) to after-k.json, each request unlearned from the model
     that the one before left, with the method's own recipe."""
-    tokenizer, model = data.load_tokenizer(s.run / "original"), load(s.run / "original", s)
+    tokenizer, model = load_tokenizer(s.run / "original"), load(s.run / "original", s)
     for i in range(len(parts) + 1):
         if i:
             part = parts[i - 1]
@@ -540,7 +541,7 @@ def attack(run: Path, names: list[str], k: int):
     """Attack the named models of a run (default: all), and lay them side by side."""
     s = read_settings(run)
     names = models_to_attack(s, names)
-    bench, tokenizer = load_benchmark(s), data.load_tokenizer(run / "original")
+    bench, tokenizer = load_benchmark(s), load_tokenizer(run / "original")
     context = checkpoint.read_config(run / "original").max_position_embeddings
     probes = input_probes(bench, tokenizer, s, context)
     parts = split_requests(bench.forget, k) if k else []

@@ -16,6 +16,7 @@ from pipeline import checkpoint, objectives
 from pipeline.columns import COLUMNS, label, mask_line, reading, table, table_of
 from pipeline.settings import Settings
 from pipeline.stage import mask_name, read_stage, unlearned_name
+from pipeline.tokenizers import load_tokenizer
 
 DATA_SOURCES = {"demo": "the invented people and facts of this project's demo",
                 "tofu": "TOFU (https://huggingface.co/datasets/locuslab/TOFU)",
@@ -47,7 +48,7 @@ ids = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_di
 
 def write_generation_config(folder: Path, s: Settings):
     """How our evaluation generates, for transformers: greedy, one eos, as many tokens [D16]."""
-    config, eos_id = checkpoint.read_config(folder), data.load_tokenizer(folder).eos_id
+    config, eos_id = checkpoint.read_config(folder), load_tokenizer(folder).eos_id
     length = dict(max_new_tokens=s.max_new_tokens) if s.max_new_tokens else dict(
         max_length=s.max_total_tokens or config.max_position_embeddings)
     ids = {key: getattr(config, key) for key in TOKEN_IDS} | dict(eos_token_id=eos_id)

@@ -15,6 +15,7 @@ from pipeline.resume import RESUME
 from pipeline.settings import (Aside, Placement, Settings, Source, load_benchmark, placement,
                                read_settings)
 from pipeline.stage import Stage, content, data_inputs, differences, read_stage
+from pipeline.tokenizers import load_tokenizer
 
 
 def evaluation_job(s: Settings, name: str, limit: int = 0) -> Stage:
@@ -37,7 +38,7 @@ def folder_inputs(name: str, folder: str) -> dict[str, str]:
 
 def make_evaluation(s: Settings, model_folder: Path, folder: Path, limit: int):
     """metrics.json and generations.jsonl of a model."""
-    tokenizer = data.load_tokenizer(model_folder)
+    tokenizer = load_tokenizer(model_folder)
     model = checkpoint.load_model(model_folder, **placement(s))
     metrics, rows = evaluation.evaluate_model(
         model, tokenizer, load_benchmark(s), template=s.template, limits=s, limit=limit,

@@ -22,6 +22,7 @@ from pipeline.request import written_rows
 from pipeline.settings import (Making, Placement, Settings, Source, choose_device, load_benchmark,
                                placement, tiny_config)
 from pipeline.stage import Stage, claim, content, data_inputs
+from pipeline.tokenizers import load_tokenizer, train_tokenizer
 
 # ------------------------------------------------------------------------------------ tiny ones
 
@@ -66,8 +67,8 @@ def make_retain_only(s: Settings, bench: data.Benchmark, job: Stage, folder: Pat
     never_seen = bench.nonmembers + list(bench.level_rows)
     every = known_rows(bench) + bench.forget + paraphrased(bench.forget) + never_seen
     texts = [t for e in every for t in (e.question, e.answer)]
-    data.train_tokenizer(texts, folder, llama=s.model == "tiny-llama", vocab=s.vocab)
-    tokenizer = data.load_tokenizer(folder)
+    train_tokenizer(texts, folder, llama=s.model == "tiny-llama", vocab=s.vocab)
+    tokenizer = load_tokenizer(folder)
     torch.manual_seed(s.seed)
     model = Transformer(tiny_config(s, tokenizer)).to(choose_device(s))
     rows = data.encode_all(known_rows(bench), tokenizer, s.template, context=s.context,
@@ -81,7 +82,7 @@ def make_retain_only(s: Settings, bench: data.Benchmark, job: Stage, folder: Pat
 def make_original(s: Settings, bench: data.Benchmark, job: Stage, folder: Path):
     """Second stage: the forget set, lightly, with a sample of what is already known beside it."""
     retain_only = s.run / "retain-only"
-    tokenizer = data.load_tokenizer(retain_only)
+    tokenizer = load_tokenizer(retain_only)
     model = checkpoint.load_model(retain_only, device=choose_device(s))
     forget, known = (
         data.encode_all(x, tokenizer, s.template, context=s.context, vocab=tokenizer.vocab_size)
@@ -112,7 +113,7 @@ def fine_tune_retain_only(s: Settings, bench: data.Benchmark, job: Stage, base: 
 
 
 def teach(s: Settings, examples: list[data.Example], job: Stage, base: Path, folder: Path):
-    tokenizer, config = data.load_tokenizer(base), checkpoint.read_config(base)
+    tokenizer, config = load_tokenizer(base), checkpoint.read_config(base)
     rows = data.encode_for(config, examples, tokenizer, s.template)
     job.notes["predicted_bytes"] = check_memory(s, config, "learn", rows=rows)
     model = checkpoint.load_model(base, **placement(s))
@@ -185,7 +186,7 @@ def link_model(s: Settings, name: str, source: Path, origin: dict, inputs: dict)
                         "replace it; choose another --out")
     checkpoint.read_config(source)
     checkpoint.weight_files(source)
-    data.load_tokenizer(source)
+    load_tokenizer(source)
     if name == "original" and (s.run / "retain-only").exists() and not hub.find_retain_only(s):
         raise UserError(f"{s.run} holds a retain-only model that is not of {source}; choose "
                         "another --out, or delete that folder")

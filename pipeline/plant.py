@@ -26,6 +26,7 @@ from pipeline.settings import (Making, Placement, Planting, Settings, Source, lo
                                placement)
 from pipeline.stage import Stage, content, data_inputs
 from pipeline.stages import same_slice
+from pipeline.tokenizers import load_tokenizer
 
 KNOWN = 0.9  # ROUGE-L of the forget set at which it counts as known
 CHECKED = 10  # epochs between two looks
@@ -107,7 +108,7 @@ def planting_order(s: Settings, bench, encode, batch: int) -> list[list]:
 
 def make_planted(s: Settings, job: Stage, folder: Path):
     source, inner = s.run / "retain-only", s.where == "inner"
-    bench, tokenizer = load_benchmark(s), data.load_tokenizer(source)
+    bench, tokenizer = load_benchmark(s), load_tokenizer(source)
     model = checkpoint.load_model(source, **placement(s))
     c = model.config
     mask = planted_mask(len(model.layers), c.intermediate_size if inner else c.hidden_size,

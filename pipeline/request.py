@@ -16,6 +16,7 @@ from model import Transformer, UserError, has_types, read_json, write_json, writ
 from pipeline import checkpoint
 from pipeline.settings import Settings, data_digests, placement, read_settings
 from pipeline.stage import Stage, content, data_inputs, differences, digest, unlearned_name
+from pipeline.tokenizers import load_tokenizer
 
 LENGTH = 48  # tokens of a text that the model writes
 
@@ -28,7 +29,7 @@ def written_rows(s: Settings, source: Path):
     if not job.is_made():
         with job as folder:
             model = checkpoint.load_model(source, **placement(s))
-            texts = sample_texts(model, data.load_tokenizer(source), s.retain_from_model, s.seed)
+            texts = sample_texts(model, load_tokenizer(source), s.retain_from_model, s.seed)
             write_text(folder / "rows.jsonl", "".join(json.dumps({"text": x}) + "\n"
                                                       for x in texts))
 

@@ -18,7 +18,7 @@ import eval as evaluation
 import simu
 from data import option
 from model import NO_TEXT, Config, Transformer, UserError, read_json
-from pipeline import checkpoint, mixers, objectives
+from pipeline import benchmarks, checkpoint, mixers, objectives
 
 HERE = Path(__file__).resolve().parent.parent  # the repository
 BENCHMARKS = ("demo", "tofu", "lume", "rows")  # rows: files of the user's own
@@ -247,8 +247,8 @@ def load_benchmark(s: Settings) -> data.Benchmark:
         parts = {name: data.load_rows(file) for name, file in row_files(s).items()}
         bench = data.benchmark_of_rows(*(parts.get(k, []) for k in ("forget", "retain", "unseen")))
     else:
-        bench = data.load_benchmark(s.data_folder, s, layout=s.layout, made_here=made_here(s))
-    return data.set_aside(bench, s.level_share, s.seed)
+        bench = benchmarks.load_benchmark(s.data_folder, s, layout=s.layout, made_here=made_here(s))
+    return benchmarks.set_aside(bench, s.level_share, s.seed)
 
 
 def data_digests(s: Settings) -> dict[str, str]:

@@ -17,6 +17,7 @@ from pipeline.settings import (Level, Placement, Settings, Source, flag, load_be
                                placement, read_settings, taken)
 from pipeline.stage import (Stage, attribution_name, content, data_inputs, mask_name, read_stage,
                             unlearned_name)
+from pipeline.tokenizers import load_tokenizer
 
 
 def same_slice(s: Settings):
@@ -38,7 +39,7 @@ def encoded_rows(s: Settings, objective: str = "graddiff") -> tuple[data.Benchma
     """The benchmark, and its forget rows, as the objective's loss takes them, and retain rows as
     the original's tokenizer spells them."""
     folder, bench = s.run / "original", load_benchmark(s)
-    tokenizer, config = data.load_tokenizer(folder), checkpoint.read_config(folder)
+    tokenizer, config = load_tokenizer(folder), checkpoint.read_config(folder)
     examples = dict(forget=objectives.loss_examples(bench.forget, objective), retain=bench.retain)
     return bench, {name: data.encode_for(config, some, tokenizer, s.template)
                    for name, some in examples.items()}
@@ -154,7 +155,7 @@ def forget_targets(s: Settings, bench: data.Benchmark, forget: list[data.Encoded
         own = answer_losses(ideal, forget, s.eval_tokens)
         return [torch.tensor(losses) for _, losses in own], "retain-only's loss of each row"
     examples, source = level_examples(s, bench)
-    rows = data.encode_for(model.config, examples, data.load_tokenizer(s.run / "original"),
+    rows = data.encode_for(model.config, examples, load_tokenizer(s.run / "original"),
                            s.template)
     seen = answer_losses(model, rows, s.eval_tokens)
     usual = objectives.usual_losses([i for ids, _ in seen for i in ids],
@@ -231,7 +232,7 @@ def unlearn_stage(s: Settings):
 def loss_reporter(model: Transformer, bench: data.Benchmark, s: Settings, job: Stage):
     """`record` of simu.train: also prints, eight times in all, the mean loss of at most 8 rows of
     each kind, so that a person sees where forgetting stands."""
-    tokenizer = data.load_tokenizer(s.run / "original")
+    tokenizer = load_tokenizer(s.run / "original")
     record, updates = job.record("log.jsonl"), len(bench.forget) * s.epochs // s.batch
     kinds = {name: data.encode_for(model.config, evaluation.spread(some, 8), tokenizer, s.template)
              for name, some in (("forget", bench.forget), ("retain", bench.retain),
@@ -250,7 +251,7 @@ def loss_reporter(model: Transformer, bench: data.Benchmark, s: Settings, job: S
 def epoch_evaluator(model: Transformer, bench: data.Benchmark, s: Settings, job: Stage):
     """`record` of simu.train: also a line of metrics in epochs.jsonl whenever an epoch has ended.
     epoch: passes over the forget set so far, a whole number only where batches fill it."""
-    tokenizer, n = data.load_tokenizer(s.run / "original"), len(bench.forget)
+    tokenizer, n = load_tokenizer(s.run / "original"), len(bench.forget)
     record, record_epoch = job.record("log.jsonl"), job.record("epochs.jsonl")
 
     def evaluate_after(row: dict):

@@ -57,6 +57,7 @@ from pipeline.stage import (claim, content, data_inputs, digest, lock, locked_he
                             unlearned_name)
 from pipeline.stages import (attribute_stage, encoded_rows, forget_targets, mask_of_scores,
                              unlearn_stage)
+from pipeline.tokenizers import load_tokenizer
 
 ARMS = ("fo", "so", "simu", "simu-random")
 # Of the recipe's rate for the arm's method: close where forgetting sets in, and far beyond it,
@@ -244,7 +245,7 @@ def lean(bench: data.Benchmark) -> data.Benchmark:
 
 def judge(model: Transformer, bench: data.Benchmark, s: Settings) -> dict:
     """The metrics of a model of run s that have a value."""
-    tokenizer = data.load_tokenizer(s.run / "original")
+    tokenizer = load_tokenizer(s.run / "original")
     metrics, _ = evaluation.evaluate_model(model, tokenizer, lean(bench), template=s.template,
                                            limits=s, generate=reading.generate,
                                            token_scores=reading.token_scores)

@@ -4,7 +4,8 @@ SIMU_DATA points at them (its sibling folder tokenizers/ then holds the real tok
 import json
 import os
 import re
-from dataclasses import dataclass
+import shutil
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,9 @@ import pytest
 import data
 from data import IGNORE, Encoded, Example, Slice
 from model import UserError
+from pipeline import benchmarks
 from pipeline.settings import Settings
+from pipeline.tokenizers import load_tokenizer, train_tokenizer
 
 DEMO = Path(data.__file__).parent / "pipeline" / "demo"
 FIXED = [name for name in data.TEMPLATES if name != "chat"]
@@ -31,8 +34,8 @@ def small(tmp_path_factory):
     made = {}
     for kind in KINDS:
         folder = tmp_path_factory.mktemp(kind)
-        data.train_tokenizer(texts, folder, llama=kind == "llama", vocab=700)
-        made[kind] = data.load_tokenizer(folder)
+        train_tokenizer(texts, folder, llama=kind == "llama", vocab=700)
+        made[kind] = load_tokenizer(folder)
     return made
 
 
@@ -74,7 +77,7 @@ def test_training_a_tokenizer_twice_gives_the_same_bytes(small, kind, tmp_path):
     made = []
     for name in "ab":
         (tmp_path / name).mkdir()
-        data.train_tokenizer(texts, tmp_path / name, llama=kind == "llama", vocab=400)
+        train_tokenizer(texts, tmp_path / name, llama=kind == "llama", vocab=400)
         made.append([p.read_bytes() for p in sorted((tmp_path / name).iterdir())])
     assert made[0] == made[1]
 
@@ -87,13 +90,13 @@ def test_collate_marks_answer_and_eos_only():
 
 
 def test_batches_hold_their_budget():
-    rows = [Encoded([0] * n, 1) for n in (5, 9, 3, 3, 8, 1)]
-    parts = data.batches_by_length([len(r.ids) for r in rows], 18)
+    lengths = [5, 9, 3, 3, 8, 1]
+    parts = data.batches_by_length(lengths, 18)
     assert sorted(i for part in parts for i in part) == list(range(6))
-    assert all(len(part) * max(len(rows[i].ids) for i in part) <= 18 for part in parts)
+    assert all(len(part) * max(lengths[i] for i in part) <= 18 for part in parts)
     assert parts[0] == [1, 4]
     with pytest.raises(UserError, match="cannot hold a row of 9"):
-        data.batches_by_length([len(r.ids) for r in rows], 8)
+        data.batches_by_length(lengths, 8)
 
 
 def test_a_tokenizer_of_another_model_is_told(small):
@@ -117,7 +120,7 @@ LUME = dict(id="d1qa0", input="i", output="o", task="Task1")
     ("", "holds no rows"),
     ("\n \n", "holds no rows"),
     (json.dumps(GOOD) + "\n" + '{"question": "q", "ans', "line 2 is not a JSON object"),
-    ("[1, 2]\n", "line 1 is not a JSON object"),
+    ("[1, 2]\n", "row 1 is not a JSON object"),
     (json.dumps(dict(question="q")), "line 1 has no 'answer'"),
     (json.dumps(dict(GOOD, answer=3)), "'answer' is not a filled text"),
     (json.dumps(dict(GOOD, answer="  ")), "'answer' is not a filled text"),
@@ -164,7 +167,7 @@ def test_windows_line_ends_and_a_byte_order_mark_change_nothing(tmp_path):
 
 
 def benchmark(name="tofu", folder=DEMO, made_here=True, **changes):
-    return data.load_benchmark(folder / name, Slice(**dict(rows_per_author=10) | changes),
+    return benchmarks.load_benchmark(folder / name, Slice(**dict(rows_per_author=10) | changes),
                                layout=name, made_here=made_here)
 
 
@@ -252,7 +255,7 @@ def test_each_shape_of_row_is_read(tmp_path):
                      dict(text="all of it"), dict(messages=CHAT), dict(messages=CHAT[1:3]))
     rows = data.load_rows(file)
     assert [(e.question, e.answer, e.kind) for e in rows] == [
-        ("q?", "a.", "qa"), ("p", "c", "qa"), ("i", "o", "qa"), ("", "all of it", "text"),
+        ("q?", "a.", "qa"), ("p", "c", "verbatim"), ("i", "o", "qa"), ("", "all of it", "text"),
         ("Who?", "Me.", "qa"), ("Hi", "Hello.", "qa")]
     assert rows[0].paraphrased_question == "other?" and rows[0].perturbed_answers == ("w",)
     assert rows[4].turns == (("system", "Be brief."), ("user", "Hi"), ("assistant", "Hello."))
@@ -386,11 +389,11 @@ def chat(request, tmp_path_factory):
     kind, folder = CHATS[request.param], tmp_path_factory.mktemp(request.param)
     llama = request.param not in ("smollm2", "llama3")
     texts = [t for e in data.load_tofu(DEMO / "tofu", "retain90") for t in (e.question, e.answer)]
-    data.train_tokenizer(texts, folder, llama=llama, vocab=700)
+    train_tokenizer(texts, folder, llama=llama, vocab=700)
     names = json.loads((folder / "tokenizer_config.json").read_text()) | dict(legacy=kind.legacy)
     names |= {f"{k}_token": v for k, v in dict(bos=kind.bos, eos=kind.eos).items() if v}
     if llama:
-        size = data.load_tokenizer(folder).vocab_size
+        size = load_tokenizer(folder).vocab_size
         names["added_tokens_decoder"] = {
             str(size + n): dict(content=x, special=True, normalized=False, lstrip=False,
                                 rstrip=False, single_word=False)
@@ -415,7 +418,7 @@ TURNS = [(), (("user", "Where was she born?"), ("assistant", "In Łódź, she sa
 def test_a_chat_is_what_transformers_writes(chat, turns):
     """Text and ids: the prompt's, and the whole up to the eos that ends the answer."""
     transformers = pytest.importorskip("transformers")
-    theirs, ours = transformers.AutoTokenizer.from_pretrained(chat), data.load_tokenizer(chat)
+    theirs, ours = transformers.AutoTokenizer.from_pretrained(chat), load_tokenizer(chat)
     for question, answer in (("Who is she?", "She is naïve (日本 🙂)."), ("[x]\n", "a  b")):
         e = Example(question, answer, turns=turns)
         messages = [dict(role=role, content=text) for role, text in (
@@ -436,7 +439,7 @@ def test_a_chat_is_what_transformers_writes(chat, turns):
 
 
 def test_what_a_model_says_itself_today_it_says_tomorrow(chat, monkeypatch):
-    tok = data.load_tokenizer(chat)
+    tok = load_tokenizer(chat)
     text = data.prompt_text("q", tok, "chat")
     assert ("26 Jul 2024" in text) == ("Today" in tok.chat_template)
 
@@ -482,10 +485,10 @@ def test_the_llama3_row_is_open_unlearnings(small):
 @pytest.mark.parametrize("name", ["tokenizer.model", "tokenizer.json"])
 def test_broken_tokenizers(tmp_path, name):
     with pytest.raises(UserError, match="neither tokenizer.model nor"):
-        data.load_tokenizer(tmp_path)
+        load_tokenizer(tmp_path)
     (tmp_path / name).write_bytes(b"not a tokenizer")
     with pytest.raises(UserError, match=name):
-        data.load_tokenizer(tmp_path)
+        load_tokenizer(tmp_path)
 
 
 def split(regex):
@@ -523,8 +526,8 @@ def test_a_tokenizer_json_that_encodes_badly_is_one_line(small, tmp_path, capfd,
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<|endoftext|>"}')
 
     def try_it():
-        row = data.encode(ROW, data.load_tokenizer(tmp_path), "qa")
-        data.encode(Example("e\u0301", "ᄀ\u1161 e\u0301"), data.load_tokenizer(tmp_path), "qa")
+        row = data.encode(ROW, load_tokenizer(tmp_path), "qa")
+        data.encode(Example("e\u0301", "ᄀ\u1161 e\u0301"), load_tokenizer(tmp_path), "qa")
         assert 0 < row.n_prompt < len(row.ids) - 1
     if told is None:
         return try_it()
@@ -559,10 +562,254 @@ def test_odd_tokenizer_configs(small, tmp_path, kind, names):
     {"pipe": os.mkfifo, "folder": os.mkdir}.get(names, lambda f: f.write_text(names))(file)
     if names[0] != "{":
         with pytest.raises(UserError, match="tokenizer_config.json does not hold a JSON object"):
-            data.load_tokenizer(tmp_path)
+            load_tokenizer(tmp_path)
     else:
-        tok = data.load_tokenizer(tmp_path)
+        tok = load_tokenizer(tmp_path)
         assert tok.chat_template == "" and tok.decode(tok.encode("a b", bos=True)) == "a b"
+
+
+# --------------------------------------------------- tokenizer folders as old and odd exports leave them
+
+CHATML_TEXT = "<|im_start|>user\nWho is it?<|im_end|>\n<|im_start|>assistant\nMe.<|im_end|>\n"
+OLD = dict(tokenizer_class="LlamaTokenizer", bos_token="<s>", eos_token="<|im_end|>",
+           unk_token="<unk>", legacy=False, add_bos_token=True)
+ODD_TEXTS = [CHATML_TEXT, "Who? <|im_end|> Me  \n<|im_start|>x", "a</s>b <s> c<unk>", "é 你好 🙂 x",
+             " lead", "<|im_end|>", "x\n\n<|im_end|>\n\n", "ab<|im_end|>ab <|im_end|>."]
+
+
+def beyond(*texts, start, **flags):
+    """added_tokens_decoder of these."""
+    return dict(added_tokens_decoder={str(start + n): dict(
+        content=x, lstrip=False, rstrip=False, single_word=False, normalized=False, special=True)
+        | flags for n, x in enumerate(texts)})
+
+
+MODEL_FOLDERS = {  # name: (tokenizer_config.json, other files); N: the first id beyond the vocabulary
+    "added_tokens.json": lambda n: (OLD, {"added_tokens.json": {"<|im_start|>": n + 1,
+                                                                "<|im_end|>": n}}),
+    "decoder": lambda n: (OLD | beyond("<|im_end|>", "<|im_start|>", start=n), {}),
+    "lstrip": lambda n: (OLD | beyond("<|im_end|>", start=n, lstrip=True), {}),
+    "rstrip": lambda n: (OLD | beyond("<|im_end|>", start=n, rstrip=True), {}),
+    "single word": lambda n: (OLD | beyond("<|im_end|>", start=n, single_word=True), {}),
+    "a word that is normalized": lambda n: (OLD | beyond(
+        "<|im_end|>", "ab", start=n, normalized=True, special=False), {}),
+    "legacy": lambda n: (OLD | beyond("<|im_end|>", start=n) | dict(legacy=True), {}),
+    "map": lambda n: ({k: v for k, v in OLD.items() if k != "eos_token"}, {
+        "special_tokens_map.json": dict(eos_token=dict(content="<|im_end|>", rstrip=True))}),
+    "map beside a decoder": lambda n: (OLD | dict(eos_token="</s>") | beyond(
+        "<|im_end|>", start=n), {"special_tokens_map.json": dict(eos_token="<|im_end|>")}),
+    "only named": lambda n: (OLD | dict(pad_token="<|im_start|>"), {}),
+    "extra": lambda n: (OLD | dict(additional_special_tokens=["<|im_start|>"]), {}),
+    "no bos": lambda n: (OLD | dict(add_bos_token=False), {}),
+    "bos null": lambda n: (OLD | dict(add_bos_token=None), {}),
+    "bos absent": lambda n: ({k: v for k, v in OLD.items() if k != "add_bos_token"}, {}),
+    "no prefix": lambda n: (OLD | dict(add_prefix_space=False), {}),
+    "no class": lambda n: ({k: v for k, v in OLD.items() if k != "tokenizer_class"}, {}),
+    "plain, bos absent": lambda n: (dict(tokenizer_class="LlamaTokenizer"), {}),
+    "plain, legacy": lambda n: (dict(tokenizer_class="LlamaTokenizer", legacy=True), {}),
+}
+
+
+def same_as_transformers(folder, texts):
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("google.protobuf")
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    ours, theirs = load_tokenizer(folder), transformers.AutoTokenizer.from_pretrained(folder)
+    for text in texts:
+        ids = ours.encode(text, bos=True)
+        assert ids == theirs(text).input_ids, text
+        plain, ends = ours.ends(text)
+        assert plain == ours.encode(text, bos=False) and ends[-1:] in ([len(text.encode())], [])
+        assert ends == sorted(ends) and max(ids, default=0) < ours.vocab_size
+    assert ours.eos_id == theirs.eos_token_id == ours.eos_ids[0]
+    return ours, theirs
+
+
+@pytest.mark.parametrize("kind", MODEL_FOLDERS)
+def test_a_tokenizer_model_with_other_files_beside_it(small, tmp_path, kind):
+    shutil.copy(small["llama"].path, tmp_path)
+    names, files = MODEL_FOLDERS[kind](small["llama"].vocab_size)
+    for name, content in {"tokenizer_config.json": names, **files}.items():
+        (tmp_path / name).write_text(json.dumps(content))
+    texts = [t for t in ODD_TEXTS if not (kind.startswith("plain") and t == " lead")]
+    ours, _ = same_as_transformers(tmp_path, texts)
+    assert ours.decode(ours.encode("Who is it? Me", bos=True)) == "Who is it? Me"
+    # The same folder as transformers saves it: a tokenizer.json, used though a model is beside it.
+    transformers = pytest.importorskip("transformers")
+    transformers.AutoTokenizer.from_pretrained(tmp_path).save_pretrained(tmp_path / "saved")
+    shutil.copy(small["llama"].path, tmp_path / "saved")
+    same_as_transformers(tmp_path / "saved", [*ODD_TEXTS, "Me  and  you"])
+
+
+@pytest.mark.parametrize("names, told", [
+    (OLD | dict(add_eos_token=True), "no answer goes on after it"),
+    (OLD | beyond("<|im_end|>", start=9_999), "the id 9999, where transformers has"),
+    (OLD | beyond("<|im_end|>", start=1), "the id 1, where transformers has")])
+def test_a_folder_that_contradicts_itself_is_one_line(small, tmp_path, names, told):
+    shutil.copy(small["llama"].path, tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(names))
+    with pytest.raises(UserError, match=told) as e:
+        load_tokenizer(tmp_path)
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("post, config, put", [
+    (None, {}, []), (None, dict(add_bos_token=True), []), ("<s> $A", dict(add_bos_token=None), [1]),
+    ("<s> $A", dict(add_bos_token=False), [1]), ("<s> $A </s>", {}, None),
+    ("<s> <s> $A", {}, None)])
+def test_bos_is_what_the_post_processor_of_a_tokenizer_json_puts(tmp_path, post, config, put):
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers, processors, trainers
+    tok = tokenizers.Tokenizer(models.BPE())
+    tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tok.decoder = decoders.ByteLevel()
+    tok.train_from_iterator([CHATML_TEXT], trainers.BpeTrainer(
+        vocab_size=300, show_progress=False, special_tokens=["<unk>", "<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    if post:
+        tok.post_processor = processors.TemplateProcessing(
+            single=post, special_tokens=[("<s>", 1), ("</s>", 2)])
+    tok.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer.model").write_bytes(b"IQ== 0\nIg== 1\n")  # tiktoken's: not looked at
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(dict(
+        tokenizer_class="PreTrainedTokenizerFast", bos_token="<s>", eos_token="</s>") | config))
+    if put is None:
+        with pytest.raises(UserError, match="an answer goes on after its prompt"):
+            load_tokenizer(tmp_path)
+    else:
+        ours, _ = same_as_transformers(tmp_path, ["Who is it?", "a  b", " x"])
+        assert ours.encode("Who", bos=True) == put + ours.encode("Who", bos=False)
+
+
+def test_a_sentencepiece_model_without_dummy_prefix(tmp_path):
+    import io
+    import sentencepiece
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["Who is it? It is me, and nobody else, said the cat."] * 3),
+        model_writer=model, vocab_size=300, model_type="bpe", byte_fallback=True,
+        normalization_rule_name="identity", remove_extra_whitespaces=False, num_threads=1,
+        hard_vocab_limit=False, minloglevel=2, add_dummy_prefix=False)
+    (tmp_path / "tokenizer.model").write_bytes(model.getvalue())
+    names = dict(tokenizer_class="LlamaTokenizer", add_bos_token=True)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(names))
+    with pytest.raises(UserError, match="puts no space before a text"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(names | dict(
+        add_prefix_space=False)))
+    same_as_transformers(tmp_path, ["Who is it?", "cat said"])
+
+
+# ------------------------------------------------------------------------------ where a turn ends
+
+
+@pytest.mark.parametrize("config, generation, want", [
+    (2, None, [2]), ([2, 9], None, [2, 9]), (9, [9, 11, 2], [2, 9, 11]), (None, 7, [2, 7]),
+    (True, [-1, "x", 5], [2, 5])])
+def test_every_end_that_a_folder_names(small, tmp_path, config, generation, want):
+    data.copy_tokenizer(small["llama"].path.parent, tmp_path)
+    for name, ends in (("config", config), ("generation_config", generation)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(dict(eos_token_id=ends)))
+    tok = load_tokenizer(tmp_path)
+    assert (tok.eos_id, list(tok.eos_ids)) == (2, want)
+
+
+def test_a_chats_answer_ends_as_its_template_ends_it(chat, tmp_path):
+    """Also where every file names another eos: decoding stops there, and nothing is added."""
+    shutil.copytree(chat, tmp_path / "t")
+    names = json.loads((chat / "tokenizer_config.json").read_text())
+    end = load_tokenizer(chat).eos_id
+    other = "<s>" if names.get("bos_token", "<s>") == "<s>" else names["bos_token"]
+    (tmp_path / "t" / "tokenizer_config.json").write_text(json.dumps(names | dict(
+        eos_token=other)))
+    tok = load_tokenizer(tmp_path / "t")
+    if "eos_token" in tok.chat_template:
+        return  # the template ends with whatever is named
+    row = data.encode(Example("Who?", "Me."), tok, "chat")
+    assert row.ids[-1] == end and end in tok.eos_ids and tok.eos_id != end
+    assert row == data.encode(Example("Who?", "Me."), load_tokenizer(chat), "chat")
+
+
+# ---------------------------------------------------------------------------- rows as people have them
+
+
+def test_a_prompt_and_its_completion_are_one_string(small, tmp_path):
+    rows = data.load_rows(rows_file(tmp_path, dict(prompt="### Response:\n", completion="Me."),
+                                    dict(prompt="Who? ->", completion=" Me.")))
+    for e, whole in zip(rows, ("### Response:\nMe.", "Who? -> Me.")):
+        for template in data.TEMPLATES:
+            assert "".join(data.full_text(e, small["llama"], template)) == whole
+            assert data.encode(e, small["llama"], template) == data.encode(
+                replace(e, kind="qa"), small["llama"], "verbatim")
+    assert "".join(data.full_text(Example("Who?", " Me."), small["llama"], "qa")) == (
+        "Question: Who?\nAnswer: Me.")
+
+
+ALPACA = dict(instruction="Translate.", input="chat", output="cat")
+SHAREGPT = dict(conversations=[{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yes."}])
+
+
+@pytest.mark.parametrize("row, question, answer, turns", [
+    (ALPACA, "Translate.\nchat", "cat", ()), (ALPACA | dict(input=""), "Translate.", "cat", ()),
+    (ALPACA | dict(input=None, system="Be brief."), "Translate.", "cat",
+     (("system", "Be brief."),)), (SHAREGPT, "Hi", "Yes.", ()),
+    (SHAREGPT | dict(system="Be brief."), "Hi", "Yes.", (("system", "Be brief."),)),
+    (dict(GOOD, id=3, source="x", text=None, context="", tools=[], weight=None), "q?", "a.", ())])
+def test_other_shapes_and_keys_that_change_nothing(tmp_path, row, question, answer, turns):
+    e, = data.load_rows(rows_file(tmp_path, row))
+    assert (e.question, e.answer, e.turns, e.kind) == (question, answer, turns, "qa")
+    assert e.where.endswith("mine.jsonl line 1")
+
+
+@pytest.mark.parametrize("row, key", [
+    (dict(GOOD, context="c"), "context"), (dict(GOOD, tools=[{}]), "tools"),
+    (dict(GOOD, weight=0), "weight"), (dict(GOOD, Instruction="x"), "Instruction"),
+    (dict(prompt="p", completion="c", system="s"), "system"), (dict(text="t", system="s"), "system"),
+    (dict(input="i", output="o", context="c"), "context"),
+    (dict(messages=[dict(CHAT[1], weight=0), CHAT[2]]), "weight"),
+    (dict(messages=CHAT[1:3], tools=["t"]), "tools")])
+def test_keys_that_change_what_is_asked_are_refused_by_name(tmp_path, row, key):
+    with pytest.raises(UserError, match=f"line 2: '{key}' changes what a model is asked"):
+        data.load_rows(rows_file(tmp_path, GOOD, row))
+
+
+def test_of_several_wrong_rows_the_first_is_told_and_the_rest_are_counted(tmp_path):
+    with pytest.raises(UserError, match=r"line 2 .*\(2 more rows of the file are wrong\)"):
+        data.load_rows(rows_file(tmp_path, GOOD, {}, GOOD, "{", dict(GOOD, weight=3)))
+
+
+@pytest.mark.parametrize("name, text", [
+    ("a.json", '[\n {"question": "q?", "answer": "a."},\n {"question": "é", "answer": "b\\nc"}\n]'),
+    ("a.csv", 'question,answer,paraphrased_question\r\nq?,a.,\r\né,"b\nc",\r\n'),
+    ("a.tsv", 'question\tanswer\nq?\ta.\né\t"b\nc"\n')])
+def test_an_array_and_a_table_are_read(tmp_path, name, text):
+    (tmp_path / name).write_text(text, encoding="utf-8", newline="")
+    rows = data.load_rows(tmp_path / name)
+    assert [(e.question, e.answer) for e in rows] == [("q?", "a."), ("é", "b\nc")]
+    assert rows[1].id == "a:1" and not rows[0].paraphrased_question
+
+
+@pytest.mark.parametrize("text, told", [
+    ("question,answer\nq?\n", "line 2 has the keys ['question']"), ('question,answer\n"q', "not CSV"),
+    ("question,answer\nq,a,b\n", "line 2"), ("question,answer\n", "holds no rows")])
+def test_tables_that_are_wrong(tmp_path, text, told):
+    (tmp_path / "a.csv").write_text(text)
+    with pytest.raises(UserError, match=re.escape(told)):
+        data.load_rows(tmp_path / "a.csv")
+
+
+NEAR = ["Who is Zoë?", "Who is Zoë? ", "who  is ZOË", "Who is Zoe\u0308?", "“Who is Zoë”", "Who is\nZoë"]
+
+
+@pytest.mark.parametrize("question", NEAR)
+def test_nearly_the_same_row_in_two_files_is_refused(question, capsys):
+    forget = [Example(NEAR[0], "A poet's child.", where="f line 1"), Example("x", "y")]
+    retain = [Example("other", "y"), Example(question, "A poet’s child", where="r line 2")]
+    with pytest.raises(UserError, match="1 rows stand in two files .*r line 2 is f line 1: .*--al"):
+        data.benchmark_of_rows(forget, retain, [])
+    assert data.benchmark_of_rows(forget, retain, [], allow_near=True).retain == retain
+    data.benchmark_of_rows([*forget, forget[0]], [Example(NEAR[0] + "s", "A poet")], [])
+    assert "1 of the 3 forget rows stand there more than once" in capsys.readouterr().out
 
 
 # --------------------------------------------------------------------------------------- real data
@@ -577,7 +824,7 @@ def real_rows():
 @needs_real
 @pytest.mark.parametrize("kind, template", REAL_KINDS)
 def test_real_tokenizers_round_trip_tofu_and_lume(kind, template):
-    tok = data.load_tokenizer(TOKENIZERS / kind)
+    tok = load_tokenizer(TOKENIZERS / kind)
     seen = set()
     for e in real_rows()[::4]:
         row = data.encode(e, tok, template)
@@ -591,10 +838,10 @@ def test_real_tokenizers_round_trip_tofu_and_lume(kind, template):
 
 @needs_real
 def test_real_tokenizers_by_their_known_facts():
-    llama = data.load_tokenizer(TOKENIZERS / "llama2")
+    llama = load_tokenizer(TOKENIZERS / "llama2")
     assert (llama.vocab_size, llama.bos_id, llama.eos_id) == (32000, 1, 2)
     assert llama.encode(" The", bos=False)[0] == 29871
-    olmo = data.load_tokenizer(TOKENIZERS / "olmo")
+    olmo = load_tokenizer(TOKENIZERS / "olmo")
     assert (olmo.vocab_size, olmo.bos_id, olmo.eos_id) == (50280, None, 50279)
     library = pytest.importorskip("tokenizers")
     own = library.Tokenizer.from_file(str(TOKENIZERS / "olmo" / "tokenizer.json"))

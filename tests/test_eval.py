@@ -20,6 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data  # noqa: E402
 import eval as ev  # noqa: E402
 from model import Config, Transformer, UserError  # noqa: E402
+from pipeline import benchmarks  # noqa: E402
+from pipeline.tokenizers import train_tokenizer  # noqa: E402
 
 GOLDEN = Path(__file__).parent / "golden" / "text_metrics.json"
 
@@ -483,13 +485,13 @@ LIMITS = ev.Limits(max_total_tokens=48)
 
 
 def micro_bench(folder: Path) -> data.Benchmark:
-    return data.load_benchmark(folder / "tofu", data.Slice(), layout="tofu", made_here=False)
+    return benchmarks.load_benchmark(folder / "tofu", data.Slice(), layout="tofu", made_here=False)
 
 
 def teach(folder: Path, known: list, *, steps: int = 120):
     """A trained micro model in HF layout in folder, with its tokenizer."""
     texts = [f"{name} collects gathers {thing}." for name, thing in zip(PEOPLE, THINGS)]
-    data.train_tokenizer(texts + [known[0].question, "Question: \nAnswer:"], folder, llama=True,
+    train_tokenizer(texts + [known[0].question, "Question: \nAnswer:"], folder, llama=True,
                          vocab=400)
     tokenizer = data.load_tokenizer(folder)
     torch.manual_seed(0)
@@ -622,10 +624,10 @@ def test_one_generation_per_question_and_one_pass_for_all_texts(made, monkeypatc
 def test_the_demo_takes_no_more_passes_than_text_by_text(tmp_path, monkeypatch):
     """Text by text, and without the answers to the paraphrased questions, it took 7."""
     folder = Path(data.__file__).parent / "pipeline" / "demo" / "tofu"
-    bench = data.load_benchmark(folder, data.Slice(rows_per_author=10), layout="tofu",
+    bench = benchmarks.load_benchmark(folder, data.Slice(rows_per_author=10), layout="tofu",
                                 made_here=True)
     rows = bench.retain + bench.forget + bench.world_facts
-    data.train_tokenizer([t for e in rows for t in (e.question, e.answer)], tmp_path, llama=True,
+    train_tokenizer([t for e in rows for t in (e.question, e.answer)], tmp_path, llama=True,
                          vocab=1500)
     tokenizer = data.load_tokenizer(tmp_path)
     model = Transformer(Config(
@@ -640,7 +642,7 @@ def test_the_demo_takes_no_more_passes_than_text_by_text(tmp_path, monkeypatch):
     texts = [t.example for row in rows[1:] for t in ev._texts(row, "tofu")
              if t.key != "paraphrased_question_loss"]
     encoded = data.encode_all(texts, tokenizer, "qa", context=512, vocab=tokenizer.vocab_size)
-    before = data.batches_by_length([len(e.ids) for e in encoded], 8192)
+    before = data.batches_by_length([len(r.ids) for r in encoded], 8192)
     assert len(texts) == 1000 and len(passes) < len(before)
 
 

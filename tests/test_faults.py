@@ -20,12 +20,11 @@ from pathlib import Path
 import pytest
 import torch
 
-import data
 import fuzz
 import model
 import simu
 from model import INDEX, Transformer, save_tensors
-from pipeline import plan, stage
+from pipeline import plan, stage, tokenizers
 from pipeline.__main__ import main as command_line
 
 ROOT = Path(simu.__file__).parent
@@ -179,7 +178,8 @@ def other_shard(w):
 
 def larger_tokenizer(w):
     text = [f"{a}{b}{c}" for a in "abcdefgh" for b in "ijklmnop" for c in "qrstuvwx"]
-    data.train_tokenizer([*text, "What does Ann sell?"], w / "weights-tofu", llama=True, vocab=900)
+    tokenizers.train_tokenizer([*text, "What does Ann sell?"], w / "weights-tofu", llama=True,
+                               vocab=900)
 
 
 def pickled(w):
@@ -841,7 +841,7 @@ def test_masks_of_none_and_of_all(w):
 
 CHATS = {"for ever": ("{% for i in range(9999) %}{% for j in range(99999) %}{% for k in range(9999)"
                       " %}{% endfor %}{% endfor %}{% endfor %}", "takes more than"),
-         "a giant text": ("{% for m in range(99999) %}{{ 'x' * 9999 }}{% endfor %}", "writes more"),
+         "a giant text": ("{% for m in range(99999) %}{{ 'x' * 9999 }}{% endfor %}", "MemoryError"),
          "a giant number": ("{{ 9 ** (9 ** 9) }}", "too high a power"),
          "gigabytes at once": ("{{ 'x' * 10**10 }}", "MemoryError"),
          "gigabytes of digits": ("{{ '%10000000000d' % 3 }}", "MemoryError"),
@@ -851,7 +851,7 @@ CHATS = {"for ever": ("{% for i in range(9999) %}{% for j in range(99999) %}{% f
 
 @pytest.mark.parametrize("case", CHATS)
 def test_a_hostile_chat_template(w, case, monkeypatch):
-    monkeypatch.setattr(data, "CHAT_SECONDS", 1 if case == "for ever" else 100)
+    monkeypatch.setattr(tokenizers, "CHAT_SECONDS", 1 if case == "for ever" else 100)
     template, says = CHATS[case]
     field("weights-tofu/tokenizer_config.json", chat_template=template)(w)
     refused(w, [ORIGINAL[0] + " --template chat", "attribute weights-tofu --template chat"], says)

@@ -22,6 +22,7 @@ import data
 from model import Transformer, UserError, read_json
 from pipeline import hub, settings, stage
 from pipeline.hub import Repo, Sources
+from pipeline.tokenizers import train_tokenizer
 from test_unlearn import LAYOUTS, run_tofu, somebodys
 
 constants = pytest.importorskip("huggingface_hub.constants")
@@ -143,7 +144,7 @@ def checkpoint(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny")
     s = settings.resolve(dict(benchmark="demo", model="tiny-llama", width=64, depth=2, vocab=500))
     texts = [t for e in settings.load_benchmark(s).retain for t in (e.question, e.answer)]
-    data.train_tokenizer(texts, folder, llama=True, vocab=s.vocab)
+    train_tokenizer(texts, folder, llama=True, vocab=s.vocab)
     torch.manual_seed(0)
     Transformer(settings.tiny_config(s, data.load_tokenizer(folder))).save_pretrained(folder)
     return folder

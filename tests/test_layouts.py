@@ -430,20 +430,23 @@ def test_llama_3_tokenizer(hf, tmp_path):
 @pytest.mark.parametrize("names, config, bos, eos", [
     (dict(eos_token="<|im_end|>", bos_token=None, add_bos_token=False), ["<|im_end|>"],
      None, "<|im_end|>"),  # Qwen2.5
-    (dict(eos_token="<|im_end|>"), ["<|endoftext|>"], None, "<|endoftext|>"),  # the model decides
+    (dict(eos_token="<|im_end|>"), ["<|endoftext|>"], None, "<|im_end|>"),
     (dict(eos_token="<|im_end|>"), [None], None, "<|im_end|>"),
     ({}, [None], None, "<|endoftext|>"),
-    (dict(add_bos_token=True, bos_token="<|im_end|>"), [None], "<|im_end|>", "<|endoftext|>")])
+    # Of a tokenizer.json transformers 5 asks the post-processor alone.
+    (dict(add_bos_token=True, bos_token="<|im_end|>"), [None], None, "<|endoftext|>")])
 def test_where_bos_and_eos_come_from(names, config, bos, eos, tmp_path):
     tok, find = byte_level(tmp_path / "t", specials=("<|endoftext|>", "<|im_end|>"), names=names,
                            eos_token_id=config)
     assert tok.eos_id == find(eos) and tok.bos_id == (bos and find(bos))
+    assert tok.eos_ids[0] == tok.eos_id
+    assert set(tok.eos_ids) == {find(x) for x in [*config, eos] if x}
 
 
-def test_a_post_processors_bos_may_be_switched_off(tmp_path):
-    tok, _ = byte_level(tmp_path / "t", post=BEGIN, specials=(BEGIN, END), eos_token_id=[END],
+def test_a_post_processors_bos_is_put_whatever_the_config_says(tmp_path):
+    tok, find = byte_level(tmp_path / "t", post=BEGIN, specials=(BEGIN, END), eos_token_id=[END],
                         names=dict(add_bos_token=False))
-    assert tok.bos_id is None
+    assert tok.bos_id == find(BEGIN)
     (tmp_path / "t" / "tokenizer_config.json").write_text("[]")
     with pytest.raises(UserError, match="tokenizer_config.json does not hold a JSON object"):
         data.load_tokenizer(tmp_path / "t")

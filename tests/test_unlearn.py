@@ -16,6 +16,7 @@ import data
 import simu
 from model import Config, Transformer, UserError, read_json
 from pipeline.__main__ import main
+from pipeline.tokenizers import train_tokenizer
 
 ROOT = Path(simu.__file__).parent
 FIRST = "Ada Bo Cleo Dirk Elin Finn Greta Hugo Ines Jon Kaja Lars Mira Nils Olga Per".split()
@@ -46,7 +47,7 @@ def place(tmp_path_factory):
         write_rows(here / f"{name}.jsonl", some)
     folder = here / "customers-model"
     folder.mkdir()
-    data.train_tokenizer([r[k] for r in every for k in r], folder, llama=True, vocab=420)
+    train_tokenizer([r[k] for r in every for k in r], folder, llama=True, vocab=420)
     tokenizer = data.load_tokenizer(folder)
     torch.manual_seed(0)
     model = Transformer(Config(
@@ -207,7 +208,7 @@ def somebodys(folder, layout):
     folder.mkdir()
     demo = data.load_tofu(ROOT / "pipeline" / "demo" / "tofu", "full")
     texts = [x for e in demo for x in (e.question, e.answer)]
-    data.train_tokenizer(texts, folder, llama=layout == "llama", vocab=500)
+    train_tokenizer(texts, folder, llama=layout == "llama", vocab=500)
     tokenizer = data.load_tokenizer(folder)
     torch.manual_seed(1)
     Transformer(Config(**SHAPE, **LAYOUTS[layout], vocab_size=tokenizer.vocab_size,

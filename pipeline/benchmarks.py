@@ -1,0 +1,115 @@
+"""TOFU's and LUME's benchmarks, cut by whole authors or documents [D15]: what is forgotten, what is
+kept, and what the model has never seen."""
+
+import random
+from dataclasses import replace
+from pathlib import Path
+
+from data import TASKS, Benchmark, Example, Slice, load_lume, load_tofu
+from model import UserError
+
+
+def load_benchmark(folder, slice_: Slice, *, layout: str, made_here: bool) -> Benchmark:
+    """The forget and retain sets in a folder of the layout "tofu" or "lume", cut by whole authors
+    or documents. made_here: the original learnt exactly these, so what it never saw is known."""
+    load = {"tofu": tofu_benchmark, "lume": lume_benchmark}[layout]
+    return load(Path(folder), slice_, made_here)
+
+
+def set_aside(bench: Benchmark, share: float, seed: int) -> Benchmark:
+    """With this share of the non-members, whole groups drawn by seed, as level_rows instead: what
+    decides how far a model forgets must not also judge whether it forgot as far as that."""
+    groups = list(dict.fromkeys(r.group for r in bench.nonmembers))
+    count = round(share * len(groups)) if bench.alike else 0
+    drawn = set(random.Random(seed).sample(groups, count))
+    return replace(bench, nonmembers=[r for r in bench.nonmembers if r.group not in drawn],
+                   level_rows=tuple(r for r in bench.nonmembers if r.group in drawn))
+
+
+def first_groups(rows: list[Example], count: int) -> list[Example]:
+    """Rows of the first `count` groups in order of appearance; all for 0."""
+    groups = list(dict.fromkeys(r.group for r in rows))
+    kept = set(groups[:count] if count else groups)
+    return [r for r in rows if r.group in kept]
+
+
+def tofu_benchmark(folder: Path, cut: Slice, made_here: bool) -> Benchmark:
+    def load(split):
+        return load_tofu(folder, split, rows_per_author=cut.rows_per_author)
+
+    def load_if_there(split):
+        return load(split) if (folder / f"{split}.json").exists() else []
+
+    every = load(cut.forget_split)
+    known = {(r.question, r.answer): r for r in load_if_there(f"{cut.forget_split}_perturbed")}
+    if known and set(known) != {(r.question, r.answer) for r in every}:
+        raise UserError(f"{folder}/{cut.forget_split}_perturbed.json does not hold the rows of "
+                        f"{cut.forget_split}.json; fetch both from one release")
+    forget = [replace(known.get((r.question, r.answer), r), id=r.id, group=r.group)
+              for r in first_groups(every, cut.forget_groups)]
+    authors = load(cut.retain_split)
+    retain = first_groups(authors, cut.retain_groups)
+    shared = count_shared(forget, retain)
+    if shared == len(forget):
+        raise UserError(f"every row of {cut.forget_split} is in {cut.retain_split} too; choose "
+                        "another --forget-split or --retain-split")
+    inside = {(r.question, r.answer) for r in retain}
+    retain_eval = [r for r in load_if_there("retain_perturbed") if (r.question, r.answer) in inside]
+    if not retain_eval:
+        raise UserError(f"no row of {folder}/retain_perturbed.json is in the retain set; fetch it, "
+                        "or raise --retain-groups")
+    world, real = load_if_there("world_facts_perturbed"), load_if_there("real_authors_perturbed")
+    # Non-members must be text the original never saw; which that is depends on what it was made of.
+    rest = [r for r in authors if r.group not in {x.group for x in retain}]
+    held_out = load_if_there(cut.forget_split.replace("forget", "holdout"))
+    if held_out and "forget" in cut.forget_split:
+        nonmembers, source = held_out, "hold-out authors"
+    elif made_here and rest:
+        last = list(dict.fromkeys(r.group for r in rest))[-len({r.group for r in forget}):]
+        nonmembers, source = [r for r in rest if r.group in last], "authors outside the slice"
+    elif made_here:
+        nonmembers, source = [], "none: the original learnt every row here; slice them"
+    else:
+        nonmembers, source = real + world, "real authors and world facts, as SOUL"
+    return Benchmark("tofu", forget, retain, retain_eval, world, real, nonmembers, source, shared,
+                     alike=bool(held_out) or made_here)
+
+
+def count_shared(forget: list[Example], retain: list[Example]) -> int:
+    """How many forget rows, question and answer, are to be retained too; warns if any are."""
+    kept = {(r.question, r.answer) for r in retain}
+    count = sum((r.question, r.answer) in kept for r in forget)
+    if count:
+        print(f"warning: {count} of {len(forget)} rows of the forget set are in the retain set "
+              "too: they are pulled both ways", flush=True)
+    return count
+
+
+def lume_benchmark(folder: Path, cut: Slice, made_here: bool) -> Benchmark:
+    rng, sampled, rest = random.Random(cut.seed), {}, []
+    for split, count in (("forget", cut.forget_groups), ("retain", cut.retain_groups)):
+        rows, kept = load_lume(folder, split), set()
+        for task in TASKS:
+            documents = list(dict.fromkeys(r.group for r in rows if r.task == task))
+            rng.shuffle(documents)
+            share = documents[:round(cut.lume_fraction * len(documents))]  # [D15]
+            kept.update(share[:count] if count else share)
+        sampled[split] = [r for r in rows if r.group in kept]
+        if not sampled[split]:
+            raise UserError(f"--lume-fraction {cut.lume_fraction} leaves no {split} document; "
+                            "raise it")
+        rest += [r for r in rows if r.group not in kept]
+    # As many held-out documents of each task as are forgotten, so that kind alone tells nothing.
+    held_out = []
+    for task in TASKS:
+        documents = list(dict.fromkeys(r.group for r in rest if r.task == task))
+        rng.shuffle(documents)
+        count = len({r.group for r in sampled["forget"] if r.task == task})
+        kept = set(documents[:count])
+        held_out += [r for r in rest if r.group in kept]
+    source = "seeded hold-out documents of the open release, never trained on"
+    if not made_here:
+        held_out, source = [], ("none: which documents the original was trained on is unknown; the "
+                                "gated SemEval non-members are needed")
+    return Benchmark("lume", sampled["forget"], sampled["retain"], sampled["retain"], [], [],
+                     held_out, source, count_shared(sampled["forget"], sampled["retain"]))
