@@ -229,16 +229,16 @@ def collate(rows: list[Encoded], device="cpu", pad_id: int = 0) -> Batch:
     return Batch(ids.to(device), targets.to(device))
 
 
-def batches_by_length(rows: list[Encoded], tokens: int) -> list[list[int]]:
+def batches_by_length(lengths: list[int], tokens: int) -> list[list[int]]:
     """Indices of rows, longest first, cut so that rows times longest stays within `tokens`."""
-    order = sorted(range(len(rows)), key=lambda i: -len(rows[i].ids))
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     out = []
     for i in order:
-        if len(rows[i].ids) > tokens:
+        if lengths[i] > tokens:
             raise UserError(f"a budget of {tokens} tokens per pass cannot hold a row of "
-                            f"{len(rows[i].ids)}; raise --micro-tokens, or --attribution-tokens "
+                            f"{lengths[i]}; raise --micro-tokens, or --attribution-tokens "
                             "(which the m - 1 nodes of the path share: or lower --steps)")
-        if out and (len(out[-1]) + 1) * len(rows[out[-1][0]].ids) <= tokens:
+        if out and (len(out[-1]) + 1) * lengths[out[-1][0]] <= tokens:
             out[-1].append(i)
         else:
             out.append([i])

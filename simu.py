@@ -291,7 +291,8 @@ def attribute_rows(model: Transformer, rows: list[Encoded], recipe: "Attribution
     device = model.embed_tokens.weight.device
     total = torch.zeros(len(model.layers), model.config.hidden_size, device=device)
     # Every path node but the last is a row of the second stream.
-    parts = batches_by_length(rows, recipe.attribution_tokens // max(1, recipe.steps - 1))
+    parts = batches_by_length([len(r.ids) for r in rows],
+                              recipe.attribution_tokens // max(1, recipe.steps - 1))
     with tqdm(total=len(rows), desc=title, unit="pair") as bar:
         for n in (loop or plain_loop)(title, len(parts), {"sum": total}):
             batch = collate([rows[i] for i in parts[n - 1]], device)
@@ -557,7 +558,7 @@ def backward_rows(model: Transformer, rows: list[Encoded], tokens: int, term) ->
     """Back-propagate the sum of term(answers, numbers of their rows) in passes of at most `tokens`;
     returns mean_nll(rows)."""
     device, total = model.embed_tokens.weight.device, 0.0
-    for part in batches_by_length(rows, tokens):
+    for part in batches_by_length([len(r.ids) for r in rows], tokens):
         batch = collate([rows[i] for i in part], device)
         counted = batch.targets != IGNORE
         h = model.hidden_at(batch.ids, counted)
