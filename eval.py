@@ -395,12 +395,14 @@ def choice_score(row):
 
 # To add a metric: write its score of a row, and give it a line here. Stored rows are enough for it.
 Metric = namedtuple("Metric", "score splits lume", defaults=(SPLITS, {}))
-COMPLETIONS, QUESTIONS, EVERY = (dict.fromkeys(OWN, kinds) for kinds in ("sc", "qa", "sc qa"))
-METRICS = {  # name: score, splits it is averaged over, and on LUME {split: kinds of rows}
+COMPLETIONS = dict.fromkeys(OWN, lambda row: row["kind"] == "sc")
+QUESTIONS = dict.fromkeys(OWN, lambda row: row["kind"] == "qa")
+EVERY, DOCUMENTS = dict.fromkeys(OWN, bool), {"forget": lambda row: "loss" in row}
+METRICS = {  # name: score, splits it is averaged over, and on LUME {split: which of its rows}
     "rouge_l": Metric(rouge_score, SPLITS, COMPLETIONS),
     "exact_match": Metric(exact_score, SPLITS, QUESTIONS),
     "accuracy": Metric(accuracy_score),
-    "probability": Metric(probability_score, SPLITS, {"forget": "sc"}),
+    "probability": Metric(probability_score, SPLITS, DOCUMENTS),
     "truth_ratio": Metric(truth_ratio_score),
     "truth_ratio_arithmetic": Metric(partial(truth_ratio_score, mean="arithmetic")),
     "repetition": Metric(repetition_score, SPLITS, EVERY),
@@ -410,8 +412,8 @@ METRICS = {  # name: score, splits it is averaged over, and on LUME {split: kind
     "paraphrased_rouge_l": Metric(partial(rouge_score, text="paraphrased_generation"), OWN),
     "paraphrased_probability": Metric(
         partial(probability_score, key="paraphrased_question_loss"), OWN),
-    "exact_memorisation": Metric(partial(stored, "exact_memorisation"), OWN, {"forget": "sc"}),
-    "extraction_strength": Metric(partial(stored, "extraction_strength"), OWN, {"forget": "sc"})}
+    "exact_memorisation": Metric(partial(stored, "exact_memorisation"), OWN, DOCUMENTS),
+    "extraction_strength": Metric(partial(stored, "extraction_strength"), OWN, DOCUMENTS)}
 BY_TASK = ("rouge_l", "exact_match")  # on LUME, of each task too
 ATTACKS = {  # name: where a row holds its score, higher for a member; a loss counts negative
     "mia.auc": ("mia", "loss"), **{f"mia.min_{k}": ("mia", "min_k", str(k)) for k in MIN_K},
@@ -488,7 +490,7 @@ def add_means(out: Summary, rows: list[dict], benchmark: str):
         of_split = [r for r in rows if r["split"] == split]
         for name, metric in METRICS.items():
             if split in (metric.lume if lume else metric.splits):
-                some = [r for r in of_split if not lume or r["kind"] in metric.lume[split]]
+                some = [r for r in of_split if not lume or metric.lume[split](r)]
                 out.average(f"{split}.{name}", some, metric.score)
                 for task in TASKS if lume and name in BY_TASK else ():
                     out.average(f"{split}.{task}.{name}", [r for r in some if r["task"] == task],
