@@ -349,10 +349,6 @@ def rouge_score(row, text="generation"):
             else "their answers hold no word")
 
 
-def exact_score(row):
-    return float(exact_match(row["answer"], row["generation"]))
-
-
 def choice_texts(row: dict) -> list[str]:
     """What an answer to the paraphrased question is held against: the truth, then the wrong."""
     return [row["paraphrased_answer"], *row["perturbed_answers"]]
@@ -384,13 +380,9 @@ def truth_ratio_score(row, mean="geometric"):
             else max(0.0, -math.expm1(min(log_r, 0.0))))
 
 
-def repetition_score(row):
-    return repetition(row["generation"])
-
-
 def choice_score(row):
-    right = row["scores"][row["answer"]]
-    return first_is_best([right, *row["scores"][:row["answer"]], *row["scores"][row["answer"] + 1:]])
+    scores, answer = row["scores"], row["answer"]
+    return first_is_best([scores[answer], *scores[:answer], *scores[answer + 1:]])
 
 
 # To add a metric: write its score of a row, and give it a line here. Stored rows are enough for it.
@@ -400,12 +392,13 @@ QUESTIONS = dict.fromkeys(OWN, lambda row: row["kind"] == "qa")
 EVERY, DOCUMENTS = dict.fromkeys(OWN, bool), {"forget": lambda row: "loss" in row}
 METRICS = {  # name: score, splits it is averaged over, and on LUME {split: which of its rows}
     "rouge_l": Metric(rouge_score, SPLITS, COMPLETIONS),
-    "exact_match": Metric(exact_score, SPLITS, QUESTIONS),
+    "exact_match": Metric(
+        lambda row: float(exact_match(row["answer"], row["generation"])), SPLITS, QUESTIONS),
     "accuracy": Metric(accuracy_score),
     "probability": Metric(probability_score, SPLITS, DOCUMENTS),
     "truth_ratio": Metric(truth_ratio_score),
     "truth_ratio_arithmetic": Metric(partial(truth_ratio_score, mean="arithmetic")),
-    "repetition": Metric(repetition_score, SPLITS, EVERY),
+    "repetition": Metric(lambda row: repetition(row["generation"]), SPLITS, EVERY),
     "ended": Metric(partial(stored, "ended"), SPLITS, EVERY),
     "accuracy_whole": Metric(partial(accuracy_score, ties="whole"), OWN),
     "accuracy_ceiling": Metric(partial(accuracy_score, text="answer"), OWN),
@@ -415,7 +408,7 @@ METRICS = {  # name: score, splits it is averaged over, and on LUME {split: whic
     "exact_memorisation": Metric(partial(stored, "exact_memorisation"), OWN, DOCUMENTS),
     "extraction_strength": Metric(partial(stored, "extraction_strength"), OWN, DOCUMENTS)}
 BY_TASK = ("rouge_l", "exact_match")  # on LUME, of each task too
-ATTACKS = {  # name: where a row holds its score, higher for a member; a loss counts negative
+ATTACKS = {  # name: where a row holds its score, a member's the higher; a loss counts negative
     "mia.auc": ("mia", "loss"), **{f"mia.min_{k}": ("mia", "min_k", str(k)) for k in MIN_K},
     "mia.answer_auc": ("answer_mia", "log_p"), "mia.answer_min_40": ("answer_mia", "min_k"),
     "mia.answer_min_40_plus": ("answer_mia", "min_k_plus"),
@@ -757,7 +750,7 @@ def add_generations(rows: list[dict], model: Transformer, tokenizer, template: s
         answer = encoded.ids[encoded.n_prompt:]
         if (seen and encoded.ids[:encoded.n_prompt] == prompt
                 and len(answer) <= room(model, prompt, limits)):
-            put_text(row, key, tokenizer.decode(answer[:-1]), True)
+            row |= answer_of(key, tokenizer.decode(answer[:-1]), True)
         else:
             asked.append((row, key))
             prompts.append(prompt)
@@ -766,7 +759,11 @@ def add_generations(rows: list[dict], model: Transformer, tokenizer, template: s
                      max_new_tokens=limits.max_new_tokens or None, batch_tokens=limits.eval_tokens,
                      max_total_tokens=limits.max_total_tokens or None)
     for (row, key), prompt, ids in zip(asked, prompts, texts, strict=True):
-        put_text(row, key, tokenizer.decode(ids), len(ids) < room(model, prompt, limits))
+        row |= answer_of(key, tokenizer.decode(ids), len(ids) < room(model, prompt, limits))
+
+
+def answer_of(key: str, text: str, ended: bool) -> dict:
+    return {key: text} | ({"ended": ended} if key == "generation" else {})
 
 
 def questions_of(row: dict) -> list[Text]:
@@ -777,12 +774,6 @@ def questions_of(row: dict) -> list[Text]:
         keys["paraphrased_generation"] = "paraphrased_question"
     return [Text(row, key, example_of(row, row[question], row["answer"]))
             for key, question in keys.items()]
-
-
-def put_text(row: dict, key: str, text: str, ended: bool):
-    row[key] = text
-    if key == "generation":
-        row["ended"] = ended
 
 
 def room(model: Transformer, prompt: list[int], limits: Limits) -> int:
@@ -796,24 +787,21 @@ def room(model: Transformer, prompt: list[int], limits: Limits) -> int:
 # NLTK's dialect of the Porter stemmer (the one rouge_score uses): Porter (1980) with a few
 # irregular words and softer rules. A word's shape is a string of c and v, one per letter.
 
-PAIRS = ("skies sky sky sky dying die lying lie tying tie news news innings inning inning inning "
-         "outings outing outing outing cannings canning canning canning howe howe proceed proceed "
-         "exceed exceed succeed succeed")
-STEP2 = ("ational ate tional tion enci ence anci ance izer ize bli ble alli al entli ent eli e "
-         "ousli ous ization ize ation ate ator ate alism al iveness ive fulness ful ousness ous "
-         "aliti al iviti ive biliti ble fulli ful logi log")
-STEP3 = "icate ic ative - alize al iciti ic ical ic ful - ness -"
-STEP4 = "al ance ence er ic able ible ant ement ment ent ion ou ism ate iti ous ive ize"
-
-
 def pairs(text: str) -> dict[str, str]:
     """Every second word by the one before it; '-' is none."""
     words = [word.strip("-") for word in text.split()]
     return dict(zip(words[::2], words[1::2]))
 
 
-IRREGULAR, STEP2, STEP3 = map(pairs, (PAIRS, STEP2, STEP3))
-STEP4 = dict.fromkeys(STEP4.split(), "")
+IRREGULAR = pairs("skies sky sky sky dying die lying lie tying tie news news innings inning inning "
+                  "inning outings outing outing outing cannings canning canning canning howe howe "
+                  "proceed proceed exceed exceed succeed succeed")
+STEP2 = pairs("ational ate tional tion enci ence anci ance izer ize bli ble alli al entli ent eli "
+              "e ousli ous ization ize ation ate ator ate alism al iveness ive fulness ful ousness "
+              "ous aliti al iviti ive biliti ble fulli ful logi log")
+STEP3 = pairs("icate ic ative - alize al iciti ic ical ic ful - ness -")
+STEP4 = dict.fromkeys("al ance ence er ic able ible ant ement ment ent ion ou ism ate iti ous ive "
+                      "ize".split(), "")
 
 
 def shape(word: str) -> str:
@@ -836,16 +824,18 @@ def is_short(stem: str) -> bool:
 
 def swap(word: str, table: dict[str, str], least: int) -> str:
     """Replace the longest suffix found in the table if the stem before it has measure >= least."""
-    for size in range(min(7, len(word)), 1, -1):
-        stem, suffix = word[:-size], word[-size:]
-        if suffix in table:
-            m = measure(stem + "l" if suffix == "logi" else stem)  # so that 'geologi' loses its i
-            fits = m >= least and (suffix != "ion" or stem[-1:] in ("s", "t"))
-            return stem + table[suffix] if fits else word
-    return word
+    size = next((n for n in range(min(7, len(word)), 1, -1) if word[-n:] in table), 0)
+    stem, suffix = word[:len(word) - size], word[len(word) - size:]
+    m = measure(stem + "l" if suffix == "logi" else stem)  # so that 'geologi' loses its i
+    fits = size and m >= least and (suffix != "ion" or stem[-1:] in ("s", "t"))
+    return stem + table[suffix] if fits else word
 
 
-def without_past(word: str) -> str:  # step 1b
+def uninflected(word: str) -> str:
+    """The word without -s, -ed and -ing (steps 1a and 1b)."""
+    if word.endswith("s") and not word.endswith("ss"):
+        long = word.endswith("sses") or (word.endswith("ies") and len(word) > 4)
+        word = word[:-2] if long else word[:-1]
     if word.endswith("ied"):
         return word[:-1] if len(word) == 4 else word[:-2]
     if word.endswith("eed"):
@@ -866,11 +856,7 @@ def porter_stem(word: str) -> str:
     word = word.lower()
     if word in IRREGULAR or len(word) <= 2:
         return IRREGULAR.get(word, word)
-    if word.endswith("ies"):  # step 1a
-        word = word[:-1] if len(word) == 4 else word[:-2]
-    elif word.endswith("s") and not word.endswith("ss"):
-        word = word[:-2] if word.endswith("sses") else word[:-1]
-    word = without_past(word)
+    word = uninflected(word)
     if word.endswith("y") and len(word) > 2 and shape(word)[-2] == "c":  # step 1c
         word = word[:-1] + "i"
     if word.endswith("alli") and measure(word[:-4]) > 0:  # 'rationalli' -> 'rational' -> 'ration'

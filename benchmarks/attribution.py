@@ -123,7 +123,7 @@ def forget10(a):
     s = simu.Attribution(steps=a.steps, attribution_tokens=a.tokens)
     simu.attribute_rows(model, rows[:8], s, title="warm up")
     # FLOPs are counted on meta-sized work: a sample of batches, scaled by their tokens.
-    parts = batches_by_length(rows, a.tokens // max(1, a.steps - 1))
+    parts = batches_by_length([len(r.ids) for r in rows], a.tokens // max(1, a.steps - 1))
     part = [rows[i] for i in parts[len(parts) // 2]]
     share = sum(len(r.ids) - r.n_prompt for r in part) / samples
     count = flops(lambda: simu.attribute(model, collate(part, a.device), steps=a.steps)) / share

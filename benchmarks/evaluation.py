@@ -32,9 +32,9 @@ def counter(model) -> list[int]:
     return read
 
 
-def prefixes() -> dict:
-    """Grows by the distinct prefixes of what is scored and said; the last token of a text, which
-    need not be read, is left out."""
+def prefixes() -> tuple[dict, dict]:
+    """What grows by the distinct prefixes of what is scored and said (the last token of a text,
+    which need not be read, is left out), and the two functions that do so."""
     seen, score, generate = {}, evaluation.token_scores, evaluation.generate
 
     def add(ids: list[int]):
@@ -53,8 +53,7 @@ def prefixes() -> dict:
             add(prompt + text)
         return found
 
-    evaluation.token_scores, evaluation.generate = scored, said
-    return seen
+    return seen, dict(token_scores=scored, generate=said)
 
 
 def main():
@@ -77,11 +76,12 @@ def main():
     models = {"now": Transformer.from_pretrained(a.model, dtype=dtype),
               "before": module.Transformer.from_pretrained(a.model, dtype=dtype)}
     tokenizer = data.load_tokenizer(a.model)
-    ways = {"now": lambda: evaluation.evaluate_model(models["now"], tokenizer, bench, limits=s,
-                                                     template=s.template, limit=a.limit),
+    seen, counted = prefixes()
+    ways = {"now": lambda: evaluation.evaluate_model(
+                models["now"], tokenizer, bench, limits=s, template=s.template, limit=a.limit,
+                **counted),
             "before": lambda: old.evaluate_model(models["before"], tokenizer, bench, their_s,
                                                  limit=a.limit)}
-    seen = prefixes()
     read, seconds, found = {k: counter(m) for k, m in models.items()}, {k: [] for k in ways}, {}
     for _ in range(a.repeats):
         for name, way in ways.items():

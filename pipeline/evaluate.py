@@ -28,7 +28,7 @@ from pipeline.stage import (Stage, content, data_inputs, differences, read_stage
 ROWS, METRICS = "generations.jsonl", "metrics.json"
 KEEP_EVERY = 256  # generations between two writes of the file a killed evaluation goes on from
 
-# ---------------------------------------------------------------------------------- what is measured
+# --------------------------------------------------------------------------------- what is measured
 
 
 def measured_rows(model: Transformer, tokenizer, benchmark: data.Benchmark, s: Judging, *,
@@ -115,7 +115,7 @@ def whole_lines(path: Path) -> list:
     return values
 
 
-# ------------------------------------------------------------------------------------------- the stage
+# ---------------------------------------------------------------------------------------- the stage
 
 
 def evaluation_job(s: Settings, name: str, limit: int = 0) -> Stage:

@@ -15,7 +15,7 @@ import data
 import eval as evaluation
 import simu
 from eval import spread, summarise
-from model import UserError, read_json, write_json, write_text
+from model import UserError, write_json, write_text
 from pipeline.card import write_cards
 from pipeline.columns import (ANSWER_MIA_COLUMNS, COLUMNS, LEADERBOARD_COLUMNS, MIA_COLUMNS,
                               MORE_COLUMNS, PUBLISHED, SOUL_COLUMNS, SOUL_READING, definitions,

@@ -80,8 +80,8 @@ def changed_file(file: Path, size: int, sha: str, when: int) -> bool:
 STAGE_JSON = dict(fingerprint=str, why=dict, settings=dict, seconds=float, files=dict)
 WHY = dict(settings=dict, inputs=dict, code=str)
 SETTINGS = dict(benchmark=str, model=str, method=str, objective=str)
-NOTES = dict(source=dict, derived=dict, torch=str, threads=int, critical=int, total=int, critical_per_layer=list,
-             peak_host_bytes=int, peak_gpu_bytes=int)  # where a stage has them
+NOTES = dict(source=dict, torch=str, threads=int, critical=int, total=int, critical_per_layer=list,
+             peak_host_bytes=int, peak_gpu_bytes=int, derived=dict)  # where a stage has them
 
 
 def is_stage(made) -> bool:

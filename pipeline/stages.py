@@ -13,8 +13,8 @@ from model import Config, Transformer, UserError, read_tensors, save_tensors
 from pipeline.card import write_card, write_generation_config
 from pipeline.evaluate import measured_rows
 from pipeline.plan import check_memory
-from pipeline.settings import (Judging, Level, Placement, Settings, Source, load_benchmark, placement,
-                               read_settings, taken)
+from pipeline.settings import (Judging, Level, Placement, Settings, Source, load_benchmark,
+                               placement, read_settings, taken)
 from pipeline.stage import (Stage, content, data_inputs, mask_name, read_stage,
                             unlearned_name)
 
