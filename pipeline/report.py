@@ -232,21 +232,29 @@ def qualitative(found: list[dict], each: int = 3) -> list[dict]:
                              5 * some if private else some)
     if private:
         return [dict(split=k[0], id=k[1], numbers={
-            e["name"]: dict(loss=rows[k].get("loss"), rouge_l=evaluation.rouge_l(
-                rows[k]["answer"], rows[k]["generation"]).recall)
-            for e, rows in zip(found, by_id)}) for k in picked]
+            e["name"]: dict(loss=rows[k].get("loss"), rouge_l=_number(
+                evaluation.rouge_score(rows[k]))) for e, rows in zip(found, by_id)})
+                for k in picked]
     return [dict(split=k[0], id=k[1], question=by_id[0][k]["question"],
                  answer=by_id[0][k]["answer"],
                  generations={e["name"]: rows[k]["generation"] for e, rows in zip(found, by_id)})
             for k in picked]
 
 
+def _number(score) -> float | None:
+    """A row's score, if it is a number and not why there is none."""
+    return score if isinstance(score, float) else None
+
+
+def _row_numbers(row: dict) -> str:
+    return ", ".join("–" if row[k] is None else f"{row[k]:.2f}" for k in ("loss", "rouge_l"))
+
+
 def _qualitative_text(examples: list[dict], found: list[dict]) -> str:
     labels, parts = {e["name"]: e["label"] for e in found}, []
     if examples and "numbers" in examples[0]:
-        cell = "{loss:.2f}, {rouge_l:.2f}".format_map
         return table(["Row", *(f"{x}: loss, ROUGE-L" for x in labels.values())],
-                     [[x["id"], *map(cell, x["numbers"].values())] for x in examples])
+                     [[x["id"], *map(_row_numbers, x["numbers"].values())] for x in examples])
     for x in examples:
         rows = [["*answer*", _shown(x["answer"])]]
         rows += [[labels[name], _shown(text)] for name, text in x["generations"].items()]

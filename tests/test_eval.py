@@ -825,6 +825,24 @@ def test_rouge_l_on_real_answers():
             assert ev.rouge_l(row.answer, candidate) == pytest.approx(tuple(expected), abs=1e-9)
 
 
+def test_real_text_has_the_words_of_rouge_score():
+    """Of every text of TOFU and LUME, accents and all, so that published numbers hold to the bit."""
+    if not os.environ.get("SIMU_DATA"):
+        pytest.skip("SIMU_DATA is not set")
+    tokenize, accented = pytest.importorskip("rouge_score.tokenize").tokenize, set()
+    for path in Path(os.environ["SIMU_DATA"]).glob("*/*.json*"):
+        for line in path.read_text("utf-8").splitlines():
+            for value in json.loads(line).values():
+                for text in value if isinstance(value, list) else [value]:
+                    if not text.isascii():
+                        accented.add(text)
+    assert len(accented) > 1000
+    for text in accented:
+        assert ev.is_latin(text)
+        assert ev.rouge_words(text) == [ev.porter_stem(w) if len(w) > 3 else w
+                                        for w in tokenize(text, None)]
+
+
 if __name__ == "__main__":
     GOLDEN.parent.mkdir(exist_ok=True)
     GOLDEN.write_text(json.dumps(golden_values(), ensure_ascii=False, indent=0) + "\n", "utf-8")

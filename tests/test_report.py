@@ -254,6 +254,32 @@ def test_an_edit_of_what_asks_remakes_generations(clean_digests, run, capsys, mo
         assert "[original/eval] made again: code changed" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("values, notes, measure, known", [
+    ({"forget.rouge_l": 0.4}, {}, "ROUGE-L", 0.4),
+    ({"forget.rouge_l": 0.4}, {"forget.rouge_l": "1 of 3 rows have none"},
+     "ROUGE-L (1 of 3 rows have none)", 0.4),
+    ({"forget.rouge_l": None, "forget.exact_match": 0.2}, {"forget.rouge_l": "no word"},
+     "exact match (no ROUGE-L: no word)", 0.2)])
+def test_must_know_judges_by_what_is_defined(values, notes, measure, known):
+    assert report.what_is_known(dict(values=values, notes=notes)) == (measure, known)
+
+
+@pytest.mark.parametrize("ended, seen, says", [
+    (0.1, 0.3, "90% of the answers were cut off .* --max-total-tokens"),
+    (1.0, 0.95, "95% of the answers' tokens .* another --template"),
+    (1.0, 0.2, "more --learn-epochs"), (None, None, "more --learn-epochs")])
+def test_an_original_that_does_not_know_is_told_why(run, ended, seen, says):
+    folder = run / "original" / "eval"
+    write_json(run / "settings.json", read_json(run / "settings.json") | {"must_know": 1.0})
+    metrics = read_json(folder / "metrics.json")
+    metrics["values"] |= {"forget.rouge_l": 0.1, "forget.ended": ended,
+                          "forget.exact_memorisation": seen}
+    write_json(folder / "metrics.json", metrics)
+    reseal(folder)
+    with pytest.raises(UserError, match=f"ROUGE-L 0.1000, less than --must-know 1.0; .*{says}"):
+        report.check_original(run)
+
+
 def test_limit_is_marked_everywhere(run, capsys):
     shutil.rmtree(run / "original" / "eval")
     main(["evaluate", str(run), "original", "--limit", "2"])
