@@ -334,8 +334,8 @@ def task_aggregate(forget: list[float], retain: list[float]) -> float:
 # sentence that says why it has none: the mean is then that of the others.
 
 
-def has(row: dict, *keys: str) -> bool:
-    return all(k in row for k in keys)
+CHOICE = {"paraphrased_answer", "perturbed_answers"}
+WORDLESS = "their answers hold no word"
 
 
 def stored(key: str, row: dict) -> float | None:
@@ -345,8 +345,7 @@ def stored(key: str, row: dict) -> float | None:
 def rouge_score(row, text="generation"):
     if text not in row:
         return None
-    return (rouge_l(row["answer"], row[text]).recall if rouge_words(row["answer"])
-            else "their answers hold no word")
+    return rouge_l(row["answer"], row[text]).recall if rouge_words(row["answer"]) else WORDLESS
 
 
 def choice_texts(row: dict) -> list[str]:
@@ -357,9 +356,11 @@ def choice_texts(row: dict) -> list[str]:
 def accuracy_score(row, text="paraphrased_generation", ties="shared"):  # [D11]
     if row["split"] in FACTS:
         return float(contains(row["answer"], row["generation"]))
-    if not has(row, text, "paraphrased_answer", "perturbed_answers"):
+    if not CHOICE | {text} <= row.keys():
         return None
     near = row.get("closeness", {}).get(text)  # an encoder's, else ROUGE-L's
+    if not near and not rouge_words(row["paraphrased_answer"]):
+        return WORDLESS
     near = near or [rouge_l(choice, row[text]).f1 for choice in choice_texts(row)]
     return first_is_best(near, ties=ties)
 
@@ -372,7 +373,7 @@ def probability_score(row, key="loss"):
 
 
 def truth_ratio_score(row, mean="geometric"):
-    if not has(row, "perturbed_losses"):
+    if "perturbed_losses" not in row:
         return None
     log_r = log_truth_ratio(row.get("paraphrased_loss", row["loss"]), row["perturbed_losses"],
                             mean=mean)
@@ -433,7 +434,7 @@ class Summary:
 
     def average(self, name: str, rows: list[dict], score: Callable):
         scores, note = [score(row) for row in rows], "" if rows else "no such rows"
-        numbers = [x for x in scores if isinstance(x, float)]
+        numbers = [x for x in scores if x is not None and not isinstance(x, str)]
         if reasons := sorted({x for x in scores if isinstance(x, str)}):
             count = len(rows) - len(numbers)
             note = f"{count} of {len(rows)} rows have none: {'; '.join(reasons)}"
@@ -570,8 +571,7 @@ def add_reference_attack(out: Summary, rows: list[dict], reference: list[dict]):
 def forget_ratios(rows: list[dict]) -> dict[str, float]:
     """Per forget row, what forget quality compares: log R."""
     return {r["id"]: log_truth_ratio(r["paraphrased_loss"], r["perturbed_losses"])
-            for r in rows if r["split"] == "forget" and has(
-                r, "perturbed_losses", "paraphrased_answer", "perturbed_answers")}
+            for r in rows if r["split"] == "forget" and CHOICE | {"perturbed_losses"} <= r.keys()}
 
 
 def add_aggregates(out: Summary, benchmark: str):
@@ -769,8 +769,7 @@ def answer_of(key: str, text: str, ended: bool) -> dict:
 def questions_of(row: dict) -> list[Text]:
     """What a row is asked, and where the answer goes."""
     keys = {"generation": "question"} if row["split"] in SPLITS else {}
-    if row["split"] in OWN and has(row, "paraphrased_question", "paraphrased_answer",
-                                   "perturbed_answers"):
+    if row["split"] in OWN and CHOICE | {"paraphrased_question"} <= row.keys():
         keys["paraphrased_generation"] = "paraphrased_question"
     return [Text(row, key, example_of(row, row[question], row["answer"]))
             for key, question in keys.items()]

@@ -15,7 +15,7 @@ import torch
 
 import data
 import eval as evaluation
-from eval import choice_texts, has, token_scores
+from eval import CHOICE, choice_texts, token_scores
 from model import Transformer, UserError, generate, read_json, write_json, write_text
 from pipeline.choices import add_choice_scores, load_choices
 from pipeline.reach import code_digest
@@ -70,7 +70,7 @@ def load_encoder(name: str, device) -> Callable:
 def add_closeness(rows: list[dict], encode: Callable):
     """`closeness` of f and r: the cosines of g' and of a with a' and each w [D11]."""
     judged = ("paraphrased_generation", "answer")
-    asked = [r for r in rows if has(r, *judged, "paraphrased_answer", "perturbed_answers")]
+    asked = [r for r in rows if CHOICE | {*judged} <= r.keys()]
     texts = list(dict.fromkeys(t for r in asked
                                for t in (*(r[k] for k in judged), *choice_texts(r))))
     vectors = dict(zip(texts, encode(texts))) if texts else {}
