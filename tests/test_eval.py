@@ -604,8 +604,11 @@ def teach(folder: Path, known: list, *, steps: int = 120):
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
+    return make_models(tmp_path_factory.mktemp("micro"))
+
+
+def make_models(root: Path) -> tuple[Path, dict]:
     """original and retain-only, taught and evaluated: name -> (metrics, rows)."""
-    root = tmp_path_factory.mktemp("micro")
     micro_tofu(root / "data")
     bench, out = micro_bench(root / "data"), {}
     known = bench.retain + bench.world_facts

@@ -8,13 +8,18 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_eval import PEOPLE, THINGS, loaded, made  # noqa: F401  made: a fixture
+from test_eval import PEOPLE, THINGS, loaded, make_models
 
 import data
 import eval as ev
 from model import UserError
 from pipeline import choices, evaluate
 from pipeline.settings import Judging
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    return make_models(tmp_path_factory.mktemp("micro"))
 
 
 def measured(root: Path, name: str, s: Judging, **options) -> tuple[dict, list[dict]]:
