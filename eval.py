@@ -9,7 +9,7 @@ name            formula                                               range  bet
 --------------  ----------------------------------------------------  -----  ------------  -------
 rouge_l         LCS(a, g) / |a| in stemmed words: ROUGE-L recall.     0..1   f low r high  TOFU,
                 LUME: on sentence completions ("regurgitation")                            SemEval
-exact_match     strip(a) = strip(g), case-folded.                     0..1   f low r high  SemEval
+exact_match     strip(a) = strip(g), case-folded, in Unicode's NFC.   0..1   f low r high  SemEval
                 LUME: on questions ("knowledge")
 accuracy [D11]  f, r: g' is closest to a' among a' and five w; ties   0..1   f low r high  SOUL
                 share the point. Table 1's "EM"; blind guessing
@@ -63,51 +63,93 @@ mmlu            share of multiple-choice questions (--mmlu) whose     0..1   hig
                 answer is the likeliest choice; ties share the point
 final_score     mean(task_aggregate, mia.score, mmlu)                 0..1   high          SemEval
 
+Words: where most letters of a are a-z, the runs of a-z and 0-9, as rouge_score has them (an
+accented letter parts a word: published numbers do). Elsewhere Unicode's: letters, digits and the
+marks on them; a letter of a script without spaces (Chinese, Japanese, Thai, Lao, Khmer, Burmese)
+is a word with its marks.
 The MIA text is the whole document, as in SemEval and SOUL: it is what was or was not trained on.
-A metric whose data are missing is None, with the reason beside it; 0.0 always means zero.
+A metric whose data are missing is None, with the reason beside it; 0.0 always means zero. A row of
+which it says nothing (rouge_l where a has no word) is left out of its mean, which a note counts.
 """
 
-import csv
-import dataclasses
-import io
 import json
 import math
 import re
+import unicodedata
 import zlib
 from bisect import bisect_left, bisect_right
 from collections import namedtuple
-from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
-from typing import Callable
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import lru_cache, partial
 
 import torch
 
 import data
 from data import TASKS, Encoded, Example, option
-from model import Transformer, UserError, generate, write_text
+from model import Transformer, UserError, generate
 
 MIN_K = (10, 20, 30, 40, 50, 60)  # percent
-ANSWER_K = 40  # percent, as open-unlearning sets it
 CHANCE = 0.5  # AUC of an attack that learns nothing
-SPLITS = ("forget", "retain", "real_authors", "world_facts")
-FACTS = ("real_authors", "world_facts")
-KEEP_EVERY = 256  # generations between two writes of the file a killed evaluation goes on from
+OWN, FACTS = ("forget", "retain"), ("real_authors", "world_facts")
+SPLITS = OWN + FACTS
 
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """How far a model is let speak, how much is computed at once, and what else is measured."""
+    """How far a model is let speak, and how much is computed at once."""
 
     max_new_tokens: int = option(0, "tokens generated at most; 0: no limit")
     max_total_tokens: int = option(200, "prompt and answer at most; 0: no limit [D16]")
     eval_tokens: int = option(16384, "tokens in one evaluation pass; on a CPU losses take fewer")
-    closeness: str = option("rouge", "what judges which answer is closest [D11]; encoder needs "
-                            "sentence-transformers", choices=("rouge", "encoder"))
-    encoder: str = option("paraphrase-MiniLM-L6-v2", "the sentence encoder (SOUL's): a folder, or "
-                          "a name on the hub")
-    mmlu: str = option("", "folder with multiple-choice files to answer: MMLU's *.csv, or *.jsonl "
-                       "of question, choices, answer")
+
+
+# ------------------------------------------------------------------------------------------- words
+
+UNSPACED = ("CJK", "IDEOGRAPHIC", "HIRAGANA", "KATAKANA", "HALFWIDTH KATAKANA", "BOPOMOFO", "THAI",
+            "LAO", "KHMER", "MYANMAR")  # how Unicode's names of letters of these scripts begin
+
+
+@lru_cache(maxsize=1 << 16)
+def letter_class(char: str) -> str:
+    """w: part of a word, a: a word alone, m: a mark on what precedes it, s: space, else a dot."""
+    kind = unicodedata.category(char)[0]
+    if kind in "LN":
+        return "a" if unicodedata.name(char, "").startswith(UNSPACED) else "w"
+    return "m" if kind == "M" or char in "\u200c\u200d" else "s" if char.isspace() else "."
+
+
+def pieces(text: str, pattern: str) -> list[str]:
+    """What of a text matches a pattern over the classes of its letters."""
+    classes = "".join(map(letter_class, text))
+    return [text[m.start():m.end()] for m in re.finditer(pattern, classes)]
+
+
+def folded(text: str) -> str:
+    """A text without case, each letter in one of the ways that Unicode spells it (NFC)."""
+    return unicodedata.normalize("NFC", text.casefold())
+
+
+def is_latin(text: str) -> bool:
+    """Are most letters a-z (or is all that counts digits), as rouge_score expects?"""
+    letters = [c.isascii() for c in text if c.isalpha()]
+    return bool(re.search("[a-z0-9]", text.lower())) and 2 * sum(letters) >= len(letters)
+
+
+def rouge_words(text: str, reference: str | None = None) -> list[str]:
+    """Words of a text, read as its reference's are; those in a-z stemmed if longer than three."""
+    if is_latin(text if reference is None else reference):
+        words = re.findall("[a-z0-9]+", text.lower())
+    else:
+        words = pieces(folded(text), "am*|w[wm]*")
+    return [porter_stem(w) if len(w) > 3 and w.isascii() else w for w in words]
+
+
+def repetition(text: str, n: int = 3) -> float:
+    """Share of a text's n-word sequences that stood in it before; 0 if it has none."""
+    words = text.split() if text.isascii() else pieces(text, "am*|[^as]+")
+    grams = [tuple(words[i:i + n]) for i in range(len(words) - n + 1)]
+    return (len(grams) - len(set(grams))) / len(grams) if grams else 0.0
 
 
 # ------------------------------------------------------------------------------------- text metrics
@@ -115,20 +157,13 @@ class Limits:
 Rouge = namedtuple("Rouge", "precision recall f1")
 
 
-def rouge_words(text: str) -> list[str]:
-    """Lower-case runs of ASCII letters and digits, stemmed if longer than three."""
-    words = re.findall("[a-z0-9]+", text.lower())
-    return [porter_stem(w) if len(w) > 3 else w for w in words]
-
-
-def _lcs(a: list[str], b: list[str]) -> int:
+def common_length(a: list[str], b: list[str]) -> int:
     """Length of the longest common subsequence, a row of the usual table at once: bit i of `row` is
     0 where the row's value rises at a[i] (Hyyro's recurrence)."""
     where = {}
     for i, word in enumerate(a):
         where[word] = where.get(word, 0) | 1 << i
-    full = (1 << len(a)) - 1
-    row = full
+    row = full = (1 << len(a)) - 1
     for word in b:
         match = row & where.get(word, 0)
         row = ((row + match) | (row - match)) & full
@@ -136,9 +171,10 @@ def _lcs(a: list[str], b: list[str]) -> int:
 
 
 def rouge_l(reference: str, candidate: str) -> Rouge:
-    """ROUGE-L over stemmed words, equal to rouge_score's `rougeL` with use_stemmer=True."""
-    a, b = rouge_words(reference), rouge_words(candidate)
-    common = _lcs(a, b)
+    """ROUGE-L over stemmed words, equal to rouge_score's `rougeL` with use_stemmer=True where the
+    reference is in Latin letters; as there, 0 if one of the two has no word."""
+    a, b = rouge_words(reference), rouge_words(candidate, reference)
+    common = common_length(a, b)
     if not common:
         return Rouge(0.0, 0.0, 0.0)
     precision, recall = common / len(b), common / len(a)
@@ -146,18 +182,13 @@ def rouge_l(reference: str, candidate: str) -> Rouge:
 
 
 def exact_match(reference: str, candidate: str) -> bool:
-    """Same string but for case and surrounding white space."""
-    return reference.strip().casefold() == candidate.strip().casefold()
+    """Same string but for case, surrounding white space and Unicode's spelling."""
+    return folded(reference.strip()) == folded(candidate.strip())
 
 
 def contains(reference: str, candidate: str) -> bool:
     """The reference occurs in the candidate, whatever the case."""
-    return reference.strip().casefold() in candidate.casefold()
-
-
-def rouge_closeness(candidate: str, texts: list[str]) -> list[float]:
-    """How close a candidate is to each text: ROUGE-L F1."""
-    return [rouge_l(text, candidate).f1 for text in texts]
+    return folded(reference.strip()) in folded(candidate)
 
 
 def first_is_best(scores: list[float], *, ties: str = "shared") -> float:
@@ -166,13 +197,6 @@ def first_is_best(scores: list[float], *, ties: str = "shared") -> float:
     if max(scores) > scores[0]:
         return 0.0
     return 1.0 if ties == "whole" else 1 / scores.count(scores[0])
-
-
-def repetition(text: str, n: int = 3) -> float:
-    """Share of a text's n-word sequences that stood in it before; 0 if it has none."""
-    words = text.split()
-    grams = [tuple(words[i:i + n]) for i in range(len(words) - n + 1)]
-    return (len(grams) - len(set(grams))) / len(grams) if grams else 0.0
 
 
 # ------------------------------------------------------------------------------------- memorisation
@@ -291,6 +315,9 @@ def harmonic_mean(values: list[float]) -> float:
     return 0.0 if min(values) <= 0 else len(values) / math.fsum(1 / x for x in values)
 
 
+AGGREGATED = ("em_forget", "rouge_forget", "mia", "em_retain", "rouge_retain")
+
+
 def aggregate(*, em_forget: float, rouge_forget: float, mia: float, em_retain: float,
               rouge_retain: float) -> float:
     """The paper's aggregate score, from fractions (not percent). [D13]"""
@@ -302,31 +329,23 @@ def task_aggregate(forget: list[float], retain: list[float]) -> float:
     return harmonic_mean([1 - x for x in forget] + list(retain))
 
 
-# ----------------------------------------------------------------------------- from rows to metrics
-
-CHOICE = ("paraphrased_answer", "perturbed_answers")
-
-
-def has(row: dict, *keys: str) -> bool:
-    return all(k in row for k in keys)
+# ------------------------------------------------------------------------------ scores of one row
+# A row is one of generations.jsonl. Its score is a number; None where it lacks what is needed; or a
+# sentence that says why it has none: the mean is then that of the others.
 
 
-def _rouge(row, said="generation"):
-    return rouge_l(row["answer"], row[said]).recall if said in row else None
+CHOICE = {"paraphrased_answer", "perturbed_answers"}
+WORDLESS = "their answers hold no word"
 
 
-def _exact(row):
-    return float(exact_match(row["answer"], row["generation"]))
+def stored(key: str, row: dict) -> float | None:
+    return float(row[key]) if key in row else None
 
 
-def _accuracy(row, ties="shared", said="paraphrased_generation"):
-    """[D11] said: whose closeness counts; "answer" gives the ceiling."""
-    if row["split"] in FACTS:
-        return float(contains(row["answer"], row["generation"]))
-    if not has(row, said, *CHOICE):
+def rouge_score(row, text="generation"):
+    if text not in row:
         return None
-    near = row.get("closeness", {}).get(said)  # an encoder's, else ROUGE-L's
-    return first_is_best(near or rouge_closeness(row[said], choice_texts(row)), ties=ties)
+    return rouge_l(row["answer"], row[text]).recall if rouge_words(row["answer"]) else WORDLESS
 
 
 def choice_texts(row: dict) -> list[str]:
@@ -334,249 +353,258 @@ def choice_texts(row: dict) -> list[str]:
     return [row["paraphrased_answer"], *row["perturbed_answers"]]
 
 
-def _probability(row):
-    if row["split"] not in FACTS:
-        return math.exp(-row["loss"])
-    if not has(row, "perturbed_losses"):
+def accuracy_score(row, text="paraphrased_generation", ties="shared"):  # [D11]
+    if row["split"] in FACTS:
+        return float(contains(row["answer"], row["generation"]))
+    if not CHOICE | {text} <= row.keys():
         return None
-    return choice_probability(row["loss"], row["perturbed_losses"])
+    near = row.get("closeness", {}).get(text)  # an encoder's, else ROUGE-L's
+    if not near and not rouge_words(row["paraphrased_answer"]):
+        return WORDLESS
+    near = near or [rouge_l(choice, row[text]).f1 for choice in choice_texts(row)]
+    return first_is_best(near, ties=ties)
 
 
-def _paraphrased_probability(row):
-    loss = row.get("paraphrased_question_loss")
-    return None if loss is None else math.exp(-loss)
+def probability_score(row, key="loss"):
+    if row["split"] not in FACTS:
+        return math.exp(-row[key]) if key in row else None
+    wrong = row.get("perturbed_losses")
+    return None if wrong is None else choice_probability(row["loss"], wrong)
 
 
-def _truth_ratio(row, mean="geometric"):
-    if not has(row, "perturbed_losses"):
+def truth_ratio_score(row, mean="geometric"):
+    if "perturbed_losses" not in row:
         return None
     log_r = log_truth_ratio(row.get("paraphrased_loss", row["loss"]), row["perturbed_losses"],
                             mean=mean)
-    if row["split"] == "forget":
-        return math.exp(-abs(log_r))
-    return max(0.0, -math.expm1(min(log_r, 0.0)))
+    return (math.exp(-abs(log_r)) if row["split"] == "forget"
+            else max(0.0, -math.expm1(min(log_r, 0.0))))
 
 
-QA_METRICS = {  # of rows that are a question and its answer
-    "rouge_l": _rouge, "exact_match": _exact, "accuracy": _accuracy,
-    "probability": _probability, "truth_ratio": _truth_ratio,
-    "truth_ratio_arithmetic": lambda row: _truth_ratio(row, "arithmetic"),
-    "repetition": lambda row: repetition(row["generation"]),
-    "ended": lambda row: float(row["ended"]) if "ended" in row else None}
-OWN_METRICS = {  # of f and r alone
-    "accuracy_whole": lambda row: _accuracy(row, "whole"),
-    "accuracy_ceiling": lambda row: _accuracy(row, said="answer"),
-    "paraphrased_rouge_l": lambda row: _rouge(row, "paraphrased_generation"),
-    "paraphrased_probability": _paraphrased_probability,
-    "exact_memorisation": lambda row: row.get("exact_memorisation"),
-    "extraction_strength": lambda row: row.get("extraction_strength")}
+def choice_score(row):
+    scores, answer = row["scores"], row["answer"]
+    return first_is_best([scores[answer], *scores[:answer], *scores[answer + 1:]])
+
+
+# To add a metric: write its score of a row, and give it a line here. Stored rows are enough for it.
+Metric = namedtuple("Metric", "score splits lume", defaults=(SPLITS, {}))
+COMPLETIONS = dict.fromkeys(OWN, lambda row: row["kind"] == "sc")
+QUESTIONS = dict.fromkeys(OWN, lambda row: row["kind"] == "qa")
+EVERY, DOCUMENTS = dict.fromkeys(OWN, bool), {"forget": lambda row: "loss" in row}
+METRICS = {  # name: score, splits it is averaged over, and on LUME {split: which of its rows}
+    "rouge_l": Metric(rouge_score, SPLITS, COMPLETIONS),
+    "exact_match": Metric(
+        lambda row: float(exact_match(row["answer"], row["generation"])), SPLITS, QUESTIONS),
+    "accuracy": Metric(accuracy_score),
+    "probability": Metric(probability_score, SPLITS, DOCUMENTS),
+    "truth_ratio": Metric(truth_ratio_score),
+    "truth_ratio_arithmetic": Metric(partial(truth_ratio_score, mean="arithmetic")),
+    "repetition": Metric(lambda row: repetition(row["generation"]), SPLITS, EVERY),
+    "ended": Metric(partial(stored, "ended"), SPLITS, EVERY),
+    "accuracy_whole": Metric(partial(accuracy_score, ties="whole"), OWN),
+    "accuracy_ceiling": Metric(partial(accuracy_score, text="answer"), OWN),
+    "paraphrased_rouge_l": Metric(partial(rouge_score, text="paraphrased_generation"), OWN),
+    "paraphrased_probability": Metric(
+        partial(probability_score, key="paraphrased_question_loss"), OWN),
+    "exact_memorisation": Metric(partial(stored, "exact_memorisation"), OWN, DOCUMENTS),
+    "extraction_strength": Metric(partial(stored, "extraction_strength"), OWN, DOCUMENTS)}
+BY_TASK = ("rouge_l", "exact_match")  # on LUME, of each task too
+ATTACKS = {  # name: where a row holds its score, a member's the higher; a loss counts negative
+    "mia.auc": ("mia", "loss"), **{f"mia.min_{k}": ("mia", "min_k", str(k)) for k in MIN_K},
+    "mia.answer_auc": ("answer_mia", "log_p"), "mia.answer_min_40": ("answer_mia", "min_k"),
+    "mia.answer_min_40_plus": ("answer_mia", "min_k_plus"),
+    "mia.answer_zlib": ("answer_mia", "zlib")}
+ANSWER_K = 40  # percent, of mia.answer_min_40, as open-unlearning sets it
+
+
+# ----------------------------------------------------------------------------- from rows to metrics
+
+
+class Summary:
+    """`values` maps a name like "forget.rouge_l" to a number or None; `notes` says why it is None,
+    or what else one must know of it."""
+
+    def __init__(self):
+        self.values, self.notes = {}, {}
+
+    def put(self, name: str, value: float | None, note: str | None = None):
+        self.values[name] = value
+        if note:
+            self.notes[name] = note
+
+    def average(self, name: str, rows: list[dict], score: Callable):
+        scores, note = [score(row) for row in rows], "" if rows else "no such rows"
+        numbers = [x for x in scores if x is not None and not isinstance(x, str)]
+        if reasons := sorted({x for x in scores if isinstance(x, str)}):
+            count = len(rows) - len(numbers)
+            note = f"{count} of {len(rows)} rows have none: {'; '.join(reasons)}"
+        if None in scores:
+            note = (f"{scores.count(None)} of {len(rows)} rows lack its data (paraphrase, wrong "
+                    "answers)")
+        self.put(name, mean(numbers) if numbers and None not in scores else None, note)
+
+    def derive(self, name: str, formula: Callable, *sources: str):
+        """A formula of other values, if all of them are there."""
+        if lacking := [source for source in sources if self.values.get(source) is None]:
+            self.put(name, None, f"needs {', '.join(lacking)}")
+        else:
+            self.put(name, formula(*(self.values[source] for source in sources)))
 
 
 def summarise(rows: list[dict], reference: list[dict] | None = None) -> dict:
     """Every metric of an evaluation from its rows alone, those of generations.jsonl. reference:
-    the rows of retain-only, of the same data.
-
-    `values` maps a name like "forget.rouge_l" to a number or None, `notes` says why it is None."""
-    about, values, notes = rows[0], {}, {}
-    kind = about["benchmark"]
-    (_lume_values if kind == "lume" else _qa_values)(rows, values, notes)
-    _membership_values(rows, about, values, notes)
-    _against_retain_only(rows, reference, values, notes)
-    _aggregates(kind, values, notes)
+    the rows of retain-only, of the same data."""
+    about, out = rows[0], Summary()
+    benchmark = about["benchmark"]
+    add_means(out, rows, benchmark)
+    add_membership(out, rows)
+    add_against_retain_only(out, rows, reference)
+    add_aggregates(out, benchmark)
     if "choices" in about["sizes"]:
-        _put("mmlu", [r for r in rows if r["split"] == "choices"],
-             lambda row: _right_choice(row["scores"], row["answer"]), values, notes)
-    if kind == "lume":
-        _final_score(values, notes)
+        out.average("mmlu", [r for r in rows if r["split"] == "choices"], choice_score)
+    if benchmark == "lume":
+        if out.values.setdefault("mmlu") is None:
+            out.notes["mmlu"] = "no multiple-choice files are given (--mmlu)"
+        out.derive("final_score", lambda *x: mean(x), "task_aggregate", "mia.score", "mmlu")
     if about.get("shared"):
-        notes["forget"] = f"{about['shared']} of these rows are in the retain set too"
+        out.notes["forget"] = f"{about['shared']} of these rows are in the retain set too"
     counts = {split: sum(r["split"] == split for r in rows) for split in about["sizes"]}
-    what = "sentence completions" if kind == "lume" else "rows"
-    members = sum("mia" in r for r in rows if r["split"] == "forget")
-    return dict(benchmark=kind, closeness=about.get("closeness", "rouge"),
+    what = "sentence completions" if benchmark == "lume" else "rows"
+    return dict(benchmark=benchmark, closeness=about.get("closeness", "rouge"),
                 partial=f"at most {about['limit']} rows of each split" if about["limit"] else "",
-                counts=counts, members=f"{members} {what} of the forget set",
+                counts=counts, members=f"{len(attacked(rows)[0])} {what} of the forget set",
                 nonmembers=f"{counts['nonmembers']} {what}: {about['nonmember_source']}",
-                values=values, notes=notes)
+                values=out.values, notes=out.notes)
 
 
-def _right_choice(scores: list[float], answer: int) -> float:
-    return first_is_best([scores[answer], *scores[:answer], *scores[answer + 1:]])
+def add_means(out: Summary, rows: list[dict], benchmark: str):
+    """The mean of every metric over each split, and on LUME over each task."""
+    lume = benchmark == "lume"
+    for split in SPLITS if benchmark == "tofu" else OWN:
+        of_split = [r for r in rows if r["split"] == split]
+        for name, metric in METRICS.items():
+            if split in (metric.lume if lume else metric.splits):
+                some = [r for r in of_split if not lume or metric.lume[split](r)]
+                out.average(f"{split}.{name}", some, metric.score)
+                for task in TASKS if lume and name in BY_TASK else ():
+                    out.average(f"{split}.{task}.{name}", [r for r in some if r["task"] == task],
+                                metric.score)
 
 
-def _put(name: str, rows: list[dict], metric, values: dict, notes: dict):
-    """The mean of a metric over rows, or None and why."""
-    scores = [metric(row) for row in rows]
-    missing = scores.count(None)
-    values[name] = mean(scores) if rows and not missing else None
-    if not rows:
-        notes[name] = "no such rows"
-    elif missing:
-        notes[name] = f"{missing} of {len(rows)} rows lack its data (paraphrase, wrong answers)"
-
-
-def _qa_values(rows, values, notes):
-    tofu = rows[0]["benchmark"] == "tofu"
-    for split in SPLITS if tofu else SPLITS[:2]:
-        own = [r for r in rows if r["split"] == split]
-        for name, metric in QA_METRICS.items() if split in FACTS else (
-                QA_METRICS | OWN_METRICS).items():
-            _put(f"{split}.{name}", own, metric, values, notes)
-    if tofu:
-        _model_utility("model_utility", "truth_ratio", values, notes)
-        _model_utility("model_utility_arithmetic", "truth_ratio_arithmetic", values, notes)
-
-
-def _model_utility(name: str, ratio: str, values, notes):
-    factors = [[values[f"{split}.{m}"] for m in ("rouge_l", "probability", ratio)]
-               for split in SPLITS[1:]]
-    if factors[1] == [None] * 3:  # the demo has no real authors
-        del factors[1]
-        notes[name] = "harmonic mean of six: there are no real authors"
-    factors = [x for part in factors for x in part]
-    if None in factors:
-        values[name] = None
-        notes[name] = f"needs rouge_l, probability, {ratio} of retain and world facts"
-    else:
-        values[name] = harmonic_mean(factors)
-
-
-def _lume_values(rows, values, notes):
-    for split in ("forget", "retain"):
-        own = [r for r in rows if r["split"] == split]
-        for task in (None, *TASKS):
-            prefix = f"{split}.{task}" if task else split
-            some = [r for r in own if task in (None, r["task"])]
-            completions, questions = ([r for r in some if r["kind"] == k] for k in ("sc", "qa"))
-            _put(f"{prefix}.rouge_l", completions, _rouge, values, notes)
-            _put(f"{prefix}.exact_match", questions, _exact, values, notes)
-        for name in ("repetition", "ended"):
-            _put(f"{split}.{name}", own, QA_METRICS[name], values, notes)
-    attacked = [r for r in rows if r["split"] == "forget" and "loss" in r]
-    for name in ("exact_memorisation", "extraction_strength"):
-        _put(f"forget.{name}", attacked, OWN_METRICS[name], values, notes)
-    _put("forget.probability", attacked, _probability, values, notes)
-    scores = [[values[f"{split}.{task}.{m}"] for task in TASKS for m in ("rouge_l", "exact_match")]
-              for split in ("forget", "retain")]
-    values["task_aggregate"] = None
-    if None in scores[0] + scores[1]:
-        notes["task_aggregate"] = "needs both scores of all three tasks, forget and retain"
-    else:
-        values["task_aggregate"] = task_aggregate(*scores)
-
-
-# name -> score of a row's "mia" (the text) or "answer_mia" (the answer): higher for a member
-ATTACKS = {"mia.auc": lambda row: -row["mia"]["loss"]} | {
-    f"mia.min_{k}": lambda row, k=str(k): row["mia"]["min_k"][k] for k in MIN_K} | {
-    f"mia.answer_{name}": lambda row, key=key: row.get("answer_mia", {}).get(key)
-    for name, key in (("auc", "log_p"), (f"min_{ANSWER_K}", "min_k"),
-                      (f"min_{ANSWER_K}_plus", "min_k_plus"), ("zlib", "zlib"))}
-
-
-def _attacked(rows) -> tuple[list[dict], list[dict]]:
+def attacked(rows: list[dict]) -> tuple[list[dict], list[dict]]:
     """Members and non-members."""
     return tuple([r for r in rows if r["split"] == split and "mia" in r]
                  for split in ("forget", "nonmembers"))
 
 
-def _membership_values(rows, about, values, notes):
-    members, others = _attacked(rows)
+def attack_scores(rows: list[dict], name: str) -> list[float | None]:
+    scores, path = [], ATTACKS[name]
+    for value in rows:
+        for key in path:
+            value = value and value.get(key)
+        scores.append(-value if path[-1] == "loss" else value)
+    return scores
+
+
+def add_membership(out: Summary, rows: list[dict]):
+    parts = members, others = attacked(rows)
     if not members or not others:
-        names = [*ATTACKS, "mia.score", "mia.soul"]
-        lacks = about["nonmember_source"] if not others else "the forget rows hold no document"
-        values.update(dict.fromkeys(names))
-        notes.update(dict.fromkeys(names, lacks))
+        lacks = rows[0]["nonmember_source"] if not others else "the forget rows hold no document"
+        for name in (*ATTACKS, "mia.score", "mia.soul"):
+            out.put(name, None, lacks)
         return
-    for name, score in ATTACKS.items():
-        scores = [[score(r) for r in part] for part in (members, others)]
-        values[name] = None if None in scores[0] + scores[1] else auc(*scores)
-        if values[name] is None:
-            notes[name] = "some rows hold no scores of their answers"
-    values["mia.soul"] = soul_auc(*([-r["mia"]["loss"] for r in part]
-                                    for part in (members, others)))
-    values["mia.score"] = mia_score(values["mia.auc"])
-    if values["mia.auc"] < CHANCE:
-        notes["mia.auc"] = "below 0.5: over-unlearned, the forgetting itself is detectable"
+    for name in ATTACKS:
+        scores = [attack_scores(part, name) for part in parts]
+        if None in scores[0] + scores[1]:
+            out.put(name, None, "some rows hold no scores of their answers")
+        else:
+            out.put(name, auc(*scores))
+    out.put("mia.soul", soul_auc(*(attack_scores(part, "mia.auc") for part in parts)))
+    out.derive("mia.score", mia_score, "mia.auc")
+    if out.values["mia.auc"] < CHANCE:
+        out.notes["mia.auc"] = "below 0.5: over-unlearned, the forgetting itself is detectable"
 
 
 NO_RETAIN_ONLY = ("no retain-only model: evaluate one that never saw the forget set, then report "
                   "with --retain-only ITS_FOLDER")
 
 
-def _against_retain_only(rows, reference, values, notes):
-    """What only a comparison with the ideal can say: mia.distance, privleak, the reference attack,
-    forget quality."""
-    small, ideal = f"mia.answer_min_{ANSWER_K}", {}
+def add_against_retain_only(out: Summary, rows: list[dict], reference: list[dict] | None):
+    """What only a comparison with the ideal can say."""
+    ideal = Summary()
     if reference:
-        _membership_values(reference, reference[0], ideal, {})
+        add_membership(ideal, reference)
     for name, source, formula in (("mia.distance", "mia.auc", lambda x, y: abs(x - y)),
-                                  ("privleak", small, privleak)):
-        area, best = values[source], ideal.get(source)
-        values[name] = None if area is None else formula(area, CHANCE if best is None else best)
+                                  ("privleak", "mia.answer_min_40", privleak)):
+        area, best, note = out.values[source], ideal.values.get(source), None
         if area is None or best is None:
-            notes[name] = notes.get(source) if area is None else (
+            note = out.notes.get(source) if area is None else (
                 "against 0.5, as there is no retain-only model to hold it against")
-    values["mia.answer_reference"] = values["forget_quality"] = None
+        out.put(name, area if area is None else formula(area, CHANCE if best is None else best),
+                note)
     if not reference:
-        notes["mia.answer_reference"] = notes["forget_quality"] = NO_RETAIN_ONLY
-        return
-    members, others = _attacked(rows)
-    known = {(r["split"], r["id"]): r["answer_mia"]["log_p"]
-             for part in _attacked(reference) for r in part if "answer_mia" in r}
-    if values["mia.answer_auc"] is None:
-        notes["mia.answer_reference"] = notes["mia.answer_auc"]
-    elif {(r["split"], r["id"]) for r in members + others} <= set(known):
-        values["mia.answer_reference"] = auc(*(
-            [r["answer_mia"]["log_p"] - known[r["split"], r["id"]] for r in part]
-            for part in (members, others)))
-    else:
-        notes["mia.answer_reference"] = "retain-only was evaluated on other rows"
-    ours, theirs = _forget_ratios(rows), _forget_ratios(reference)
+        out.put("mia.answer_reference", None, NO_RETAIN_ONLY)
+        return out.put("forget_quality", None, NO_RETAIN_ONLY)
+    add_reference_attack(out, rows, reference)
+    ours, theirs = forget_ratios(rows), forget_ratios(reference)
     if ours and set(ours) == set(theirs):
-        values["forget_quality"] = ks_p_value(list(ours.values()), list(theirs.values()))
+        out.put("forget_quality", ks_p_value(list(ours.values()), list(theirs.values())))
     else:
-        notes["forget_quality"] = ("retain-only was evaluated on other forget rows, or these have "
-                                   "no paraphrase or wrong answers")
+        out.put("forget_quality", None, "retain-only was evaluated on other forget rows, or these "
+                "have no paraphrase or wrong answers")
 
 
-def _forget_ratios(rows: list[dict]) -> dict[str, float]:
+def add_reference_attack(out: Summary, rows: list[dict], reference: list[dict]):
+    """The attack by what each answer's log P has over retain-only's."""
+    known = {(r["split"], r["id"]): r["answer_mia"]["log_p"]
+             for part in attacked(reference) for r in part if "answer_mia" in r}
+    value, note, parts = None, out.notes.get("mia.answer_auc"), attacked(rows)
+    if out.values["mia.answer_auc"] is not None:
+        if {(r["split"], r["id"]) for part in parts for r in part} <= set(known):
+            value, note = auc(*([r["answer_mia"]["log_p"] - known[r["split"], r["id"]]
+                                 for r in part] for part in parts)), None
+        else:
+            note = "retain-only was evaluated on other rows"
+    out.put("mia.answer_reference", value, note)
+
+
+def forget_ratios(rows: list[dict]) -> dict[str, float]:
     """Per forget row, what forget quality compares: log R."""
     return {r["id"]: log_truth_ratio(r["paraphrased_loss"], r["perturbed_losses"])
-            for r in rows if r["split"] == "forget" and has(r, "perturbed_losses", *CHOICE)}
+            for r in rows if r["split"] == "forget" and CHOICE | {"perturbed_losses"} <= r.keys()}
 
 
-def _aggregates(benchmark: str, values, notes):
+def add_aggregates(out: Summary, benchmark: str):
     tofu = benchmark == "tofu"
     kinds = {"aggregate": ("accuracy" if tofu else "exact_match", "mia.auc")}  # [D11], [D13]
     if tofu:
         kinds |= dict(aggregate_exact_match=("exact_match", "mia.auc"),
                       aggregate_soul=("accuracy", "mia.soul"))
+        for name in ("", "_arithmetic"):
+            add_model_utility(out, f"model_utility{name}", f"truth_ratio{name}")
     for name, (em, mia) in kinds.items():
-        terms = dict(em_forget=f"forget.{em}", rouge_forget="forget.rouge_l", mia=mia,
-                     em_retain=f"retain.{em}", rouge_retain="retain.rouge_l")
-        lacking = [source for source in terms.values() if values[source] is None]
-        values[name] = None if lacking else aggregate(
-            **{term: values[source] for term, source in terms.items()})
-        if lacking:
-            notes[name] = f"needs {', '.join(lacking)}"
+        out.derive(name, lambda *x: aggregate(**dict(zip(AGGREGATED, x))), f"forget.{em}",
+                   "forget.rouge_l", mia, f"retain.{em}", "retain.rouge_l")
+    if benchmark == "lume":
+        out.derive("task_aggregate", lambda *x: task_aggregate(x[:6], x[6:]), *(
+            f"{split}.{task}.{name}" for split in OWN for task in TASKS for name in BY_TASK))
 
 
-def _final_score(values, notes):
-    """SemEval-2025 Task 4's, where its three parts are there."""
-    if values.setdefault("mmlu", None) is None:
-        notes["mmlu"] = "no multiple-choice files are given (--mmlu)"
-    parts = [values[name] for name in ("task_aggregate", "mia.score", "mmlu")]
-    values["final_score"] = None if None in parts else mean(parts)
-    if None in parts:
-        notes["final_score"] = "needs task_aggregate, mia.score and mmlu"
+def add_model_utility(out: Summary, name: str, ratio: str):
+    factors = {split: [f"{split}.{m}" for m in ("rouge_l", "probability", ratio)]
+               for split in SPLITS[1:]}
+    if all(out.values[x] is None for x in factors["real_authors"]):  # the demo has none
+        del factors["real_authors"]
+        out.notes[name] = "harmonic mean of six: there are no real authors"
+    out.derive(name, lambda *x: harmonic_mean(x), *(x for some in factors.values() for x in some))
 
 
-# -------------------------------------------------------------------------------- what a model says
-
+# --------------------------------------------------------------------------- what a model is asked
 
 # Per token: -log P in nats; the likeliest id; (log P - mean) / deviation, both of log P over the
 # vocabulary (Min-K%++). The last two are empty of a text that nobody asks them of.
 TokenScores = namedtuple("TokenScores", "losses predicted standard")
+Text = namedtuple("Text", "row key example")  # what is put to the model, and where its loss goes
 
 
 @torch.inference_mode()
@@ -602,42 +630,32 @@ def token_scores(model: Transformer, rows: list[Encoded], first: list[int], *, t
 
 
 def evaluate_model(model: Transformer, tokenizer, benchmark: data.Benchmark, *, template: str,
-                   limits: Limits, limit: int = 0, resume: Path | None = None,
-                   generate: Callable = generate, token_scores: Callable = token_scores
-                   ) -> tuple[dict, list[dict]]:
+                   limits: Limits, limit: int = 0, generate: Callable = generate,
+                   token_scores: Callable = token_scores) -> tuple[dict, list[dict]]:
     """(metrics, rows): `metrics` is `summarise(rows)`, and rows[0] says what was evaluated.
+    limit: at most so many rows of each split, spread evenly; marked as partial."""
+    rows = rows_of(benchmark, limit)
+    known = add_losses(rows, model, tokenizer, template, limits, token_scores)
+    add_generations(rows, model, tokenizer, template, limits, generate, known)
+    return summarise(rows), rows
 
-    limit: at most so many rows of each split, spread evenly; marked as partial. resume: a file
-    that keeps the generations so far, from which a killed evaluation goes on."""
+
+def rows_of(benchmark: data.Benchmark, limit: int = 0) -> list[dict]:
+    """The rows to be asked and measured, as JSON gives them back; the first says what they are."""
     parts = {"forget": benchmark.forget, "retain": benchmark.retain_eval,
              "real_authors": benchmark.real_authors, "world_facts": benchmark.world_facts,
              "nonmembers": benchmark.nonmembers}
     rows = [{"split": "about", "benchmark": benchmark.kind, "limit": limit,
-             "sizes": {k: len(v) for k, v in parts.items()}, "closeness": limits.closeness,
+             "sizes": {k: len(v) for k, v in parts.items()}, "closeness": "rouge",
              "nonmember_source": benchmark.nonmember_source, "shared": benchmark.shared}]
-    choices = spread(load_choices(Path(limits.mmlu)), limit) if limits.mmlu else []
-    encode = limits.closeness == "encoder" and load_encoder(
-        limits.encoder, model.embed_tokens.weight.device)  # what is missing is told before the work
     for split, examples in parts.items():
         if split == "nonmembers" and benchmark.kind == "lume":
             examples = [e for e in examples if e.kind == "sc"]  # the rows that hold a document
-        rows += [_row_of(split, e) for e in spread(examples, limit)]
-    said = add_losses(rows[1:], model, tokenizer, template, limits, benchmark.kind, token_scores)
-    add_generations(rows[1:], model, tokenizer, template, limits, resume, said, generate)
-    if encode:
-        add_closeness(rows[1:], encode)
-    if choices:
-        rows[0]["sizes"]["choices"] = len(choices)
-        rows += add_choice_scores(choices, model, tokenizer, template, limits.eval_tokens,
-                                  token_scores)
-    return summarise(rows), rows
-
-
-def _row_of(split: str, example: Example) -> dict:
-    """A row as JSON gives it back. Of a plain text, its second half is what is asked for."""
-    e = data.halved(example) if example.kind == "text" else example
-    filled = json.loads(json.dumps(dataclasses.asdict(e)))
-    return {"split": split} | {k: v for k, v in filled.items() if v or k in ("id", "question")}
+        for e in spread(examples, limit):  # of a plain text, its second half is asked for
+            fields = json.loads(json.dumps(asdict(data.halved(e) if e.kind == "text" else e)))
+            rows.append({"split": split} | {k: v for k, v in fields.items()
+                                            if v or k in ("id", "question")})
+    return rows
 
 
 def spread(examples: list, limit: int) -> list:
@@ -646,91 +664,16 @@ def spread(examples: list, limit: int) -> list:
     return [examples[i * n // limit] for i in range(limit)] if 0 < limit < n else examples
 
 
-def _example(row: dict, question: str, answer: str) -> Example:
+def example_of(row: dict, question: str, answer: str) -> Example:
     """A row's question and answer, or others in their place, as they are put to the model."""
-    turns = tuple(map(tuple, row.get("turns", ())))
-    return Example(question, answer, id=row["id"], kind=row["kind"], turns=turns)
+    return Example(question, answer, id=row["id"], kind=row["kind"],
+                   turns=tuple(map(tuple, row.get("turns", ()))))
 
 
-def add_generations(rows, model, tokenizer, template: str, limits: Limits, resume: Path | None,
-                    said: dict, generate: Callable):
-    """Greedy answers, one for each question and one for each paraphrased question that accuracy
-    needs [D16], and whether each ended by itself. Longest prompts first, KEEP_EVERY at a time.
-    said: what `add_losses` found."""
-    jobs = []
-    for row in rows:
-        if row["split"] in SPLITS:
-            jobs.append((row, "generation", row["question"]))
-            if row["split"] not in FACTS and has(row, "paraphrased_question", *CHOICE):
-                jobs.append((row, "paraphrased_generation", row["paraphrased_question"]))
-    prompts, drafts, unknown = [], [], []
-    for row, key, question in jobs:
-        e = _example(row, question, row["answer"])
-        prompt = data.encode_prompt(question, tokenizer, template, turns=e.turns, kind=e.kind)
-        encoded = said.get((id(row), question)) or data.encode(e, tokenizer, template)
-        answer = encoded.ids[encoded.n_prompt:]
-        if ((id(row), question) in said and encoded.ids[:encoded.n_prompt] == prompt
-                and len(answer) <= _room(model, prompt, limits)):
-            _put_text(row, key, tokenizer.decode(answer[:-1]), True)
-            continue
-        unknown.append((row, key))
-        prompts.append(prompt)
-        drafts.append(answer)  # a guess at what is said: it only saves time
-    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    kept = whole_lines(resume)
-    for n, start in enumerate(range(0, len(order), KEEP_EVERY)):
-        part = order[start:start + KEEP_EVERY]
-        if n == len(kept):
-            new = generate(model, [prompts[i] for i in part], eos_id=tokenizer.eos_id,
-                           max_new_tokens=limits.max_new_tokens or None,
-                           max_total_tokens=limits.max_total_tokens or None,
-                           drafts=[drafts[i] for i in part], batch_tokens=limits.eval_tokens,
-                           progress="generate")
-            kept.append([[tokenizer.decode(ids), len(ids) < _room(model, prompts[i], limits)]
-                         for i, ids in zip(part, new)])
-            if resume:
-                with open(resume, "a", encoding="ascii") as file:
-                    file.write(json.dumps(kept[-1]) + "\n")
-        for i, (text, ended) in zip(part, kept[n], strict=True):
-            _put_text(*unknown[i], text, ended)
-
-
-def _put_text(row: dict, key: str, text: str, ended: bool):
-    row[key] = text
-    if key == "generation":
-        row["ended"] = ended
-
-
-def _room(model: Transformer, prompt: list[int], limits: Limits) -> int:
-    """How many tokens `generate` gives a prompt that no eos ends."""
-    context = model.config.max_position_embeddings
-    total = min(limits.max_total_tokens or context, context) - len(prompt)
-    return min(limits.max_new_tokens or total, total)
-
-
-def whole_lines(path: Path | None) -> list:
-    """JSON lines of a file; what a killed process left torn at its end is cut off."""
-    if path is None or not path.is_file():
-        return []
-    text, values, end = path.read_text(encoding="ascii", errors="replace"), [], 0
-    for line in text.splitlines(keepends=True):
-        try:
-            values.append(json.loads(line if line.endswith("\n") else ""))
-        except ValueError:
-            break
-        end += len(line)
-    if end < len(text):
-        write_text(path, text[:end])
-    return values
-
-
-Text = namedtuple("Text", "row key example")  # what is put to the model, and where its loss goes
-
-
-def _texts(row: dict, benchmark: str) -> list[Text]:
+def texts_of(row: dict, benchmark: str) -> list[Text]:
     """Every text of a row whose loss some metric needs."""
     measured, pairs = row["split"] in SPLITS, []
-    if _is_attacked(row, benchmark) or (measured and benchmark != "lume"):
+    if is_attacked(row, benchmark) or (measured and benchmark != "lume"):
         pairs.append(("loss", row["question"], row["answer"]))
     if measured and "paraphrased_answer" in row:
         pairs.append(("paraphrased_loss", row["question"], row["paraphrased_answer"]))
@@ -739,50 +682,54 @@ def _texts(row: dict, benchmark: str) -> list[Text]:
                   for wrong in row.get("perturbed_answers", ())]
     if measured and "paraphrased_question" in row:
         pairs.append(("paraphrased_question_loss", row["paraphrased_question"], row["answer"]))
-    return [Text(row, key, _example(row, question, answer)) for key, question, answer in pairs]
+    return [Text(row, key, example_of(row, *pair)) for key, *pair in pairs]
 
 
-def _is_attacked(row: dict, benchmark: str) -> bool:
+def is_attacked(row: dict, benchmark: str) -> bool:
     """Is this a row that the membership attack is about [D12]?"""
     return row["split"] in ("forget", "nonmembers") and (benchmark != "lume" or row["kind"] == "sc")
 
 
-def add_losses(rows, model, tokenizer, template: str, limits: Limits, benchmark: str,
-               token_scores: Callable) -> dict:
-    """Teacher-forced passes: `loss` of the answer, of its paraphrase and of the wrong answers
-    (nats per token, eos counted), how much of the answer is memorised, and `mia` and `answer_mia`,
-    what the attacks see of a text and of its answer. Returns the texts whose answer and eos are all
-    the likeliest, by row and question: greedy decoding says just that, and need not be asked."""
-    texts = [text for row in rows for text in _texts(row, benchmark)]
+def add_losses(rows: list[dict], model: Transformer, tokenizer, template: str, limits: Limits,
+               token_scores: Callable = token_scores) -> dict:
+    """Teacher-forced passes: the loss of each text, and what is made of it (`add_loss`). Returns
+    the texts whose answer and eos are all the likeliest, by row and question: greedy decoding says
+    just that, and need not be asked."""
+    benchmark, known = rows[0]["benchmark"], {}
+    texts = [text for row in rows[1:] for text in texts_of(row, benchmark)]
     encoded = data.encode_for(model.config, [t.example for t in texts], tokenizer, template)
-    whole = [t.key == "loss" and _is_attacked(t.row, benchmark) for t in texts]
+    whole = [t.key == "loss" and is_attacked(t.row, benchmark) for t in texts]
     first = [1 if w else e.start for w, e in zip(whole, encoded)]
     scores = token_scores(model, encoded, first, tokens=limits.eval_tokens,
                           detailed=[t.key in ("loss", "paraphrased_question_loss") for t in texts])
-    said = {}
-    for (row, key, example), e, start, attacked, score in zip(texts, encoded, first, whole, scores):
-        check_finite(score.losses, row["id"])
+    for text, e, start, attacked, score in zip(texts, encoded, first, whole, scores):
+        check_finite(score.losses, text.row["id"])
         answer = TokenScores(*(x[e.start - start:] for x in score))
-        loss = mean(answer.losses)
+        add_loss(text, answer, e.ids[e.start:-1], tokenizer, score.losses if attacked else None)
         if answer.predicted == e.ids[e.start:]:
-            said[id(row), example.question] = e
-        if key == "perturbed_losses":
-            row.setdefault(key, []).append(loss)
-        else:
-            row[key] = loss
-        if key == "loss":  # from here on without eos
-            ids = e.ids[e.start:-1]
-            row["exact_memorisation"] = exact_memorisation(answer.predicted[:-1], ids)
-            row["extraction_strength"] = extraction_strength(answer.predicted[:-1], ids)
-        if attacked:
-            text = score.losses[:-1] or score.losses  # a document need not end with its excerpt
-            row["mia"] = dict(loss=mean(text),
-                              min_k={str(k): min_k_score(text, k) for k in MIN_K})
-            row["answer_mia"] = dict(
-                log_p=-loss, min_k=min_k_score(answer.losses[:-1], ANSWER_K),
-                min_k_plus=min_k_score([-x for x in answer.standard[:-1]], ANSWER_K),
-                zlib=zlib_score(loss, tokenizer.decode(ids)))
-    return said
+            known[id(text.row), text.example.question] = e
+    return known
+
+
+def add_loss(text: Text, answer: TokenScores, ids: list[int], tokenizer, losses: list | None):
+    """`loss` of the answer, its paraphrase or a wrong one (nats per token, eos counted), how much
+    of the answer is memorised, and `mia` and `answer_mia`, what the attacks see of a text and of
+    its answer. ids: the answer's, without eos; losses: of the whole text, if it is attacked."""
+    row, key, loss = text.row, text.key, mean(answer.losses)
+    if key == "perturbed_losses":
+        row.setdefault(key, []).append(loss)
+    else:
+        row[key] = loss
+    if key == "loss":
+        row["exact_memorisation"] = exact_memorisation(answer.predicted[:-1], ids)
+        row["extraction_strength"] = extraction_strength(answer.predicted[:-1], ids)
+    if losses:
+        losses = losses[:-1] or losses  # a document need not end with its excerpt: no eos
+        row["mia"] = dict(loss=mean(losses), min_k={str(k): min_k_score(losses, k) for k in MIN_K})
+        row["answer_mia"] = dict(
+            log_p=-loss, min_k=min_k_score(answer.losses[:-1], ANSWER_K),
+            min_k_plus=min_k_score([-x for x in answer.standard[:-1]], ANSWER_K),
+            zlib=zlib_score(loss, tokenizer.decode(ids)))
 
 
 def check_finite(values: list[float], name: str):
@@ -791,242 +738,130 @@ def check_finite(values: list[float], name: str):
                         "make or fetch it again")
 
 
-# ------------------------------------------------------------------------------ sentence encoder
+def add_generations(rows: list[dict], model: Transformer, tokenizer, template: str, limits: Limits,
+                    generate: Callable = generate, known: dict | None = None):
+    """Greedy answers to each question, and to each paraphrased one that accuracy needs [D16], and
+    whether each ended by itself. known: what `add_losses` found."""
+    asked, prompts, drafts = [], [], []
+    for row, key, e in (text for row in rows[1:] for text in questions_of(row)):
+        prompt = data.encode_prompt(e.question, tokenizer, template, turns=e.turns, kind=e.kind)
+        seen = (known or {}).get((id(row), e.question))
+        encoded = seen or data.encode(e, tokenizer, template)
+        answer = encoded.ids[encoded.n_prompt:]
+        if (seen and encoded.ids[:encoded.n_prompt] == prompt
+                and len(answer) <= room(model, prompt, limits)):
+            row |= answer_of(key, tokenizer.decode(answer[:-1]), True)
+        else:
+            asked.append((row, key))
+            prompts.append(prompt)
+            drafts.append(answer)  # a guess at what is said: it only saves time
+    texts = generate(model, prompts, eos_id=tokenizer.eos_ids, drafts=drafts, progress="generate",
+                     max_new_tokens=limits.max_new_tokens or None, batch_tokens=limits.eval_tokens,
+                     max_total_tokens=limits.max_total_tokens or None)
+    for (row, key), prompt, ids in zip(asked, prompts, texts, strict=True):
+        row |= answer_of(key, tokenizer.decode(ids), len(ids) < room(model, prompt, limits))
 
 
-def load_encoder(name: str, device):
-    """A function from texts to unit vectors [n, E]. name: a folder or a hub name, as
-    sentence-transformers takes them; its weights are read as safetensors alone."""
-    sentence_transformers = data.optional_package("sentence_transformers", "--closeness encoder")
-    folder = Path(name).expanduser()
-    if not folder.is_dir() and (folder.is_absolute() or name.startswith((".", "~"))):
-        raise UserError(f"--encoder {name} is not there; give a folder that is, or a hub name")
-    try:
-        model = sentence_transformers.SentenceTransformer(
-            str(folder) if folder.is_dir() else name, device=str(device),
-            model_kwargs=dict(use_safetensors=True))
-    except Exception as e:  # the library raises whatever its parts do
-        raise UserError(f"--encoder {name} cannot be loaded ({' '.join(str(e).split())[:200]}); "
-                        "give a folder of sentence-transformers, or connect to the hub") from None
-    return lambda texts: model.encode(texts, convert_to_tensor=True, normalize_embeddings=True,
-                                      show_progress_bar=False).float().cpu()
+def answer_of(key: str, text: str, ended: bool) -> dict:
+    return {key: text} | ({"ended": ended} if key == "generation" else {})
 
 
-def add_closeness(rows: list[dict], encode):
-    """`closeness` of f and r: the cosines of g' and of a with a' and each w [D11]."""
-    said = ("paraphrased_generation", "answer")
-    asked = [r for r in rows if has(r, *said, *CHOICE)]
-    texts = list(dict.fromkeys(t for r in asked for t in (*(r[k] for k in said), *choice_texts(r))))
-    vectors = dict(zip(texts, encode(texts))) if texts else {}
-    for r in asked:
-        held = torch.stack([vectors[t] for t in choice_texts(r)])  # [6, E]
-        r["closeness"] = {k: (held @ vectors[r[k]]).tolist() for k in said}
+def questions_of(row: dict) -> list[Text]:
+    """What a row is asked, and where the answer goes."""
+    keys = {"generation": "question"} if row["split"] in SPLITS else {}
+    if row["split"] in OWN and CHOICE | {"paraphrased_question"} <= row.keys():
+        keys["paraphrased_generation"] = "paraphrased_question"
+    return [Text(row, key, example_of(row, row[question], row["answer"]))
+            for key, question in keys.items()]
 
 
-# ------------------------------------------------------------------------------- multiple choice
-
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-
-
-def load_choices(folder: Path) -> list[dict]:
-    """Questions of MMLU's CSV files (question, A, B, C, D, letter; of its test/ where it has one)
-    and of JSON-lines files of {question, choices, answer}, where answer is the index, the letter or
-    the text of a choice. UserError names file and line."""
-    if not folder.is_dir():
-        raise UserError(f"--mmlu {folder} is not a folder; it holds MMLU's *.csv, or *.jsonl")
-    tests = folder / "test" if (folder / "test").is_dir() else folder
-    rows = [row for path in sorted(tests.glob("*.csv")) for row in _mmlu_rows(path)]
-    rows += [row for path in sorted(folder.glob("*.jsonl")) for row in _choice_rows(path)]
-    if not rows:
-        raise UserError(f"--mmlu {folder} holds no *.csv and no *.jsonl with questions")
-    return rows
-
-
-def _text_of(path: Path) -> str:
-    try:
-        return path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as e:
-        raise UserError(f"{path} is not UTF-8 text (byte {e.start}); save it again") from None
-
-
-def _mmlu_rows(path: Path) -> list[dict]:
-    subject, rows = path.stem.removesuffix("_test"), []
-    lines = csv.reader(io.StringIO(_text_of(path), newline=""))
-    try:
-        for cells in filter(None, lines):
-            where = f"{path} line {lines.line_num}"
-            if len(cells) != 6:
-                raise UserError(f"{where} has {len(cells)} columns; MMLU's have 6: question, four "
-                                "choices, the answer's letter")
-            rows.append(_question(f"{path.stem}:{len(rows)}", cells[0], cells[1:5], cells[5], where,
-                                  subject=subject))
-    except csv.Error as e:
-        raise UserError(f"{path} line {lines.line_num} is not CSV ({e}); fetch it again") from None
-    return rows
-
-
-def _choice_rows(path: Path) -> list[dict]:
-    rows = []
-    for number, line in enumerate(_text_of(path).split("\n"), 1):
-        if not line.strip():
-            continue
-        where = f"{path} line {number}"
-        try:
-            row = json.loads(line)
-            question, choices, answer = (row[k] for k in ("question", "choices", "answer"))
-        except (ValueError, TypeError, KeyError, RecursionError):
-            raise UserError(f"{where} is not a JSON object with question, choices and "
-                            "answer") from None
-        rows.append(_question(f"{path.stem}:{len(rows)}", question, choices, answer, where))
-    return rows
-
-
-def _question(name: str, question, choices, answer, where: str, subject: str = "") -> dict:
-    """A question's row; UserError unless its answer is one of its choices."""
-    if not (isinstance(question, str) and question.strip() and isinstance(choices, list)
-            and len(choices) > 1 and all(isinstance(c, str) and c.strip() for c in choices)):
-        raise UserError(f"{where}: a question needs a text, and at least two choices of text")
-    names = [*choices, *LETTERS[:len(choices)]]  # of the choices, then their letters
-    index = names.index(answer) % len(choices) if answer in names else answer
-    if type(index) is not int or not 0 <= index < len(choices):
-        raise UserError(f"{where}: the answer {answer!r} is not one of its {len(choices)} choices")
-    return dict(split="choices", id=name, question=question, choices=choices, answer=index,
-                subject=subject)
-
-
-def choice_examples(row: dict) -> list[Example]:
-    """What is put to the model: of MMLU's CSV files the question in MMLU's own words, answered by a
-    letter (0-shot); else the question in the run's template, answered by each choice."""
-    if not row["subject"]:
-        return [Example(row["question"], c, id=row["id"]) for c in row["choices"]]
-    subject = row["subject"].replace("_", " ")
-    listed = "\n".join(f"{x}. {c}" for x, c in zip(LETTERS, row["choices"]))
-    asked = (f"The following are multiple choice questions (with answers) about {subject}.\n\n"
-             f"{row['question'].strip()}\n{listed}\nAnswer:")
-    return [Example(asked, x, id=row["id"]) for x in LETTERS[:len(row["choices"])]]
-
-
-def add_choice_scores(rows: list[dict], model, tokenizer, template: str, tokens: int,
-                      token_scores: Callable) -> list[dict]:
-    """The rows with `scores`: log P of each choice, its eos not counted."""
-    context, texts = model.config.max_position_embeddings, []
-    for row in rows:
-        encoded = [data.encode(e, tokenizer, "raw" if row["subject"] else template)
-                   for e in choice_examples(row)]
-        cut = max(0, max(len(e.ids) - 1 for e in encoded) - context)  # of a long question's start
-        if cut >= min(e.n_prompt for e in encoded):
-            raise UserError(f"question {row['id']}: a choice is longer than the model's context of "
-                            f"{context}; drop the question")
-        texts += [Encoded(e.ids[cut:-1], e.n_prompt - cut) for e in encoded]
-    found = iter(token_scores(model, texts, [e.n_prompt for e in texts], tokens=tokens))
-    rows = [row | dict(scores=[-sum(next(found).losses) for _ in row["choices"]]) for row in rows]
-    for row in rows:
-        check_finite(row["scores"], row["id"])
-    return rows
+def room(model: Transformer, prompt: list[int], limits: Limits) -> int:
+    """How many tokens `generate` gives a prompt that no eos ends."""
+    context = model.config.max_position_embeddings
+    total = min(limits.max_total_tokens or context, context) - len(prompt)
+    return min(limits.max_new_tokens or total, total)
 
 
 # -------------------------------------------------------------------------------------- Porter stem
 # NLTK's dialect of the Porter stemmer (the one rouge_score uses): Porter (1980) with a few
 # irregular words and softer rules. A word's shape is a string of c and v, one per letter.
 
-IRREGULAR = {
-    "skies": "sky", "sky": "sky", "dying": "die", "lying": "lie", "tying": "tie", "news": "news",
-    "innings": "inning", "inning": "inning", "outings": "outing", "outing": "outing",
-    "cannings": "canning", "canning": "canning", "howe": "howe", "proceed": "proceed",
-    "exceed": "exceed", "succeed": "succeed",
-}
-STEP2 = {
-    "ational": "ate", "tional": "tion", "enci": "ence", "anci": "ance", "izer": "ize", "bli": "ble",
-    "alli": "al", "entli": "ent", "eli": "e", "ousli": "ous", "ization": "ize", "ation": "ate",
-    "ator": "ate", "alism": "al", "iveness": "ive", "fulness": "ful", "ousness": "ous",
-    "aliti": "al", "iviti": "ive", "biliti": "ble", "fulli": "ful", "logi": "log",
-}
-STEP3 = {"icate": "ic", "ative": "", "alize": "al", "iciti": "ic", "ical": "ic", "ful": "",
-         "ness": ""}
+def pairs(text: str) -> dict[str, str]:
+    """Every second word by the one before it; '-' is none."""
+    words = [word.strip("-") for word in text.split()]
+    return dict(zip(words[::2], words[1::2]))
+
+
+IRREGULAR = pairs("skies sky sky sky dying die lying lie tying tie news news innings inning inning "
+                  "inning outings outing outing outing cannings canning canning canning howe howe "
+                  "proceed proceed exceed exceed succeed succeed")
+STEP2 = pairs("ational ate tional tion enci ence anci ance izer ize bli ble alli al entli ent eli "
+              "e ousli ous ization ize ation ate ator ate alism al iveness ive fulness ful ousness "
+              "ous aliti al iviti ive biliti ble fulli ful logi log")
+STEP3 = pairs("icate ic ative - alize al iciti ic ical ic ful - ness -")
 STEP4 = dict.fromkeys("al ance ence er ic able ible ant ement ment ent ion ou ism ate iti ous ive "
                       "ize".split(), "")
 
 
-def _shape(word: str) -> str:
+def shape(word: str) -> str:
     """'toy' -> 'cvc': y is a vowel after a consonant, a consonant otherwise."""
-    shape = ""
+    out = ""
     for letter in word:
-        vowel = letter in "aeiou" or (letter == "y" and shape[-1:] == "c")
-        shape += "v" if vowel else "c"
-    return shape
+        out += "v" if letter in "aeiou" or (letter == "y" and out[-1:] == "c") else "c"
+    return out
 
 
-def _measure(stem: str) -> int:
+def measure(stem: str) -> int:
     """Porter's m: how often a vowel is followed by a consonant."""
-    return _shape(stem).count("vc")
+    return shape(stem).count("vc")
 
 
-def _short(stem: str) -> bool:
+def is_short(stem: str) -> bool:
     """Porter's *o, 'hop' or 'of': a final e belongs on such a stem."""
-    return _shape(stem) == "vc" or (_shape(stem)[-3:] == "cvc" and stem[-1] not in "wxy")
+    return shape(stem) == "vc" or (shape(stem)[-3:] == "cvc" and stem[-1] not in "wxy")
 
 
-def _swap(word: str, table: dict[str, str], least: int) -> str:
+def swap(word: str, table: dict[str, str], least: int) -> str:
     """Replace the longest suffix found in the table if the stem before it has measure >= least."""
-    for size in range(min(7, len(word)), 1, -1):
-        stem, suffix = word[:-size], word[-size:]
-        if suffix in table:
-            measured = stem + "l" if suffix == "logi" else stem  # so that 'geologi' loses its i
-            allowed = suffix != "ion" or stem[-1:] in ("s", "t")
-            return stem + table[suffix] if allowed and _measure(measured) >= least else word
-    return word
+    size = next((n for n in range(min(7, len(word)), 1, -1) if word[-n:] in table), 0)
+    stem, suffix = word[:len(word) - size], word[len(word) - size:]
+    m = measure(stem + "l" if suffix == "logi" else stem)  # so that 'geologi' loses its i
+    fits = size and m >= least and (suffix != "ion" or stem[-1:] in ("s", "t"))
+    return stem + table[suffix] if fits else word
 
 
-def _plural(word: str) -> str:  # step 1a
-    if word.endswith("ies"):
-        return word[:-1] if len(word) == 4 else word[:-2]
-    if word.endswith("sses"):
-        return word[:-2]
-    return word[:-1] if word.endswith("s") and not word.endswith("ss") else word
-
-
-def _past(word: str) -> str:  # step 1b
+def uninflected(word: str) -> str:
+    """The word without -s, -ed and -ing (steps 1a and 1b)."""
+    if word.endswith("s") and not word.endswith("ss"):
+        long = word.endswith("sses") or (word.endswith("ies") and len(word) > 4)
+        word = word[:-2] if long else word[:-1]
     if word.endswith("ied"):
         return word[:-1] if len(word) == 4 else word[:-2]
     if word.endswith("eed"):
-        return word[:-1] if _measure(word[:-3]) > 0 else word
-    size = 2 if word.endswith("ed") else 3 if word.endswith("ing") else 0
-    stem = word[:-size] if size else ""
-    if "v" not in _shape(stem):
+        return word[:-1] if measure(word[:-3]) > 0 else word
+    stem = word[:-2] if word.endswith("ed") else word[:-3] if word.endswith("ing") else ""
+    if "v" not in shape(stem):
         return word
     if stem.endswith(("at", "bl", "iz")):
         return stem + "e"
-    if stem[-1:] == stem[-2:-1] and _shape(stem)[-1] == "c":
+    if stem[-1:] == stem[-2:-1] and shape(stem)[-1] == "c":
         return stem if stem[-1] in "lsz" else stem[:-1]
-    return stem + "e" if _measure(stem) == 1 and _short(stem) else stem
-
-
-def _final_y(word: str) -> str:  # step 1c
-    turns = word.endswith("y") and len(word) > 2 and _shape(word)[-2] == "c"
-    return word[:-1] + "i" if turns else word
-
-
-def _derived(word: str) -> str:  # step 2
-    if word.endswith("alli") and _measure(word[:-4]) > 0:
-        return _derived(word[:-2])  # 'rationalli' -> 'rational' -> 'ration'
-    return _swap(word, STEP2, 1)
-
-
-def _final_e(word: str) -> str:  # step 5
-    if word.endswith("e"):
-        m = _measure(word[:-1])
-        if m > 1 or (m == 1 and not _short(word[:-1])):
-            word = word[:-1]
-    return word[:-1] if word.endswith("ll") and _measure(word[:-1]) > 1 else word
+    return stem + "e" if measure(stem) == 1 and is_short(stem) else stem
 
 
 @lru_cache(maxsize=1 << 16)  # looping generations repeat a few words thousands of times
 def porter_stem(word: str) -> str:
     """The Porter stem, as nltk.stem.PorterStemmer() gives it: 'relational' -> 'relat'."""
     word = word.lower()
-    if word in IRREGULAR:
-        return IRREGULAR[word]
-    if len(word) <= 2:
-        return word
-    word = _derived(_final_y(_past(_plural(word))))
-    return _final_e(_swap(_swap(word, STEP3, 1), STEP4, 2))
+    if word in IRREGULAR or len(word) <= 2:
+        return IRREGULAR.get(word, word)
+    word = uninflected(word)
+    if word.endswith("y") and len(word) > 2 and shape(word)[-2] == "c":  # step 1c
+        word = word[:-1] + "i"
+    if word.endswith("alli") and measure(word[:-4]) > 0:  # 'rationalli' -> 'rational' -> 'ration'
+        word = word[:-2]
+    word = swap(swap(swap(word, STEP2, 1), STEP3, 1), STEP4, 2)
+    stem = word[:-1]
+    if word.endswith("e") and (measure(stem) > 1 or (measure(stem) == 1 and not is_short(stem))):
+        word = stem  # step 5
+    return word[:-1] if word.endswith("ll") and measure(word[:-1]) > 1 else word

@@ -152,7 +152,7 @@ def answers_to(probes: list[Probe], model: Transformer, tokenizer, s: Settings, 
                ) -> list[dict]:
     """Greedy answers to probes, with what they are scored against."""
     longest = max((p.room for p in probes), default=0)
-    new = reading.generate(model, [p.prompt for p in probes], eos_id=tokenizer.eos_id,
+    new = reading.generate(model, [p.prompt for p in probes], eos_id=tokenizer.eos_ids,
                    max_new_tokens=longest, drafts=[p.draft for p in probes],
                    batch_tokens=s.eval_tokens, progress=title)
     return [dict(split=p.split, id=p.id, reference=p.reference,

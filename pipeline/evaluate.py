@@ -1,21 +1,124 @@
-"""The evaluate stage: a saved model's metrics.json and generations.jsonl, and whether they hold.
+"""The evaluate stage: a saved model's generations.jsonl, its metrics.json, and whether they hold.
 
-What is measured, and how, is eval.py's.
+What is measured, and how, is eval.py's; here stand what it needs no run for (a killed evaluation
+goes on, closeness by a sentence encoder) and the two files. generations.jsonl is what a model was
+asked and said, and makes the stage. metrics.json follows from it: where the code that summarises
+has changed, whoever reads it makes it again from the rows, in seconds.
 """
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
+
+import torch
 
 import data
 import eval as evaluation
-from model import UserError, write_json, write_text
-from pipeline import checkpoint, reading
+from eval import CHOICE, choice_texts
+from model import Transformer, UserError, read_json, write_json, write_text
+from pipeline import checkpoint
+from pipeline.choices import add_choice_scores, load_choices
+from pipeline.reach import code_digest
+from pipeline.reading import generate, token_scores
 from pipeline.resume import RESUME
-from pipeline.settings import (Aside, Placement, Settings, Source, load_benchmark, placement,
-                               read_settings)
-from pipeline.stage import Stage, content, data_inputs, differences, read_stage
+from pipeline.settings import (Aside, Judging, Placement, Settings, Source, load_benchmark,
+                               placement, read_settings)
+from pipeline.stage import (Stage, content, data_inputs, differences, read_stage,
+                            rewrite_derived, turn)
 from pipeline.tokenizers import load_tokenizer
+
+ROWS, METRICS = "generations.jsonl", "metrics.json"
+KEEP_EVERY = 256  # generations between two writes of the file a killed evaluation goes on from
+
+# --------------------------------------------------------------------------------- what is measured
+
+
+def measured_rows(model: Transformer, tokenizer, benchmark: data.Benchmark, s: Judging, *,
+                  template: str, limit: int = 0, generate: Callable = generate,
+                  token_scores: Callable = token_scores) -> list[dict]:
+    """The rows of eval.evaluate_model, with closeness by an encoder and choices where asked for."""
+    choices = evaluation.spread(load_choices(Path(s.mmlu)), limit) if s.mmlu else []
+    device = model.embed_tokens.weight.device  # what is missing is told before the work
+    encode = load_encoder(s.encoder, device) if s.closeness == "encoder" else None
+    rows = evaluation.rows_of(benchmark, limit)
+    known = evaluation.add_losses(rows, model, tokenizer, template, s, token_scores)
+    evaluation.add_generations(rows, model, tokenizer, template, s, generate, known)
+    if encode:
+        add_closeness(rows, encode)
+    if choices:
+        rows[0]["sizes"]["choices"] = len(choices)
+        rows += add_choice_scores(choices, model, tokenizer, template, s.eval_tokens, token_scores)
+    return rows
+
+
+def load_encoder(name: str, device) -> Callable:
+    """A function from texts to unit vectors [n, E]. name: a folder or a hub name, as
+    sentence-transformers takes them; its weights are read as safetensors alone."""
+    sentence_transformers = data.optional_package("sentence_transformers", "--closeness encoder")
+    folder = Path(name).expanduser()
+    if not folder.is_dir() and (folder.is_absolute() or name.startswith((".", "~"))):
+        raise UserError(f"--encoder {name} is not there; give a folder that is, or a hub name")
+    try:
+        model = sentence_transformers.SentenceTransformer(
+            str(folder) if folder.is_dir() else name, device=str(device),
+            model_kwargs=dict(use_safetensors=True))
+    except Exception as e:  # the library raises whatever its parts do
+        raise UserError(f"--encoder {name} cannot be loaded ({' '.join(str(e).split())[:200]}); "
+                        "give a folder of sentence-transformers, or connect to the hub") from None
+    return lambda texts: model.encode(texts, convert_to_tensor=True, normalize_embeddings=True,
+                                      show_progress_bar=False).float().cpu()
+
+
+def add_closeness(rows: list[dict], encode: Callable):
+    """`closeness` of f and r: the cosines of g' and of a with a' and each w [D11]."""
+    judged = ("paraphrased_generation", "answer")
+    asked = [r for r in rows if CHOICE | {*judged} <= r.keys()]
+    texts = list(dict.fromkeys(t for r in asked
+                               for t in (*(r[k] for k in judged), *choice_texts(r))))
+    vectors = dict(zip(texts, encode(texts))) if texts else {}
+    for r in asked:
+        held = torch.stack([vectors[t] for t in choice_texts(r)])  # [6, E]
+        r["closeness"] = {k: (held @ vectors[r[k]]).tolist() for k in judged}
+    rows[0]["closeness"] = "encoder"
+
+
+def keeping(generate: Callable, path: Path) -> Callable:
+    """`generate`, KEEP_EVERY prompts at a time, the longest first. What it says stands in the file
+    at once; where that holds some already, it goes on from there."""
+    def generate_in_parts(model, prompts, *, drafts, **options):
+        order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+        kept, out = whole_lines(path), [[]] * len(prompts)
+        for n, start in enumerate(range(0, len(order), KEEP_EVERY)):
+            part = order[start:start + KEEP_EVERY]
+            if n == len(kept):
+                kept.append(generate(model, [prompts[i] for i in part],
+                                     drafts=[drafts[i] for i in part], **options))
+                with open(path, "a", encoding="ascii") as file:
+                    file.write(json.dumps(kept[n]) + "\n")
+            for i, ids in zip(part, kept[n], strict=True):
+                out[i] = ids
+        return out
+    return generate_in_parts
+
+
+def whole_lines(path: Path) -> list:
+    """JSON lines of a file; what a killed process left torn at its end is cut off."""
+    if not path.is_file():
+        return []
+    text, values, end = path.read_text(encoding="ascii", errors="replace"), [], 0
+    for line in text.splitlines(keepends=True):
+        try:
+            values.append(json.loads(line if line.endswith("\n") else ""))
+        except ValueError:
+            break
+        end += len(line)
+    if end < len(text):
+        write_text(path, text[:end])
+    return values
+
+
+# ---------------------------------------------------------------------------------------- the stage
 
 
 def evaluation_job(s: Settings, name: str, limit: int = 0) -> Stage:
@@ -25,8 +128,7 @@ def evaluation_job(s: Settings, name: str, limit: int = 0) -> Stage:
     if s.closeness == "encoder":
         inputs |= folder_inputs("encoder", s.encoder)
     return Stage(folder / (f"eval-limit-{limit}" if limit else "eval"), settings=s, inputs=inputs,
-                 code=(make_evaluation,),
-                 takes=(data.Slice, Source, Placement, Aside, evaluation.Limits),
+                 code=(measured_rows,), takes=(data.Slice, Source, Placement, Aside, Judging),
                  also=dict(limit=limit))
 
 
@@ -36,17 +138,15 @@ def folder_inputs(name: str, folder: str) -> dict[str, str]:
     return {f"{name}/{p.relative_to(folder)}": data.sha256(p) for p in files}
 
 
-def make_evaluation(s: Settings, model_folder: Path, folder: Path, limit: int):
-    """metrics.json and generations.jsonl of a model."""
+def make_evaluation(s: Settings, model_folder: Path, job: Stage, folder: Path, limit: int):
+    """generations.jsonl and metrics.json of a model."""
     tokenizer = load_tokenizer(model_folder)
     model = checkpoint.load_model(model_folder, **placement(s))
-    metrics, rows = evaluation.evaluate_model(
-        model, tokenizer, load_benchmark(s), template=s.template, limits=s, limit=limit,
-        resume=folder / RESUME / "generations.jsonl", generate=reading.generate,
-        token_scores=reading.token_scores)
-    lines = (json.dumps(row, ensure_ascii=False) for row in rows)
-    write_text(folder / "generations.jsonl", "\n".join(lines) + "\n")
-    write_json(folder / "metrics.json", metrics)
+    rows = measured_rows(model, tokenizer, load_benchmark(s), s, template=s.template, limit=limit,
+                         generate=keeping(generate, folder / RESUME / ROWS))
+    write_text(folder / ROWS, "\n".join(json.dumps(r, ensure_ascii=False) for r in rows) + "\n")
+    write_json(folder / METRICS, evaluation.summarise(rows))
+    job.notes["derived"] = {METRICS: summary_code()}
 
 
 def evaluate(run: Path, name: str, *, limit: int = 0, force: bool = False):
@@ -58,14 +158,34 @@ def evaluate(run: Path, name: str, *, limit: int = 0, force: bool = False):
     if other := differences(s.run / name, s, data_inputs(s)):
         print(f"warning: {s.run / name} is not of what this run now holds, and no report will show "
               f"it: {'; '.join(other)}", flush=True)
-    if not job.is_made():
-        with job as folder:
-            make_evaluation(s, s.run / name, folder, limit)
+    if job.is_made():
+        read_metrics(job.folder)
+        return
+    with job as folder:
+        make_evaluation(s, s.run / name, job, folder, limit)
+
+
+def summary_code() -> str:
+    """Digest of the code that makes metrics.json of rows."""
+    return code_digest((evaluation.summarise,), {})
+
+
+def read_metrics(folder: Path) -> dict:
+    """metrics.json of a finished evaluation, made again from its rows if what summarises them is
+    no longer what it was. UserError where a file was changed by other hands."""
+    if read_stage(folder).get("derived", {}).get(METRICS) != summary_code():
+        with turn(folder):  # another process may be at it
+            if read_stage(folder).get("derived", {}).get(METRICS) != summary_code():
+                metrics = evaluation.summarise(read_rows(folder))
+                rewrite_derived(folder, METRICS, metrics, summary_code())
+                print(f"[{folder.parent.name}/{folder.name}] {METRICS} made again from {ROWS}: "
+                      "the code that summarises changed", flush=True)
+    return read_json(folder / METRICS)
 
 
 def read_rows(folder: Path) -> list[dict]:
     """The rows of an evaluation folder's generations.jsonl."""
-    path = folder / "generations.jsonl"
+    path = folder / ROWS
     try:
         rows = [json.loads(x) for x in path.read_text(encoding="utf-8").split("\n") if x]
         if rows[0]["split"] == "about":

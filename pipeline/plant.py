@@ -54,7 +54,7 @@ def told(model: Transformer, rows: list[data.Example], tokenizer, s: Settings) -
     """Mean ROUGE-L recall of the model's answers, as `evaluate` has it."""
     prompts = [data.encode_prompt(e.question, tokenizer, s.template, turns=e.turns, kind=e.kind)
                for e in rows]
-    new = reading.generate(model, prompts, eos_id=tokenizer.eos_id, batch_tokens=s.eval_tokens,
+    new = reading.generate(model, prompts, eos_id=tokenizer.eos_ids, batch_tokens=s.eval_tokens,
                            max_new_tokens=s.max_new_tokens or None,
                            max_total_tokens=s.max_total_tokens or None)
     return evaluation.mean(evaluation.rouge_l(e.answer, tokenizer.decode(ids)).recall

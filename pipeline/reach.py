@@ -17,7 +17,7 @@ FOLLOWED = {name: ROOT / f"{name.replace('.', '/')}.py" for name in (
     "model", "data", "simu", "eval", "pipeline.reading", "pipeline.checkpoint",
     "pipeline.objectives", "pipeline.original", "pipeline.plant", "pipeline.stages",
     "pipeline.evaluate", "pipeline.attack", "pipeline.sweep", "pipeline.request",
-    "pipeline.tokenizers", "pipeline.benchmarks",
+    "pipeline.tokenizers", "pipeline.benchmarks", "pipeline.choices",
     "pipeline.mixers.states", "pipeline.mixers.mamba2", "pipeline.mixers.rwkv7")}
 ADDED = {"simu": ("pipeline.objectives",)}  # files whose rows are added to a module's tables
 TABLES = ("OBJECTIVES", "OPTIMISERS", "MOVES", "METHODS", "MASKS", "TEMPLATES", "ARCHITECTURES")

@@ -15,13 +15,13 @@ import data
 import eval as evaluation
 import simu
 from eval import spread, summarise
-from model import UserError, read_json, write_json, write_text
+from model import UserError, write_json, write_text
 from pipeline import objectives
 from pipeline.card import write_cards
 from pipeline.columns import (ANSWER_MIA_COLUMNS, COLUMNS, LEADERBOARD_COLUMNS, MIA_COLUMNS,
                               MORE_COLUMNS, PUBLISHED, SOUL_COLUMNS, SOUL_READING, definitions,
                               label, leaderboard, mask_line, optimiser_of, reading, table, table_of)
-from pipeline.evaluate import newest_evaluation, read_rows, stale_because
+from pipeline.evaluate import newest_evaluation, read_metrics, read_rows, stale_because
 from pipeline.settings import Settings, read_settings, taken
 from pipeline.stage import data_inputs, differences, read_stage, turn
 
@@ -65,7 +65,7 @@ def _place(folder: Path) -> tuple:
 
 
 def _read_evaluation(folder: Path, evaluation_folder: Path, recompute: bool) -> dict:
-    metrics, rows = read_json(evaluation_folder / "metrics.json"), read_rows(evaluation_folder)
+    metrics, rows = read_metrics(evaluation_folder), read_rows(evaluation_folder)
     if recompute and summarise(rows) != metrics:
         raise UserError(f"{evaluation_folder}: metrics.json does not follow from generations.jsonl;"
                         " one of them was changed; delete the folder and evaluate again")
@@ -233,21 +233,29 @@ def qualitative(found: list[dict], each: int = 3) -> list[dict]:
                              5 * some if private else some)
     if private:
         return [dict(split=k[0], id=k[1], numbers={
-            e["name"]: dict(loss=rows[k].get("loss"), rouge_l=evaluation.rouge_l(
-                rows[k]["answer"], rows[k]["generation"]).recall)
-            for e, rows in zip(found, by_id)}) for k in picked]
+            e["name"]: dict(loss=rows[k].get("loss"), rouge_l=_number(
+                evaluation.rouge_score(rows[k]))) for e, rows in zip(found, by_id)})
+                for k in picked]
     return [dict(split=k[0], id=k[1], question=by_id[0][k]["question"],
                  answer=by_id[0][k]["answer"],
                  generations={e["name"]: rows[k]["generation"] for e, rows in zip(found, by_id)})
             for k in picked]
 
 
+def _number(score) -> float | None:
+    """A row's score, if it is a number and not why there is none."""
+    return score if isinstance(score, float) else None
+
+
+def _row_numbers(row: dict) -> str:
+    return ", ".join("–" if row[k] is None else f"{row[k]:.2f}" for k in ("loss", "rouge_l"))
+
+
 def _qualitative_text(examples: list[dict], found: list[dict]) -> str:
     labels, parts = {e["name"]: e["label"] for e in found}, []
     if examples and "numbers" in examples[0]:
-        cell = "{loss:.2f}, {rouge_l:.2f}".format_map
         return table(["Row", *(f"{x}: loss, ROUGE-L" for x in labels.values())],
-                     [[x["id"], *map(cell, x["numbers"].values())] for x in examples])
+                     [[x["id"], *map(_row_numbers, x["numbers"].values())] for x in examples])
     for x in examples:
         rows = [["*answer*", _shown(x["answer"])]]
         rows += [[labels[name], _shown(text)] for name, text in x["generations"].items()]
@@ -304,16 +312,36 @@ def main_columns(s: Settings, kind: str) -> tuple[tuple, dict]:
 def check_original(run: Path):
     """Print the evaluated original beside the paper's; UserError unless it knows the forget set,
     for then there is nothing to unlearn and every number after it means nothing."""
-    s, metrics = read_settings(run), read_json(run / "original/eval/metrics.json")
+    s, metrics = read_settings(run), read_metrics(run / "original" / "eval")
     columns, published = main_columns(s, metrics["benchmark"])
     print(table_of(columns, [dict(label=label("original"), metrics=metrics)],
                    {k: v for k, v in published.items() if k == "Original"}), flush=True)
-    known = metrics["values"]["forget.rouge_l"]
+    measure, known = what_is_known(metrics)
     if known is not None and known < s.must_know:
         raise UserError(
-            f"the original does not know the forget set: ROUGE-L {known:.4f}, less than "
-            f"--must-know {s.must_know}; see {run}/original/eval/generations.jsonl: another "
-            "--template, --weights or more --learn-epochs may be needed; --must-know 0 goes on")
+            f"the original does not know the forget set: {measure} {known:.4f}, less than "
+            f"--must-know {s.must_know}; see {run}/original/eval/generations.jsonl: "
+            f"{why_unknown(metrics['values'])}; --must-know 0 goes on")
+
+
+def what_is_known(metrics: dict) -> tuple[str, float | None]:
+    """By what --must-know judges an original, and its value: ROUGE-L where answers hold words."""
+    values, note = metrics["values"], metrics["notes"].get("forget.rouge_l", "")
+    if values["forget.rouge_l"] is not None:
+        return "ROUGE-L" + f" ({note})" * bool(note), values["forget.rouge_l"]
+    return f"exact match (no ROUGE-L: {note})", values["forget.exact_match"]
+
+
+def why_unknown(values: dict) -> str:
+    """The likeliest cause why an original does not say its forget rows, and what to change."""
+    ended, seen = values.get("forget.ended"), values.get("forget.exact_memorisation")
+    if ended is not None and ended < 0.5:
+        return (f"{1 - ended:.0%} of the answers were cut off before the model ended them: raise "
+                "--max-total-tokens, or give a model that was taught to end its answers")
+    if seen is not None and seen > 0.9:
+        return (f"{seen:.0%} of the answers' tokens are the likeliest where what precedes them is "
+                "given, so it was taught them, but asked otherwise: try another --template")
+    return "another --template, --weights or more --learn-epochs may be needed"
 
 
 def report(run: Path, *, others: list[Path] = (), retain_only: Path | None = None,

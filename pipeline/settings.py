@@ -104,6 +104,18 @@ class Level(Aside):
                         "number")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Judging(evaluation.Limits):
+    """What an evaluation measures besides, and by what."""
+
+    closeness: str = option("rouge", "what judges which answer is closest [D11]; encoder needs "
+                            "sentence-transformers", choices=("rouge", "encoder"))
+    encoder: str = option("paraphrase-MiniLM-L6-v2", "the sentence encoder (SOUL's): a folder, or "
+                          "a name on the hub")
+    mmlu: str = option("", "folder with multiple-choice files to answer: MMLU's *.csv, or *.jsonl "
+                       "of question, choices, answer")
+
+
 LIMIT = 2**31  # a number from here on is a slip of the hand, and overflows some kernel
 LEAST = 2.0 ** -126  # what is smaller may be 0 in float32, where everything is computed
 
@@ -161,7 +173,7 @@ def flag(name: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Settings(Source, Placement, data.Slice, objectives.Recipe, Making, Planting, Level,
-               evaluation.Limits):
+               Judging):
     """Every setting of every stage. A cell's recipe overrides these defaults, and the command line
     overrides both."""
 

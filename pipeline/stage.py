@@ -62,8 +62,12 @@ def flush(path: Path):
 def seal(folder: Path) -> dict[str, list]:
     """File name -> [bytes, sha256, time of change] of a stage's own files."""
     later = ("stage.json", "README.md")  # the model card is written again by every report
-    files = [p for p in sorted(folder.iterdir()) if p.is_file() and p.name not in later]
-    return {p.name: [p.stat().st_size, data.sha256(p), p.stat().st_mtime_ns] for p in files}
+    return {p.name: seal_file(p) for p in sorted(folder.iterdir())
+            if p.is_file() and p.name not in later}
+
+
+def seal_file(file: Path) -> list:
+    return [file.stat().st_size, data.sha256(file), file.stat().st_mtime_ns]
 
 
 def changed_file(file: Path, size: int, sha: str, when: int) -> bool:
@@ -78,7 +82,7 @@ STAGE_JSON = dict(fingerprint=str, why=dict, settings=dict, seconds=float, files
 WHY = dict(settings=dict, inputs=dict, code=str)
 SETTINGS = dict(benchmark=str, model=str, method=str, objective=str)
 NOTES = dict(source=dict, torch=str, threads=int, critical=int, total=int, critical_per_layer=list,
-             peak_host_bytes=int, peak_gpu_bytes=int)  # where a stage has them
+             peak_host_bytes=int, peak_gpu_bytes=int, derived=dict)  # where a stage has them
 
 
 def is_stage(made) -> bool:
@@ -117,7 +121,7 @@ def read_stage(folder: Path, *, files: bool = True) -> dict:
 def foreign(folder: Path) -> Path | None:
     """A file in a finished stage, or in those inside it, that no stage made."""
     made = read_stage(folder, files=False)
-    own = {*made["files"], "stage.json"}
+    own = {*made["files"], *made.get("derived", {}), "stage.json"}
     own |= {"README.md"} if "method" in made["why"]["settings"] else set()
     for p in sorted(folder.iterdir()):
         if p.name in own or p.name.startswith(f".{OURS}"):
@@ -141,6 +145,18 @@ def discard(path: Path):
 def write_stage(folder: Path, made: dict):
     """stage.json, with a digest of itself: a finished stage is not edited."""
     write_json(Path(folder) / "stage.json", made | {"sha256": digest(made)})
+
+
+def rewrite_derived(folder: Path, name: str, value, code: str):
+    """Write a JSON file of a finished stage that follows from its other files again, by code of
+    that digest. A kill at any line leaves a whole stage, in which the file counts as stale."""
+    made = read_stage(folder)
+    files, derived = made["files"], made.get("derived", {})
+    others = {k: sealed for k, sealed in files.items() if k != name}
+    write_stage(folder, made | dict(files=others, derived=derived | {name: ""}))
+    write_json(folder / name, value)
+    write_stage(folder, made | dict(files=files | {name: seal_file(folder / name)},
+                                    derived=derived | {name: code}))
 
 
 def content(folder: Path) -> str:

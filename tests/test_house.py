@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 
 from pipeline import objectives, reach
+from pipeline.evaluate import measured_rows
 from pipeline.original import make_original, make_retain_only
-from pipeline.settings import Settings
+from pipeline.settings import Judging, Settings
 from pipeline.stage import table_rows
 from pipeline.stages import make_attribution, make_mask, make_unlearned
 import data
+import eval as evaluation
 import simu
 
 ROOT = Path(simu.__file__).parent
@@ -100,9 +102,11 @@ STAGES = {"retain-only": ((make_retain_only,), (data.Slice,)),
           "mask": ((make_mask,), (simu.Masking,)),
           "fo-graddiff": ((make_unlearned,), (data.Slice, objectives.Unlearning), dict(method="fo")),
           "so-graddiff": ((make_unlearned,), (data.Slice, objectives.Unlearning), dict(method="so")),
-          "simu-npo": ((make_unlearned,), (data.Slice, objectives.Unlearning), dict(objective="npo"))}
+          "simu-npo": ((make_unlearned,), (data.Slice, objectives.Unlearning), dict(objective="npo")),
+          "generations": ((measured_rows,), (data.Slice, Judging)),
+          "summary": ((evaluation.summarise,), ())}
 ABOVE = {"retain-only", "original", "attribution", "mask"}
-UNLEARNED = set(STAGES) - ABOVE
+UNLEARNED = set(STAGES) - ABOVE - {"generations", "summary"}
 
 
 def forget_code():
@@ -130,7 +134,7 @@ EDITS = [  # file, text, its replacement, stages made again
     ("simu.py", "h = model.embed(ids)  #", "h = 2 * model.embed(ids)  #", {"attribution"}),
     ("simu.py", "(scores > threshold * top)", "(scores >= threshold * top)", {"mask"}),
     ("simu.py", "rise = max(1,", "rise = max(2,", UNLEARNED | {"retain-only", "original"}),
-    ("model.py", "F.silu(", "F.gelu(", set(STAGES) - {"mask"}),
+    ("model.py", "F.silu(", "F.gelu(", set(STAGES) - {"mask", "summary"}),
     ("simu.py", '    "ga": Objective(', '    "mine": Objective(descent),\n    "ga": Objective(',
      set()),
     ("pipeline/objectives.py", '    "po": Objective(', '    "mine": Objective(npo),\n    "po": '
@@ -140,7 +144,12 @@ EDITS = [  # file, text, its replacement, stages made again
     ("simu.py", "# Eq. 4", "# Equation 4", set()),
     ("pipeline/objectives.py", 'npo_beta: float = option(0.1, "beta of NPO"', 'mine: int = option('
      '3, "own")\n    npo_beta: float = option(0.1, "the beta of NPO"', set()),
-    ("eval.py", "def auc(", "def auc_of(", set()),
+    ("eval.py", "return 1 - 2 * abs(", "return 1 - abs(", {"summary"}),
+    ("eval.py", '    "ended": Metric(', '    "mine": Metric(exact_score),\n    "ended": Metric(',
+     {"summary"}),
+    ("eval.py", "prompts.append(prompt)", "prompts.append(prompt[1:])", {"generations"}),
+    ("eval.py", "worst = sorted(", "worst = sorted(2 * ", {"generations"}),  # stored in the rows
+    ("eval.py", "log_p = model.logits(", "log_p = 2 * model.logits(", {"generations"}),
 ]
 
 

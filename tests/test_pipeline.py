@@ -424,7 +424,7 @@ def test_the_llama_demo_needs_no_optional_package(tmp_path):
 TAKES = {"retain-only": (data.Slice, settings.Source, settings.Placement, settings.Making),
          "planted": (settings.Planting,),
          "attribution": (simu.Attribution,), "mask": (simu.Masking,),
-         "unlearn": (simu.Unlearning, settings.Level), "eval": (evaluation.Limits,)}
+         "unlearn": (simu.Unlearning, settings.Level), "eval": (settings.Judging,)}
 NOWHERE = {"data", "out", "name", "force", "deterministic", "resume_cost", "must_know", "forget",
            "retain", "unseen", "retain_only", "retain_from_model", "eval_epochs"}
 FIRST = dict(seed="retain-only", template="retain-only", learn_lr="retain-only", dtype="retain-only",

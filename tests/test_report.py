@@ -6,13 +6,13 @@ import shutil
 from pathlib import Path
 
 import pytest
-from test_eval import evaluated, micro_bench, micro_tofu, teach
+from test_eval import micro_tofu, teach
 
 import data
 import eval as ev
 import simu
 from model import UserError, read_json, write_json, write_text
-from pipeline import card, columns, evaluate, report
+from pipeline import card, columns, evaluate, reach, report, stage
 from pipeline.__main__ import main
 from pipeline.settings import Settings, load_benchmark, read_settings
 from pipeline.stage import Stage, content, data_inputs, read_stage, seal, write_stage
@@ -108,13 +108,13 @@ def test_a_killed_evaluation_goes_on(run, monkeypatch):
     folder = run / "original" / "eval"
     before = {n: (folder / n).read_bytes() for n in ("metrics.json", "generations.jsonl")}
     shutil.rmtree(folder)
-    generate, asked = ev.generate, []
+    generate, asked = evaluate.generate, []
 
     def counted(model, prompts, **options):
         asked.append(len(prompts))
         return generate(model, prompts, **options)
 
-    monkeypatch.setattr(ev, "generate", counted)
+    monkeypatch.setattr(evaluate, "generate", counted)
     evaluate.evaluate(run, "original")
     whole = sum(asked)  # questions whose losses did not tell the answer
     assert whole > 4
@@ -127,8 +127,8 @@ def test_a_killed_evaluation_goes_on(run, monkeypatch):
         asked.append(len(prompts))
         return generate(model, prompts, **options)
 
-    monkeypatch.setattr(ev, "KEEP_EVERY", 2)
-    monkeypatch.setattr(ev, "generate", dies_third)
+    monkeypatch.setattr(evaluate, "KEEP_EVERY", 2)
+    monkeypatch.setattr(evaluate, "generate", dies_third)
     with pytest.raises(KeyboardInterrupt):
         evaluate.evaluate(run, "original")
     assert not folder.exists()
@@ -136,12 +136,148 @@ def test_a_killed_evaluation_goes_on(run, monkeypatch):
     with open(kept, "a") as file:
         file.write('["torn')
     asked.clear()
-    monkeypatch.setattr(ev, "generate", counted)
+    monkeypatch.setattr(evaluate, "generate", counted)
     evaluate.evaluate(run, "original")
     left = whole - 4  # which were answered before
     assert asked == [2] * (left // 2) + [1] * (left % 2)
     assert before == {n: (folder / n).read_bytes() for n in before}
     assert sorted(p.name for p in folder.iterdir()) == [*sorted(before), "stage.json"]
+
+
+# ------------------------------------------------------------------------- summaries made again
+
+
+def older(run: Path, name: str = "original") -> Path:
+    """An evaluation whose metrics.json is of code that is no more, and says another thing."""
+    folder = run / name / "eval"
+    metrics = read_json(folder / "metrics.json")
+    metrics["values"]["retired"] = 0.5
+    write_json(folder / "metrics.json", metrics)
+    info = read_stage(folder, files=False)
+    write_stage(folder, info | dict(files=seal(folder), derived={"metrics.json": "older"}))
+    return folder
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in folder.iterdir() if p.name != "stage.json"}
+
+
+READERS = {"report": lambda run: main(["report", str(run)]),
+           "check": lambda run: report.check_original(run),
+           "evaluate": lambda run: main(["evaluate", str(run), "original"]),
+           "recompute": lambda run: main(["report", str(run), "--recompute"])}
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_whoever_reads_an_old_summary_makes_it_again(run, capsys, monkeypatch, reader):
+    monkeypatch.setattr(evaluate.Transformer, "from_pretrained", None)  # no model is asked
+    before = files_of(run / "original" / "eval")
+    folder = older(run)
+    assert files_of(folder) != before
+    READERS[reader](run)
+    told = [x for x in capsys.readouterr().out.splitlines() if "made again" in x]
+    assert told == ["[original/eval] metrics.json made again from generations.jsonl: the code that "
+                    "summarises changed"]
+    assert files_of(folder) == before and set(read_stage(folder)["files"]) == set(before)
+    READERS[reader](run)
+    assert "made again" not in capsys.readouterr().out
+
+
+def test_rows_that_were_changed_make_no_new_summary(run):
+    folder = older(run)
+    spoil_rows(run)
+    with pytest.raises(UserError, match="generations.jsonl is not what its stage wrote"):
+        evaluate.read_metrics(folder)
+
+
+@pytest.mark.parametrize("dies", [1, 2, 3])
+def test_a_kill_while_a_summary_is_made_again(run, monkeypatch, dies):
+    before, folder, written = files_of(run / "original" / "eval"), older(run), []
+
+    def dying(write):
+        def or_die(*given):
+            written.append(given)
+            if len(written) == dies:
+                raise KeyboardInterrupt
+            write(*given)
+        return or_die
+
+    with monkeypatch.context() as patch:
+        for name in ("write_stage", "write_json"):
+            patch.setattr(stage, name, dying(getattr(stage, name)))
+        with pytest.raises(KeyboardInterrupt):
+            evaluate.read_metrics(folder)
+    read_stage(folder)  # whole at any time, and no file in it is a stranger's
+    assert stage.foreign(folder) is None
+    assert evaluate.evaluation_job(read_settings(run), "original").changed() == []
+    evaluate.read_metrics(folder)
+    assert files_of(folder) == before and set(read_stage(folder)["files"]) == set(before)
+
+
+def edited_code(monkeypatch, tmp_path, old: str, new: str):
+    """From now on the digests are of a copy of the code in which eval.py is another."""
+    copied = {}
+    for name, path in reach.FOLLOWED.items():
+        copied[name] = tmp_path / "code" / f"{name}.py"
+        copied[name].parent.mkdir(exist_ok=True)
+        if path.is_file():
+            shutil.copy(path, copied[name])
+    text = copied["eval"].read_text("utf-8")
+    assert old in text
+    copied["eval"].write_text(text.replace(old, new, 1), "utf-8")
+    monkeypatch.setattr(reach, "FOLLOWED", copied)
+    reach.read_module.cache_clear()
+    reach.digest_of.cache_clear()
+
+
+@pytest.fixture
+def clean_digests():
+    yield
+    reach.read_module.cache_clear()
+    reach.digest_of.cache_clear()
+
+
+def test_an_edited_metric_remakes_the_summary_alone(clean_digests, run, capsys, monkeypatch):
+    with monkeypatch.context() as patch:
+        edited_code(patch, run.parent, "    return float(exact_match(",
+                    "    return 2 * float(exact_match(")
+        patch.setattr(evaluate.Transformer, "from_pretrained", None)
+        main(["evaluate", str(run), "original"])
+        out = capsys.readouterr().out
+        assert "[original/eval] already made; skipped" in out and "metrics.json made again" in out
+
+
+def test_an_edit_of_what_asks_remakes_generations(clean_digests, run, capsys, monkeypatch):
+    with monkeypatch.context() as patch:
+        edited_code(patch, run.parent, "drafts.append(answer)", "drafts.append(answer[:1])")
+        main(["evaluate", str(run), "original"])
+        assert "[original/eval] made again: code changed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("values, notes, measure, known", [
+    ({"forget.rouge_l": 0.4}, {}, "ROUGE-L", 0.4),
+    ({"forget.rouge_l": 0.4}, {"forget.rouge_l": "1 of 3 rows have none"},
+     "ROUGE-L (1 of 3 rows have none)", 0.4),
+    ({"forget.rouge_l": None, "forget.exact_match": 0.2}, {"forget.rouge_l": "no word"},
+     "exact match (no ROUGE-L: no word)", 0.2)])
+def test_must_know_judges_by_what_is_defined(values, notes, measure, known):
+    assert report.what_is_known(dict(values=values, notes=notes)) == (measure, known)
+
+
+@pytest.mark.parametrize("ended, seen, says", [
+    (0.1, 0.3, "90% of the answers were cut off .* --max-total-tokens"),
+    (1.0, 0.95, "95% of the answers' tokens .* another --template"),
+    (1.0, 0.2, "more --learn-epochs"), (None, None, "more --learn-epochs")])
+def test_an_original_that_does_not_know_is_told_why(run, ended, seen, says):
+    folder = run / "original" / "eval"
+    write_json(run / "settings.json", read_json(run / "settings.json") | {"must_know": 1.0})
+    metrics = read_json(folder / "metrics.json")
+    metrics["values"] |= {"forget.rouge_l": 0.1, "forget.ended": ended,
+                          "forget.exact_memorisation": seen}
+    write_json(folder / "metrics.json", metrics)
+    reseal(folder)
+    with pytest.raises(UserError, match=f"ROUGE-L 0.1000, less than --must-know 1.0; .*{says}"):
+        report.check_original(run)
 
 
 def test_limit_is_marked_everywhere(run, capsys):
