@@ -14,8 +14,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 # Modules whose code can change a number. Plans, reports and folders are not among them.
 FOLLOWED = {name: ROOT / f"{name.replace('.', '/')}.py" for name in (
-    "model", "data", "simu", "eval", "pipeline.original", "pipeline.plant", "pipeline.stages",
-    "pipeline.evaluate", "pipeline.attack", "pipeline.sweep", "pipeline.request",
+    "model", "data", "simu", "eval", "pipeline.original", "pipeline.stages", "pipeline.evaluate",
+    "pipeline.request", "studies.plant", "studies.attack", "studies.sweep",
     "pipeline.mixers.states", "pipeline.mixers.mamba2", "pipeline.mixers.rwkv7")}
 TABLES = ("OBJECTIVES", "OPTIMISERS", "MOVES", "METHODS", "MASKS", "TEMPLATES", "ARCHITECTURES")
 MESSAGES = ("print", "UserError", "NoAccess", "tqdm")  # calls whose arguments only people read

@@ -35,7 +35,7 @@ import tqdm  # noqa: E402
 import eval as evaluation  # noqa: E402
 import model  # noqa: E402
 import simu  # noqa: E402
-from pipeline import stage, sweep  # noqa: E402
+from pipeline import stage, workers  # noqa: E402
 from pipeline.__main__ import main as command_line  # noqa: E402
 
 LIMIT = 20  # seconds a case may take
@@ -56,7 +56,7 @@ def cli(*words) -> tuple[int, str]:
             contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.redirect_stderr(file))
         stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
-        for module in (simu, model, evaluation, sweep):  # bars go to stderr too
+        for module in (simu, model, evaluation, workers):  # bars go to stderr too
             stack.enter_context(mock.patch.object(module, "tqdm", _quiet))
         saved = os.dup(2)
         os.dup2(file.fileno(), 2)

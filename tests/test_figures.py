@@ -19,10 +19,11 @@ import data
 import simu
 from data import IGNORE, collate
 from model import UserError, read_json, write_json
-from pipeline import figures, settings, stage, sweep
+from pipeline import settings, stage, workers
 from pipeline.__main__ import main
 from pipeline.report import report
 from pipeline.stages import encoded_rows
+from studies import figures, sweep
 from test_simu import literal_update, recipe, rows, run, tiny
 
 DEMO = Path(simu.__file__).parent / "pipeline" / "demo"
@@ -368,7 +369,7 @@ def test_workers_are_deaf_to_ctrl_c_from_their_start():
         def submit(self, *_):
             return signal.getsignal(signal.SIGINT)
     before = signal.getsignal(signal.SIGINT)
-    assert sweep.submitted(Pool(), print, [1, 2]) == [signal.SIG_IGN] * 2
+    assert workers.submitted(Pool(), print, [1, 2]) == [signal.SIG_IGN] * 2
     assert signal.getsignal(signal.SIGINT) == before
 
 

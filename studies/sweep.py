@@ -25,22 +25,14 @@ import io
 import itertools
 import json
 import math
-import multiprocessing
 import os
 import re
-import signal
-import sys
-import threading
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import nullcontext, redirect_stdout
+from contextlib import nullcontext
 from dataclasses import dataclass, field, fields
-from functools import partial
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 import data
 import eval as evaluation
@@ -48,15 +40,13 @@ import simu
 from model import Transformer, UserError, has_types, read_tensors, write_json, write_text
 from pipeline import settings
 from pipeline.columns import table
-from pipeline.evaluate import evaluate
 from pipeline.original import original_stage
 from pipeline.reach import code_digest
-from pipeline.settings import (Aside, Level, Making, Placement, Settings, Source, placement,
-                               taken)
-from pipeline.stage import (claim, content, data_inputs, digest, lock, locked_here, table_rows,
-                            unlearned_name)
-from pipeline.stages import (attribute_stage, encoded_rows, forget_targets, mask_of_scores,
-                             unlearn_stage)
+from pipeline.settings import (Aside, Level, Making, Placement, Settings, Source, load_benchmark,
+                               placement, taken)
+from pipeline.stage import claim, content, data_inputs, digest, lock, table_rows
+from pipeline.stages import attribute_stage, encoded_rows, forget_targets, mask_of_scores
+from pipeline.workers import run_each
 
 ARMS = ("fo", "so", "simu", "simu-random")
 # Of the recipe's rate for the arm's method: close where forgetting sets in, and far beyond it,
@@ -250,27 +240,37 @@ def judge(model: Transformer, bench: data.Benchmark, s: Settings) -> dict:
     return {k: v for k, v in metrics["values"].items() if v is not None}
 
 
+def mask_for(s: Settings):
+    """M [L, D] where the method of s wants one."""
+    return mask_of_scores(s) if simu.METHODS[s.method].masked else None
+
+
+def unlearned(s: Settings, title: str = "unlearn") -> tuple[Transformer, list[dict]]:
+    """The run's original, unlearned as s says, and the log of it."""
+    bench, rows = encoded_rows(s, s.objective)
+    model = Transformer.from_pretrained(s.run / "original", **placement(s))
+    targets = None
+    if simu.OBJECTIVES[s.objective].targeted:
+        targets, _ = forget_targets(s, bench, rows["forget"], model)
+    return model, simu.unlearn(model, rows["forget"], rows["retain"], mask_for(s), s,
+                               targets=targets, title=title)
+
+
 def make_point(p: Point) -> dict:
     """Unlearn and judge one point: what its line of points.jsonl says of the result."""
     s, result = p.settings, {}
-    bench, rows = encoded_rows(s, s.objective)
-    folder = s.run / (p.arm if p.arm in BASELINES else "original")
-    model = Transformer.from_pretrained(folder, **placement(s))
-    if p.arm not in BASELINES:
-        mask = None
-        if simu.METHODS[s.method].masked:
-            mask = mask_of_scores(s)
+    if p.arm in BASELINES:
+        model = Transformer.from_pretrained(s.run / p.arm, **placement(s))
+    else:
+        if (mask := mask_for(s)) is not None:
             result["critical"] = int((mask != 0).sum())
-        targets = None
-        if simu.OBJECTIVES[s.objective].targeted:
-            targets, _ = forget_targets(s, bench, rows["forget"], model)
         try:
-            simu.unlearn(model, rows["forget"], rows["retain"], mask, s, targets=targets)
+            model, _ = unlearned(s)
         except UserError as e:
             if "not finite" not in str(e):
                 raise
             return result | dict(error="diverged", values={})
-    return result | dict(values=judge(model, bench, s))
+    return result | dict(values=judge(model, load_benchmark(s), s))
 
 
 def run_point(p: Point) -> dict:
@@ -284,82 +284,6 @@ def run_point(p: Point) -> dict:
 
 
 # ------------------------------------------------------------------------------------- many points
-
-
-def start_worker(threads: int, held: list):
-    locked_here.update(held)  # what the parent holds is held for its workers
-    tqdm.set_lock(threading.RLock())  # its own is warned of where the worker is ended
-    sys.stderr = open(os.devnull, "w")  # progress bars; the parent shows what a worker raises
-    torch.set_num_threads(threads)
-    threading.Thread(target=end_with_parent, daemon=True).start()
-
-
-def end_with_parent():
-    """A worker whose parent was killed would wait for work for ever, its memory held."""
-    multiprocessing.parent_process().join()
-    os._exit(1)
-
-
-def submitted(pool, function, items: list) -> list:
-    """Their futures. A worker, which starts here, is deaf to Ctrl-C from its first instruction."""
-    heard = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        return [pool.submit(function, item) for item in items]
-    finally:
-        signal.signal(signal.SIGINT, heard)
-
-
-def run_each(function, items: list, jobs: int, title: str):
-    """function of each item, as they come, `jobs` processes at a time, with a bar."""
-    with tqdm(total=len(items), desc=title) as bar:
-        if jobs == 1 or len(items) < 2:
-            for item in items:
-                yield function(item)
-                bar.update()
-            return
-        context = multiprocessing.get_context("spawn")
-        threads = max(1, (os.cpu_count() or 1) // jobs)
-        pool = ProcessPoolExecutor(min(jobs, len(items)), context, start_worker,
-                                   (threads, [*locked_here]))
-        try:
-            for done in as_completed(submitted(pool, function, items)):
-                yield done.result()
-                bar.update()
-        except BrokenProcessPool:
-            raise UserError(f"{title}: the system ended one of {jobs} workers, most likely for want "
-                            "of memory; free some (a sweep: lower --jobs), and the same command "
-                            "goes on: what is done is kept") from None
-        except BaseException:
-            for worker in multiprocessing.active_children():  # or they would end their points first
-                worker.terminate()
-            raise
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-def unlearn_and_evaluate(s: settings.Settings):
-    unlearn_stage(s)
-    evaluate(s.run, unlearned_name(s))
-
-
-def heard(work) -> str:
-    """What work() has to say, which the parent prints whole."""
-    with redirect_stdout(io.StringIO()) as told:
-        work()
-    return told.getvalue()
-
-
-def unlearn_each(given: dict, each: list[str]):
-    """Unlearned models share nothing: on two cores two are made at once, with the same bytes, and
-    what they are compared with is evaluated beside them."""
-    several = [settings.resolve(given | dict(zip(("method", "objective"), pair.split(":"))))
-               for pair in each]
-    run, jobs = several[0].run, [partial(unlearn_and_evaluate, s) for s in several]
-    if (run / "retain-only").exists():
-        jobs.append(partial(evaluate, run, "retain-only"))
-    with lock(run):
-        for told in run_each(heard, jobs, os.cpu_count() or 1, "unlearn"):
-            tqdm.write(told, end="")
 
 
 LINE = dict(key=str, arm=str, seed=int, frontier=bool, values=dict)  # of points.jsonl

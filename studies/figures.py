@@ -33,7 +33,8 @@ from model import UserError, read_json, read_tensors, whole_file
 from pipeline.columns import PUBLISHED_CRITICAL, table
 from pipeline.settings import HERE, Parser, read_settings
 from pipeline.stage import data_inputs, differences, digest, read_stage
-from pipeline.sweep import COLUMNS, write_csv
+from studies.common import interval
+from studies.sweep import COLUMNS, write_csv
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart; markers say the same again.
 BLACK, ORANGE, SKY, GREEN, BLUE, RED, PINK = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2",
@@ -45,8 +46,6 @@ NAMES = {"fo": "FO-GradDiff", "so": "SO-GradDiff", "simu": "SIMU (critical mask)
          "simu-random": "SIMU, random mask", "simu-forget-only": "SIMU, forget-only mask",
          "simu-soft": "SIMU, soft mask", "simu-none": "SIMU, attention only",
          "simu-all": "SIMU, all of down_proj"}
-# Upper 2.5% points of Student's t for 1 to 9 degrees of freedom; the last serves for more.
-T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 LEVELS = (0.02, 0.05, 0.1, 0.2, 0.5)  # of forget: where utilities are compared
 CELLS = 512  # of a heat map at most: more neurons are put together
 T_GRID = tuple(i / 20 for i in range(1, 21))
@@ -332,14 +331,6 @@ def utility_at(front: list[tuple[float, float]], forget: float) -> float | None:
         if forget <= x1:
             return y0 + (y1 - y0) * (forget - x0) / (x1 - x0)
     return front[-1][1]
-
-
-def interval(xs: list[float]) -> tuple[float, float]:
-    """Mean and half of its 95% t-interval; nan for fewer than two."""
-    if len(xs) < 2:
-        return (xs[0] if xs else math.nan), math.nan
-    return statistics.mean(xs), T95[min(len(xs) - 1, len(T95)) - 1] * (
-        statistics.stdev(xs) / math.sqrt(len(xs)))
 
 
 def frontiers(rows: list[dict]) -> tuple[dict, dict]:

@@ -1,25 +1,18 @@
-"""Tables and figure of known_memory.py, from its CSVs alone.
+"""Tables and figure of `known_memory`, from its CSVs alone.
 
-    python benchmarks/known_memory_page.py      rewrites what follows MARK in the study's README
+    python -m studies known_memory_page rewrites what follows MARK in the study's README
 
 A number is shown once SEEDS seeds have it, with its 95% t-interval over seeds. Differences are
 taken seed by seed.
 """
 
-import csv
-import sys
 from functools import cache
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-import pipeline  # noqa: E402, F401
-
-from known_memory import ATTACKS, RESULTS  # noqa: E402
-from model import write_text  # noqa: E402
-from pipeline import attack, figures  # noqa: E402
-from pipeline.columns import table  # noqa: E402
-from pipeline.stage import run_cli  # noqa: E402
+from model import write_text
+from pipeline.columns import table
+from studies import attack, common, figures
+from studies.common import chosen, groups, interval
+from studies.known_memory import ATTACKS, RESULTS
 
 MARK = "<!-- below: made by known_memory_page.py -->"
 SEEDS = 5
@@ -30,7 +23,7 @@ CURVE = ("Att (ours)", "weights, norm", "size of the activation", "gradient, nor
 
 @cache
 def read(name: str) -> list[dict]:
-    return list(csv.DictReader((RESULTS / f"{name}.csv").open()))
+    return common.read_lines(RESULTS / f"{name}.csv")
 
 
 def lines(name: str, **wanted) -> list[dict]:
@@ -39,18 +32,6 @@ def lines(name: str, **wanted) -> list[dict]:
     taught = groups(read("memory"), *cell)
     return [r for r in chosen(read(name), **wanted)
             if len(taught[tuple(r[k] for k in cell)]) >= SEEDS]
-
-
-def chosen(rows, **wanted) -> list[dict]:
-    return [r for r in rows if all(r[k] == v for k, v in wanted.items())]
-
-
-def groups(rows, *names) -> dict:
-    """{(values of names): the rows that have them}, in order."""
-    out = {}
-    for r in rows:
-        out.setdefault(tuple(r[n] for n in names), []).append(r)
-    return out
 
 
 def by_seed(rows: list[dict], value: str) -> dict[str, float]:
@@ -67,7 +48,7 @@ def less(one: dict, other: dict) -> dict[str, float]:
 def shown(values: dict, sign: str = "") -> str:
     if len(values) < SEEDS:
         return "–"
-    middle, half = figures.interval(list(values.values()))
+    middle, half = interval(list(values.values()))
     return f"{middle:{sign}.3f} ± {half:.3f}"
 
 
@@ -153,7 +134,7 @@ def curve(ax, place: dict, values_of, label: str, i: int):
     at, middle, half = [], [], []
     for memory, share in place.items():
         if len(values := values_of(memory)) >= SEEDS:
-            m, h = figures.interval(list(values.values()))
+            m, h = interval(list(values.values()))
             at.append(share + 0.012 * (i - 2))
             middle.append(m)
             half.append(h)
@@ -163,7 +144,7 @@ def curve(ax, place: dict, values_of, label: str, i: int):
 def draw(cell: dict):
     """Finding, and what the mask gains, against how concentrated the memory is."""
     figure, ((left, right),) = figures.canvas(1, 2, (12.5, 4.6))
-    place = {m: figures.interval(list(by_seed(rows, "share_of_memory").values()))[0]
+    place = {m: interval(list(by_seed(rows, "share_of_memory").values()))[0]
              for (m,), rows in groups(lines("memory", **cell), "memory").items()
              if not m.startswith(("inner", "rows", "layers"))}
     found = [r for r in lines("finding", **cell) if r["layer"] != "all"]
@@ -193,7 +174,9 @@ def draw(cell: dict):
     figures.save(figure, RESULTS / f"{'-'.join(cell.values())}.png")
 
 
-def main():
+def main(argv: list[str]):
+    """The tables and figure of the known-memory page, from its CSVs."""
+    common.parser_of("known_memory_page", __doc__).parse_args(argv)
     out = [MARK]
     for benchmark, model in CELLS:
         cell = dict(benchmark=benchmark, model=model)
@@ -208,7 +191,3 @@ def main():
     page = RESULTS / "README.md"
     text = page.read_text().split(MARK)[0]
     write_text(page, text + "\n\n".join(x for x in out if x) + "\n")
-
-
-if __name__ == "__main__":
-    run_cli(main)
