@@ -1,12 +1,16 @@
 """Every figure of the paper, and the frontier, from what a run or a sweep left in its folder.
 
-    python -m pipeline figures all                    every folder of benchmarks/results/
+    python -m pipeline figures                        every folder of benchmarks/results/
+    python -m pipeline figures runs/demo-tiny-llama   all that this folder has the data for
     python -m pipeline figures frontier runs/sweep-demo-tiny-llama
 
 what       reads                               writes to FOLDER/figures/, each with its CSV
 ---------  ----------------------------------  ------------------------------------------------
-masks      scores.csv of a sweep, or a run's   figure6 (where critical neurons lie), figure4
-           attribution/scores.safetensors      (how many at which t), table5.csv
+masks      scores.csv of a sweep, or a run's   layers (critical neurons by layer, as bars),
+           attribution/scores.safetensors      figure6 (where they lie), figure4 (how many at
+                                               which t), table5.csv
+losses     of a run: each model's log.jsonl    losses: of forget and retain rows by update
+kept       of a run: each model's eval/        kept: what is kept against what is forgotten
 variants   sweep.csv: sweeps m, t and mask     figure2, figure3, figure5
 varied     sweep.csv: sweep vary               varied: every metric against the first setting of
                                                --vary, a line per arm and value of the others
@@ -21,6 +25,7 @@ here, and matplotlib is needed only to draw.
 
 import argparse
 import csv
+import json
 import math
 import statistics
 from pathlib import Path
@@ -31,10 +36,11 @@ import simu
 from data import sha256
 from model import UserError, read_json, read_tensors, whole_file
 from pipeline.columns import PUBLISHED_CRITICAL, table
-from pipeline.settings import HERE, Parser, read_settings
-from pipeline.stage import data_inputs, differences, digest, read_stage
+from pipeline.settings import HERE, Parser, Settings, read_settings
+from pipeline.stage import data_inputs, differences, digest, finished_models, read_stage
 from studies.common import interval
-from studies.sweep import COLUMNS, write_csv
+from studies.sweep import BASELINES, COLUMNS, write_csv
+from studies.sweep import axes as axes_of
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart; markers say the same again.
 BLACK, ORANGE, SKY, GREEN, BLUE, RED, PINK = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2",
@@ -54,7 +60,7 @@ T_GRID = tuple(i / 20 for i in range(1, 21))
 # ------------------------------------------------------------------------------------------ drawing
 
 
-def canvas(rows: int, columns: int, size: tuple[float, float]):
+def canvas(rows: int, columns: int, size: tuple[float, float], **how):
     """(figure, axes as rows of columns), headless."""
     try:
         import matplotlib
@@ -63,8 +69,9 @@ def canvas(rows: int, columns: int, size: tuple[float, float]):
     matplotlib.use("Agg")
     from matplotlib import pyplot
     pyplot.rcParams.update({"font.size": 10, "axes.grid": True, "grid.alpha": 0.3,
-                            "axes.spines.top": False, "axes.spines.right": False})
-    return pyplot.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+                            "axes.spines.top": False, "axes.spines.right": False,
+                            "axes.axisbelow": True, "axes.titlesize": 11})
+    return pyplot.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained", **how)
 
 
 def save(figure, path: Path):
@@ -206,6 +213,32 @@ def figure6(folder: Path, about: dict, forget, retain):
                if f[l, k] or r[l, k]])
 
 
+def layers(folder: Path, about: dict, forget, retain):
+    """How many neurons of each layer are critical, and for which set: bars."""
+    f, r = (simu.critical_mask(x, about["threshold"]) for x in (forget, retain))
+    kinds = (("forget alone", RED, f & ~r), ("both", BLACK, f & r), ("retain alone", SKY, r & ~f))
+    counts = [mask.sum(1) for _, _, mask in kinds]  # [L] each
+    L, D = f.shape
+    figure, ((ax,),) = canvas(1, 1, (max(6, 0.32 * L), 4))
+    under = torch.zeros(L, dtype=torch.int64)
+    for (name, colour, mask), count in zip(kinds, counts):
+        bars = ax.bar(range(L), count.tolist(), 0.75, under.tolist(), color=colour,
+                      label=f"{name} ({int(mask.sum())})")
+        if L <= 8:
+            ax.bar_label(bars, label_type="center", fontsize=9,
+                         color="white" if colour == BLACK else BLACK)
+        under += count
+    ax.set_xticks(range(0, L, max(1, L // 16)))
+    ax.grid(axis="x", visible=False)
+    ax.set(xlabel="layer", ylabel=f"critical neurons of its {D}", title="Critical neurons by "
+           f"layer, t = {about['threshold']}, m = {about['steps']}: {title_of(about)}")
+    figure.legend(*ax.get_legend_handles_labels(), ncols=3, fontsize=9, title="critical for",
+                  loc="outside lower center")
+    save(figure, folder / "figures" / "layers.png")
+    write_csv(folder / "figures" / "layers.csv", ("layer", "forget_alone", "both", "retain_alone"),
+              [(l, *row) for l, row in enumerate(zip(*(x.tolist() for x in counts)))])
+
+
 def figure4(folder: Path, about: dict, forget, retain):
     """Number of critical neurons against t."""
     rows = []
@@ -228,8 +261,9 @@ def figure4(folder: Path, about: dict, forget, retain):
 
 
 def masks(folder: Path, about: dict):
-    """Figures 4 and 6 and Table 5."""
+    """Critical neurons by layer, Figures 4 and 6, Table 5."""
     forget, retain = read_scores(folder, about)
+    layers(folder, about, forget, retain)
     figure6(folder, about, forget, retain)
     figure4(folder, about, forget, retain)
     critical = int(simu.critical_mask(forget, about["threshold"]).sum())
@@ -240,6 +274,125 @@ def masks(folder: Path, about: dict):
     header = ("Method", "Total MLP neurons", "Critical MLP neurons")
     write_csv(folder / "figures" / "table5.csv", header, rows)
     print(table(list(header), rows))
+
+
+# -------------------------------------------------------------------------------- a run's models
+
+
+def own_models(run: Path) -> tuple[Settings, dict[str, tuple]]:
+    """A run's settings, and (method, objective) of each of its unlearned models; the method with
+    its mask, or --name. One that is not of what the run now holds is left out, and named."""
+    s, found = read_settings(run), {}
+    inputs = data_inputs(s)
+    for name in finished_models(run):
+        objective = read_stage(run / name)["why"]["settings"].get("objective")
+        if not objective:
+            continue
+        if why := "; ".join(differences(run / name, s, inputs)):
+            print(f"left out: {run / name} is not of what this run now holds: {why}")
+        else:
+            found[name] = name.removesuffix(f"-{objective}"), objective
+    if not found:
+        raise UserError(f"{run} holds no unlearned model to draw; `python -m pipeline unlearn` "
+                        "makes one")
+    return s, found
+
+
+def looks(names, offset: int = 0) -> dict[str, tuple]:
+    """{name: (colour, marker)} of methods or objectives, each its own."""
+    every = [x for x in STYLES.values() if x[0] != BLACK]  # which baselines have
+    return {name: STYLES.get(name, every[(i + offset) % len(every)])
+            for i, name in enumerate(dict.fromkeys(names))}
+
+
+def evaluated(folder: Path) -> bool:
+    return (folder / "eval" / "stage.json").is_file()
+
+
+def read_log(path: Path) -> list[dict]:
+    return [json.loads(x) for x in path.read_text(encoding="utf-8").splitlines()]
+
+
+MARKS = "osD^vPXhd<>*"
+LOSSES = (("loss_forget", "-"), ("loss_retain", ":"))
+
+
+def losses(folder: Path, about: dict):
+    """Losses by update, a panel for each objective: where forgetting sets in, and what it costs."""
+    _, models = own_models(folder)
+    objectives, ideal = list(dict.fromkeys(x for _, x in models.values())), None
+    if evaluated(folder / "retain-only"):
+        ideal = statistics.mean(x["loss"] for x in read_log(
+            folder / "retain-only" / "eval" / "generations.jsonl") if x["split"] == "forget")
+    wide = min(4, len(objectives))
+    tall = -(-len(objectives) // wide)
+    figure, axes = canvas(tall, wide, (max(6.5, 3.6 * wide), 1.2 + 3 * tall), sharey=True)
+    panels, look, rows = axes.flatten(), looks((x for x, _ in models.values()), 4), []
+    for name, (method, objective) in models.items():
+        log = read_log(folder / name / "log.jsonl")
+        rows += [(name, x["step"], *(x.get(k, "") for k, _ in LOSSES)) for x in log]
+        for key, style in LOSSES:
+            seen = {x["step"]: x[key] for x in log if key in x}
+            panels[objectives.index(objective)].plot(
+                list(seen), list(seen.values()), color=look[method][0], marker=look[method][1],
+                ls=style, ms=4, markevery=max(1, len(seen) // 8),
+                label=method if style == "-" else None)
+    for ax, objective in zip(panels, objectives):
+        if ideal:
+            ax.axhline(ideal, color=BLACK, lw=1, ls="--", label="retain-only on the forget rows")
+        ax.set(title=objective, xlabel="update", yscale="log")
+    for ax in panels[len(objectives):]:
+        ax.set_visible(False)
+    for row in axes:
+        row[0].set_ylabel("loss, nats a token")
+    seen = {label: handle for ax in panels for handle, label in zip(
+        *ax.get_legend_handles_labels())}
+    figure.legend(seen.values(), seen, ncols=5, fontsize=9, loc="outside lower center",
+                  title="solid: forget rows (po: their refusals); dotted: retain rows")
+    figure.suptitle(f"Losses by update: {title_of(about)}", fontsize=11)
+    save(figure, folder / "figures" / "losses.png")
+    write_csv(folder / "figures" / "losses.csv", ("model", "update", *(k for k, _ in LOSSES)), rows)
+
+
+def kept(folder: Path, about: dict):
+    """What is kept against what is forgotten, a mark for each model of a run."""
+    s, models = own_models(folder)
+    at = {}
+    for name in (*BASELINES, *models):
+        if evaluated(folder / name):
+            read_stage(folder / name / "eval")
+            values = read_json(folder / name / "eval" / "metrics.json")["values"]
+            pair = axes_of({k: v for k, v in values.items() if v is not None}, s.layout)
+            at |= {name: (1 - pair[0], pair[1])} if None not in pair else {}
+    if not at.keys() & models:
+        raise UserError(f"{folder} holds no evaluated model to draw; `python -m pipeline evaluate "
+                        f"{folder}` makes it one")
+    figure, ((ax,),) = canvas(1, 1, (8.5, 5))
+    colours = looks((models[x][0] for x in at if x in models), 4)
+    marks = dict(zip(dict.fromkeys(models[x][1] for x in at if x in models), 9 * MARKS))
+    for name, (x, y) in at.items():
+        own = models.get(name)
+        ax.scatter(x, y, s=60 if own else 140, alpha=0.85, zorder=3 if own else 4,
+                   color=colours[own[0]][0] if own else BLACK,
+                   marker=marks[own[1]] if own else {"original": "*"}.get(name, "p"))
+    for name in at.keys() & set(BASELINES):
+        ax.annotate(name, at[name], (0, 9), textcoords="offset points", fontsize=9, ha="center")
+    low, high = ax.get_ylim()
+    if "retain-only" in at:
+        ax.axvline(at["retain-only"][0], color=BLACK, lw=0.8, ls="--")
+        ax.axhline(at["retain-only"][1], color=BLACK, lw=0.8, ls="--")
+    for name, (colour, _) in colours.items():
+        ax.scatter([], [], s=60, color=colour, marker="s", label=name)
+    for name, marker in marks.items():
+        ax.scatter([], [], s=60, color="white", edgecolor=BLACK, marker=marker, label=name)
+    ax.set(xlabel="forgetting: 1 - what is left of the forget set", xlim=(-0.06, 1.06),
+           ylabel="retained utility", ylim=(low, high + 0.1 * (high - low)),
+           title=f"Kept against forgotten: {title_of(about)}")
+    figure.legend(*ax.get_legend_handles_labels(), fontsize=9, loc="outside right center",
+                  title="colour: method\nshape: objective")
+    save(figure, folder / "figures" / "kept.png")
+    write_csv(folder / "figures" / "kept.csv", ("model", "forgotten", "kept"), [
+        (name, *(f"{v:.5f}" for v in pair)) for name, pair in at.items()])
 
 
 # ---------------------------------------------------------------------------- variants (C.1 to C.3)
@@ -508,12 +661,16 @@ def varied(folder: Path, about: dict):
 # --------------------------------------------------------------------------------------------- main
 
 SCORES = ("scores.csv", "attribution/scores.safetensors")
-FIGURES = {"masks": masks, "variants": variants, "frontier": frontier, "varied": varied}
+FIGURES = {"masks": masks, "losses": losses, "kept": kept, "variants": variants,
+           "frontier": frontier, "varied": varied}
 
 
 def drawable(folder: Path, about: dict) -> list[str]:
     """The figures for which a folder holds the data."""
     found = ["masks"] if any((folder / x).is_file() for x in SCORES) else []
+    if unlearned := [x for x in finished_models(folder) if (folder / x / "log.jsonl").is_file()
+                     and x not in BASELINES and not x.startswith("planted-")]:
+        found += ["losses"] + ["kept"] * any(evaluated(folder / x) for x in unlearned)
     if (folder / "sweep.csv").is_file():
         sweeps = {r["sweep"] for r in read_sweep(folder, about)}
         found += ["variants"] if sweeps & {"m", "t", "mask"} else []
@@ -538,9 +695,12 @@ def main(argv: list[str]):
     """The paper's figures and the frontier, from stored runs and sweeps."""
     parser = Parser(prog="python -m pipeline figures", description=__doc__,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("all", *FIGURES))
+    parser.add_argument("what", nargs="?", choices=("all", *FIGURES), default="all",
+                        help="default: all that a folder has the data for")
     parser.add_argument("folders", nargs="*", default=[], type=Path, metavar="FOLDER",
                         help="a run or a sweep; default: every folder of benchmarks/results/")
+    if argv and argv[0] not in ("all", *FIGURES) and not argv[0].startswith("-"):
+        argv = ["all", *argv]
     args = parser.parse_args(argv)
     stored = HERE / "benchmarks" / "results"
     folders = args.folders or sorted(p.parent for p in stored.glob("*/sweep.csv"))
