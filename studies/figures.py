@@ -38,7 +38,7 @@ from model import UserError, read_json, read_tensors, whole_file
 from pipeline.columns import PUBLISHED_CRITICAL, table
 from pipeline.settings import HERE, Parser, Settings, read_settings
 from pipeline.stage import data_inputs, differences, digest, finished_models, read_stage
-from studies.common import interval
+from studies.common import compared, interval
 from studies.sweep import BASELINES, COLUMNS, write_csv
 from studies.sweep import axes as axes_of
 
@@ -578,15 +578,16 @@ def frontier(folder: Path, about: dict):
     levels = {f"forget = {x}": dict.fromkeys(seeds, x) for x in LEVELS}
     if "retain-only" in base:
         levels = {"retain-only's": {k: v[0] for k, v in base["retain-only"].items()}} | levels
-    compared = equal_forgetting(fronts, levels)
+    found = equal_forgetting(fronts, levels)
     write_csv(folder / "figures" / "equal-forgetting.csv", (
         "level", "arm", "seeds", "utility", "half_interval", "simu_minus_arm",
         "difference_half_interval"),
-        [[*r[:3], *("" if math.isnan(x) else f"{x:.5f}" for x in r[3:])] for r in compared])
+        [[*r[:3], *("" if math.isnan(x) else f"{x:.5f}" for x in r[3:])] for r in found])
     print(table(["At equal forgetting", "arm", "seeds", "utility, 95% t-interval",
                  "SIMU minus it, seed by seed"],
                 [[r[0], NAMES.get(r[1], r[1]), r[2], with_interval(*r[3:5]),
-                  with_interval(*r[5:], sign="+")] for r in compared]))
+                  with_interval(*r[5:], sign="+")] for r in found]))
+    print(compared([(r[5], r[6]) for r in found], "seeds; levels of one arm share their runs"))
 
 
 def with_interval(mean: float, half: float, sign: str = "") -> str:

@@ -11,10 +11,10 @@ from functools import cache
 from model import write_text
 from pipeline.columns import table
 from studies import attack, common, figures
-from studies.common import chosen, groups, interval
+from studies.common import chosen, compared, groups, interval
 from studies.known_memory import ATTACKS, RESULTS
 
-MARK = "<!-- below: made by known_memory_page.py -->"
+MARK = "<!-- below: made by known_memory_page -->"
 SEEDS = 5
 CELLS = (("demo", "tiny-llama"), ("demo", "tiny-olmo"))
 CONTROL = {"oracle": "random-oracle", "critical": "random", "soft": "random"}  # of its own size
@@ -46,10 +46,13 @@ def less(one: dict, other: dict) -> dict[str, float]:
 
 
 def shown(values: dict, sign: str = "") -> str:
-    if len(values) < SEEDS:
-        return "–"
-    middle, half = interval(list(values.values()))
-    return f"{middle:{sign}.3f} ± {half:.3f}"
+    return common.cell(list(values.values()), sign) if len(values) >= SEEDS else "–"
+
+
+def count(gaps: list[dict]) -> str:
+    """How many differences by seed a table holds, and how many of them leave out zero."""
+    return "\n\n" + compared([interval(list(gap.values())) for gap in gaps if len(gap) >= SEEDS],
+                             f"{SEEDS} seeds")
 
 
 def matrix(rows: list[dict], down: str, across: str, value: str) -> str:
@@ -79,7 +82,7 @@ def finding_tables(cell: dict) -> str:
 
 
 def helping_table(cell: dict) -> str:
-    every, out = lines("helping", **cell), []
+    every, out, gaps = lines("helping", **cell), [], []
     keys = ("memory", "objective", "attention", "mask", "lr")
     for key, rows in sorted(groups(every, *keys).items(), key=lambda x: x[0][:2]):
         if len(by_seed(rows, "forget")) < SEEDS:
@@ -90,18 +93,20 @@ def helping_table(cell: dict) -> str:
         moving = chosen(every, **same, attention="moving" if attention == "frozen" else "",
                         mask=mask)
         kept = by_seed(rows, "loss_kept")
+        three = [less(by_seed(rows, "utility"), by_seed(control, "utility")),
+                 less(kept, by_seed(control, "loss_kept")),
+                 less(kept, by_seed(moving, "loss_kept"))]
         out.append([*key, *(shown(by_seed(rows, v)) for v in (
             "rows", "updates", "forget", "utility", "loss_forget", "loss_kept")),
-            shown(less(by_seed(rows, "utility"), by_seed(control, "utility")), "+"),
-            shown(less(kept, by_seed(control, "loss_kept")), "+"),
-            shown(less(kept, by_seed(moving, "loss_kept")), "+")])
+            *(shown(gap, "+") for gap in three)])
+        gaps += three
     return table([*keys[:-1], "rate", "rows", "updates", "forget", "utility", "loss, forget",
                   "loss, kept", "utility minus control's", "loss, kept, minus control's",
-                  "loss, kept, minus moving's"], out)
+                  "loss, kept, minus moving's"], out) + count(gaps)
 
 
 def staying_table(cell: dict) -> str:
-    every, out = lines("staying", **cell), []
+    every, out, gaps = lines("staying", **cell), [], []
     keys = ("memory", "objective", "attention", "mask")
     for key, rows in groups(every, *keys).items():
         control = chosen(every, **dict(zip(keys, key)) | dict(
@@ -113,12 +118,14 @@ def staying_table(cell: dict) -> str:
                 some = chosen(some, attack=name)
                 back[who] = less(by_seed(some, "loss_before"), by_seed(some, "loss_after"))
             own = chosen(rows, attack=name)
-            line += [shown(less(by_seed(own, "after"), by_seed(own, "before")), "+"),
-                     shown(back["own"], "+"), shown(less(back["own"], back["control"]), "+")]
+            three = [less(by_seed(own, "after"), by_seed(own, "before")), back["own"],
+                     less(back["own"], back["control"])]
+            line += [shown(gap, "+") for gap in three]
+            gaps += three
         if set(line[len(keys):]) != {"–"}:
             out.append(line)
     return table([*keys, *(f"{name}: {x}" for name in ATTACKS for x in (
-        "more told", "loss won back", "minus control's"))], out)
+        "more told", "loss won back", "minus control's"))], out) + count(gaps)
 
 
 def seconds(cell: dict) -> str:

@@ -102,7 +102,7 @@ def print_tables(out: Path):
             "\nDistance to the same seed's retain-only\n", ("AUC", "forget ROUGE-L", "repetition"),
             far), ("\nROUGE-L on forget rows after attacks\n", ATTACKS, back)):
         print(*filter(None, (title, table([*head, *columns], lines))), sep="\n")
-    print(f"\n± is half of a 95% t-interval over seeds; {len(ends)} lines.")
+    print("\n± is half of a 95% t-interval over seeds, of which each line says how many.")
 
 
 def draw(out: Path):

@@ -55,6 +55,7 @@ FACTORS = (0.0625, 0.0884, 0.125, 0.177, 0.25, 0.354, 0.5, 1, 2, 4)
 VARIANT = 0.0884  # for m, t and masks: there forgetting is not yet complete, and shows what they do
 STEPS = (2, 3, 5, 8, 10)  # m of Figure 2
 THRESHOLDS = tuple(i / 10 for i in range(1, 11))  # t of Figure 3
+SLACK = 0.05  # of forget above retain-only's, within which a point has forgotten
 BASELINES = ("original", "retain-only")
 SWEEPS = ("baseline", "frontier", "vary", "m", "t", "mask")
 VALUES = ("forget.rouge_l", "forget.exact_match", "retain.rouge_l", "retain.exact_match",
@@ -421,19 +422,33 @@ def write_tables(out: Path, points: list[Point], made: dict[str, dict], first: S
 
 
 def print_means(rows: list[list]):
-    """Means over seeds, a line per sweep, arm and setting."""
+    """Means over seeds, a line per sweep, arm and setting, and what a recipe would keep of them."""
     shown = ("sweep", "arm", "lr", "epochs", "threshold", "steps", "varied")
-    groups = {}
+    groups, lines = {}, []
     for row in (dict(zip(COLUMNS, row)) for row in rows):
         groups.setdefault(tuple(str(row[k]) for k in shown), []).append(row)
-    lines = []
     for key, some in groups.items():
-        means = []
+        line = dict(zip(shown, key)) | dict(seeds=len(some))
         for name in ("forget", "utility", "aggregate"):
             there = [float(row[name]) for row in some if row[name]]
-            means.append(f"{evaluation.mean(there):.3f}" if there else some[0]["error"] or "–")
-        lines.append([*key, len(some), *means])
-    print(table([*shown, "seeds", "forget", "utility", "aggregate"], lines))
+            line[name] = f"{evaluation.mean(there):.3f}" if there else some[0]["error"] or "–"
+        lines.append(line)
+    print(table(list(lines[0]), [list(line.values()) for line in lines]))
+    print_kept(lines)
+
+
+def print_kept(lines: list[dict]):
+    """Of each arm, the line of most utility among those that leave at most SLACK more of the forget
+    set than retain-only does."""
+    ideal = [x for x in lines if x["arm"] == "retain-only" and x["forget"][0].isdigit()]
+    tried = [x for x in lines if x["sweep"] in ("frontier", "vary")]
+    for arm in dict.fromkeys(x["arm"] for x in tried if ideal):
+        forgot = [x for x in tried if x["arm"] == arm and x["utility"][0].isdigit()
+                  and float(x["forget"]) <= float(ideal[0]["forget"]) + SLACK]
+        best = max(forgot, key=lambda x: float(x["utility"]), default=None)
+        print(f"kept for {arm}: " + (
+            f"lr {best['lr']} {best['varied']} (utility {best['utility']})" if best else
+            "none forgets as far as retain-only"))
 
 
 # ---------------------------------------------------------------------------------- command line
