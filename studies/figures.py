@@ -25,7 +25,6 @@ here, and matplotlib is needed only to draw.
 
 import argparse
 import csv
-import json
 import math
 import statistics
 from pathlib import Path
@@ -34,62 +33,19 @@ import torch
 
 import simu
 from data import sha256
-from model import UserError, read_json, read_tensors, whole_file
+from model import UserError, read_json, read_tensors
 from pipeline.columns import PUBLISHED_CRITICAL, table
-from pipeline.settings import HERE, Parser, Settings, read_settings
-from pipeline.stage import data_inputs, differences, digest, finished_models, read_stage
+from pipeline.settings import HERE, Parser, read_settings
+from pipeline.stage import data_inputs, differences, digest, read_stage
+from studies import run_figures
 from studies.common import compared, interval
-from studies.sweep import BASELINES, COLUMNS, write_csv
-from studies.sweep import axes as axes_of
+from studies.drawing import (BLACK, BLUE, NAMES, RED, SKY, STYLES, canvas, look_of, save,
+                             title_of)
+from studies.sweep import COLUMNS, write_csv
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart; markers say the same again.
-BLACK, ORANGE, SKY, GREEN, BLUE, RED, PINK = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2",
-                                              "#D55E00", "#CC79A7")
-STYLES = {"fo": (ORANGE, "o"), "so": (BLUE, "s"), "simu": (RED, "D"), "simu-random": (GREEN, "^"),
-          "simu-forget-only": (SKY, "v"), "simu-soft": (PINK, "P"), "simu-none": (BLACK, "X"),
-          "simu-all": ("#999999", "h")}
-NAMES = {"fo": "FO-GradDiff", "so": "SO-GradDiff", "simu": "SIMU (critical mask)",
-         "simu-random": "SIMU, random mask", "simu-forget-only": "SIMU, forget-only mask",
-         "simu-soft": "SIMU, soft mask", "simu-none": "SIMU, attention only",
-         "simu-all": "SIMU, all of down_proj"}
 LEVELS = (0.02, 0.05, 0.1, 0.2, 0.5)  # of forget: where utilities are compared
 CELLS = 512  # of a heat map at most: more neurons are put together
 T_GRID = tuple(i / 20 for i in range(1, 21))
-
-
-# ------------------------------------------------------------------------------------------ drawing
-
-
-def canvas(rows: int, columns: int, size: tuple[float, float], **how):
-    """(figure, axes as rows of columns), headless."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise UserError("figures need matplotlib; pip install matplotlib") from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    pyplot.rcParams.update({"font.size": 10, "axes.grid": True, "grid.alpha": 0.3,
-                            "axes.spines.top": False, "axes.spines.right": False,
-                            "axes.axisbelow": True, "axes.titlesize": 11})
-    return pyplot.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained", **how)
-
-
-def save(figure, path: Path):
-    """PNG without the date and version that would make equal pictures differ."""
-    from matplotlib import pyplot
-    with whole_file(path) as file:
-        figure.savefig(file, format="png", dpi=150, metadata={"Software": None})
-    pyplot.close(figure)
-    print(f"wrote {path}")
-
-
-def title_of(about: dict) -> str:
-    return f"{about['benchmark']}, {Path(about['model']).name}"
-
-
-def look_of(arm: str, index: int) -> tuple[str, str]:
-    """Colour and marker of an arm; index: its place among those drawn."""
-    return STYLES.get(arm, list(STYLES.values())[index % len(STYLES)])
 
 
 # ------------------------------------------------------------------------------------------ reading
@@ -274,125 +230,6 @@ def masks(folder: Path, about: dict):
     header = ("Method", "Total MLP neurons", "Critical MLP neurons")
     write_csv(folder / "figures" / "table5.csv", header, rows)
     print(table(list(header), rows))
-
-
-# -------------------------------------------------------------------------------- a run's models
-
-
-def own_models(run: Path) -> tuple[Settings, dict[str, tuple]]:
-    """A run's settings, and (method, objective) of each of its unlearned models; the method with
-    its mask, or --name. One that is not of what the run now holds is left out, and named."""
-    s, found = read_settings(run), {}
-    inputs = data_inputs(s)
-    for name in finished_models(run):
-        objective = read_stage(run / name)["why"]["settings"].get("objective")
-        if not objective:
-            continue
-        if why := "; ".join(differences(run / name, s, inputs)):
-            print(f"left out: {run / name} is not of what this run now holds: {why}")
-        else:
-            found[name] = name.removesuffix(f"-{objective}"), objective
-    if not found:
-        raise UserError(f"{run} holds no unlearned model to draw; `python -m pipeline unlearn` "
-                        "makes one")
-    return s, found
-
-
-def looks(names, offset: int = 0) -> dict[str, tuple]:
-    """{name: (colour, marker)} of methods or objectives, each its own."""
-    every = [x for x in STYLES.values() if x[0] != BLACK]  # which baselines have
-    return {name: STYLES.get(name, every[(i + offset) % len(every)])
-            for i, name in enumerate(dict.fromkeys(names))}
-
-
-def evaluated(folder: Path) -> bool:
-    return (folder / "eval" / "stage.json").is_file()
-
-
-def read_log(path: Path) -> list[dict]:
-    return [json.loads(x) for x in path.read_text(encoding="utf-8").splitlines()]
-
-
-MARKS = "osD^vPXhd<>*"
-LOSSES = (("loss_forget", "-"), ("loss_retain", ":"))
-
-
-def losses(folder: Path, about: dict):
-    """Losses by update, a panel for each objective: where forgetting sets in, and what it costs."""
-    _, models = own_models(folder)
-    objectives, ideal = list(dict.fromkeys(x for _, x in models.values())), None
-    if evaluated(folder / "retain-only"):
-        ideal = statistics.mean(x["loss"] for x in read_log(
-            folder / "retain-only" / "eval" / "generations.jsonl") if x["split"] == "forget")
-    wide = min(4, len(objectives))
-    tall = -(-len(objectives) // wide)
-    figure, axes = canvas(tall, wide, (max(6.5, 3.6 * wide), 1.2 + 3 * tall), sharey=True)
-    panels, look, rows = axes.flatten(), looks((x for x, _ in models.values()), 4), []
-    for name, (method, objective) in models.items():
-        log = read_log(folder / name / "log.jsonl")
-        rows += [(name, x["step"], *(x.get(k, "") for k, _ in LOSSES)) for x in log]
-        for key, style in LOSSES:
-            seen = {x["step"]: x[key] for x in log if key in x}
-            panels[objectives.index(objective)].plot(
-                list(seen), list(seen.values()), color=look[method][0], marker=look[method][1],
-                ls=style, ms=4, markevery=max(1, len(seen) // 8),
-                label=method if style == "-" else None)
-    for ax, objective in zip(panels, objectives):
-        if ideal:
-            ax.axhline(ideal, color=BLACK, lw=1, ls="--", label="retain-only on the forget rows")
-        ax.set(title=objective, xlabel="update", yscale="log")
-    for ax in panels[len(objectives):]:
-        ax.set_visible(False)
-    for row in axes:
-        row[0].set_ylabel("loss, nats a token")
-    seen = {label: handle for ax in panels for handle, label in zip(
-        *ax.get_legend_handles_labels())}
-    figure.legend(seen.values(), seen, ncols=5, fontsize=9, loc="outside lower center",
-                  title="solid: forget rows (po: their refusals); dotted: retain rows")
-    figure.suptitle(f"Losses by update: {title_of(about)}", fontsize=11)
-    save(figure, folder / "figures" / "losses.png")
-    write_csv(folder / "figures" / "losses.csv", ("model", "update", *(k for k, _ in LOSSES)), rows)
-
-
-def kept(folder: Path, about: dict):
-    """What is kept against what is forgotten, a mark for each model of a run."""
-    s, models = own_models(folder)
-    at = {}
-    for name in (*BASELINES, *models):
-        if evaluated(folder / name):
-            read_stage(folder / name / "eval")
-            values = read_json(folder / name / "eval" / "metrics.json")["values"]
-            pair = axes_of({k: v for k, v in values.items() if v is not None}, s.layout)
-            at |= {name: (1 - pair[0], pair[1])} if None not in pair else {}
-    if not at.keys() & models:
-        raise UserError(f"{folder} holds no evaluated model to draw; `python -m pipeline evaluate "
-                        f"{folder}` makes it one")
-    figure, ((ax,),) = canvas(1, 1, (8.5, 5))
-    colours = looks((models[x][0] for x in at if x in models), 4)
-    marks = dict(zip(dict.fromkeys(models[x][1] for x in at if x in models), 9 * MARKS))
-    for name, (x, y) in at.items():
-        own = models.get(name)
-        ax.scatter(x, y, s=60 if own else 140, alpha=0.85, zorder=3 if own else 4,
-                   color=colours[own[0]][0] if own else BLACK,
-                   marker=marks[own[1]] if own else {"original": "*"}.get(name, "p"))
-    for name in at.keys() & set(BASELINES):
-        ax.annotate(name, at[name], (0, 9), textcoords="offset points", fontsize=9, ha="center")
-    low, high = ax.get_ylim()
-    if "retain-only" in at:
-        ax.axvline(at["retain-only"][0], color=BLACK, lw=0.8, ls="--")
-        ax.axhline(at["retain-only"][1], color=BLACK, lw=0.8, ls="--")
-    for name, (colour, _) in colours.items():
-        ax.scatter([], [], s=60, color=colour, marker="s", label=name)
-    for name, marker in marks.items():
-        ax.scatter([], [], s=60, color="white", edgecolor=BLACK, marker=marker, label=name)
-    ax.set(xlabel="forgetting: 1 - what is left of the forget set", xlim=(-0.06, 1.06),
-           ylabel="retained utility", ylim=(low, high + 0.1 * (high - low)),
-           title=f"Kept against forgotten: {title_of(about)}")
-    figure.legend(*ax.get_legend_handles_labels(), fontsize=9, loc="outside right center",
-                  title="colour: method\nshape: objective")
-    save(figure, folder / "figures" / "kept.png")
-    write_csv(folder / "figures" / "kept.csv", ("model", "forgotten", "kept"), [
-        (name, *(f"{v:.5f}" for v in pair)) for name, pair in at.items()])
 
 
 # ---------------------------------------------------------------------------- variants (C.1 to C.3)
@@ -662,16 +499,14 @@ def varied(folder: Path, about: dict):
 # --------------------------------------------------------------------------------------------- main
 
 SCORES = ("scores.csv", "attribution/scores.safetensors")
-FIGURES = {"masks": masks, "losses": losses, "kept": kept, "variants": variants,
-           "frontier": frontier, "varied": varied}
+FIGURES = {"masks": masks, "losses": run_figures.losses, "kept": run_figures.kept,
+           "variants": variants, "frontier": frontier, "varied": varied}
 
 
 def drawable(folder: Path, about: dict) -> list[str]:
     """The figures for which a folder holds the data."""
     found = ["masks"] if any((folder / x).is_file() for x in SCORES) else []
-    if unlearned := [x for x in finished_models(folder) if (folder / x / "log.jsonl").is_file()
-                     and x not in BASELINES and not x.startswith("planted-")]:
-        found += ["losses"] + ["kept"] * any(evaluated(folder / x) for x in unlearned)
+    found += run_figures.drawable(folder)
     if (folder / "sweep.csv").is_file():
         sweeps = {r["sweep"] for r in read_sweep(folder, about)}
         found += ["variants"] if sweeps & {"m", "t", "mask"} else []

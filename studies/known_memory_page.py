@@ -10,7 +10,7 @@ from functools import cache
 
 from model import write_text
 from pipeline.columns import table
-from studies import attack, common, figures
+from studies import common, drawing
 from studies.common import chosen, compared, groups, interval
 from studies.known_memory import ATTACKS, RESULTS
 
@@ -145,12 +145,12 @@ def curve(ax, place: dict, values_of, label: str, i: int):
             at.append(share + 0.012 * (i - 2))
             middle.append(m)
             half.append(h)
-    ax.errorbar(at, middle, half, label=label, fmt="osD^vP"[i], capsize=3, color=attack.COLOURS[i])
+    ax.errorbar(at, middle, half, label=label, fmt="osD^vP"[i], capsize=3, color=drawing.COLOURS[i])
 
 
 def draw(cell: dict):
     """Finding, and what the mask gains, against how concentrated the memory is."""
-    figure, ((left, right),) = figures.canvas(1, 2, (12.5, 4.6))
+    figure, ((left, right),) = drawing.canvas(1, 2, (12.5, 4.6))
     place = {m: interval(list(by_seed(rows, "share_of_memory").values()))[0]
              for (m,), rows in groups(lines("memory", **cell), "memory").items()
              if not m.startswith(("inner", "rows", "layers"))}
@@ -178,7 +178,7 @@ def draw(cell: dict):
                         va="bottom")
     title = ", ".join(cell.values())
     figure.suptitle(f"{title}: means over {SEEDS} seeds, 95% t-intervals", fontsize=11)
-    figures.save(figure, RESULTS / f"{'-'.join(cell.values())}.png")
+    drawing.save(figure, RESULTS / f"{'-'.join(cell.values())}.png")
 
 
 def main(argv: list[str]):

@@ -22,7 +22,7 @@ from pipeline import settings
 from pipeline.columns import table
 from pipeline.original import original_stage
 from pipeline.stages import attribute_stage
-from studies import common, figures, sweep
+from studies import common, drawing, sweep
 from studies.common import append_lines, cell, groups, numbers, read_lines
 
 RESULTS = common.RESULTS / "objectives"
@@ -109,17 +109,17 @@ def draw(out: Path):
     """Seed 0's losses: forget rows beside those never seen, a panel for each objective."""
     rows = read_lines(out.with_suffix(".losses.csv"))
     keys = list(groups(rows, "objective", "arm"))[::-1]
-    figure, ((axis,),) = figures.canvas(1, 1, (7, 0.32 * len(keys) + 1))
+    figure, ((axis,),) = drawing.canvas(1, 1, (7, 0.32 * len(keys) + 1))
     for y, key in enumerate(keys):
-        for split, colour, up, label in (("forget", figures.RED, 0.12, "forget rows"),
-                                         ("nonmembers", figures.BLUE, -0.12, "rows never seen")):
+        for split, colour, up, label in (("forget", drawing.RED, 0.12, "forget rows"),
+                                         ("nonmembers", drawing.BLUE, -0.12, "rows never seen")):
             own = common.chosen(rows, objective=key[0], arm=key[1], split=split)
             axis.plot(numbers(own, "loss"), [y + up] * len(own), "|", color=colour, ms=7,
                       label="" if y else label)
     axis.set_yticks(range(len(keys)), [" ".join(k).strip("- ") for k in keys])
     axis.set_xlabel("mean loss of the answer, nats per token")
     axis.legend(loc="upper right")
-    figures.save(figure, out.with_suffix(".png"))
+    drawing.save(figure, out.with_suffix(".png"))
 
 
 def main(argv: list[str]):

@@ -22,7 +22,7 @@ import simu
 from model import Transformer
 from pipeline import settings
 from pipeline.columns import table
-from studies import attack, common, figures, sweep
+from studies import common, drawing, sweep
 from studies.common import append_lines, cell, chosen, groups, numbers
 
 RESULTS = common.RESULTS / "tofu-smollm2-135m"
@@ -179,9 +179,9 @@ def draw():
     """ROUGE-L of every arm on every split; retain-only as a dashed line."""
     points = [r for r in read("points") if r["objective"] in ("-", "level")]
     arms = [x for x in ("original", *ARMS) if chosen(points, arm=x)]
-    figure, (axes,) = figures.canvas(1, len(SPLITS), (11, 0.35 * len(arms) + 1.2))
+    figure, (axes,) = drawing.canvas(1, len(SPLITS), (11, 0.35 * len(arms) + 1.2))
     for axis, split in zip(axes, SPLITS):
-        for marker, colour, name in zip("os", attack.COLOURS, ("forget10", "forget05")):
+        for marker, colour, name in zip("os", drawing.COLOURS, ("forget10", "forget05")):
             own = {r["arm"]: float(r[f"{split}.rouge_l"]) for r in chosen(points, forget_set=name)}
             there = [x for x in arms if x in own]
             axis.plot([own[x] for x in there], [-arms.index(x) for x in there], marker,
@@ -193,7 +193,7 @@ def draw():
         axis.set_yticks([-i for i in range(len(arms))], arms if axis is axes[0] else [])
     figure.legend(*axes[0].get_legend_handles_labels(), fontsize=8, ncols=4,
                   loc="outside lower center")
-    figures.save(figure, RESULTS / "arms.png")
+    drawing.save(figure, RESULTS / "arms.png")
 
 
 def tables(a):

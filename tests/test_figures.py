@@ -540,7 +540,7 @@ def test_every_figure_from_stored_numbers(tmp_path, capsys):
     forget, _ = figures.read_scores(tmp_path, figures.read_about(tmp_path))
     critical = simu.critical_mask(forget, 0.6)
     assert [sum(map(int, x.split(",")[1:3])) for x in by_layer[1:]] == critical.sum(1).tolist()
-    assert "18 comparisons, each a 95% t-interval over seeds" in printed
+    assert "15 comparisons, each a 95% t-interval over seeds" in printed
     row = next(x for x in printed.splitlines() if "forget = 0.2" in x and "random" in x)
     assert "+0.1000 ± 0.0000" in row and "| 3 " in row
     before = (tmp_path / "figures" / "frontier.png").read_bytes()
@@ -561,7 +561,7 @@ def test_an_interval_has_the_degrees_of_freedom_of_its_numbers(degrees, point):
 def test_comparisons_are_counted():
     told = common.compared([(0.5, 0.4), (-0.5, 0.4), (0.1, 0.4), (1.0, math.nan)], "rows")
     assert told.startswith("3 comparisons, each a 95% t-interval over rows: 2 leave out zero, "
-                           "where 0.1 ")
+                           "where 0.2 ")
 
 
 def test_a_heat_map_of_a_7b_model_is_put_together(tmp_path):
