@@ -1,9 +1,12 @@
-"""How every picture looks: colours that all can tell apart, headless, the same bytes again."""
+"""How every picture looks: colours that all can tell apart, headless, the same bytes again; and the
+table beside it."""
 
+import csv
+import io
 import itertools
 from pathlib import Path
 
-from model import UserError, whole_file
+from model import UserError, whole_file, write_text
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart; markers say the same again.
 BLACK, ORANGE, SKY, GREEN, BLUE, RED, PINK = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2",
@@ -40,6 +43,18 @@ def save(figure, path: Path):
         figure.savefig(file, format="png", dpi=150, metadata={"Software": None})
     pyplot.close(figure)
     print(f"wrote {path}")
+
+
+def write_csv(path: Path, header, rows):
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([header, *rows])
+    write_text(path, text.getvalue())
+
+
+def save_both(folder: Path, name: str, figure, header, rows):
+    """A picture and its numbers, in FOLDER/figures/."""
+    save(figure, folder / "figures" / f"{name}.png")
+    write_csv(folder / "figures" / f"{name}.csv", header, rows)
 
 
 def title_of(about: dict) -> str:

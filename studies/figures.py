@@ -39,9 +39,9 @@ from pipeline.settings import HERE, Parser, read_settings
 from pipeline.stage import data_inputs, differences, digest, read_stage
 from studies import run_figures
 from studies.common import compared, interval
-from studies.drawing import (BLACK, BLUE, NAMES, RED, SKY, STYLES, canvas, look_of, save,
-                             title_of)
-from studies.sweep import COLUMNS, write_csv
+from studies.drawing import (BLACK, BLUE, NAMES, RED, SKY, STYLES, canvas, look_of, save_both,
+                             title_of, write_csv)
+from studies.sweep import COLUMNS
 
 LEVELS = (0.02, 0.05, 0.1, 0.2, 0.5)  # of forget: where utilities are compared
 CELLS = 512  # of a heat map at most: more neurons are put together
@@ -160,11 +160,10 @@ def figure6(folder: Path, about: dict, forget, retain):
         ax.grid(False)
         ax.set_ylabel("layer")
         ax.set_yticks(range(0, L, max(1, L // 8)))
-    axes[3, 0].set_xlabel("neuron of down_proj's output")
+    axes[3, 0].set_xlabel("neuron of the layer")
     figure.suptitle(f"Critical neurons, t = {about['threshold']}, m = {about['steps']}: "
                     f"{title_of(about)}", fontsize=11)
-    save(figure, folder / "figures" / "figure6.png")
-    write_csv(folder / "figures" / "figure6.csv", ("layer", "neuron", "forget", "retain"),
+    save_both(folder, "figure6", figure, ("layer", "neuron", "forget", "retain"),
               [(l, k, int(f[l, k]), int(r[l, k])) for l in range(L) for k in range(D)
                if f[l, k] or r[l, k]])
 
@@ -190,8 +189,7 @@ def layers(folder: Path, about: dict, forget, retain):
            f"layer, t = {about['threshold']}, m = {about['steps']}: {title_of(about)}")
     figure.legend(*ax.get_legend_handles_labels(), ncols=3, fontsize=9, title="critical for",
                   loc="outside lower center")
-    save(figure, folder / "figures" / "layers.png")
-    write_csv(folder / "figures" / "layers.csv", ("layer", "forget_alone", "both", "retain_alone"),
+    save_both(folder, "layers", figure, ("layer", "forget_alone", "both", "retain_alone"),
               [(l, *row) for l, row in enumerate(zip(*(x.tolist() for x in counts)))])
 
 
@@ -211,8 +209,7 @@ def figure4(folder: Path, about: dict, forget, retain):
     ax.set(xlabel="threshold t", ylabel=f"critical neurons of {forget.numel()}", ylim=(0, None),
            title=f"Figure 4: {title_of(about)}")
     ax.legend()
-    save(figure, folder / "figures" / "figure4.png")
-    write_csv(folder / "figures" / "figure4.csv", ("t", "dual", "forget_only", *(
+    save_both(folder, "figure4", figure, ("t", "dual", "forget_only", *(
         f"dual_layer_{l}" for l in range(len(forget)))), rows)
 
 
@@ -263,9 +260,8 @@ def lines(folder: Path, about: dict, rows: list[dict], sweep: str, x: str, name:
     critical = sorted(number(r, "critical", int) or 0 for r in own)
     figure.suptitle(f"Figure {name[-1]}: {title_of(about)}, SIMU, seed {own[0]['seed']}; "
                     f"{critical[0]} to {critical[-1]} critical neurons", fontsize=11)
-    save(figure, folder / "figures" / f"{name}.png")
     columns = [x, "critical", *(v for panel in PANELS for v, _ in panel)]
-    write_csv(folder / "figures" / f"{name}.csv", columns, [[r[c] for c in columns] for r in own])
+    save_both(folder, name, figure, columns, [[r[c] for c in columns] for r in own])
 
 
 def figure5(folder: Path, about: dict, rows: list[dict]):
@@ -287,9 +283,8 @@ def figure5(folder: Path, about: dict, rows: list[dict]):
     ax.set(ylim=(0, 1.02), title=f"Figure 5: masks (neurons that move), {title_of(about)}, "
            f"seed {own[0]['seed']}, one learning rate")
     ax.legend(ncols=1, fontsize=9, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    save(figure, folder / "figures" / "figure5.png")
     columns = ["arm", "critical", *(v for v, _ in values)]
-    write_csv(folder / "figures" / "figure5.csv", columns, [[r[c] for c in columns] for r in own])
+    save_both(folder, "figure5", figure, columns, [[r[c] for c in columns] for r in own])
 
 
 def variants(folder: Path, about: dict):
@@ -401,8 +396,7 @@ def draw_frontier(folder: Path, about: dict, rows: list[dict], fronts: dict, bas
             one.legend(fontsize=9, loc="lower left")
     figure.suptitle(f"Utility against forgetting, 95% bands: {title_of(about)}, "
                     f"{len(base['original'])} seeds", fontsize=11)
-    save(figure, folder / "figures" / "frontier.png")
-    write_csv(folder / "figures" / "frontier.csv", ("arm", "forget", "utility", "half_interval"),
+    save_both(folder, "frontier", figure, ("arm", "forget", "utility", "half_interval"),
               curve_rows)
 
 
@@ -489,9 +483,7 @@ def varied(folder: Path, about: dict):
                   loc="outside lower center")
     figure.suptitle(f"Against {name}, means over seeds and their range: {title_of(about)}",
                     fontsize=11)
-    save(figure, folder / "figures" / "varied.png")
-    header = ("arm", "others", name, *(m for m, _ in METRICS))
-    write_csv(folder / "figures" / "varied.csv", header, [
+    save_both(folder, "varied", figure, ("arm", "others", name, *(m for m, _ in METRICS)), [
         (*key, v, *(f"{statistics.mean(x):.5f}" if x else "" for x in line[v].values()))
         for key, line in lines.items() for v in line])
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from model import UserError, read_json
 from pipeline.settings import Settings, read_settings
 from pipeline.stage import data_inputs, differences, finished_models, read_stage
-from studies.drawing import BLACK, MARKS, canvas, looks, save, title_of
-from studies.sweep import BASELINES, axes, write_csv
+from studies.drawing import BLACK, MARKS, canvas, looks, save_both, title_of
+from studies.sweep import BASELINES, axes
 
 
 def own_models(run: Path) -> tuple[Settings, dict[str, tuple]]:
@@ -74,8 +74,7 @@ def losses(folder: Path, about: dict):
     figure.legend(seen.values(), seen, ncols=5, fontsize=9, loc="outside lower center",
                   title="solid: forget rows (po: their refusals); dotted: retain rows")
     figure.suptitle(f"Losses by update: {title_of(about)}", fontsize=11)
-    save(figure, folder / "figures" / "losses.png")
-    write_csv(folder / "figures" / "losses.csv", ("model", "update", *(k for k, _ in LOSSES)), rows)
+    save_both(folder, "losses", figure, ("model", "update", *(k for k, _ in LOSSES)), rows)
 
 
 def kept(folder: Path, about: dict):
@@ -114,8 +113,7 @@ def kept(folder: Path, about: dict):
            title=f"Kept against forgotten: {title_of(about)}")
     figure.legend(*ax.get_legend_handles_labels(), fontsize=9, loc="outside right center",
                   title="colour: method\nshape: objective")
-    save(figure, folder / "figures" / "kept.png")
-    write_csv(folder / "figures" / "kept.csv", ("model", "forgotten", "kept"), [
+    save_both(folder, "kept", figure, ("model", "forgotten", "kept"), [
         (name, *(f"{v:.5f}" for v in pair)) for name, pair in at.items()])
 
 

@@ -19,9 +19,7 @@ The same command without --part then makes the table of them all.
 """
 
 import argparse
-import csv
 import dataclasses
-import io
 import itertools
 import json
 import math
@@ -37,7 +35,7 @@ import torch
 import data
 import eval as evaluation
 import simu
-from model import Transformer, UserError, has_types, read_tensors, write_json, write_text
+from model import Transformer, UserError, has_types, read_tensors, write_json
 from pipeline import settings
 from pipeline.columns import table
 from pipeline.original import original_stage
@@ -47,6 +45,7 @@ from pipeline.settings import (Aside, Level, Making, Placement, Settings, Source
 from pipeline.stage import claim, content, data_inputs, digest, lock, table_rows
 from pipeline.stages import attribute_stage, encoded_rows, forget_targets, mask_of_scores
 from pipeline.workers import run_each
+from studies.drawing import write_csv
 
 ARMS = ("fo", "so", "simu", "simu-random")
 # Of the recipe's rate for the arm's method: close where forgetting sets in, and far beyond it,
@@ -393,12 +392,6 @@ def table_row(p: Point, line: dict) -> list:
     return [p.sweep, p.arm, s.seed, f"{s.lr:.4g}", s.epochs, s.threshold, s.steps,
             line.get("critical", ""), *("" if x is None else f"{x:.5f}" for x in numbers),
             " ".join(f"{k}={v}" for k, v in p.varied.items()), line.get("error", "")]
-
-
-def write_csv(path: Path, header, rows):
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([header, *rows])
-    write_text(path, text.getvalue())
 
 
 def write_tables(out: Path, points: list[Point], made: dict[str, dict], first: Settings):
