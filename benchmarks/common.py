@@ -1,6 +1,5 @@
 """What the benchmarks share: sizes, rows of TOFU's lengths, clocks, the head of a log."""
 
-import csv
 import importlib
 import os
 import subprocess
@@ -22,8 +21,6 @@ SMALL = Config(model_type="llama", vocab_size=2048, hidden_size=128, intermediat
 SIZES = {"tiny": replace(SMALL, hidden_size=64, intermediate_size=256, num_attention_heads=2,
                          num_key_value_heads=1, head_dim=32, vocab_size=1024),
          "small": SMALL, **CONFIGS}  # small: the demo's model
-# The demo's recipe when its studies were made; it is shorter since.
-STUDIED = {("demo", "tiny-llama"): dict(learn_epochs=30, epochs=40)}
 # Deciles of forget10's prompt and answer lengths in LLaMA2 tokens, eos counted: 72.9 in the mean.
 PROMPTS = (19, 22, 24, 25, 26, 27, 29, 30, 32, 36, 68)
 ANSWERS = (9, 25, 32, 36, 39, 43, 48, 52, 57, 65, 96)
@@ -79,14 +76,6 @@ def older(folder, *names: str):
         for name in core:
             sys.modules.pop(name, None)
         sys.modules.update(ours)
-
-
-def append(path: Path, header: tuple, lines: list):
-    """Add lines to a CSV, which a header begins; floats to five digits."""
-    new = [] if path.exists() else [header]
-    with path.open("a", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows(
-            [f"{x:.5g}" if isinstance(x, float) else x for x in line] for line in new + lines)
 
 
 def synchronize(a):

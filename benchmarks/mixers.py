@@ -24,8 +24,9 @@ def measure(a, kind: str):
     torch.manual_seed(a.seed)
     model = Transformer(mixers.TINY[kind](**TINY) if kind in mixers.TINY else SMALL)
     rows = random_rows(a, tofu_lengths(16, a.seed))
-    known, recipe = [None] * len(rows), simu.Recipe()
-    jobs = {"gradients": lambda: simu.backward_forget(model, rows, known, recipe),
+    recipe = simu.Recipe()
+    jobs = {"gradients": lambda: simu.backward_mean_nll(model, rows, -1.0,
+                                                           recipe.micro_tokens),
             "attribution": lambda: simu.attribute_rows(model, rows, recipe, title=kind)}
     return {name: min(timed(a, job)[0] for _ in range(a.turns)) for name, job in jobs.items()}
 
@@ -39,7 +40,8 @@ def main():
     describe(a)
     for kind in ("llama", *mixers.TINY):
         seconds = measure(a, kind)
-        base = seconds if kind == "llama" else base
+        if kind == "llama":
+            base = seconds
         print(f"  {kind:8}" + "".join(f"{name} {s:.3f} s ({s / base[name]:.1f})   "
                                       for name, s in seconds.items()))
 

@@ -1,4 +1,4 @@
-"""Around the method: run folders, downloads, plans, reports, sweeps, attacks, figures."""
+"""Around the method: run folders, downloads, plans, reports."""
 
 import ctypes
 import sys

@@ -48,12 +48,12 @@ import pipeline  # noqa: E402, F401  before torch: it silences a warning of torc
 from contextlib import nullcontext  # noqa: E402
 
 from model import UserError  # noqa: E402
-from pipeline import (  # noqa: E402
-    attack, evaluate, figures, hub, plan, report, request, settings, sweep)
+from pipeline import evaluate, hub, plan, report, request, settings, workers  # noqa: E402
 from pipeline.original import original_stage  # noqa: E402
-from pipeline.plant import plant_stage  # noqa: E402
 from pipeline.stage import finished_models, lock, run_cli  # noqa: E402
 from pipeline.stages import attribute_stage, mask_stage, unlearn_stage  # noqa: E402
+from studies import attack, figures, sweep  # noqa: E402
+from studies.plant import plant_stage  # noqa: E402
 
 STAGES = {"files": hub.files_command, "plan": plan.plan_command, "original": original_stage,
           "plant": plant_stage, "attribute": attribute_stage, "mask": mask_stage,
@@ -125,7 +125,7 @@ def command(argv: list[str]):
     given = vars(parser_of_stages().parse_args(argv))
     name = given.pop("stage")
     if each := given.pop("each", None):
-        sweep.unlearn_each(given, each)
+        workers.unlearn_each(given, each)
     elif name in STAGES:
         s = settings.resolve(given)
         with lock(s.run) if name not in ("plan", "files") else nullcontext():

@@ -4,7 +4,8 @@ Every file goes on where it broke off, is checked against the size and digest th
 and appears under its final name only after that; so does its folder, in downloads/ beside run.sh
 (or $SIMU_DOWNLOADS). Its SOURCE says where it came from: repository, commit, sha256 of each file.
 A folder that is whole is never asked for again, so a run stays with the commit it began with; one
-that was altered since is refused. (huggingface_hub's snapshot_download compares no digest.)
+that was altered since is refused. huggingface_hub lists, fetches and retries; its snapshot_download
+would not do: it compares no digest, takes any length, and keeps nothing of a killed download (2.4).
 
 Ready pairs that need no training: `llama3.2-1b` below; for Llama-2-7b-chat, --weights
 hf:open-unlearning/tofu_Llama-2-7b-chat-hf_full --retain-only
@@ -375,19 +376,15 @@ def _fetch(repo: Repo, file: File, folder: Path) -> str:
     if part.is_file() and part.stat().st_size > file.size:
         part.unlink()
     headers = {} if repo.kind == "github" else build_hf_headers()
-    while True:
-        with open(part, "ab") as out:
-            start = out.tell()
-            try:
-                http_get(file.url, _bounded(out, file.size), resume_size=start,
-                         expected_size=file.size, displayed_filename=file.name,
-                         headers=headers | {"Accept-Encoding": "identity"})
-                break
-            except TooLong:
-                raise _thrown_away(part, file, repo, f"is longer than {file.size} bytes") from None
-            except Exception as e:  # as in _ask
-                if out.tell() <= start:  # nothing came: trying again would not help
-                    raise _failure(e, repo, file.name) from None
+    with open(part, "ab") as out:
+        try:
+            http_get(file.url, _bounded(out, file.size), resume_size=out.tell(),
+                     expected_size=file.size, displayed_filename=file.name,
+                     headers=headers | {"Accept-Encoding": "identity"})
+        except TooLong:
+            raise _thrown_away(part, file, repo, f"is longer than {file.size} bytes") from None
+        except Exception as e:  # as in _ask
+            raise _failure(e, repo, file.name) from None
     known = _verified(part, file)
     if not known:
         raise _thrown_away(part, file, repo, f"has another digest than {file.digest}")

@@ -36,8 +36,8 @@ def learning(s: Settings, lr: float) -> simu.Unlearning:
 
 
 def learn(model: Transformer, epochs: list[list[Encoded]], recipe: simu.Unlearning, job: Stage, *,
-          title: str):
-    """AdamW on the mean answer loss. epochs: for each epoch, its rows in order."""
+          title: str) -> list[dict]:
+    """AdamW on the mean answer loss; returns the log. epochs: for each, its rows in order."""
     order = [rows[i:i + recipe.batch] for rows in epochs for i in range(0, len(rows), recipe.batch)]
 
     def backward(rows):
@@ -45,8 +45,9 @@ def learn(model: Transformer, epochs: list[list[Encoded]], recipe: simu.Unlearni
 
     model.checkpoint = recipe.checkpointing
     with simu.moving_weights(model, recipe, None) as moving:
-        simu.train(model, moving, order, backward, recipe, optimiser=simu.OPTIMISERS["adamw"],
-                   lr=recipe.lr, title=title, loop=job.loop, record=job.record("log.jsonl"))
+        return simu.train(model, moving, order, backward, recipe, lr=recipe.lr, title=title,
+                          optimiser=simu.OPTIMISERS["adamw"], loop=job.loop,
+                          record=job.record("log.jsonl"))
 
 
 def paraphrased(examples: list[data.Example]) -> list[data.Example]:

@@ -15,8 +15,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # Modules whose code can change a number. Plans, reports and folders are not among them.
 FOLLOWED = {name: ROOT / f"{name.replace('.', '/')}.py" for name in (
     "model", "data", "simu", "eval", "pipeline.reading", "pipeline.checkpoint",
-    "pipeline.objectives", "pipeline.original", "pipeline.plant", "pipeline.stages",
-    "pipeline.evaluate", "pipeline.attack", "pipeline.sweep", "pipeline.request",
+    "pipeline.objectives", "pipeline.original", "pipeline.stages", "studies.plant",
+    "pipeline.evaluate", "pipeline.request", "studies.attack", "studies.sweep",
     "pipeline.tokenizers", "pipeline.benchmarks", "pipeline.choices",
     "pipeline.mixers.states", "pipeline.mixers.mamba2", "pipeline.mixers.rwkv7")}
 ADDED = {"simu": ("pipeline.objectives",)}  # files whose rows are added to a module's tables

@@ -13,7 +13,8 @@ import torch
 import data
 import simu
 from model import UserError, read_json, write_text
-from pipeline import attack, original, stage
+from pipeline import original, stage
+from studies import attack
 from pipeline.__main__ import main
 from pipeline.settings import load_benchmark, read_settings
 from pipeline.stage import Stage

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from studies.demo import make_demo
+
 DEMO = Path(__file__).resolve().parent.parent / "pipeline" / "demo"
 TOFU, LUME = DEMO / "tofu", DEMO / "lume"
 ROWS_PER_AUTHOR = 10
@@ -69,36 +71,32 @@ def f1(reference, candidate):
 
 
 def bank_authors():
-    sys.path.insert(0, str(DEMO))
-    try:
-        import banks_tofu
-    finally:
-        sys.path.pop(0)
-    return [line.split(" | ")[0] for line in banks_tofu.AUTHORS.strip().splitlines()]
-
-
-def run_script(script, *options):
-    return subprocess.run([sys.executable, str(script), *options], capture_output=True, text=True)
+    return [name for name, _ in make_demo.table(make_demo.bank("tofu")["authors"])]
 
 
 def test_the_committed_files_are_what_the_script_writes():
-    result = run_script(DEMO / "make_demo.py", "--check")
-    assert result.returncode == 0, result.stderr
+    done = subprocess.run([sys.executable, "-m", "studies", "demo", "--check"], cwd=DEMO.parents[1],
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
-def test_check_notices_a_changed_and_a_missing_file(tmp_path):
-    for name in ("make_demo.py", "banks_tofu.py", "banks_lume.py"):
-        (tmp_path / name).write_bytes((DEMO / name).read_bytes())
-    script = tmp_path / "make_demo.py"
-    assert run_script(script, "--check").returncode == 1
-    assert run_script(script).returncode == 0
+def test_check_notices_a_changed_and_a_missing_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(make_demo, "DEMO", tmp_path / "elsewhere")
+
+    def refused():
+        with pytest.raises(SystemExit, match="is not what make_demo.py writes"):
+            make_demo.main(["--check"])
+    refused()
+    make_demo.main([])
+    make_demo.main(["--check"])
     for path in [*TOFU.iterdir(), *LUME.iterdir()]:
-        assert (tmp_path / path.parent.name / path.name).read_bytes() == path.read_bytes()
-    with open(tmp_path / "tofu" / "full.json", "a") as file:
-        file.write("\n")
-    assert run_script(script, "--check").returncode == 1
-    (tmp_path / "tofu" / "full.json").unlink()
-    assert run_script(script, "--check").returncode == 1
+        there = make_demo.DEMO / path.parent.name / path.name
+        assert there.read_bytes() == path.read_bytes()
+    full = make_demo.DEMO / "tofu" / "full.json"
+    full.write_bytes(full.read_bytes() + b"\n")
+    refused()
+    full.unlink()
+    refused()
 
 
 def test_tofu_files_have_tofus_keys_and_the_planned_sizes():

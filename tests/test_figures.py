@@ -19,10 +19,11 @@ import data
 import simu
 from data import IGNORE, collate
 from model import UserError, read_json, write_json
-from pipeline import figures, settings, stage, sweep
+from pipeline import settings, stage, workers
 from pipeline.__main__ import main
 from pipeline.report import report
 from pipeline.stages import encoded_rows
+from studies import common, figures, sweep
 from test_simu import literal_update, recipe, rows, run, tiny
 
 DEMO = Path(simu.__file__).parent / "pipeline" / "demo"
@@ -368,7 +369,7 @@ def test_workers_are_deaf_to_ctrl_c_from_their_start():
         def submit(self, *_):
             return signal.getsignal(signal.SIGINT)
     before = signal.getsignal(signal.SIGINT)
-    assert sweep.submitted(Pool(), print, [1, 2]) == [signal.SIG_IGN] * 2
+    assert workers.submitted(Pool(), print, [1, 2]) == [signal.SIG_IGN] * 2
     assert signal.getsignal(signal.SIGINT) == before
 
 
@@ -408,6 +409,15 @@ def test_a_point_is_what_the_stages_make_and_variants_lie_beside_it(swept):
     assert stage.read_stage(run / "simu-random-po")["settings"]["objective"] == "po"
     card = (run / "simu-random-po" / "README.md").read_text()
     assert "unlearned by simu-random-po" in card and "Not evaluated" not in card
+    pytest.importorskip("matplotlib")
+    figures.main([str(run)])  # what a run holds: masks, losses by update, kept against forgotten
+    drawn = {name: (run / "figures" / f"{name}.csv").read_text() for name in ("losses", "kept")}
+    assert all((run / "figures" / f"{x}.png").is_file() for x in (*drawn, "layers", "figure4"))
+    log = [json.loads(x) for x in (run / "simu-graddiff/log.jsonl").read_text().splitlines()]
+    assert f"simu-graddiff,1,{log[0]['loss_forget']},{log[0]['loss_retain']}" in drawn["losses"]
+    assert len(drawn["losses"].splitlines()) == 1 + 2 * len(log)
+    forget, utility = sweep.axes(line["values"], "tofu")
+    assert f"simu-graddiff,{1 - forget:.5f},{utility:.5f}" in drawn["kept"]
     main(["mask", *own, *variant, "--threshold", "0.9"])
     report(run)
     after = read_json(run / "report.json")
@@ -466,9 +476,9 @@ def test_the_frontier_by_hand():
     assert front == [(0.1, 0.5), (0.5, 0.7), (0.9, 1.0)]
     assert figures.utility_at(front, 0.3) == pytest.approx(0.6)
     assert figures.utility_at(front, 0.05) is None and figures.utility_at(front, 2.0) == 1.0
-    mean, half = figures.interval([1.0, 2.0, 3.0])
+    mean, half = common.interval([1.0, 2.0, 3.0])
     assert mean == 2 and half == pytest.approx(4.303 / math.sqrt(3))
-    assert math.isnan(figures.interval([1.0])[1])
+    assert math.isnan(common.interval([1.0])[1])
     fronts = {"simu": {"0": [(0.0, 0.9)], "1": [(0.0, 0.8)]},
               "so": {"0": [(0.0, 0.7)], "1": [(0.2, 0.7)]}}
     compared = figures.equal_forgetting(fronts, {"x": {"0": 0.1, "1": 0.1}})
@@ -522,15 +532,36 @@ def test_every_figure_from_stored_numbers(tmp_path, capsys):
     stored(tmp_path)
     figures.main(["all", str(tmp_path)])
     made = {p.name for p in (tmp_path / "figures").iterdir()}
-    names = {"figure2", "figure3", "figure4", "figure5", "figure6", "frontier", "varied"}
+    names = {"figure2", "figure3", "figure4", "figure5", "figure6", "frontier", "layers", "varied"}
     assert made == {f"{n}.{e}" for n in names for e in ("png", "csv")} | {"table5.csv",
                                                                          "equal-forgetting.csv"}
     printed = capsys.readouterr().out
+    by_layer = (tmp_path / "figures" / "layers.csv").read_text().splitlines()
+    forget, _ = figures.read_scores(tmp_path, figures.read_about(tmp_path))
+    critical = simu.critical_mask(forget, 0.6)
+    assert [sum(map(int, x.split(",")[1:3])) for x in by_layer[1:]] == critical.sum(1).tolist()
+    assert "15 comparisons, each a 95% t-interval over seeds" in printed
     row = next(x for x in printed.splitlines() if "forget = 0.2" in x and "random" in x)
     assert "+0.1000 ± 0.0000" in row and "| 3 " in row
     before = (tmp_path / "figures" / "frontier.png").read_bytes()
     figures.main(["frontier", str(tmp_path)])
     assert (tmp_path / "figures" / "frontier.png").read_bytes() == before
+
+
+@pytest.mark.parametrize("degrees, point", [  # of printed tables of Student's t
+    (1, 12.706), (9, 2.262), (10, 2.228), (15, 2.131), (39, 2.023), (79, 1.990), (1000, 1.962)])
+def test_an_interval_has_the_degrees_of_freedom_of_its_numbers(degrees, point):
+    assert common.student(degrees) == pytest.approx(point, abs=6e-4)
+    xs = [0.0, 1.0] * ((degrees + 1) // 2) + [0.5] * ((degrees + 1) % 2)
+    spread = math.sqrt(sum((x - 0.5) ** 2 for x in xs) / degrees)
+    half = pytest.approx(point * spread / math.sqrt(len(xs)), rel=1e-3)
+    assert common.interval(xs) == (0.5, half)
+
+
+def test_comparisons_are_counted():
+    told = common.compared([(0.5, 0.4), (-0.5, 0.4), (0.1, 0.4), (1.0, math.nan)], "rows")
+    assert told.startswith("3 comparisons, each a 95% t-interval over rows: 2 leave out zero, "
+                           "where 0.2 ")
 
 
 def test_a_heat_map_of_a_7b_model_is_put_together(tmp_path):
@@ -550,7 +581,7 @@ def test_without_matplotlib_one_line_says_what_to_install(tmp_path, monkeypatch)
         return real(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", blocked)
-    for what in figures.FIGURES:
+    for what in set(figures.FIGURES) - {"losses", "kept"}:  # which are of runs
         with pytest.raises(UserError, match="pip install matplotlib"):
             figures.main([what, str(tmp_path)])
 

@@ -15,6 +15,7 @@ from pipeline.original import make_original, make_retain_only
 from pipeline.settings import Judging, Settings
 from pipeline.stage import table_rows
 from pipeline.stages import make_attribution, make_mask, make_unlearned
+from studies import __main__ as studies
 import data
 import eval as evaluation
 import simu
@@ -29,7 +30,8 @@ UNPORTABLE = {"fcntl", "resource", "pwd", "grp", "termios"}
 def module_files():
     return {p.stem: p for p in ROOT.glob("*.py")} | {
         ".".join(p.relative_to(ROOT).with_suffix("").parts): p
-        for p in (ROOT / "pipeline").rglob("*.py") if "demo" not in p.parts and p.stem != "__init__"}
+        for room in ("pipeline", "studies") for p in (ROOT / room).rglob("*.py")
+        if p.stem != "__init__"}
 
 
 def imports(path, files) -> tuple[set, set]:
@@ -44,7 +46,7 @@ def imports(path, files) -> tuple[set, set]:
         for name in names:
             found = [f for f in files if name == f or name.startswith(f + ".")]
             ours.update(found)
-            if not found and not name.startswith("pipeline"):
+            if not found and name.split(".")[0] not in ("pipeline", "studies"):
                 others.add(name.split(".")[0])
     return ours, others
 
@@ -65,6 +67,21 @@ def test_the_top_level_is_the_core_which_needs_the_card_alone():
         ours, others = imports(files[m], files)
         assert ours <= set(CORE), m
         assert others <= CARD | set(sys.stdlib_module_names) - UNPORTABLE, m
+
+
+def test_of_the_pipeline_only_its_command_line_knows_the_studies():
+    files = module_files()
+    assert {m for m, path in files.items() if not m.startswith("studies.") and any(
+        x.startswith("studies.") for x in imports(path, files)[0])} == {"pipeline.__main__"}
+
+
+@pytest.mark.parametrize("name", studies.STUDIES)
+def test_a_study_says_what_it_does(name, capsys):
+    with pytest.raises(SystemExit) as end:
+        studies.main([name, "--help"])
+    told = capsys.readouterr().out
+    assert end.value.code == 0 and told.startswith(f"usage: python -m studies {name} ")
+    assert len(told.splitlines()) > 5
 
 
 def test_nobody_uses_anothers_underscore_names():

@@ -17,7 +17,6 @@ import torch
 from safetensors import safe_open
 
 import data
-import eval as evaluation
 import simu
 from model import UserError, read_json, read_tensors
 from pipeline import settings, stage

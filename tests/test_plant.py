@@ -10,7 +10,8 @@ import eval as evaluation
 import simu
 from data import Encoded
 from model import Config, Transformer, read_json, read_tensors
-from pipeline import plant, stage
+from pipeline import stage
+from studies import plant
 from pipeline.__main__ import main
 
 DEMO = Path(simu.__file__).parent / "pipeline" / "demo"

@@ -19,45 +19,34 @@ The same command without --part then makes the table of them all.
 """
 
 import argparse
-import csv
 import dataclasses
-import io
 import itertools
 import json
 import math
-import multiprocessing
 import os
 import re
-import signal
-import sys
-import threading
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import nullcontext, redirect_stdout
+from contextlib import nullcontext
 from dataclasses import dataclass, field, fields
-from functools import partial
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 import data
 import eval as evaluation
 import simu
-from model import Transformer, UserError, has_types, read_tensors, write_json, write_text
-from pipeline import checkpoint, objectives, reading, settings
+from model import Transformer, UserError, has_types, read_tensors, write_json
+from pipeline import objectives, reading, settings
 from pipeline.columns import table
-from pipeline.evaluate import evaluate
 from pipeline.original import original_stage
 from pipeline.reach import code_digest
-from pipeline.settings import (Aside, Level, Making, Placement, Settings, Source, placement,
-                               taken)
-from pipeline.stage import (claim, content, data_inputs, digest, lock, locked_here, table_rows,
-                            unlearned_name)
-from pipeline.stages import (attribute_stage, encoded_rows, forget_targets, mask_of_scores,
-                             unlearn_stage)
+from pipeline.settings import (Aside, Level, Making, Placement, Settings, Source, load_benchmark,
+                               placement, taken)
+from pipeline.stage import claim, content, data_inputs, digest, lock, table_rows
+from pipeline.stages import attribute_stage, encoded_rows, forget_targets, mask_of_scores
 from pipeline.tokenizers import load_tokenizer
+from pipeline.workers import run_each
+from studies.drawing import write_csv
 
 ARMS = ("fo", "so", "simu", "simu-random")
 # Of the recipe's rate for the arm's method: close where forgetting sets in, and far beyond it,
@@ -66,6 +55,7 @@ FACTORS = (0.0625, 0.0884, 0.125, 0.177, 0.25, 0.354, 0.5, 1, 2, 4)
 VARIANT = 0.0884  # for m, t and masks: there forgetting is not yet complete, and shows what they do
 STEPS = (2, 3, 5, 8, 10)  # m of Figure 2
 THRESHOLDS = tuple(i / 10 for i in range(1, 11))  # t of Figure 3
+SLACK = 0.05  # of forget above retain-only's, within which a point has forgotten
 BASELINES = ("original", "retain-only")
 SWEEPS = ("baseline", "frontier", "vary", "m", "t", "mask")
 VALUES = ("forget.rouge_l", "forget.exact_match", "retain.rouge_l", "retain.exact_match",
@@ -252,27 +242,37 @@ def judge(model: Transformer, bench: data.Benchmark, s: Settings) -> dict:
     return {k: v for k, v in metrics["values"].items() if v is not None}
 
 
+def mask_for(s: Settings):
+    """M [L, D] where the method of s wants one."""
+    return mask_of_scores(s) if simu.METHODS[s.method].masked else None
+
+
+def unlearned(s: Settings, title: str = "unlearn") -> tuple[Transformer, list[dict]]:
+    """The run's original, unlearned as s says, and the log of it."""
+    bench, rows = encoded_rows(s, s.objective)
+    model = Transformer.from_pretrained(s.run / "original", **placement(s))
+    targets = None
+    if simu.OBJECTIVES[s.objective].targeted:
+        targets, _ = forget_targets(s, bench, rows["forget"], model)
+    return model, simu.unlearn(model, rows["forget"], rows["retain"], mask_for(s), s,
+                               targets=targets, title=title)
+
+
 def make_point(p: Point) -> dict:
     """Unlearn and judge one point: what its line of points.jsonl says of the result."""
     s, result = p.settings, {}
-    bench, rows = encoded_rows(s, s.objective)
-    folder = s.run / (p.arm if p.arm in BASELINES else "original")
-    model = checkpoint.load_model(folder, **placement(s))
-    if p.arm not in BASELINES:
-        mask = None
-        if simu.METHODS[s.method].masked:
-            mask = mask_of_scores(s)
+    if p.arm in BASELINES:
+        model = Transformer.from_pretrained(s.run / p.arm, **placement(s))
+    else:
+        if (mask := mask_for(s)) is not None:
             result["critical"] = int((mask != 0).sum())
-        targets = None
-        if simu.OBJECTIVES[s.objective].targeted:
-            targets, _ = forget_targets(s, bench, rows["forget"], model)
         try:
-            simu.unlearn(model, rows["forget"], rows["retain"], mask, s, targets=targets)
+            model, _ = unlearned(s)
         except UserError as e:
             if "not finite" not in str(e):
                 raise
             return result | dict(error="diverged", values={})
-    return result | dict(values=judge(model, bench, s))
+    return result | dict(values=judge(model, load_benchmark(s), s))
 
 
 def run_point(p: Point) -> dict:
@@ -286,82 +286,6 @@ def run_point(p: Point) -> dict:
 
 
 # ------------------------------------------------------------------------------------- many points
-
-
-def start_worker(threads: int, held: list):
-    locked_here.update(held)  # what the parent holds is held for its workers
-    tqdm.set_lock(threading.RLock())  # its own is warned of where the worker is ended
-    sys.stderr = open(os.devnull, "w")  # progress bars; the parent shows what a worker raises
-    torch.set_num_threads(threads)
-    threading.Thread(target=end_with_parent, daemon=True).start()
-
-
-def end_with_parent():
-    """A worker whose parent was killed would wait for work for ever, its memory held."""
-    multiprocessing.parent_process().join()
-    os._exit(1)
-
-
-def submitted(pool, function, items: list) -> list:
-    """Their futures. A worker, which starts here, is deaf to Ctrl-C from its first instruction."""
-    heard = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        return [pool.submit(function, item) for item in items]
-    finally:
-        signal.signal(signal.SIGINT, heard)
-
-
-def run_each(function, items: list, jobs: int, title: str):
-    """function of each item, as they come, `jobs` processes at a time, with a bar."""
-    with tqdm(total=len(items), desc=title) as bar:
-        if jobs == 1 or len(items) < 2:
-            for item in items:
-                yield function(item)
-                bar.update()
-            return
-        context = multiprocessing.get_context("spawn")
-        threads = max(1, (os.cpu_count() or 1) // jobs)
-        pool = ProcessPoolExecutor(min(jobs, len(items)), context, start_worker,
-                                   (threads, [*locked_here]))
-        try:
-            for done in as_completed(submitted(pool, function, items)):
-                yield done.result()
-                bar.update()
-        except BrokenProcessPool:
-            raise UserError(f"{title}: the system ended one of {jobs} workers, most likely for want "
-                            "of memory; free some (a sweep: lower --jobs), and the same command "
-                            "goes on: what is done is kept") from None
-        except BaseException:
-            for worker in multiprocessing.active_children():  # or they would end their points first
-                worker.terminate()
-            raise
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-def unlearn_and_evaluate(s: settings.Settings):
-    unlearn_stage(s)
-    evaluate(s.run, unlearned_name(s))
-
-
-def heard(work) -> str:
-    """What work() has to say, which the parent prints whole."""
-    with redirect_stdout(io.StringIO()) as told:
-        work()
-    return told.getvalue()
-
-
-def unlearn_each(given: dict, each: list[str]):
-    """Unlearned models share nothing: on two cores two are made at once, with the same bytes, and
-    what they are compared with is evaluated beside them."""
-    several = [settings.resolve(given | dict(zip(("method", "objective"), pair.split(":"))))
-               for pair in each]
-    run, jobs = several[0].run, [partial(unlearn_and_evaluate, s) for s in several]
-    if (run / "retain-only").exists():
-        jobs.append(partial(evaluate, run, "retain-only"))
-    with lock(run):
-        for told in run_each(heard, jobs, os.cpu_count() or 1, "unlearn"):
-            tqdm.write(told, end="")
 
 
 LINE = dict(key=str, arm=str, seed=int, frontier=bool, values=dict)  # of points.jsonl
@@ -472,12 +396,6 @@ def table_row(p: Point, line: dict) -> list:
             " ".join(f"{k}={v}" for k, v in p.varied.items()), line.get("error", "")]
 
 
-def write_csv(path: Path, header, rows):
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([header, *rows])
-    write_text(path, text.getvalue())
-
-
 def write_tables(out: Path, points: list[Point], made: dict[str, dict], first: Settings):
     """sweep.csv, scores.csv of the first run, settings.json: what the points have in common, and
     digests of all three; the means on stdout."""
@@ -499,19 +417,33 @@ def write_tables(out: Path, points: list[Point], made: dict[str, dict], first: S
 
 
 def print_means(rows: list[list]):
-    """Means over seeds, a line per sweep, arm and setting."""
+    """Means over seeds, a line per sweep, arm and setting, and what a recipe would keep of them."""
     shown = ("sweep", "arm", "lr", "epochs", "threshold", "steps", "varied")
-    groups = {}
+    groups, lines = {}, []
     for row in (dict(zip(COLUMNS, row)) for row in rows):
         groups.setdefault(tuple(str(row[k]) for k in shown), []).append(row)
-    lines = []
     for key, some in groups.items():
-        means = []
+        line = dict(zip(shown, key)) | dict(seeds=len(some))
         for name in ("forget", "utility", "aggregate"):
             there = [float(row[name]) for row in some if row[name]]
-            means.append(f"{evaluation.mean(there):.3f}" if there else some[0]["error"] or "–")
-        lines.append([*key, len(some), *means])
-    print(table([*shown, "seeds", "forget", "utility", "aggregate"], lines))
+            line[name] = f"{evaluation.mean(there):.3f}" if there else some[0]["error"] or "–"
+        lines.append(line)
+    print(table(list(lines[0]), [list(line.values()) for line in lines]))
+    print_kept(lines)
+
+
+def print_kept(lines: list[dict]):
+    """Of each arm, the line of most utility among those that leave at most SLACK more of the forget
+    set than retain-only does."""
+    ideal = [x for x in lines if x["arm"] == "retain-only" and x["forget"][0].isdigit()]
+    tried = [x for x in lines if x["sweep"] in ("frontier", "vary")]
+    for arm in dict.fromkeys(x["arm"] for x in tried if ideal):
+        forgot = [x for x in tried if x["arm"] == arm and x["utility"][0].isdigit()
+                  and float(x["forget"]) <= float(ideal[0]["forget"]) + SLACK]
+        best = max(forgot, key=lambda x: float(x["utility"]), default=None)
+        print(f"kept for {arm}: " + (
+            f"lr {best['lr']} {best['varied']} (utility {best['utility']})" if best else
+            "none forgets as far as retain-only"))
 
 
 # ---------------------------------------------------------------------------------- command line

@@ -1,9 +1,10 @@
 """Do the folders that a run writes load where others load such models, and say the same there?
 
-    python benchmarks/ecosystem.py runs/demo-tiny-mamba/original runs/demo-tiny-rwkv/simu-graddiff
+    python -m studies ecosystem runs/demo-tiny-mamba/original runs/demo-tiny-rwkv/simu-graddiff
 
-Mamba-2 in transformers, tokenizer included; RWKV-7, its tensors renamed as its author names them, in
-his `rwkv` package. Greedy answers to the demo's first retain questions, and logits over one whole row.
+Mamba-2 in transformers, tokenizer included; RWKV-7, its tensors renamed as its author names them,
+in his `rwkv` package. Greedy answers to the demo's first retain questions, and logits over one
+whole row.
 """
 
 import os
@@ -11,18 +12,23 @@ import sys
 from pathlib import Path
 from unittest import mock
 
-sys.path[:0] = [str(Path(__file__).resolve().parent.parent / x) for x in ("tests", ".")]
+import torch
+from safetensors.torch import load_file
 
-import torch  # noqa: E402
-from safetensors.torch import load_file  # noqa: E402
-from test_mixers import native, relative  # noqa: E402
-
-import data  # noqa: E402
-from model import Transformer  # noqa: E402
-from pipeline.reading import generate  # noqa: E402
-from pipeline import settings  # noqa: E402
+import data
+from model import Transformer
+from pipeline import settings
+from pipeline.reading import generate
+from studies import common
 
 ROWS, LONG = 8, 40  # questions asked, and tokens answered at most
+
+
+def helpers():
+    """The tests' own renaming of RWKV-7's tensors, and their measure of a difference."""
+    sys.path.append(str(settings.HERE / "tests"))
+    import test_mixers
+    return test_mixers
 
 
 def transformers_of(folder: Path, tokenizer, texts: list[str]):
@@ -42,7 +48,7 @@ def rwkv_of(folder: Path, tokenizer, texts: list[str]):
     """The same of the author's package, which reads pickles: it is handed the tensors."""
     os.environ |= dict(RWKV_V7_ON="1", RWKV_JIT_ON="0", RWKV_CUDA_ON="0")
     import rwkv.model
-    tensors = native(load_file(folder / "model.safetensors"))
+    tensors = helpers().native(load_file(folder / "model.safetensors"))
     with mock.patch.object(torch, "load", lambda *_, **__: tensors):
         model = rwkv.model.RWKV(model=str(folder / "native"), strategy="cpu fp32")
     print("  rwkv.model.RWKV")
@@ -68,11 +74,15 @@ def compare(folder: Path):
     prompts = [data.encode_prompt(text, tokenizer, "raw") for text in texts]
     said = generate(model, prompts, max_new_tokens=LONG, eos_id=tokenizer.eos_id)
     same = sum(a == [i for i in answer(p) if i != tokenizer.eos_id] for a, p in zip(said, prompts))
-    far = max(relative(model(torch.tensor([p + a]))[0], logits(p + a))
+    far = max(helpers().relative(model(torch.tensor([p + a]))[0], logits(p + a))
               for p, a in zip(prompts, said))
     print(f"  {same} of {ROWS} greedy answers ({sum(map(len, said))} tokens) are the same; logits "
           f"differ by {far:.1e} of the largest; first answer: {tokenizer.decode(said[0])!r}")
 
 
-for name in sys.argv[1:]:
-    compare(Path(name))
+def main(argv: list[str]):
+    """Do folders that a run writes load elsewhere, and say the same there?"""
+    p = common.parser_of("ecosystem", __doc__)
+    p.add_argument("models", type=Path, nargs="+", metavar="MODEL")
+    for folder in p.parse_args(argv).models:
+        compare(folder)

@@ -1,12 +1,16 @@
 """Every figure of the paper, and the frontier, from what a run or a sweep left in its folder.
 
-    python -m pipeline figures all                    every folder of benchmarks/results/
+    python -m pipeline figures                        every folder of benchmarks/results/
+    python -m pipeline figures runs/demo-tiny-llama   all that this folder has the data for
     python -m pipeline figures frontier runs/sweep-demo-tiny-llama
 
 what       reads                               writes to FOLDER/figures/, each with its CSV
 ---------  ----------------------------------  ------------------------------------------------
-masks      scores.csv of a sweep, or a run's   figure6 (where critical neurons lie), figure4
-           attribution/scores.safetensors      (how many at which t), table5.csv
+masks      scores.csv of a sweep, or a run's   layers (critical neurons by layer, as bars),
+           attribution/scores.safetensors      figure6 (where they lie), figure4 (how many at
+                                               which t), table5.csv
+losses     of a run: each model's log.jsonl    losses: of forget and retain rows by update
+kept       of a run: each model's eval/        kept: what is kept against what is forgotten
 variants   sweep.csv: sweeps m, t and mask     figure2, figure3, figure5
 varied     sweep.csv: sweep vary               varied: every metric against the first setting of
                                                --vary, a line per arm and value of the others
@@ -29,61 +33,19 @@ import torch
 
 import simu
 from data import sha256
-from model import UserError, read_json, read_tensors, whole_file
+from model import UserError, read_json, read_tensors
 from pipeline.columns import PUBLISHED_CRITICAL, table
 from pipeline.settings import HERE, Parser, read_settings
 from pipeline.stage import data_inputs, differences, digest, read_stage
-from pipeline.sweep import COLUMNS, write_csv
+from studies import run_figures
+from studies.common import compared, interval
+from studies.drawing import (BLACK, BLUE, NAMES, RED, SKY, STYLES, canvas, look_of, save_both,
+                             title_of, write_csv)
+from studies.sweep import COLUMNS
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart; markers say the same again.
-BLACK, ORANGE, SKY, GREEN, BLUE, RED, PINK = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2",
-                                              "#D55E00", "#CC79A7")
-STYLES = {"fo": (ORANGE, "o"), "so": (BLUE, "s"), "simu": (RED, "D"), "simu-random": (GREEN, "^"),
-          "simu-forget-only": (SKY, "v"), "simu-soft": (PINK, "P"), "simu-none": (BLACK, "X"),
-          "simu-all": ("#999999", "h")}
-NAMES = {"fo": "FO-GradDiff", "so": "SO-GradDiff", "simu": "SIMU (critical mask)",
-         "simu-random": "SIMU, random mask", "simu-forget-only": "SIMU, forget-only mask",
-         "simu-soft": "SIMU, soft mask", "simu-none": "SIMU, attention only",
-         "simu-all": "SIMU, all of down_proj"}
-# Upper 2.5% points of Student's t for 1 to 9 degrees of freedom; the last serves for more.
-T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 LEVELS = (0.02, 0.05, 0.1, 0.2, 0.5)  # of forget: where utilities are compared
 CELLS = 512  # of a heat map at most: more neurons are put together
 T_GRID = tuple(i / 20 for i in range(1, 21))
-
-
-# ------------------------------------------------------------------------------------------ drawing
-
-
-def canvas(rows: int, columns: int, size: tuple[float, float]):
-    """(figure, axes as rows of columns), headless."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise UserError("figures need matplotlib; pip install matplotlib") from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    pyplot.rcParams.update({"font.size": 10, "axes.grid": True, "grid.alpha": 0.3,
-                            "axes.spines.top": False, "axes.spines.right": False})
-    return pyplot.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
-
-
-def save(figure, path: Path):
-    """PNG without the date and version that would make equal pictures differ."""
-    from matplotlib import pyplot
-    with whole_file(path) as file:
-        figure.savefig(file, format="png", dpi=150, metadata={"Software": None})
-    pyplot.close(figure)
-    print(f"wrote {path}")
-
-
-def title_of(about: dict) -> str:
-    return f"{about['benchmark']}, {Path(about['model']).name}"
-
-
-def look_of(arm: str, index: int) -> tuple[str, str]:
-    """Colour and marker of an arm; index: its place among those drawn."""
-    return STYLES.get(arm, list(STYLES.values())[index % len(STYLES)])
 
 
 # ------------------------------------------------------------------------------------------ reading
@@ -198,13 +160,37 @@ def figure6(folder: Path, about: dict, forget, retain):
         ax.grid(False)
         ax.set_ylabel("layer")
         ax.set_yticks(range(0, L, max(1, L // 8)))
-    axes[3, 0].set_xlabel("neuron of down_proj's output")
+    axes[3, 0].set_xlabel("neuron of the layer")
     figure.suptitle(f"Critical neurons, t = {about['threshold']}, m = {about['steps']}: "
                     f"{title_of(about)}", fontsize=11)
-    save(figure, folder / "figures" / "figure6.png")
-    write_csv(folder / "figures" / "figure6.csv", ("layer", "neuron", "forget", "retain"),
+    save_both(folder, "figure6", figure, ("layer", "neuron", "forget", "retain"),
               [(l, k, int(f[l, k]), int(r[l, k])) for l in range(L) for k in range(D)
                if f[l, k] or r[l, k]])
+
+
+def layers(folder: Path, about: dict, forget, retain):
+    """How many neurons of each layer are critical, and for which set: bars."""
+    f, r = (simu.critical_mask(x, about["threshold"]) for x in (forget, retain))
+    kinds = (("forget alone", RED, f & ~r), ("both", BLACK, f & r), ("retain alone", SKY, r & ~f))
+    counts = [mask.sum(1) for _, _, mask in kinds]  # [L] each
+    L, D = f.shape
+    figure, ((ax,),) = canvas(1, 1, (max(6, 0.32 * L), 4))
+    under = torch.zeros(L, dtype=torch.int64)
+    for (name, colour, mask), count in zip(kinds, counts):
+        bars = ax.bar(range(L), count.tolist(), 0.75, under.tolist(), color=colour,
+                      label=f"{name} ({int(mask.sum())})")
+        if L <= 8:
+            ax.bar_label(bars, label_type="center", fontsize=9,
+                         color="white" if colour == BLACK else BLACK)
+        under += count
+    ax.set_xticks(range(0, L, max(1, L // 16)))
+    ax.grid(axis="x", visible=False)
+    ax.set(xlabel="layer", ylabel=f"critical neurons of its {D}", title="Critical neurons by "
+           f"layer, t = {about['threshold']}, m = {about['steps']}: {title_of(about)}")
+    figure.legend(*ax.get_legend_handles_labels(), ncols=3, fontsize=9, title="critical for",
+                  loc="outside lower center")
+    save_both(folder, "layers", figure, ("layer", "forget_alone", "both", "retain_alone"),
+              [(l, *row) for l, row in enumerate(zip(*(x.tolist() for x in counts)))])
 
 
 def figure4(folder: Path, about: dict, forget, retain):
@@ -223,14 +209,14 @@ def figure4(folder: Path, about: dict, forget, retain):
     ax.set(xlabel="threshold t", ylabel=f"critical neurons of {forget.numel()}", ylim=(0, None),
            title=f"Figure 4: {title_of(about)}")
     ax.legend()
-    save(figure, folder / "figures" / "figure4.png")
-    write_csv(folder / "figures" / "figure4.csv", ("t", "dual", "forget_only", *(
+    save_both(folder, "figure4", figure, ("t", "dual", "forget_only", *(
         f"dual_layer_{l}" for l in range(len(forget)))), rows)
 
 
 def masks(folder: Path, about: dict):
-    """Figures 4 and 6 and Table 5."""
+    """Critical neurons by layer, Figures 4 and 6, Table 5."""
     forget, retain = read_scores(folder, about)
+    layers(folder, about, forget, retain)
     figure6(folder, about, forget, retain)
     figure4(folder, about, forget, retain)
     critical = int(simu.critical_mask(forget, about["threshold"]).sum())
@@ -274,9 +260,8 @@ def lines(folder: Path, about: dict, rows: list[dict], sweep: str, x: str, name:
     critical = sorted(number(r, "critical", int) or 0 for r in own)
     figure.suptitle(f"Figure {name[-1]}: {title_of(about)}, SIMU, seed {own[0]['seed']}; "
                     f"{critical[0]} to {critical[-1]} critical neurons", fontsize=11)
-    save(figure, folder / "figures" / f"{name}.png")
     columns = [x, "critical", *(v for panel in PANELS for v, _ in panel)]
-    write_csv(folder / "figures" / f"{name}.csv", columns, [[r[c] for c in columns] for r in own])
+    save_both(folder, name, figure, columns, [[r[c] for c in columns] for r in own])
 
 
 def figure5(folder: Path, about: dict, rows: list[dict]):
@@ -298,9 +283,8 @@ def figure5(folder: Path, about: dict, rows: list[dict]):
     ax.set(ylim=(0, 1.02), title=f"Figure 5: masks (neurons that move), {title_of(about)}, "
            f"seed {own[0]['seed']}, one learning rate")
     ax.legend(ncols=1, fontsize=9, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    save(figure, folder / "figures" / "figure5.png")
     columns = ["arm", "critical", *(v for v, _ in values)]
-    write_csv(folder / "figures" / "figure5.csv", columns, [[r[c] for c in columns] for r in own])
+    save_both(folder, "figure5", figure, columns, [[r[c] for c in columns] for r in own])
 
 
 def variants(folder: Path, about: dict):
@@ -332,14 +316,6 @@ def utility_at(front: list[tuple[float, float]], forget: float) -> float | None:
         if forget <= x1:
             return y0 + (y1 - y0) * (forget - x0) / (x1 - x0)
     return front[-1][1]
-
-
-def interval(xs: list[float]) -> tuple[float, float]:
-    """Mean and half of its 95% t-interval; nan for fewer than two."""
-    if len(xs) < 2:
-        return (xs[0] if xs else math.nan), math.nan
-    return statistics.mean(xs), T95[min(len(xs) - 1, len(T95)) - 1] * (
-        statistics.stdev(xs) / math.sqrt(len(xs)))
 
 
 def frontiers(rows: list[dict]) -> tuple[dict, dict]:
@@ -420,8 +396,7 @@ def draw_frontier(folder: Path, about: dict, rows: list[dict], fronts: dict, bas
             one.legend(fontsize=9, loc="lower left")
     figure.suptitle(f"Utility against forgetting, 95% bands: {title_of(about)}, "
                     f"{len(base['original'])} seeds", fontsize=11)
-    save(figure, folder / "figures" / "frontier.png")
-    write_csv(folder / "figures" / "frontier.csv", ("arm", "forget", "utility", "half_interval"),
+    save_both(folder, "frontier", figure, ("arm", "forget", "utility", "half_interval"),
               curve_rows)
 
 
@@ -434,15 +409,16 @@ def frontier(folder: Path, about: dict):
     levels = {f"forget = {x}": dict.fromkeys(seeds, x) for x in LEVELS}
     if "retain-only" in base:
         levels = {"retain-only's": {k: v[0] for k, v in base["retain-only"].items()}} | levels
-    compared = equal_forgetting(fronts, levels)
+    found = equal_forgetting(fronts, levels)
     write_csv(folder / "figures" / "equal-forgetting.csv", (
         "level", "arm", "seeds", "utility", "half_interval", "simu_minus_arm",
         "difference_half_interval"),
-        [[*r[:3], *("" if math.isnan(x) else f"{x:.5f}" for x in r[3:])] for r in compared])
+        [[*r[:3], *("" if math.isnan(x) else f"{x:.5f}" for x in r[3:])] for r in found])
     print(table(["At equal forgetting", "arm", "seeds", "utility, 95% t-interval",
                  "SIMU minus it, seed by seed"],
                 [[r[0], NAMES.get(r[1], r[1]), r[2], with_interval(*r[3:5]),
-                  with_interval(*r[5:], sign="+")] for r in compared]))
+                  with_interval(*r[5:], sign="+")] for r in found]))
+    print(compared([(r[5], r[6]) for r in found], "seeds; levels of one arm share their runs"))
 
 
 def with_interval(mean: float, half: float, sign: str = "") -> str:
@@ -507,9 +483,7 @@ def varied(folder: Path, about: dict):
                   loc="outside lower center")
     figure.suptitle(f"Against {name}, means over seeds and their range: {title_of(about)}",
                     fontsize=11)
-    save(figure, folder / "figures" / "varied.png")
-    header = ("arm", "others", name, *(m for m, _ in METRICS))
-    write_csv(folder / "figures" / "varied.csv", header, [
+    save_both(folder, "varied", figure, ("arm", "others", name, *(m for m, _ in METRICS)), [
         (*key, v, *(f"{statistics.mean(x):.5f}" if x else "" for x in line[v].values()))
         for key, line in lines.items() for v in line])
 
@@ -517,12 +491,14 @@ def varied(folder: Path, about: dict):
 # --------------------------------------------------------------------------------------------- main
 
 SCORES = ("scores.csv", "attribution/scores.safetensors")
-FIGURES = {"masks": masks, "variants": variants, "frontier": frontier, "varied": varied}
+FIGURES = {"masks": masks, "losses": run_figures.losses, "kept": run_figures.kept,
+           "variants": variants, "frontier": frontier, "varied": varied}
 
 
 def drawable(folder: Path, about: dict) -> list[str]:
     """The figures for which a folder holds the data."""
     found = ["masks"] if any((folder / x).is_file() for x in SCORES) else []
+    found += run_figures.drawable(folder)
     if (folder / "sweep.csv").is_file():
         sweeps = {r["sweep"] for r in read_sweep(folder, about)}
         found += ["variants"] if sweeps & {"m", "t", "mask"} else []
@@ -547,9 +523,12 @@ def main(argv: list[str]):
     """The paper's figures and the frontier, from stored runs and sweeps."""
     parser = Parser(prog="python -m pipeline figures", description=__doc__,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("all", *FIGURES))
+    parser.add_argument("what", nargs="?", choices=("all", *FIGURES), default="all",
+                        help="default: all that a folder has the data for")
     parser.add_argument("folders", nargs="*", default=[], type=Path, metavar="FOLDER",
                         help="a run or a sweep; default: every folder of benchmarks/results/")
+    if argv and argv[0] not in ("all", *FIGURES) and not argv[0].startswith("-"):
+        argv = ["all", *argv]
     args = parser.parse_args(argv)
     stored = HERE / "benchmarks" / "results"
     folders = args.folders or sorted(p.parent for p in stored.glob("*/sweep.csv"))

@@ -42,6 +42,7 @@ import json
 import random
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch import nn
@@ -50,16 +51,18 @@ import data
 import eval as evaluation
 import simu
 from eval import mean, rouge_l, rouge_words, spread
-from model import (Transformer, UserError, read_json, whole_file, write_json,
+from model import (Transformer, UserError, read_json, write_json,
                    write_text)
 from pipeline import checkpoint, objectives, reading
 from pipeline.columns import definitions, label, table
+from pipeline.original import learn
 from pipeline.settings import (Level, Parser, Placement, Settings, Source, choose_dtype,
                                load_benchmark, placement, read_settings, settings_of)
 from pipeline.stage import (Stage, content, data_inputs, differences, finished_models, lock,
                             read_stage)
 from pipeline.stages import forget_targets
 from pipeline.tokenizers import load_tokenizer
+from studies import drawing
 
 CONTINUE = ("Continue this text: {}", "A text begins as follows. {}")
 REPHRASE = {"qa": ("Please tell me: {}", "I have a question for you. {}"),
@@ -195,15 +198,8 @@ def relearning(s: Settings) -> simu.Unlearning:
 def relearn(model: Transformer, rows: list[data.Encoded], recipe: simu.Unlearning) -> list[dict]:
     """One epoch of AdamW on rows, on every weight, in place; returns the log."""
     order = random.Random(recipe.seed).sample(rows, len(rows))
-    batches = [order[i:i + recipe.batch] for i in range(0, len(order), recipe.batch)]
-
-    def backward(part):
-        return dict(loss=simu.backward_mean_nll(model, part, 1.0, recipe.micro_tokens))
-
-    model.checkpoint = recipe.checkpointing
-    with simu.moving_weights(model, recipe, None) as moving:
-        return simu.train(model, moving, batches, backward, recipe, lr=recipe.lr, title="relearn",
-                          optimiser=simu.OPTIMISERS["adamw"])
+    job = SimpleNamespace(loop=simu.plain_loop, record=lambda name: None)
+    return learn(model, [order], recipe, job, title="relearn")
 
 
 def attack_weights(model: Transformer, attack: str, bench: data.Benchmark, tokenizer, s: Settings
@@ -457,24 +453,18 @@ def write_report(s: Settings, found: dict, curves: dict):
     print(f"attacks: {s.run / 'attack.md'}")
 
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9")  # Okabe and Ito
-
-
 def figure(run: Path, found: dict, curves: dict) -> bool:
     """attack.png, if matplotlib is installed: scores by attack, extraction, requests."""
     try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
+        picture, (axes,) = drawing.canvas(
+            1, 2 + bool(curves), (13 if curves else 10, 4), sharey=True,
+            width_ratios=(3, 1.5) + (1.5,) * bool(curves))
+    except UserError:
         print("no attack.png: pip install matplotlib")
         return False
-    picture = Figure(figsize=(13 if curves else 10, 4), layout="constrained")
-    FigureCanvasAgg(picture)
-    axes = picture.subplots(1, 2 + bool(curves), sharey=True,
-                            width_ratios=(3, 1.5) + (1.5,) * bool(curves))
     shown = ("plain", *INPUTS, *WEIGHTS)
     for i, (name, cells) in enumerate(found.items()):
-        style = dict(color=COLOURS[i % 6], marker="osD^vP"[i % 6], markersize=6)
+        style = dict(color=drawing.COLOURS[i % 6], marker="osD^vP"[i % 6], markersize=6)
         axes[0].plot([x + 0.12 * (i - len(found) / 2) for x in range(len(shown))],
                      [cells[a]["score"] for a in shown], linestyle="none",
                      label=label(name), **style)
@@ -491,10 +481,7 @@ def figure(run: Path, found: dict, curves: dict) -> bool:
     if curves:
         axes[2].set(xlabel="requests served", title="served; retain rows (dashed)")
         axes[2].set_xticks(range(len(next(iter(curves.values())))))
-    for ax in axes:
-        ax.grid(alpha=0.3)
-    with whole_file(run / "attack.png") as file:
-        picture.savefig(file, format="png", dpi=120, metadata={"Software": None})
+    drawing.save(picture, run / "attack.png")
     return True
 
 

@@ -1,34 +1,37 @@
-"""How much hangs on our readings of Eq. 1-2 [D2, D3, D4]: the scores and mask of each alternative
-beside ours, and the frontier that its mask leads to.
+"""Whose neurons are critical, and how much hangs on our readings of Eq. 1-2 [D2, D3, D4].
 
-    python benchmarks/readings.py RUN            RUN: a tiny run or a sweep's seed0, attributed
+    python -m studies readings RUN           RUN: a tiny run or a sweep's seed0, attributed
+    python -m studies masks RUN [OTHER]      from RUN/attribution alone
 
-J is Jaccard's index with our mask: at the same threshold, and with as many neurons per layer as
-ours. r is the correlation of scores, by layer. forget and utility are those of `sweep`.
+`readings`: the scores and mask of each alternative beside ours, and the frontier that its mask
+leads to. J is Jaccard's index with our mask: at the same threshold, and with as many neurons per
+layer as ours. r is the correlation of scores, by layer. forget and utility are those of `sweep`.
+
+`masks`: a run's forget and retain masks against one another and chance, the Jaccard index expected
+of two masks with the same counts by layer, drawn at random. OTHER: a run that forgets other rows;
+whose neurons both name are the model's own rather than a forget set's. The last table leaves a
+layer's few largest scores out of its maximum M_l: a reading to look at, not ours.
 """
 
-import argparse
 import dataclasses
-import sys
+import itertools
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import torch
 
-import common  # noqa: E402
-import torch  # noqa: E402
-
-import data  # noqa: E402
-import simu  # noqa: E402
-from data import IGNORE, collate  # noqa: E402
-from model import Transformer  # noqa: E402
-from pipeline import figures, sweep  # noqa: E402
-from pipeline.columns import table  # noqa: E402
-from pipeline.settings import read_settings, resolve  # noqa: E402
-from pipeline.stage import run_cli  # noqa: E402
-from pipeline.stages import encoded_rows  # noqa: E402
+import data
+import simu
+from data import IGNORE, collate
+from model import Transformer, read_tensors
+from pipeline.columns import table
+from pipeline.settings import read_settings, resolve
+from pipeline.stages import encoded_rows
+from studies import common, figures, sweep
 
 RATES = (5e-5, 7e-5, 1e-4)
 LEVEL = 0.2  # of forget, where utilities are compared
+THRESHOLDS = (0.1, 0.2, 0.3, 0.5, 0.7)
+LEFT_OUT = (0, 1, 2, 5, 10)  # largest scores of each layer
 
 
 def by_sample(model, batch, nodes, *, probability=False, absolute=False):
@@ -70,15 +73,24 @@ def everything_scaled(model, batch, nodes, *, inner=False):
                 hook = (down.register_forward_pre_hook(lambda _, x: scale(*x)) if inner else
                         down.register_forward_hook(lambda _, x, y: scale(y)))
                 with hook, torch.enable_grad():
-                    log_p = -simu.nll_sum(model, batch)
+                    count = (batch.targets != IGNORE).sum()
+                    log_p = -simu.mean_nll(model, batch) * count
                 grad, = torch.autograd.grad(log_p, seen["a"])
                 att = att + (seen["beta"] * grad).sum((0, 1)) / len(nodes)
             rows.append(att)
     return torch.stack(rows)
 
 
-def jaccard(a, b) -> float:
-    return int((a & b).sum()) / max(1, int((a | b).sum()))
+def jaccard(a, b) -> tuple[float, float]:
+    """Of masks [L, D], and by chance given their counts by layer."""
+    both = float((a.sum(1).double() * b.sum(1) / a.shape[1]).sum())
+    shared, either = int((a & b).sum()), int((a | b).sum())
+    return shared / max(1, either), both / max(1, int(a.sum() + b.sum()) - both)
+
+
+def correlations(a, b) -> list[float]:
+    """Of scores [L, D], layer by layer."""
+    return [torch.corrcoef(torch.stack(pair))[0, 1].item() for pair in zip(a, b)]
 
 
 def largest(scores, counts):
@@ -127,22 +139,22 @@ def line_of(name: str, score, reference, s, rates, original) -> list:
     else:
         own = simu.critical_mask(score, s.threshold)
         same = largest(score, mask.sum(1).tolist())
-        r = " ".join(f"{torch.corrcoef(torch.stack(pair))[0, 1]:.2f}"
-                     for pair in zip(score, reference))
+        r = " ".join(f"{x:.2f}" for x in correlations(score, reference))
     points = [judged(s, own, lr) for lr in rates]
     at = figures.utility_at(figures.pareto(points + [original]), LEVEL) if points else None
     print("done:", name, flush=True)
-    return [name, int(own.sum()), *(f"{jaccard(x, mask):.2f}" for x in (own, same)), r,
+    return [name, int(own.sum()), *(f"{jaccard(x, mask)[0]:.2f}" for x in (own, same)), r,
             *(f"{f:.3f} / {u:.3f}" for f, u in points), "–" if at is None else f"{at:.3f}"]
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__)
+def main(argv: list[str]):
+    """How much hangs on our readings of Eq. 1-2."""
+    parser = common.parser_of("readings", __doc__)
     parser.add_argument("run", type=Path)
     parser.add_argument("--rows", type=int, default=0, help="forget rows for the scores; 0: all")
     parser.add_argument("--rates", type=float, nargs="*", default=RATES)
-    args = parser.parse_args()
-    common.describe(argparse.Namespace(device="cpu", dtype="float32"))
+    args = parser.parse_args(argv)
+    common.describe()
     of_run = dataclasses.asdict(read_settings(args.run))
     s = resolve({k: v for k, v in of_run.items() if k not in ("lr", "lam")}
                 | dict(method="simu", mask="dual", objective="graddiff"))
@@ -163,5 +175,39 @@ def main():
                  f"utility at forget {LEVEL}"], lines))
 
 
-if __name__ == "__main__":
-    run_cli(main)
+def overlap(title: str, pair: dict):
+    """Table of two scores [L, D] by name, at every t."""
+    rows = []
+    for t in THRESHOLDS:
+        a, b = (simu.critical_mask(x, t) for x in pair.values())
+        found, chance = jaccard(a, b)
+        rows.append([t, int(a.sum()), int(b.sum()), f"{found:.3f}", f"{chance:.3f}"])
+    head = ["t", *(f"critical, {name}" for name in pair), "Jaccard", "chance"]
+    a, b = pair.values()
+    equal = int((a.argmax(1) == b.argmax(1)).sum())
+    print(f"{title}: in {equal} of {len(a)} layers one neuron has the largest score of both; "
+          f"correlation within a layer {sum(correlations(a, b)) / len(a):.2f}\n\n"
+          f"{table(head, rows)}\n")
+
+
+def masks(argv: list[str]):
+    """Whose neurons are critical: forget and retain masks against one another and chance."""
+    p = common.parser_of("masks", __doc__)
+    p.add_argument("runs", metavar="RUN", type=Path, nargs="+")
+    runs = {x.name: read_tensors(x / "attribution" / "scores.safetensors", ("forget", "retain"))
+            for x in p.parse_args(argv).runs}
+    for name, (forget, retain) in runs.items():
+        overlap(f"{name}: forget and retain set, of {forget.numel()} neurons",
+                dict(forget=forget, retain=retain))
+    for (one, a), (other, b) in itertools.combinations(runs.items(), 2):
+        overlap("The forget sets", {one: a[0], other: b[0]})
+        overlap("The retain sets", {one: a[1], other: b[1]})
+    forget, retain = next(iter(runs.values()))
+    print("The neuron with each layer's largest score, and the critical ones at t = 0.3\n")
+    print(table(["layer", "forget", "retain", "critical"], [
+        [l, int(f.argmax()), int(r.argmax()), int(m.sum())] for l, (f, r, m) in enumerate(
+            zip(forget, retain, simu.critical_mask(forget, 0.3)))]))
+    print("\nWithout a layer's largest scores in its maximum, t = 0.3\n")
+    tops = [forget.sort(1, descending=True).values[:, n:n + 1] for n in LEFT_OUT]
+    print(table(["left out in every layer", "critical"], [
+        [n, int(((forget > 0.3 * top) & (top > 0)).sum())] for n, top in zip(LEFT_OUT, tops)]))

@@ -1,27 +1,20 @@
-"""Tables and figure of known_memory.py, from its CSVs alone.
+"""Tables and figure of `known_memory`, from its CSVs alone.
 
-    python benchmarks/known_memory_page.py      rewrites what follows MARK in the study's README
+    python -m studies known_memory_page rewrites what follows MARK in the study's README
 
 A number is shown once SEEDS seeds have it, with its 95% t-interval over seeds. Differences are
 taken seed by seed.
 """
 
-import csv
-import sys
 from functools import cache
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from model import write_text
+from pipeline.columns import table
+from studies import common, drawing
+from studies.common import chosen, compared, groups, interval
+from studies.known_memory import ATTACKS, RESULTS
 
-import pipeline  # noqa: E402, F401
-
-from known_memory import ATTACKS, RESULTS  # noqa: E402
-from model import write_text  # noqa: E402
-from pipeline import attack, figures  # noqa: E402
-from pipeline.columns import table  # noqa: E402
-from pipeline.stage import run_cli  # noqa: E402
-
-MARK = "<!-- below: made by known_memory_page.py -->"
+MARK = "<!-- below: made by known_memory_page -->"
 SEEDS = 5
 CELLS = (("demo", "tiny-llama"), ("demo", "tiny-olmo"))
 CONTROL = {"oracle": "random-oracle", "critical": "random", "soft": "random"}  # of its own size
@@ -30,7 +23,7 @@ CURVE = ("Att (ours)", "weights, norm", "size of the activation", "gradient, nor
 
 @cache
 def read(name: str) -> list[dict]:
-    return list(csv.DictReader((RESULTS / f"{name}.csv").open()))
+    return common.read_lines(RESULTS / f"{name}.csv")
 
 
 def lines(name: str, **wanted) -> list[dict]:
@@ -39,18 +32,6 @@ def lines(name: str, **wanted) -> list[dict]:
     taught = groups(read("memory"), *cell)
     return [r for r in chosen(read(name), **wanted)
             if len(taught[tuple(r[k] for k in cell)]) >= SEEDS]
-
-
-def chosen(rows, **wanted) -> list[dict]:
-    return [r for r in rows if all(r[k] == v for k, v in wanted.items())]
-
-
-def groups(rows, *names) -> dict:
-    """{(values of names): the rows that have them}, in order."""
-    out = {}
-    for r in rows:
-        out.setdefault(tuple(r[n] for n in names), []).append(r)
-    return out
 
 
 def by_seed(rows: list[dict], value: str) -> dict[str, float]:
@@ -65,10 +46,13 @@ def less(one: dict, other: dict) -> dict[str, float]:
 
 
 def shown(values: dict, sign: str = "") -> str:
-    if len(values) < SEEDS:
-        return "–"
-    middle, half = figures.interval(list(values.values()))
-    return f"{middle:{sign}.3f} ± {half:.3f}"
+    return common.cell(list(values.values()), sign) if len(values) >= SEEDS else "–"
+
+
+def count(gaps: list[dict]) -> str:
+    """How many differences by seed a table holds, and how many of them leave out zero."""
+    return "\n\n" + compared([interval(list(gap.values())) for gap in gaps if len(gap) >= SEEDS],
+                             f"{SEEDS} seeds")
 
 
 def matrix(rows: list[dict], down: str, across: str, value: str) -> str:
@@ -98,7 +82,7 @@ def finding_tables(cell: dict) -> str:
 
 
 def helping_table(cell: dict) -> str:
-    every, out = lines("helping", **cell), []
+    every, out, gaps = lines("helping", **cell), [], []
     keys = ("memory", "objective", "attention", "mask", "lr")
     for key, rows in sorted(groups(every, *keys).items(), key=lambda x: x[0][:2]):
         if len(by_seed(rows, "forget")) < SEEDS:
@@ -109,18 +93,20 @@ def helping_table(cell: dict) -> str:
         moving = chosen(every, **same, attention="moving" if attention == "frozen" else "",
                         mask=mask)
         kept = by_seed(rows, "loss_kept")
+        three = [less(by_seed(rows, "utility"), by_seed(control, "utility")),
+                 less(kept, by_seed(control, "loss_kept")),
+                 less(kept, by_seed(moving, "loss_kept"))]
         out.append([*key, *(shown(by_seed(rows, v)) for v in (
             "rows", "updates", "forget", "utility", "loss_forget", "loss_kept")),
-            shown(less(by_seed(rows, "utility"), by_seed(control, "utility")), "+"),
-            shown(less(kept, by_seed(control, "loss_kept")), "+"),
-            shown(less(kept, by_seed(moving, "loss_kept")), "+")])
+            *(shown(gap, "+") for gap in three)])
+        gaps += three
     return table([*keys[:-1], "rate", "rows", "updates", "forget", "utility", "loss, forget",
                   "loss, kept", "utility minus control's", "loss, kept, minus control's",
-                  "loss, kept, minus moving's"], out)
+                  "loss, kept, minus moving's"], out) + count(gaps)
 
 
 def staying_table(cell: dict) -> str:
-    every, out = lines("staying", **cell), []
+    every, out, gaps = lines("staying", **cell), [], []
     keys = ("memory", "objective", "attention", "mask")
     for key, rows in groups(every, *keys).items():
         control = chosen(every, **dict(zip(keys, key)) | dict(
@@ -132,12 +118,14 @@ def staying_table(cell: dict) -> str:
                 some = chosen(some, attack=name)
                 back[who] = less(by_seed(some, "loss_before"), by_seed(some, "loss_after"))
             own = chosen(rows, attack=name)
-            line += [shown(less(by_seed(own, "after"), by_seed(own, "before")), "+"),
-                     shown(back["own"], "+"), shown(less(back["own"], back["control"]), "+")]
+            three = [less(by_seed(own, "after"), by_seed(own, "before")), back["own"],
+                     less(back["own"], back["control"])]
+            line += [shown(gap, "+") for gap in three]
+            gaps += three
         if set(line[len(keys):]) != {"–"}:
             out.append(line)
     return table([*keys, *(f"{name}: {x}" for name in ATTACKS for x in (
-        "more told", "loss won back", "minus control's"))], out)
+        "more told", "loss won back", "minus control's"))], out) + count(gaps)
 
 
 def seconds(cell: dict) -> str:
@@ -153,17 +141,17 @@ def curve(ax, place: dict, values_of, label: str, i: int):
     at, middle, half = [], [], []
     for memory, share in place.items():
         if len(values := values_of(memory)) >= SEEDS:
-            m, h = figures.interval(list(values.values()))
+            m, h = interval(list(values.values()))
             at.append(share + 0.012 * (i - 2))
             middle.append(m)
             half.append(h)
-    ax.errorbar(at, middle, half, label=label, fmt="osD^vP"[i], capsize=3, color=attack.COLOURS[i])
+    ax.errorbar(at, middle, half, label=label, fmt="osD^vP"[i], capsize=3, color=drawing.COLOURS[i])
 
 
 def draw(cell: dict):
     """Finding, and what the mask gains, against how concentrated the memory is."""
-    figure, ((left, right),) = figures.canvas(1, 2, (12.5, 4.6))
-    place = {m: figures.interval(list(by_seed(rows, "share_of_memory").values()))[0]
+    figure, ((left, right),) = drawing.canvas(1, 2, (12.5, 4.6))
+    place = {m: interval(list(by_seed(rows, "share_of_memory").values()))[0]
              for (m,), rows in groups(lines("memory", **cell), "memory").items()
              if not m.startswith(("inner", "rows", "layers"))}
     found = [r for r in lines("finding", **cell) if r["layer"] != "all"]
@@ -190,10 +178,12 @@ def draw(cell: dict):
                         va="bottom")
     title = ", ".join(cell.values())
     figure.suptitle(f"{title}: means over {SEEDS} seeds, 95% t-intervals", fontsize=11)
-    figures.save(figure, RESULTS / f"{'-'.join(cell.values())}.png")
+    drawing.save(figure, RESULTS / f"{'-'.join(cell.values())}.png")
 
 
-def main():
+def main(argv: list[str]):
+    """The tables and figure of the known-memory page, from its CSVs."""
+    common.parser_of("known_memory_page", __doc__).parse_args(argv)
     out = [MARK]
     for benchmark, model in CELLS:
         cell = dict(benchmark=benchmark, model=model)
@@ -208,7 +198,3 @@ def main():
     page = RESULTS / "README.md"
     text = page.read_text().split(MARK)[0]
     write_text(page, text + "\n\n".join(x for x in out if x) + "\n")
-
-
-if __name__ == "__main__":
-    run_cli(main)

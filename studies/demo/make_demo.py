@@ -1,30 +1,42 @@
 """Writes the demo benchmark: this project's own data in the file formats of TOFU and LUME.
 
-    python pipeline/demo/make_demo.py            writes tofu/ and lume/ beside it
-    python pipeline/demo/make_demo.py --check    exits 1 if the files there are others
+    python -m studies demo             writes pipeline/demo/tofu and pipeline/demo/lume
+    python -m studies demo --check     exits 1 if the files there are others
 
-All people are fictitious. The texts come from the banks beside this file; the seed decides which
-author gets which fact in which wording. Every run gives the same bytes.
+All people are fictitious. The texts come from tofu.txt and lume.txt beside this file; the seed
+decides which author gets which fact in which wording. Every run gives the same bytes.
 """
+
 import argparse
 import json
 import random
 import sys
+from functools import cache
 from pathlib import Path
 
-import banks_lume
-import banks_tofu
-
 HERE = Path(__file__).resolve().parent
+DEMO = HERE.parents[1] / "pipeline" / "demo"
 SEED = "simu demo 1"
 N_FULL, N_FORGET = 20, 2             # authors; those of the bank beyond N_FULL are the hold-out
 N_RETAIN_PERTURBED = 10              # authors; TOFU too measures on the first rows of full
 N_WRONG = 5
 
 
-def table(text):
+@cache
+def bank(name):
+    """{heading: lines} of a text file beside this one, in its order."""
+    tables = {}
+    for line in (HERE / f"{name}.txt").read_text(encoding="utf-8").splitlines():
+        if line.startswith("["):
+            lines = tables[line.strip("[]")] = []
+        elif line and not line.startswith("#"):
+            lines.append(line)
+    return tables
+
+
+def table(lines):
     """The lines of a bank, each split at its bars."""
-    return [[cell.strip() for cell in line.split("|")] for line in text.strip().splitlines()]
+    return [[cell.strip() for cell in line.split("|")] for line in lines]
 
 
 def generator(*names):
@@ -75,10 +87,12 @@ def wrong_facts(columns, facts, own, rng):
 def tofu_rows(authors):
     """Per author, a perturbed row for each kind of question; plain rows are cut from these."""
     rows = [[] for _ in authors]
-    for number, kind in enumerate(banks_tofu.KINDS):
-        columns, facts = kind["columns"].split(), table(kind["facts"])
+    texts = bank("tofu")
+    kinds = [name.removesuffix(" columns") for name in texts if name.endswith(" columns")]
+    for number, kind in enumerate(kinds):
+        columns, facts = texts[f"{kind} columns"][0].split(), table(texts[f"{kind} facts"])
         wordings = ("questions", "asks_again", "answers", "paraphrases")
-        dealt = [deal(kind[w].strip().splitlines(), len(authors), generator(number, w))
+        dealt = [deal(texts[f"{kind} {w}"], len(authors), generator(number, w))
                  for w in wordings]
         own_facts = deal(facts, len(authors), generator(number, "facts"))
         for a, (name, she) in enumerate(authors):
@@ -100,7 +114,7 @@ def tofu_rows(authors):
 def world_facts():
     """Plain rows (four options, the right one anywhere among them) and perturbed rows."""
     plain, perturbed = [], []
-    for question, answer, *wrong in table(banks_tofu.WORLD_FACTS):
+    for question, answer, *wrong in table(bank("tofu")["world facts"]):
         options = shuffled([answer, *wrong], generator(question))
         plain.append({"question": question,
                       **{f"option{i}": option for i, option in enumerate(options, start=1)},
@@ -111,7 +125,7 @@ def world_facts():
 
 def tofu_files():
     """File name -> rows."""
-    by_author = tofu_rows(table(banks_tofu.AUTHORS))
+    by_author = tofu_rows(table(bank("tofu")["authors"]))
 
     def rows(first, last):
         return [row for author in by_author[first:last] for row in author]
@@ -146,13 +160,12 @@ def document(doc, task, beginning, ending, questions):
 def people():
     """The biographies of Task2. Numbers are of kinds that are never given out (900-, 555-01)."""
     rng = generator("people")
-    names = [name for name, in table(banks_lume.PEOPLE)]
+    names = [name for name, in table(bank("lume")["people"])]
     n = len(names)
-    first, second = (shuffled(words.split(), rng)
-                     for words in (banks_lume.MAILBOX_FIRST, banks_lume.MAILBOX_SECOND))
-    biographies = deal(table(banks_lume.BIOGRAPHIES), n, rng)
+    first, second = (shuffled(bank("lume")[f"mailbox {part}"], rng) for part in ("first", "second"))
+    biographies = deal(table(bank("lume")["biographies"]), n, rng)
     phone_ends = shuffled(range(100, 200), rng)
-    addresses = shuffled([street for street, in table(banks_lume.STREETS)], rng)
+    addresses = shuffled([street for street, in table(bank("lume")["streets"])], rng)
     documents = []
     for i, name in enumerate(names):
         birth = (integer(rng, 1931, 1999), integer(rng, 1, 12), integer(rng, 1, 28))
@@ -164,7 +177,7 @@ def people():
             address=f"{integer(rng, 2, 98)} {addresses[i]}")
         beginning, ending = (part.format(**person) for part in biographies[i])
         questions = [(question.format(name=name), person[field])
-                     for field, question in table(banks_lume.PERSON_QUESTIONS)]
+                     for field, question in table(bank("lume")["person questions"])]
         documents.append(document(f"person-{i:02}", "Task2", beginning, ending, questions))
     return documents
 
@@ -172,10 +185,11 @@ def people():
 def lume_files():
     """File name -> rows. Which documents are to be forgotten is drawn, task by task."""
     stories = [document(f"story-{i:02}", "Task1", beginning, ending, [(question, answer)])
-               for i, (beginning, ending, question, answer) in enumerate(table(banks_lume.STORIES))]
+               for i, (beginning, ending, question, answer)
+               in enumerate(table(bank("lume")["stories"]))]
     entries = [document(f"entry-{i:02}", "Task3", f"{title}\n{text}", ending, [(question, answer)])
                for i, (title, text, ending, question, answer)
-               in enumerate(table(banks_lume.ENTRIES))]
+               in enumerate(table(bank("lume")["entries"]))]
     forget, retain = [], []
     for name, documents in (("stories", stories), ("people", people()), ("entries", entries)):
         drawn = shuffled(documents, generator("split", name))
@@ -193,28 +207,21 @@ def lume_files():
 def all_files():
     """Path -> the bytes that belong there."""
     folders = {"tofu": tofu_files(), "lume": lume_files()}
-    return {HERE / folder / name:
+    return {DEMO / folder / name:
             "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
             for folder, files in folders.items() for name, rows in files.items()}
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main(argv):
+    """The demo benchmark's files, written again, or checked."""
+    parser = argparse.ArgumentParser(prog="python -m studies demo", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true",
                         help="write nothing; exit 1 if a file is missing or differs")
-    check = parser.parse_args().check
-    stale = [path for path, content in all_files().items()
-             if not path.is_file() or path.read_bytes() != content]
-    if check:
-        for path in stale:
-            print(f"{path.relative_to(HERE.parent)} is not what make_demo.py writes",
-                  file=sys.stderr)
-        return 1 if stale else 0
+    check = parser.parse_args(argv).check
     for path, content in all_files().items():
-        path.parent.mkdir(exist_ok=True)
-        path.write_bytes(content)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+        if not check:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+        elif not path.is_file() or path.read_bytes() != content:
+            sys.exit(f"{path} is not what make_demo.py writes")

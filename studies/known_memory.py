@@ -1,8 +1,8 @@
 """Where the memory is known: does attribution find it, and does the mask then help?
 
-    python benchmarks/known_memory.py find demo tiny-llama      into results/known-memory/
-    python benchmarks/known_memory.py help demo tiny-llama --memories held-0.25 --objective level
-    python benchmarks/known_memory_page.py                      tables and figure, from the CSVs
+    python -m studies known_memory find demo tiny-llama      into results/known-memory/
+    python -m studies known_memory help demo tiny-llama --memories held-0.25 --objective level
+    python -m studies known_memory_page                     tables and figure, from the CSVs
 
 The forget set is learnt into known weights (`pipeline plant`) or anywhere (the ordinary original).
 `find` holds scores of neurons against the known ones. `help` unlearns each memory with masks of
@@ -11,34 +11,27 @@ of a CSV per number; what stands there is not computed again, so any command may
 given again, and more seeds, arms or memories are added by naming them.
 """
 
-import argparse
 import copy
-import csv
 import dataclasses
 import random
 import shutil
-import sys
 import time
 from functools import cache
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import torch
 
-import pipeline  # noqa: E402, F401
-import torch  # noqa: E402
+import data
+import eval as evaluation
+import simu
+from model import Transformer, UserError, read_json, read_tensors, write_json
+from pipeline import settings
+from pipeline.original import original_stage
+from pipeline.stages import answer_losses, encoded_rows, forget_targets
+from studies import attack, common, plant, readings, sweep
+from studies.common import mean_loss
 
-import common  # noqa: E402
-import data  # noqa: E402
-import eval as evaluation  # noqa: E402
-import readings  # noqa: E402
-import simu  # noqa: E402
-from model import Transformer, UserError, read_json, read_tensors, write_json  # noqa: E402
-from pipeline import attack, plant, settings, sweep  # noqa: E402
-from pipeline.original import original_stage  # noqa: E402
-from pipeline.stage import run_cli  # noqa: E402
-from pipeline.stages import answer_losses, encoded_rows, forget_targets  # noqa: E402
-
-RESULTS = Path(__file__).resolve().parent / "results" / "known-memory"
+RESULTS = common.RESULTS / "known-memory"
 CELL = ("benchmark", "model", "memory", "seed")
 POINT = (*CELL, "objective", "mask", "attention", "lr")
 FILES = {  # name of a CSV: its columns that name a number, and the others
@@ -69,13 +62,12 @@ RATES = dict(graddiff=dict(frozen=(2e-3, 150), moving=(1e-4, 150), fo=(2e-4, 150
 
 
 def append(name: str, row: list):
-    common.append(RESULTS / f"{name}.csv", sum(FILES[name], ()), [row])
+    common.append_lines(RESULTS / f"{name}.csv", sum(FILES[name], ()), [row])
 
 
 def made(name: str) -> set[tuple]:
     """The keys of a CSV's lines."""
-    path, width = RESULTS / f"{name}.csv", len(FILES[name][0])
-    return {tuple(row[:width]) for row in csv.reader(path.open())} if path.exists() else set()
+    return set(common.groups(common.read_lines(RESULTS / f"{name}.csv"), *FILES[name][0]))
 
 
 def resolved(a, seed: int, **more) -> settings.Settings:
@@ -143,12 +135,6 @@ def true_neurons(s, memory: str, counts=None) -> torch.Tensor:
                           for x, y in zip(after.layers, before.layers)])
     each = max(1, round(0.25 * change.shape[1]))
     return readings.largest(change, counts or [each] * len(change))
-
-
-def mean_loss(model, rows: list, s) -> float:
-    """Mean over rows of the answer's mean token loss."""
-    return evaluation.mean(evaluation.mean(own)
-                           for _, own in answer_losses(model, rows, s.eval_tokens))
 
 
 @torch.no_grad()
@@ -387,8 +373,9 @@ def help_(a, seed: int, memory: str):
             append("helping", line)
 
 
-def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+def main(argv: list[str]):
+    """Where the memory is known: does attribution find it, and does the mask then help?"""
+    p = common.parser_of("known_memory", __doc__)
     p.add_argument("what", choices=("find", "help"))
     p.add_argument("benchmark", nargs="?", default="demo")
     p.add_argument("model", nargs="?", default="tiny-llama")
@@ -401,13 +388,9 @@ def main():
     p.add_argument("--objective", choices=RATES, default="graddiff")
     p.add_argument("--stay", action="store_true", help="also attack what was unlearned")
     p.add_argument("--runs", type=Path, default=settings.HERE / "runs" / "known-memory")
-    a = p.parse_args()
+    a = p.parse_args(argv)
     torch.set_num_threads(1)
     RESULTS.mkdir(parents=True, exist_ok=True)
     for seed in a.seeds:
         for memory in a.memories:
             {"find": find, "help": help_}[a.what](a, seed, memory)
-
-
-if __name__ == "__main__":
-    run_cli(main)
