@@ -508,8 +508,8 @@ def test_no_permission(w, monkeypatch):
     refused(w, ["original new"], "forget10.json: Permission denied")
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_cuda_asked_for_and_absent(w):
+def test_cuda_asked_for_and_absent(w, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     refused(w, ["attribute run-tofu --steps 3 --device cuda"], "torch sees no GPU; .*--device cpu")
 
 
