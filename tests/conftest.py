@@ -1,11 +1,14 @@
 """Lets `pytest` from anywhere find the modules at the repository's root; computes on one thread;
-leaves out what can only run on the real TOFU and LUME where they are not."""
+leaves out what can only run on the real TOFU and LUME where they are not. run.sh, where a test calls
+it, finds the Python that runs the tests."""
 
 import os
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+os.environ["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])
 
 import pipeline  # noqa: E402, F401  before torch: it silences a warning of torch's import
 import torch  # noqa: E402
