@@ -479,6 +479,7 @@ def read_settings(run: Path) -> Settings:
     if not path.is_file():
         raise UserError(f"{path} is missing: {run} is not a run folder; run `bash run.sh demo` or "
                         "`python -m pipeline original` first")
+    check_names(path.parent.glob("*"))
     return settings_of(read_json(path), path, out=str(run))
 
 

@@ -1,6 +1,6 @@
 """Lets `pytest` from anywhere find the modules at the repository's root; computes on one thread;
-leaves out what can only run on the real TOFU and LUME where they are not. run.sh, where a test calls
-it, finds the Python that runs the tests."""
+leaves out what can only run on the real TOFU and LUME where they are not. run.sh, where a test
+calls it, finds the Python that runs the tests."""
 
 import os
 import sys

@@ -341,7 +341,7 @@ FAULTS = {
     "encoder: a file's name": (put("e/0/\udcff", b""), ["original new --encoder @/e"], NAME),
     "MMLU: nowhere": (nothing, ["original new --mmlu @/no"], "--mmlu .*/no is not a folder"),
     "encoder: nowhere": (nothing, ["original new --encoder @/no"], "--encoder .* is not a folder"),
-    "encoder: nobody's": (nothing, ["original new --encoder ~no-one/e"], "~no-one/e: .*no such user"),
+    "encoder: nobody's": (nothing, ["original new --encoder ~no-one/e"], "no-one/e: .*no such user"),
     "weights: no folder": (nothing, [f"original {WHOLE}"], "is not a folder"),
     "no data": (nothing, ["original new --data @/nowhere"], "nowhere/tofu is missing"),
     "no run": (nothing, ["attribute new"], "is not a run folder"),
@@ -352,6 +352,8 @@ FAULTS = {
     "report without evaluations": (
         lambda w: [shutil.rmtree(p) for p in (w / "run-tofu").glob("*/eval")], REPORT,
         "holds no evaluation"),
+    "a stage's name": (
+        lambda w: shutil.copytree(w / "run-tofu/mask", w / "run-tofu/\udcff"), REPORT, NAME),
     "retain-only: not evaluated": (
         nothing, ["report run-tofu --retain-only @/run-tofu/mask"], "mask is no evaluated model"),
     "too few rows for a batch": (nothing, ["unlearn run-tofu --batch 50"], "lower --batch"),
@@ -534,7 +536,7 @@ def test_a_folder_of_a_user_that_is_not_there(w, monkeypatch, name):
 
 
 def test_a_name_that_came_later(w):
-    """Not UTF-8, and there since the run began: seen before the work it would have been lost with."""
+    """Not UTF-8, there only since the run began: seen before the work that it would have lost."""
     put("m/a.csv", b"q,a,b,c,d,A\n")(w)
     assert fuzz.cli(*words_of(w, "original weights-tofu --mmlu @/m")) == (0, "")
     put("m/\udcff.csv", b"q,a,b,c,d,A\n")(w)
