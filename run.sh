@@ -51,11 +51,12 @@ set_up() { # set_up [PACKAGE ...] for a run, set_up all for the tests
     # An unfinished one was cut off, and what pip left there may be in pieces. One that says neither
     # is the user's own: added to, never removed.
     [[ ! -e "$venv/unfinished" ]] || rm -rf "$venv"
-    [[ -d "$venv" ]] || { mkdir "$venv" && touch "$venv/finished"; }
-    [[ ! -e "$venv/finished" ]] || { echo $$ >"$venv/finished"; mv "$venv/finished" "$venv/unfinished"; }
+    [[ -d "$venv" ]] || { mkdir "$venv" && touch "$venv/finished"; } || fail "cannot make $venv"
+    [[ ! -e "$venv/finished" ]] || mv "$venv/finished" "$venv/unfinished"
+    [[ ! -e "$venv/unfinished" ]] || echo $$ >"$venv/unfinished"
     python3 -m venv "$venv" >&2 &&
         "$python" -m pip install --disable-pip-version-check -r "$here/${wanted[0]}" >&2 ||
-        fail "$why $packages, and pip could not install them (see above); run again"
+        fail "$why $packages, and pip could not install them (see above)"
     [[ ! -e "$venv/unfinished" ]] || mv "$venv/unfinished" "$venv/finished"
 }
 
