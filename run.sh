@@ -25,7 +25,7 @@ die() { fail "$*; see: bash run.sh --help"; }
 
 # The active Python if it has what is needed, else a .venv made here once.
 has() { # has PYTHON FILE [PACKAGE ...]: those packages, or all of FILE, as new as FILE says
-    # Nothing is imported from the caller's folder, which -c would put first on the path.
+    # Nothing is imported from the caller's folder, which -c, but for -I, puts first on the path.
     "$1" -c 'import sys; sys.path = [p for p in sys.path if p]
 import re, importlib.metadata as installed
 text = "".join(open(f).read() for f in sys.argv[1:3])
@@ -45,7 +45,7 @@ set_up() { # set_up [PACKAGE ...] for a run, set_up all for the tests
     ! kill -0 "$(cat "$venv/unfinished" 2>/dev/null)" 2>/dev/null ||
         fail "process $(cat "$venv/unfinished") is making $venv; wait for it, or delete that folder"
     local packages="the packages of ${wanted[0]}" why="no Python environment: $here needs"
-    python3 -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 10))' 2>/dev/null ||
+    python3 -I -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 10))' 2>/dev/null ||
         fail "$why python3 >= 3.10 with venv, or one that has $packages"
     echo "installing $packages into $venv, once (torch alone is 200 MB to 3 GB)" >&2
     # An unfinished one was cut off, and what pip left there may be in pieces. One that says neither
@@ -54,8 +54,8 @@ set_up() { # set_up [PACKAGE ...] for a run, set_up all for the tests
     [[ -d "$venv" ]] || { mkdir "$venv" && touch "$venv/finished"; } || fail "cannot make $venv"
     [[ ! -e "$venv/finished" ]] || mv "$venv/finished" "$venv/unfinished"
     [[ ! -e "$venv/unfinished" ]] || echo $$ >"$venv/unfinished"
-    python3 -m venv "$venv" >&2 &&
-        "$python" -m pip install --disable-pip-version-check -r "$here/${wanted[0]}" >&2 ||
+    python3 -I -m venv "$venv" >&2 &&
+        "$python" -I -m pip install --disable-pip-version-check -r "$here/${wanted[0]}" >&2 ||
         fail "$why $packages, and pip could not install them (see above)"
     [[ ! -e "$venv/unfinished" ]] || mv "$venv/unfinished" "$venv/finished"
 }

@@ -15,9 +15,9 @@ ROOT = Path(__file__).resolve().parent.parent
 # it ends before the one that $CUT names, which is left in pieces; $KILL may end run.sh as well.
 PYTHON = f"""#!/usr/bin/env bash
 site="$(dirname "$0")/site" log="{{log}}"
-case "$1 $2" in
-"-m venv") echo "venv $3" >>"$log"; mkdir -p "$3/bin" && cp "$0" "$3/bin/python" ;;
-"-m pip")
+case "$1 $2 $3" in
+"-I -m venv") echo "venv $4" >>"$log"; mkdir -p "$4/bin" && cp "$0" "$4/bin/python" ;;
+"-I -m pip")
     cat "$(dirname "${{@: -1}}")"/requirements.txt "${{@: -1}}" | grep '^[a-z]' | sort -u |
     while IFS='>=' read -r name _ version; do
         [[ "$name" != "${{CUT:-}}" ]] || {{ touch "$site/pieces"; ${{KILL:-false}} $PPID; exit 1; }}
@@ -26,7 +26,7 @@ case "$1 $2" in
         mkdir -p "$folder"
         printf 'Name: %s\\nVersion: %s\\n' "$name" "$version" >"$folder/METADATA"
     done ;;
-*) PYTHONPATH="$site" exec {sys.executable} -S "$@" ;;
+*) [[ "$1" != -I ]] || shift; PYTHONPATH="$site" exec {sys.executable} -S "$@" ;;
 esac
 """
 
