@@ -55,7 +55,8 @@ set_up() { # set_up [PACKAGE ...] for a run, set_up all for the tests
     [[ ! -e "$venv/finished" ]] || mv "$venv/finished" "$venv/unfinished"
     [[ ! -e "$venv/unfinished" ]] || echo $$ >"$venv/unfinished"
     python3 -I -m venv "$venv" >&2 &&
-        "$python" -I -m pip install --disable-pip-version-check -r "$here/${wanted[0]}" >&2 ||
+        "$python" -I -m pip install --disable-pip-version-check --no-compile \
+            -r "$here/${wanted[0]}" >&2 ||
         fail "$why $packages, and pip could not install them (see above)"
     [[ ! -e "$venv/unfinished" ]] || mv "$venv/unfinished" "$venv/finished"
 }
