@@ -19,34 +19,52 @@ set -euo pipefail
 here="$(cd "$(dirname "$(realpath "${BASH_SOURCE[0]}")")" && pwd)"
 
 trap 'echo "error: stopped before anything was done" >&2; exit 130' INT
-[[ -d "$PWD" ]] || { echo "error: this folder is gone; cd to another" >&2; exit 2; }
-die() { echo "error: $*; see: bash run.sh --help" >&2; exit 2; }
+fail() { echo "error: $*" >&2; exit 2; }
+die() { fail "$*; see: bash run.sh --help"; }
+[[ -d "$PWD" ]] || fail "this folder is gone; cd to another"
 
-# The active Python if it has torch 2.5 or later and the packages named, else a .venv made here once.
-has() { # Nothing is imported from the caller's folder, which -c would put first on the path.
+# The active Python if it has what is needed, else a .venv made here once.
+has() { # has PYTHON FILE [PACKAGE ...]: those packages, or all of FILE, as new as FILE says
+    # Nothing is imported from the caller's folder, which -c, but for -I, puts first on the path.
     "$1" -c 'import sys; sys.path = [p for p in sys.path if p]
-import importlib.metadata as m, importlib.util as u
-sys.exit(sys.version_info < (3, 10) or any(u.find_spec(x) is None for x in sys.argv[1:])
-         or tuple(map(int, m.version("torch").split(".")[:2])) < (2, 5))' "${@:2}"
+import re, importlib.metadata as installed
+text = "".join(open(f).read() for f in sys.argv[1:3])
+least = dict(re.findall("^([a-z][^>=\n]*)[>=]=(.*)", text, re.M), torch="2.5")
+number = lambda version: [int(n) for n in re.findall("[0-9]+", version)]
+sys.exit(sys.version_info < (3, 10) or any(
+    number(installed.version(p)) < number(least[p]) for p in sys.argv[3:] or least))' \
+        "$here/requirements.txt" "$here/$2" "${@:3}"
 } 2>/dev/null
-set_up() {
-    local packages=(torch sentencepiece safetensors tqdm "$@")
+set_up() { # set_up [PACKAGE ...] for a run, set_up all for the tests
+    local venv="$here/.venv" wanted=(requirements.txt torch sentencepiece safetensors tqdm "$@")
+    [[ "${1:-}" != all ]] || wanted=(requirements-dev.txt)
     python=python3
-    has "$python" "${packages[@]}" && return
-    python="$here/.venv/bin/python"
-    has "$python" "${packages[@]}" && return
-    echo "making .venv from requirements.txt (once; torch is large)" >&2
-    python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))' &&
-        python3 -m venv "$here/.venv" &&
-        "$python" -m pip install --quiet --disable-pip-version-check -r "$here/requirements.txt" ||
-        { echo "error: no Python environment: $here needs python3 >= 3.10 with venv, and the" \
-            "packages of requirements.txt; install them and run again" >&2; exit 2; }
+    has "$python" "${wanted[@]}" && return
+    python="$venv/bin/python"
+    [[ ! -e "$venv/unfinished" ]] && has "$python" "${wanted[@]}" && return
+    ! kill -0 "$(cat "$venv/unfinished" 2>/dev/null)" 2>/dev/null ||
+        fail "process $(cat "$venv/unfinished") is making $venv; wait for it, or delete that folder"
+    local packages="the packages of ${wanted[0]}" why="no Python environment: $here needs"
+    python3 -I -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 10))' 2>/dev/null ||
+        fail "$why python3 >= 3.10 with venv, or one that has $packages"
+    echo "installing $packages into $venv, once (torch alone is 200 MB to 3 GB)" >&2
+    # An unfinished one was cut off, and what pip left there may be in pieces. One that says neither
+    # is the user's own: added to, never removed.
+    [[ ! -e "$venv/unfinished" ]] || rm -rf "$venv"
+    [[ -d "$venv" ]] || { mkdir "$venv" && touch "$venv/finished"; } || fail "cannot make $venv"
+    [[ ! -e "$venv/finished" ]] || mv "$venv/finished" "$venv/unfinished"
+    [[ ! -e "$venv/unfinished" ]] || echo $$ >"$venv/unfinished"
+    python3 -I -m venv "$venv" >&2 &&
+        "$python" -I -m pip install --disable-pip-version-check --no-compile \
+            -r "$here/${wanted[0]}" >&2 ||
+        fail "$why $packages, and pip could not install them (see above)"
+    [[ ! -e "$venv/unfinished" ]] || mv "$venv/unfinished" "$venv/finished"
 }
 
 benchmark="${1:-}"
 case "$benchmark" in
 test)
-    set_up pytest tokenizers
+    set_up all
     cd "$here"
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"  # the models are too small to share
     [[ $# -gt 1 ]] || exec "$python" tests/all.py
@@ -131,7 +149,7 @@ path[:1] == "~" and sys.exit(1)
 sys.stdout.buffer.write(os.fsencode(os.path.abspath(path)))' "$run" 2>/dev/null)" || die "--out $run: no such user"
 run="$whole"
 [[ $seeds -eq 1 || " ${options[*]-}" != *" --seed"[\ =]* ]] ||
-    { echo "error: --seeds $seeds chooses the seeds 0 to $((seeds - 1)); drop --seed" >&2; exit 2; }
+    fail "--seeds $seeds chooses the seeds 0 to $((seeds - 1)); drop --seed"
 
 # A stage is a process, so that its memory is given back; those of a tiny model are one for all.
 each_stage() {

@@ -279,7 +279,8 @@ def made_here(s: Settings) -> bool:
 
 def downloads() -> Path:
     """The folder that holds everything fetched."""
-    return Path(os.environ.get("SIMU_DOWNLOADS") or HERE / "downloads").expanduser().absolute()
+    given = os.environ.get("SIMU_DOWNLOADS")
+    return Path(absolute(given, "SIMU_DOWNLOADS") if given else HERE / "downloads")
 
 
 def default_data() -> str:
@@ -429,8 +430,9 @@ def resolve(given: dict) -> Settings:
     for place in PLACES:  # a run must be readable from any folder
         if given.get(place) and not given[place].startswith("hf:"):
             given = given | {place: absolute(given[place])}
-    if Path(given.get("encoder", "")).is_dir() and given.get("encoder"):
-        given = given | dict(encoder=absolute(given["encoder"]))
+    encoder = given.get("encoder", "")  # a folder, or a name on the hub
+    if encoder.startswith(("~", ".", "/")) or encoder and Path(encoder).is_dir():
+        given = given | dict(encoder=absolute(encoder))
     base = Settings(**{k: given[k] for k in (
         "benchmark", "model", "method", "out", "weights", "forget") if k in given})
     own = base.benchmark == "rows" or base.model not in MODELS
@@ -443,18 +445,43 @@ def resolve(given: dict) -> Settings:
     values = (own_defaults(base) if own else
               cell_defaults(base.benchmark, base.model, base.method)) | given
     if base.benchmark not in ("demo", "rows") and not values.get("data"):
-        values["data"] = os.environ.get("SIMU_DATA") or default_data()
-    return Settings(**values)
+        folder = os.environ.get("SIMU_DATA")
+        values["data"] = absolute(folder, "SIMU_DATA") if folder else default_data()
+    s = Settings(**values)
+    check_folders(s, s.weights or (s.model if own else ""))
+    return s
 
 
 PLACES = ("data", "weights", "out", "forget", "retain", "unseen", "retain_only", "mmlu")
 
 
-def absolute(path: str) -> str:
+def absolute(path: str, name: str = "") -> str:
+    """The whole path of what the option or variable `name` holds."""
     try:
         return str(Path(path).expanduser().absolute())
-    except RuntimeError as e:  # ~nosuchuser
-        raise UserError(f"{path}: {e}; give the folder's whole path") from None
+    except RuntimeError:  # ~nosuchuser
+        raise UserError(f"{name and name + ' is '}{path}: there is no such user here; give the "
+                        "folder's whole path") from None
+
+
+def check_folders(s: Settings, weights: str):
+    """UserError, before anything is made, for a folder that would be found wrong only after it."""
+    downloads()  # SIMU_DOWNLOADS too
+    for name, folder in (("mmlu", s.mmlu), ("encoder", s.encoder)):
+        if Path(folder).is_absolute() and not Path(folder).is_dir():
+            raise UserError(f"--{name} {folder} is not a folder; name one that is there")
+    for folder, pattern in ((s.data and Path(s.data, s.layout), "**/*.json*"), (s.mmlu, "**/*"),
+                            (s.encoder, "**/*"), (s.retain_only, "*"), (weights, "*")):
+        if folder:
+            check_names(Path(folder).glob(pattern))
+
+
+def check_names(paths):
+    """UserError if one of these has a name that the JSON of a run cannot hold."""
+    for path in paths:
+        if NO_TEXT.search(str(path)):
+            raise UserError(f"the name of the file {str(path)!r} is not UTF-8 text; rename it, or "
+                            "move it elsewhere")
 
 
 def read_settings(run: Path) -> Settings:
@@ -464,6 +491,7 @@ def read_settings(run: Path) -> Settings:
     if not path.is_file():
         raise UserError(f"{path} is missing: {run} is not a run folder; run `bash run.sh demo` or "
                         "`python -m pipeline original` first")
+    check_names(path.parent.glob("*"))
     return settings_of(read_json(path), path, out=str(run))
 
 

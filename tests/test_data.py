@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
+import tokenizers
 
 import data
 from data import IGNORE, Encoded, Example, Slice
@@ -21,8 +22,7 @@ DEMO = Path(data.__file__).parent / "pipeline" / "demo"
 FIXED = [name for name in data.TEMPLATES if name != "chat"]
 REAL = Path(os.environ.get("SIMU_DATA", "absent"))
 TOKENIZERS = REAL.parent / "tokenizers"
-needs_real = pytest.mark.skipif(not (REAL / "tofu").is_dir() or not TOKENIZERS.is_dir(),
-                                reason="SIMU_DATA is not set")
+needs_real = pytest.mark.real_files("tofu", "lume", "../tokenizers")
 KINDS = ["llama", "olmo"]
 REAL_KINDS = [("llama2", "llama2"), ("llama2", "raw"), ("olmo", "qa"), ("olmo", "raw")]
 
@@ -815,18 +815,28 @@ def test_nearly_the_same_row_in_two_files_is_refused(question, capsys):
 # --------------------------------------------------------------------------------------- real data
 
 
-def real_rows():
-    tofu = [data.load_tofu(REAL / "tofu", p.stem) for p in sorted((REAL / "tofu").glob("*.json"))]
-    lume = [data.load_lume(REAL / "lume", split) for split in ("forget", "retain")]
+def all_rows(folder):
+    splits = sorted(path.stem for path in (folder / "tofu").glob("*.json"))
+    tofu = [data.load_tofu(folder / "tofu", split) for split in splits]
+    lume = [data.load_lume(folder / "lume", split) for split in ("forget", "retain")]
     return [e for part in tofu + lume for e in part]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("template", ["llama2", "qa", "raw"])
+def test_tokenizers_round_trip_the_demo(small, kind, template):
+    round_trip(small[kind], template, all_rows(DEMO))
 
 
 @needs_real
 @pytest.mark.parametrize("kind, template", REAL_KINDS)
 def test_real_tokenizers_round_trip_tofu_and_lume(kind, template):
-    tok = load_tokenizer(TOKENIZERS / kind)
+    round_trip(load_tokenizer(TOKENIZERS / kind), template, all_rows(REAL))
+
+
+def round_trip(tok, template, rows):
     seen = set()
-    for e in real_rows()[::4]:
+    for e in rows[::4]:
         row = data.encode(e, tok, template)
         assert tok.decode(row.ids[:-1]) == "".join(data.full_text(e, tok, template))
         assert len(row.ids) > row.n_prompt > 0
@@ -843,8 +853,7 @@ def test_real_tokenizers_by_their_known_facts():
     assert llama.encode(" The", bos=False)[0] == 29871
     olmo = load_tokenizer(TOKENIZERS / "olmo")
     assert (olmo.vocab_size, olmo.bos_id, olmo.eos_id) == (50280, None, 50279)
-    library = pytest.importorskip("tokenizers")
-    own = library.Tokenizer.from_file(str(TOKENIZERS / "olmo" / "tokenizer.json"))
+    own = tokenizers.Tokenizer.from_file(str(TOKENIZERS / "olmo" / "tokenizer.json"))
     for e in data.load_tofu(REAL / "tofu", "forget01"):
         assert olmo.encode(e.answer, bos=True) == own.encode(e.answer).ids
 

@@ -815,14 +815,21 @@ def test_token_scores_equal_one_text_at_a_time(made):
     assert ev.token_scores(model, [], [], tokens=300) == []
 
 
-# --------------------------------------------------------------------------------- real TOFU's text
+# --------------------------------------------------------------------- the demo's and TOFU's text
 
 
+def test_rouge_l_on_the_demos_answers():
+    check_rouge_l(Path(data.__file__).parent / "pipeline" / "demo")
+
+
+@pytest.mark.real_files("tofu")
 def test_rouge_l_on_real_answers():
-    if not os.environ.get("SIMU_DATA"):
-        pytest.skip("SIMU_DATA is not set")
+    check_rouge_l(Path(os.environ["SIMU_DATA"]))
+
+
+def check_rouge_l(folder: Path):
     scorer = pytest.importorskip("rouge_score.rouge_scorer").RougeScorer(["rougeL"], True)
-    for row in data.load_tofu(Path(os.environ["SIMU_DATA"]) / "tofu", "forget10_perturbed"):
+    for row in data.load_tofu(folder / "tofu", "forget10_perturbed"):
         for candidate in (row.paraphrased_answer, row.perturbed_answers[0], row.question):
             expected = scorer.score(row.answer, candidate)["rougeL"]
             assert ev.rouge_l(row.answer, candidate) == pytest.approx(tuple(expected), abs=1e-9)

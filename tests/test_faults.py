@@ -205,6 +205,7 @@ NOT_WHOLE = "model.safetensors is not a whole safetensors file .*download it aga
 EVAL = "run-tofu/original/eval"
 REPORT, MASK = ["report run-tofu"], ["mask run-tofu --threshold 0.4"]
 UNLEARN = ["unlearn run-tofu --lr 1e-4"]
+NAME = r"name of the file '.*\\udcff.*' is not UTF-8 text; rename it"
 CHANGED = "is not what its stage wrote; delete .* and run its stage again"
 
 FAULTS = {
@@ -331,6 +332,16 @@ FAULTS = {
     "weights that overflow at the last update": (
         nothing, ["unlearn run-tofu --method so --lr 2e9"], "losses are not finite .*lower --lr"),
     "no UTF-8": (nothing, ["original new --weights \udcff"], "--weights is .*not UTF-8"),
+    "data: a file's name": (put("data/tofu/\udcff.json", []), ["original new"], NAME),
+    "data: a folder's name": (put("data/tofu/\udcff/a.jsonl", []), ["original new"], NAME),
+    "weights: a file's name": (put("weights-tofu/\udcff.model", b""), ORIGINAL, NAME),
+    "retain-only: a file's name": (
+        put("weights-lume/\udcff", b""), [f"{ORIGINAL[0]} --retain-only @/weights-lume"], NAME),
+    "MMLU: a file's name": (put("m/test/\udcff.csv", b""), ["original new --mmlu @/m"], NAME),
+    "encoder: a file's name": (put("e/0/\udcff", b""), ["original new --encoder @/e"], NAME),
+    "MMLU: nowhere": (nothing, ["original new --mmlu @/no"], "--mmlu .*/no is not a folder"),
+    "encoder: nowhere": (nothing, ["original new --encoder @/no"], "--encoder .* is not a folder"),
+    "encoder: nobody's": (nothing, ["original new --encoder ~no-one/e"], "no-one/e: .*no such user"),
     "weights: no folder": (nothing, [f"original {WHOLE}"], "is not a folder"),
     "no data": (nothing, ["original new --data @/nowhere"], "nowhere/tofu is missing"),
     "no run": (nothing, ["attribute new"], "is not a run folder"),
@@ -341,6 +352,8 @@ FAULTS = {
     "report without evaluations": (
         lambda w: [shutil.rmtree(p) for p in (w / "run-tofu").glob("*/eval")], REPORT,
         "holds no evaluation"),
+    "a stage's name": (
+        lambda w: shutil.copytree(w / "run-tofu/mask", w / "run-tofu/\udcff"), REPORT, NAME),
     "retain-only: not evaluated": (
         nothing, ["report run-tofu --retain-only @/run-tofu/mask"], "mask is no evaluated model"),
     "too few rows for a batch": (nothing, ["unlearn run-tofu --batch 50"], "lower --batch"),
@@ -508,9 +521,26 @@ def test_no_permission(w, monkeypatch):
     refused(w, ["original new"], "forget10.json: Permission denied")
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_cuda_asked_for_and_absent(w):
+def test_cuda_asked_for_and_absent(w, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     refused(w, ["attribute run-tofu --steps 3 --device cuda"], "torch sees no GPU; .*--device cpu")
+
+
+@pytest.mark.parametrize("name", ["SIMU_DOWNLOADS", "SIMU_DATA"])
+def test_a_folder_of_a_user_that_is_not_there(w, monkeypatch, name):
+    monkeypatch.setenv(name, "~no-one/x")
+    for command in ("original", "plan", "files"):
+        status, stderr = fuzz.cli(command, "tofu", "tiny-llama", "--out", w / "out")
+        assert fuzz.is_one_line(status, stderr), stderr
+        assert f"{name} is ~no-one/x: there is no such user" in stderr and not (w / "out").exists()
+
+
+def test_a_name_that_came_later(w):
+    """Not UTF-8, there only since the run began: seen before the work that it would have lost."""
+    put("m/a.csv", b"q,a,b,c,d,A\n")(w)
+    assert fuzz.cli(*words_of(w, "original weights-tofu --mmlu @/m")) == (0, "")
+    put("m/\udcff.csv", b"q,a,b,c,d,A\n")(w)
+    refused(w, ["evaluate out original"], NAME)
 
 
 def allocate(*_, **__):

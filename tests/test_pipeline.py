@@ -323,8 +323,8 @@ def test_mistakes_end_in_one_line(tmp_path, words, told, monkeypatch, capsys):
     assert not list(tmp_path.rglob("model.safetensors"))
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_cuda_asked_for_and_absent(tmp_path):
+def test_cuda_asked_for_and_absent(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match="no GPU"):
         main(["original", "demo", "tiny-llama", "--out", str(tmp_path / "r"), *MICRO,
                    "--device", "cuda"])
