@@ -91,8 +91,8 @@ def timed_stage(words: list[str]):
     start = time.perf_counter()
     stage(words)
     rest = time.perf_counter() - start - sum(seconds.values())
-    print(f"loaded {seconds['loaded']:.1f} s, saved {seconds['saved']:.1f} s, the rest {rest:.1f} s",
-          file=sys.stderr)
+    loaded, saved = (f"{kind} {s:.1f} s" for kind, s in seconds.items())
+    print(f"{loaded}, {saved}, the rest {rest:.1f} s", file=sys.stderr)
 
 
 def run_timed(words: list[str], room: float) -> tuple[int, str, str]:
@@ -109,7 +109,7 @@ def run_timed(words: list[str], room: float) -> tuple[int, str, str]:
 
 
 def step(a, folder: Path, name: str, *words):
-    """Run a stage unless it is done; its last lines, without this machine's paths, and its times."""
+    """Run a stage unless it is done; its last lines, without this machine's paths, and times."""
     def plain(text):
         for path, short in ((folder, "FOLDER"), (os.path.relpath(folder), "FOLDER"), (HERE, "."),
                             (os.environ.get("SIMU_DATA") or "/no/such", "DATA")):

