@@ -111,7 +111,7 @@ def run_timed(words: list[str], room: float) -> tuple[int, str, str]:
 def step(a, folder: Path, name: str, *words):
     """Run a stage unless it is done; its last lines, without this machine's paths, and times."""
     def plain(text):
-        for path, short in ((folder, "FOLDER"), (os.path.relpath(folder), "FOLDER"), (HERE, "."),
+        for path, short in ((os.path.relpath(folder), "FOLDER"), (folder, "FOLDER"), (HERE, "."),
                             (os.environ.get("SIMU_DATA") or "/no/such", "DATA")):
             text = text.replace(str(path), short)
         return text
