@@ -205,9 +205,9 @@ def test_gpu_sh_gives_its_scripts_options_that_they_have():
     """Nothing runs it where there is no GPU, so that a renamed option would go unseen."""
     given = {}
     for line in (ROOT / "benchmarks/gpu.sh").read_text().replace("\\\n", " ").splitlines():
-        if found := re.match(r"\s*bench \d+ (\w+)(.*)", line):
+        if found := re.match(r"\s*bench [\w-]+ \d+ (\w+)(.*)", line):
             given.setdefault(found[1], set()).update(re.findall(r" (--[\w-]+)", found[2]))
-    assert set(given) == {"attribution", "unlearning", "decoding"}
+    assert set(given) == {"limits", "attribution", "unlearning", "decoding"}
     told = subprocess.run([sys.executable, "-c", HELP_OF_EACH, *given], cwd=ROOT / "benchmarks",
                           capture_output=True, text=True, check=True).stdout.split("\0")[1:]
     for (script, options), text in zip(given.items(), told, strict=True):
