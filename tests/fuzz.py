@@ -32,10 +32,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import pipeline  # noqa: E402, F401  before torch: it silences a warning of torch's import
 import tqdm  # noqa: E402
 
-import eval as evaluation  # noqa: E402
 import model  # noqa: E402
 import simu  # noqa: E402
-from pipeline import stage, sweep  # noqa: E402
+from pipeline import reading, stage, sweep  # noqa: E402
 from pipeline.__main__ import main as command_line  # noqa: E402
 
 LIMIT = 20  # seconds a case may take
@@ -56,7 +55,7 @@ def cli(*words) -> tuple[int, str]:
             contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.redirect_stderr(file))
         stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
-        for module in (simu, model, evaluation, sweep):  # bars go to stderr too
+        for module in (simu, model, reading, sweep):  # bars go to stderr too
             stack.enter_context(mock.patch.object(module, "tqdm", _quiet))
         saved = os.dup(2)
         os.dup2(file.fileno(), 2)
