@@ -143,7 +143,7 @@ def weight(value: float):
         own = Transformer.from_pretrained(w / "weights-tofu")
         with torch.no_grad():
             own.layers[0].mlp.up_proj.weight[3, 5] = value
-        save_tensors(w / WHOLE, {model.Transformer.stored_name(k): p for k, p in own.named_parameters()})
+        save_tensors(w / WHOLE, {own.stored_name(k): p for k, p in own.named_parameters()})
     return spoil
 
 

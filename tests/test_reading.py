@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import data
 import eval as evaluation
@@ -195,28 +195,39 @@ def test_a_cards_memory_layout(kind, monkeypatch):
             assert x.losses == pytest.approx(y.losses, rel=1e-5)
 
 
+def on_another_device(kind, monkeypatch) -> Transformer:
+    """A model on `meta`, which mixes with the CPU as little as a card does, and every choice 0."""
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda self: [0] * len(self))
+    config = make(kind).config
+    with torch.device("meta"):
+        return Transformer(config).requires_grad_(False)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_tensor_is_made_on_the_wrong_device(kind, monkeypatch):
-    """A model of fake tensors "on cuda": each operation checks the devices of what it is given."""
-    monkeypatch.setattr(FakeTensor, "tolist", lambda self: [0] * len(self))
-    config = make(kind).config
-    with FakeTensorMode(), torch.inference_mode(False):
-        with torch.device("meta"):  # nothing to draw, which needs a card
-            model = Transformer(config)
-        for name, p in list(model.named_parameters()):
-            owner, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(owner), leaf, torch.nn.Parameter(
-                torch.empty(p.shape, device="cuda"), requires_grad=False))
-        ids = torch.zeros(2, 7, dtype=torch.int64, device="cuda")
-        assert model(ids).device.type == "cuda"
-        slots = torch.arange(14, device="cuda")
-        assert model.hidden_of_rows(slots, slots, (2, 7), slots % 7).device.type == "cuda"
-        for way in (module.generate, generate):
-            said = way(model, [[5] * 3, [6] * 7], max_new_tokens=4, eos_id=None)
-            assert said == [[0] * 4] * 2
-        if model.packs:
-            part, = reading.passes_that_share([[1, 2, 3], [1, 2, 9, 4]], 99)
-            assert reading.read_pass(model, part).device.type == "cuda"
+    model = on_another_device(kind, monkeypatch)
+    slots = torch.arange(14, device="meta")
+    assert model(slots.view(2, 7)).is_meta
+    assert model.hidden_of_rows(slots, slots, (2, 7), slots % 7).is_meta
+    for way in (module.generate, generate):
+        assert way(model, [[5] * 3, [6] * 7], max_new_tokens=4, eos_id=None) == [[0] * 4] * 2
+    if model.packs:  # with what several begin with, and drafts of unlike lengths
+        prompts, drafts = [[5] * n for n in (20, 22, 25)], [[0] * 9, [], [0] * 3]
+        said = generate(model, prompts, max_new_tokens=8, eos_id=None, drafts=drafts)
+        assert said == [[0] * 8] * 3
+        part, = reading.passes_that_share([[1, 2, 3], [1, 2, 9, 4]], 99)
+        assert reading.read_pass(model, part).is_meta
+
+
+@pytest.mark.parametrize("name, wrong", [
+    ("rope", lambda self, positions: module.rope(self.config, torch.arange(positions.shape[-1]))),
+    ("embed", lambda self, ids: torch.zeros(*ids.shape, 32))])
+def test_that_would_be_seen(name, wrong, monkeypatch):
+    model = on_another_device("llama", monkeypatch)
+    monkeypatch.setattr(Transformer, name, wrong)
+    for way in (module.generate, generate):
+        with pytest.raises(RuntimeError, match="device"):
+            way(model, [[5] * 3, [6] * 7], max_new_tokens=4, eos_id=None)
 
 
 def test_every_new_tensor_names_its_device():
