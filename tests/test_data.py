@@ -568,7 +568,7 @@ def test_odd_tokenizer_configs(small, tmp_path, kind, names):
         assert tok.chat_template == "" and tok.decode(tok.encode("a b", bos=True)) == "a b"
 
 
-# ----------------------------------------------- tokenizer folders as old and odd exports leave them
+# --------------------------------------------- tokenizer folders as old and odd exports leave them
 
 CHATML_TEXT = "<|im_start|>user\nWho is it?<|im_end|>\n<|im_start|>assistant\nMe.<|im_end|>\n"
 OLD = dict(tokenizer_class="LlamaTokenizer", bos_token="<s>", eos_token="<|im_end|>",
