@@ -568,7 +568,7 @@ def test_odd_tokenizer_configs(small, tmp_path, kind, names):
         assert tok.chat_template == "" and tok.decode(tok.encode("a b", bos=True)) == "a b"
 
 
-# --------------------------------------------------- tokenizer folders as old and odd exports leave them
+# --------------------------------------------- tokenizer folders as old and odd exports leave them
 
 CHATML_TEXT = "<|im_start|>user\nWho is it?<|im_end|>\n<|im_start|>assistant\nMe.<|im_end|>\n"
 OLD = dict(tokenizer_class="LlamaTokenizer", bos_token="<s>", eos_token="<|im_end|>",
@@ -584,7 +584,7 @@ def beyond(*texts, start, **flags):
         | flags for n, x in enumerate(texts)})
 
 
-MODEL_FOLDERS = {  # name: (tokenizer_config.json, other files); N: the first id beyond the vocabulary
+MODEL_FOLDERS = {  # (tokenizer_config.json, other files); n: the first id beyond the vocabulary
     "added_tokens.json": lambda n: (OLD, {"added_tokens.json": {"<|im_start|>": n + 1,
                                                                 "<|im_end|>": n}}),
     "decoder": lambda n: (OLD | beyond("<|im_end|>", "<|im_start|>", start=n), {}),
@@ -764,7 +764,8 @@ def test_other_shapes_and_keys_that_change_nothing(tmp_path, row, question, answ
 @pytest.mark.parametrize("row, key", [
     (dict(GOOD, context="c"), "context"), (dict(GOOD, tools=[{}]), "tools"),
     (dict(GOOD, weight=0), "weight"), (dict(GOOD, Instruction="x"), "Instruction"),
-    (dict(prompt="p", completion="c", system="s"), "system"), (dict(text="t", system="s"), "system"),
+    (dict(prompt="p", completion="c", system="s"), "system"),
+    (dict(text="t", system="s"), "system"),
     (dict(input="i", output="o", context="c"), "context"),
     (dict(messages=[dict(CHAT[1], weight=0), CHAT[2]]), "weight"),
     (dict(messages=CHAT[1:3], tools=["t"]), "tools")])
@@ -790,7 +791,8 @@ def test_an_array_and_a_table_are_read(tmp_path, name, text):
 
 
 @pytest.mark.parametrize("text, told", [
-    ("question,answer\nq?\n", "line 2 has the keys ['question']"), ('question,answer\n"q', "not CSV"),
+    ("question,answer\nq?\n", "line 2 has the keys ['question']"),
+    ('question,answer\n"q', "not CSV"),
     ("question,answer\nq,a,b\n", "line 2"), ("question,answer\n", "holds no rows")])
 def test_tables_that_are_wrong(tmp_path, text, told):
     (tmp_path / "a.csv").write_text(text)
@@ -798,7 +800,8 @@ def test_tables_that_are_wrong(tmp_path, text, told):
         data.load_rows(tmp_path / "a.csv")
 
 
-NEAR = ["Who is Zoë?", "Who is Zoë? ", "who  is ZOË", "Who is Zoe\u0308?", "“Who is Zoë”", "Who is\nZoë"]
+NEAR = ["Who is Zoë?", "Who is Zoë? ", "who  is ZOË", "Who is Zoe\u0308?", "“Who is Zoë”",
+        "Who is\nZoë"]
 
 
 @pytest.mark.parametrize("question", NEAR)
