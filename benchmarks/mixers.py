@@ -25,8 +25,7 @@ def measure(a, kind: str):
     model = Transformer(mixers.TINY[kind](**TINY) if kind in mixers.TINY else SMALL)
     rows = random_rows(a, tofu_lengths(16, a.seed))
     recipe = simu.Recipe()
-    jobs = {"gradients": lambda: simu.backward_mean_nll(model, rows, -1.0,
-                                                           recipe.micro_tokens),
+    jobs = {"gradients": lambda: simu.backward_mean_nll(model, rows, 1.0, recipe.micro_tokens),
             "attribution": lambda: simu.attribute_rows(model, rows, recipe, title=kind)}
     return {name: min(timed(a, job)[0] for _ in range(a.turns)) for name, job in jobs.items()}
 

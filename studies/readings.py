@@ -18,6 +18,7 @@ import itertools
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 import data
 import simu
@@ -73,8 +74,9 @@ def everything_scaled(model, batch, nodes, *, inner=False):
                 hook = (down.register_forward_pre_hook(lambda _, x: scale(*x)) if inner else
                         down.register_forward_hook(lambda _, x, y: scale(y)))
                 with hook, torch.enable_grad():
-                    count = (batch.targets != IGNORE).sum()
-                    log_p = -simu.mean_nll(model, batch) * count
+                    log_p = -F.cross_entropy(
+                        model(batch.ids).flatten(0, 1), batch.targets.flatten(),
+                        ignore_index=IGNORE, reduction="sum")
                 grad, = torch.autograd.grad(log_p, seen["a"])
                 att = att + (seen["beta"] * grad).sum((0, 1)) / len(nodes)
             rows.append(att)

@@ -21,7 +21,6 @@ import pytest
 import torch
 
 import fuzz
-import model
 import simu
 from model import INDEX, Transformer, save_tensors
 from pipeline import plan, stage, tokenizers
