@@ -8,6 +8,7 @@
 #
 # LOG: default STATE/log.txt. The cell through the stages is checkpoint7b.py's, TOFU gpu_tofu.sh's.
 set -uo pipefail
+from="$PWD"
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source benchmarks/parts.sh
 
@@ -17,7 +18,7 @@ if [[ "${1:-}" == --tiny ]]; then tiny=yes; shift; fi
 [[ "$tiny" == yes ]] || "$python" -c "import torch; assert torch.cuda.is_available()" 2>/dev/null ||
     { echo "error: torch sees no GPU; on a CPU use: bash benchmarks/gpu.sh --tiny STATE" >&2; exit 2; }
 start "$1"
-log="${2:-$1/log.txt}"
+log="$(absolute "${2:-$1/log.txt}")"
 bench() { part "$1" "$2" "$python" "benchmarks/$3.py" "${@:4}"; }  # NAME SECONDS SCRIPT ...
 
 if [[ "$tiny" == yes ]]; then

@@ -11,8 +11,10 @@ export PYTHONUNBUFFERED=1 OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"
 python="${PYTHON:-python3}"
 end=$((SECONDS + ${SIMU_CALL:-570})) begun=no names=() left=() failed=()
 
+absolute() { [[ "$1" == /* ]] && echo "$1" || echo "$from/$1"; } # from: the caller's folder
+
 start() { # start STATE: the folder where parts are kept
-    state="$1"
+    state="$(absolute "$1")"
     mkdir -p "$state" && touch "$state/done" || exit 2
 }
 
