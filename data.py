@@ -855,8 +855,11 @@ def load_tokenizer(path):
     ends = [i for name in ("config.json", "generation_config.json")
             for value in [json_beside(path, name).get("eos_token_id")]
             for i in (value if isinstance(value, list) else [value]) if type(i) is int and i >= 0]
-    first = [tokenizer.eos_id] * (tokenizer.eos_id is not None)
-    tokenizer.eos_ids = tuple(dict.fromkeys(first + ends)) or tokenizer.usual_ends()
+    named = [tokenizer.eos_id] if tokenizer.eos_id is not None else []
+    # OLMo's two published tokenizers disagree on <|endoftext|> (0 or 50279): there the model decides.
+    olmo = json_beside(path, "config.json").get("model_type") in ("olmo", "hf_olmo")
+    ends = ends + named if olmo else named + ends
+    tokenizer.eos_ids = tuple(dict.fromkeys(ends)) or tokenizer.usual_ends()
     if not tokenizer.eos_ids:
         raise UserError(f"{path} names no end-of-text token; set eos_token_id in config.json")
     tokenizer.eos_id = tokenizer.eos_ids[0]

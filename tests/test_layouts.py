@@ -443,6 +443,18 @@ def test_where_bos_and_eos_come_from(names, config, bos, eos, tmp_path):
     assert set(tok.eos_ids) == {find(x) for x in [*config, eos] if x}
 
 
+def test_of_olmos_two_tokenizers_the_model_decides(tmp_path):
+    """The id that its config.json names ends an answer, also where a tokenizer says another."""
+    specials = ("<|endoftext|>", "|||IP_ADDRESS|||")
+    names = dict(eos_token="<|endoftext|>")
+    tok, find = byte_level(tmp_path / "t", specials=specials, names=names,
+                           eos_token_id=["|||IP_ADDRESS|||"])
+    file = tmp_path / "t" / "config.json"
+    assert tok.eos_id == find("<|endoftext|>")
+    file.write_text(json.dumps(json.loads(file.read_text()) | dict(model_type="olmo")))
+    assert data.load_tokenizer(tmp_path / "t").eos_id == find("|||IP_ADDRESS|||")
+
+
 def test_a_post_processors_bos_is_put_whatever_the_config_says(tmp_path):
     tok, find = byte_level(tmp_path / "t", post=BEGIN, specials=(BEGIN, END), eos_token_id=[END],
                         names=dict(add_bos_token=False))
