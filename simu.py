@@ -563,15 +563,29 @@ def backward_mean_nll(model: Transformer, rows: list[Encoded], weight: float, to
     return backward_rows(model, rows, term, tokens)
 
 
-def backward_term(model: Transformer, rows: list[Encoded], known: list, recipe: "Unlearning", *,
-                  function: Callable, weight: float = 1.0) -> float:
-    """Back-propagate weight * the mean of an objective's term over tokens or rows, in passes of at
-    most micro_tokens; returns as `backward_rows`."""
+def term_of(function: Callable, rows: list[Encoded], known: list, weight: float,
+            recipe: "Unlearning") -> Term:
+    """weight * the mean of an objective's term `function` over the tokens of rows, or over rows."""
     objective = OBJECTIVES[recipe.objective]
     per_row = objective.per == "row" and function is objective.forget
     count = len(rows) if per_row else answer_tokens(rows)
-    term = Term(function, known, recipe, weight, count, objective.read)
-    return backward_rows(model, rows, term, recipe.micro_tokens)
+    return Term(function, known, recipe, weight, count, objective.read)
+
+
+def backward_apart(model: Transformer, forget: list[Encoded], retain: list[Encoded],
+                   known: tuple[list, list], weight: float, recipe: "Unlearning"
+                   ) -> dict[str, float]:
+    """Back-propagate both terms of the recipe's objective over an update's rows, one after the
+    other, in passes of at most micro_tokens; returns their losses, as `backward_rows`. known: of
+    the forget and of the retain rows; weight: of the retain term."""
+    objective, losses = OBJECTIVES[recipe.objective], {}
+    if objective.forget:
+        term = term_of(objective.forget, forget, known[0], 1.0, recipe)
+        losses["loss_forget"] = backward_rows(model, forget, term, recipe.micro_tokens)
+    if weight:
+        term = term_of(objective.retain, retain, known[1], weight, recipe)
+        losses["loss_retain"] = backward_rows(model, retain, term, recipe.micro_tokens)
+    return losses
 
 
 @torch.no_grad()
@@ -771,7 +785,8 @@ def plain_loop(title: str, steps: int, tensors: dict[str, Tensor]):
 
 
 def train(model: Transformer, moving: list[Moving], order: list, backward, recipe: "Unlearning", *,
-          optimiser: "Optimiser", lr: float, title: str, loop=None, record=None) -> list[dict]:
+          optimiser: "Optimiser", lr: float, title: str, loop=None, record=None,
+          apply=None) -> list[dict]:
     """Run one update per item of `order`; returns a log row per update, also given to record(row).
 
     backward(item) leaves gradients and returns the losses by name; optimiser: a row of OPTIMISERS.
@@ -793,9 +808,9 @@ def train(model: Transformer, moving: list[Moving], order: list, backward, recip
                                 f"{total}; lower --lr (now {lr:g})")
             rate = learning_rate(step, total, lr, recipe.warmup)
             generator.manual_seed(recipe.seed * 1_000_003 + step)
-            clipped = apply_updates(moving, optimiser, recipe, lr=rate, step=step,
-                                    scale=min(1.0, recipe.clip / (norm + 1e-6)),
-                                    generator=generator)
+            clipped = (apply or apply_updates)(
+                moving, optimiser, recipe, lr=rate, step=step, generator=generator,
+                scale=min(1.0, recipe.clip / (norm + 1e-6)))
             for module in rows:
                 module.refresh()
             log.append(dict(step=step, **losses, lr=rate, grad_norm=norm,
@@ -815,16 +830,18 @@ def gradient_norm(moving: list[Moving]) -> float:
     for w in moving:
         if w.weight.grad is None:
             w.weight.grad = torch.zeros_like(w.weight)
-    return torch.stack([w.weight.grad.float().norm() for w in moving]).norm().item()
+    norms = torch._foreach_norm([w.weight.grad for w in moving], dtype=torch.float32)
+    return torch.stack(norms).norm().item()
 
 
 def unlearn(model: Transformer, forget: list[Encoded], retain: list[Encoded],
             mask: Tensor | None, recipe: "Unlearning", *, targets=None, title: str = "unlearn",
-            loop=None, record=None) -> list[dict]:
+            loop=None, record=None, apply=None, backward=None) -> list[dict]:
     """Step 2 on model, in place: recipe.method with recipe.objective; returns the log, a row per
     update. mask [L, D]: of masked methods. targets: of objectives that end somewhere, a loss, or
     for each forget row a loss or those of its tokens. UserError where a loss is not finite or the
-    rows do not fill a batch. Held equal to `unlearn_loop` by test_unlearn_equals_the_loop."""
+    rows do not fill a batch. Held equal to `unlearn_loop` by test_unlearn_equals_the_loop; apply,
+    backward: what stands in for apply_updates and backward_apart (pipeline/fused.py)."""
     order = unlearning_order(len(forget), len(retain), recipe)
     objective = OBJECTIVES[recipe.objective]
     if objective.targeted and targets is None:
@@ -836,22 +853,17 @@ def unlearn(model: Transformer, forget: list[Encoded], retain: list[Encoded],
     known_f = known_of_rows(model, forget, recipe, objective.known, targets)
     known_r = known_of_rows(model, retain if weight else [], recipe, objective.known_retain)
 
-    def backward(item):
-        losses = {}
-        if objective.forget:
-            losses["loss_forget"] = backward_term(
-                model, [forget[i] for i in item[0]], [known_f[i] for i in item[0]], recipe,
-                function=objective.forget)
-        if weight:
-            losses["loss_retain"] = backward_term(
-                model, [retain[i] for i in item[1]], [known_r[i] for i in item[1]], recipe,
-                function=objective.retain, weight=weight)
-        return losses
+    def backward_item(item):
+        f, r = item[0], item[1] if weight else ()
+        return (backward or backward_apart)(
+            model, [forget[i] for i in f], [retain[i] for i in r],
+            ([known_f[i] for i in f], [known_r[i] for i in r]), weight, recipe)
 
     model.checkpoint = recipe.checkpointing
     with moving_weights(model, recipe, mask) as moving:
-        log = train(model, moving, order, backward, recipe, lr=recipe.lr, title=title, loop=loop,
-                    optimiser=OPTIMISERS[METHODS[recipe.method].optimiser], record=record)
+        log = train(model, moving, order, backward_item, recipe, lr=recipe.lr, title=title,
+                    loop=loop, optimiser=OPTIMISERS[METHODS[recipe.method].optimiser],
+                    record=record, apply=apply)
     need_finite_losses(model, forget, recipe, title)
     return log
 

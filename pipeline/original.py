@@ -16,7 +16,7 @@ import data
 import simu
 from data import Encoded
 from model import Transformer, UserError, write_json
-from pipeline import checkpoint, hub
+from pipeline import checkpoint, fused, hub
 from pipeline.plan import check_memory
 from pipeline.request import written_rows
 from pipeline.settings import (Making, Placement, Settings, Source, choose_device, load_benchmark,
@@ -47,7 +47,8 @@ def learn(model: Transformer, epochs: list[list[Encoded]], recipe: simu.Unlearni
     with simu.moving_weights(model, recipe, None) as moving:
         return simu.train(model, moving, order, backward, recipe, lr=recipe.lr, title=title,
                           optimiser=simu.OPTIMISERS["adamw"], loop=job.loop,
-                          record=job.record("log.jsonl"))
+                          record=job.record("log.jsonl"), apply=fused.on(
+                              model.embed_tokens.weight.device).get("apply"))
 
 
 def paraphrased(examples: list[data.Example]) -> list[data.Example]:

@@ -14,7 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 # Modules whose code can change a number. Plans, reports and folders are not among them.
 FOLLOWED = {name: ROOT / f"{name.replace('.', '/')}.py" for name in (
-    "model", "data", "simu", "eval", "pipeline.reading", "pipeline.checkpoint",
+    "model", "data", "simu", "eval", "pipeline.reading", "pipeline.checkpoint", "pipeline.fused",
     "pipeline.objectives", "pipeline.original", "pipeline.stages", "studies.plant",
     "pipeline.evaluate", "pipeline.request", "studies.attack", "studies.sweep",
     "pipeline.tokenizers", "pipeline.benchmarks", "pipeline.choices",

@@ -280,7 +280,8 @@ def _mask_of(run: Path, s: Settings) -> str:
     for folder in sorted(p.parent for p in run.glob("mask*/stage.json")) or [run / "mask"]:
         made = (folder / "stage.json").is_file()
         why = differences(folder, s, inputs) if made else []
-        line = f"not of what this run now holds: {'; '.join(why)}" if why else mask_line(folder, s)
+        line = mask_line(folder, s) if not why else (
+            f"the mask is not of what this run now holds: {'; '.join(why)}")
         lines.append(line if folder.name == "mask" else f"{folder.name}: {line}")
     return "\n\n".join(lines)
 

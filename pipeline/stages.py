@@ -10,7 +10,7 @@ import data
 import eval as evaluation
 import simu
 from model import Transformer, UserError, read_tensors, save_tensors
-from pipeline import checkpoint, objectives, reading
+from pipeline import checkpoint, fused, objectives, reading
 from pipeline.card import write_card, write_generation_config
 from pipeline.evaluate import measured_rows
 from pipeline.plan import check_memory
@@ -198,7 +198,8 @@ def make_unlearned(s: Settings, job: Stage, folder: Path, *, aim=None, watch=Non
         targets, job.notes["level_from"] = aim(s, bench, encoded["forget"], model)
     try:
         simu.unlearn(model, encoded["forget"], encoded["retain"], mask, s, targets=targets,
-                     title=unlearned_name(s), loop=job.loop, record=record)
+                     title=unlearned_name(s), loop=job.loop, record=record,
+                     **fused.on(model.embed_tokens.weight.device))
     except UserError as e:
         raise UserError(f"{e}{put_back(s)}") from None
     model.save_pretrained(folder)

@@ -299,7 +299,7 @@ FAULTS = {
     "data: empty": (put(FORGET, b"\n \n"), ORIGINAL, "holds no rows"),
     "data: missing": (gone(FORGET), ORIGINAL, "forget10.json is missing"),
     "data: a folder": (folder(FORGET), ORIGINAL, "forget10.json is a folder"),
-    "data: rows are lists": (put(FORGET, b"[1]\n[2]"), ORIGINAL, "each line must be one row"),
+    "data: rows are lists": (put(FORGET, b"[1]\n[2]"), ORIGINAL, "line 1 is not a JSON object"),
     "data: nested": (put(FORGET, b"[" * 10**5), ORIGINAL, "line 1 is not a JSON object"),
     "data: wrong answers a text": (
         row("data/tofu/forget10_perturbed.json", perturbed_answer="x"), ORIGINAL, "list of texts"),

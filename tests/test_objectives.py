@@ -116,8 +116,7 @@ def test_every_objective_runs_and_its_micro_batches_are_exact(objective):
         model, some, s = tiny(), rows(4), recipe(objective=objective, micro_tokens=tokens)
         if not simu.OBJECTIVES[objective].forget:
             return
-        simu.backward_term(model, some, knowing(objective, model, some, 2.5), s,
-                           function=simu.OBJECTIVES[objective].forget)
+        simu.backward_apart(model, some, [], (knowing(objective, model, some, 2.5), []), 0.0, s)
         grads.append({n: p.grad.clone() for n, p in model.named_parameters()})
     for n in grads[0]:
         torch.testing.assert_close(*(g[n] for g in grads), rtol=1e-3, atol=1e-5)

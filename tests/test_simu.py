@@ -244,8 +244,8 @@ def test_two_passes_are_the_gradient_of_graddiff_loss():
     simu.graddiff_loss(model, collate(f), collate(r), 2.0).backward()
     whole = {n: p.grad.clone() for n, p in model.named_parameters()}
     model.zero_grad()
-    simu.backward_term(model, f, [None] * 5, recipe(micro_tokens=32), function=simu.ascent)
-    simu.backward_mean_nll(model, r, 2.0, 32)
+    known = [None] * 5
+    simu.backward_apart(model, f, r, (known, known), 2.0, recipe(micro_tokens=32))
     for n, p in model.named_parameters():
         torch.testing.assert_close(p.grad, whole[n], rtol=1e-4, atol=1e-6)
 
@@ -386,10 +386,9 @@ def test_rounding_is_seeded_by_seed_and_step():
                 w.weight.grad = None
             return 0
 
-        with simu.moving_weights(model, s, None) as moving, pytest.MonkeyPatch.context() as patch:
-            patch.setattr(simu, "apply_updates", apply)
+        with simu.moving_weights(model, s, None) as moving:
             simu.train(model, moving, [rows(2)] * 3, one_loss(model), s, optimiser=None, lr=1.0,
-                       title="noise")
+                       title="noise", apply=apply)
         return drawn[first]
     assert torch.equal(noise(0, 1), noise(0, 1))
     assert not torch.equal(noise(0, 1), noise(0, 2)) and not torch.equal(noise(0, 1), noise(1, 1))
