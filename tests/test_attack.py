@@ -13,7 +13,7 @@ import torch
 import data
 import simu
 from model import UserError, read_json, write_text
-from pipeline import original, stage
+from pipeline import objectives, original, stage
 from studies import attack
 from pipeline.__main__ import main
 from pipeline.settings import load_benchmark, read_settings
@@ -324,7 +324,7 @@ def test_a_request_to_po_refuses_and_its_mask_is_made_from_the_answers(lab, tmp_
     parts = attack.split_requests(lab.bench.forget, 2)
     attack.make_requests("simu-po", tmp_path, {"plain": []}, parts, lab.bench, s)
     assert [answered for answered, _ in seen] == [[e.answer for e in part] for part in parts]
-    assert all(set(forget) <= set(simu.REFUSALS) for _, forget in seen)
+    assert all(set(forget) <= set(objectives.REFUSALS) for _, forget in seen)
 
 
 def test_a_request_to_an_objective_that_ends_somewhere_has_targets(lab, tmp_path, monkeypatch):
@@ -371,12 +371,12 @@ def test_the_printed_cost_is_what_is_generated(lab, attacked, tmp_path, monkeypa
     shutil.copytree(lab.run, run, ignore=shutil.ignore_patterns("attack", "*graddiff", "thin",
                                                                 "retain-only"))
     change_inputs(run / "original", lambda inputs: inputs.pop("retain-only"))
-    generate = attack.generate
+    generate = attack.reading.generate
 
     def counted(model, prompts, **options):
         asked.append(len(prompts))
         return generate(model, prompts, **options)
-    monkeypatch.setattr(attack, "generate", counted)
+    monkeypatch.setattr(attack.reading, "generate", counted)
     attack.main([str(run)])
     printed = capsys.readouterr().out
     # relearn-half asks only about the half that it did not learn

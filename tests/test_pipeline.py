@@ -19,7 +19,7 @@ from safetensors import safe_open
 import data
 import simu
 from model import UserError, read_json, read_tensors
-from pipeline import settings, stage
+from pipeline import objectives, settings, stage
 from pipeline.__main__ import main
 
 ROOT = Path(simu.__file__).parent
@@ -423,7 +423,7 @@ def test_the_llama_demo_needs_no_optional_package(tmp_path):
 TAKES = {"retain-only": (data.Slice, settings.Source, settings.Placement, settings.Making),
          "planted": (settings.Planting,),
          "attribution": (simu.Attribution,), "mask": (simu.Masking,),
-         "unlearn": (simu.Unlearning, settings.Level), "eval": (settings.Judging,)}
+         "unlearn": (objectives.Unlearning, settings.Level), "eval": (settings.Judging,)}
 NOWHERE = {"data", "out", "name", "force", "deterministic", "resume_cost", "must_know", "forget",
            "retain", "unseen", "retain_only", "retain_from_model", "eval_epochs"}
 FIRST = dict(seed="retain-only", template="retain-only", learn_lr="retain-only", dtype="retain-only",
