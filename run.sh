@@ -163,6 +163,7 @@ pipeline() { # pipeline RUN [--seed K]
         done
     fi
     each_stage evaluate "$1" ${force[@]+"${force[@]}"}
+    [[ "$benchmark" != rows ]] || each_stage verdict "$1"
 }
 trap 'exit 130' INT  # the stage has said so
 { # read whole before it starts, so that editing this file does not derail a run

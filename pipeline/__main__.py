@@ -49,16 +49,24 @@ from contextlib import nullcontext  # noqa: E402
 
 from model import UserError  # noqa: E402
 from pipeline import (  # noqa: E402
-    attack, evaluate, figures, hub, plan, report, request, settings, sweep)
+    attack, evaluate, figures, hub, plan, report, request, settings, sweep, verdict)
 from pipeline.original import original_stage  # noqa: E402
 from pipeline.plant import plant_stage  # noqa: E402
 from pipeline.stage import finished_models, lock, run_cli  # noqa: E402
 from pipeline.stages import attribute_stage, mask_stage, unlearn_stage  # noqa: E402
 
+
+
+def verdict_command(run: Path):
+    """Whether a run's own rows are forgotten: measure it on the saved model, and say so."""
+    with lock(run):
+        print(verdict.as_text(verdict.verdict(run)), flush=True)
+
+
 STAGES = {"files": hub.files_command, "plan": plan.plan_command, "original": original_stage,
           "plant": plant_stage, "attribute": attribute_stage, "mask": mask_stage,
           "unlearn": unlearn_stage}
-REQUESTS = {"request": request.write_request, "verify": request.verify}
+REQUESTS = {"verdict": verdict_command, "request": request.write_request, "verify": request.verify}
 OF_RUNS = {"attack": attack.main, "sweep": sweep.main, "figures": figures.main}
 
 

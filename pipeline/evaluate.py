@@ -11,21 +11,34 @@ import data
 import eval as evaluation
 from model import Transformer, UserError, write_json, write_text
 from pipeline.resume import RESUME
-from pipeline.settings import (Aside, Placement, Settings, Source, load_benchmark, placement,
+from pipeline.settings import (Aside, Judging, Placement, Settings, Source, load_benchmark, placement,
                                read_settings)
 from pipeline.stage import Stage, content, data_inputs, differences, read_stage
 
 
 def evaluation_job(s: Settings, name: str, limit: int = 0) -> Stage:
-    """The evaluation of a run's stage: RUN/STAGE/eval, or eval-limit-N for a quick look."""
+    """The evaluation of a run's stage (eval-limit-N: a quick look)."""
     folder = s.run / name
     inputs = dict(model=content(folder)) | data_inputs(s) | folder_inputs("mmlu", s.mmlu)
     if s.closeness == "encoder":
         inputs |= folder_inputs("encoder", s.encoder)
-    return Stage(folder / (f"eval-limit-{limit}" if limit else "eval"), settings=s, inputs=inputs,
+    kind = f"eval-limit-{limit}" if limit else "eval"
+    return Stage(evaluations_of(s, name) / kind, settings=s, inputs=inputs,
                  code=(make_evaluation,),
-                 takes=(data.Slice, Source, Placement, Aside, evaluation.Limits),
+                 takes=(data.Slice, Source, Placement, Aside, Judging, evaluation.Limits),
                  also=dict(limit=limit))
+
+
+def evaluations_of(s: Settings, name: str) -> Path:
+    """The folder of a stage's evaluations: the model's own, so that they go where it goes; of a
+    user's own rows RUN/evaluations/STAGE, for their text must not be uploaded with the model."""
+    return s.run / "evaluations" / name if s.layout == "rows" else s.run / name
+
+
+def evaluated_stages(s: Settings) -> list[str]:
+    """Names of a run's stages that have an evaluation."""
+    root = s.run / "evaluations" if s.layout == "rows" else s.run
+    return sorted({p.parent.parent.name for p in root.glob("*/eval*/stage.json")})
 
 
 def folder_inputs(name: str, folder: str) -> dict[str, str]:
@@ -77,7 +90,7 @@ def read_rows(folder: Path) -> list[dict]:
 
 def newest_evaluation(s: Settings, name: str) -> Stage | None:
     """The whole evaluation of a stage, else the one of most rows; None if there is none."""
-    folder = s.run / name
+    folder = evaluations_of(s, name)
     limits = [p.name.rpartition("-")[2] for p in folder.glob("eval-limit-*")
               if (p / "stage.json").is_file()]
     if (folder / "eval" / "stage.json").is_file():

@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Modules whose code can change a number. Plans, reports and folders are not among them.
 FOLLOWED = {name: ROOT / f"{name.replace('.', '/')}.py" for name in (
     "model", "data", "simu", "eval", "pipeline.original", "pipeline.plant", "pipeline.stages",
+    "pipeline.unseen", "pipeline.verdict",
     "pipeline.evaluate", "pipeline.attack", "pipeline.sweep", "pipeline.request",
     "pipeline.mixers.states", "pipeline.mixers.mamba2", "pipeline.mixers.rwkv7")}
 TABLES = ("OBJECTIVES", "OPTIMISERS", "MOVES", "METHODS", "MASKS", "TEMPLATES", "ARCHITECTURES")

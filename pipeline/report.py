@@ -20,7 +20,8 @@ from pipeline.card import write_cards
 from pipeline.columns import (ANSWER_MIA_COLUMNS, COLUMNS, LEADERBOARD_COLUMNS, MIA_COLUMNS,
                               MORE_COLUMNS, PUBLISHED, SOUL_COLUMNS, SOUL_READING, definitions,
                               label, leaderboard, mask_line, optimiser_of, reading, table, table_of)
-from pipeline.evaluate import newest_evaluation, read_rows, stale_because
+from pipeline.evaluate import (evaluated_stages, evaluations_of, newest_evaluation, read_rows,
+                               stale_because)
 from pipeline.settings import Settings, read_settings, taken
 from pipeline.stage import data_inputs, differences, read_stage, turn
 
@@ -32,8 +33,7 @@ def find_evaluations(s: Settings, reference: list[dict] | None = None, *,
     """name, label, metrics, rows of every evaluated stage of a run, in the paper's order, and the
     stages left out as stale, each with the reason. A stage with only a partial evaluation is
     marked. reference: rows of retain-only; default: the run's own."""
-    names = sorted({p.parent.parent.name for p in s.run.glob("*/eval*/stage.json")})
-    jobs = {name: job for name in names if (job := newest_evaluation(s, name))}
+    jobs = {name: job for name in evaluated_stages(s) if (job := newest_evaluation(s, name))}
     found, stale = [], {}
     for name in sorted(jobs, key=lambda name: _place(s.run / name)):
         if why := stale_because(s, name, jobs[name]):
@@ -96,10 +96,11 @@ def _made_of(folder: Path, evaluation_folder: Path) -> dict:
 
 def _reference_rows(folder: Path, s: Settings) -> list[dict]:
     """Rows of a retain-only model evaluated in another run: as its folder now is, on our data."""
-    if not (folder / "eval" / "stage.json").is_file():
+    run, name = folder.resolve().parent, folder.resolve().name
+    t = read_settings(run) if (run / "settings.json").is_file() else None
+    if not t or not (evaluations_of(t, name) / "eval" / "stage.json").is_file():
         raise UserError(f"--retain-only {folder} is no evaluated model; it takes RUN/STAGE of a "
                         "run of ours, after `python -m pipeline evaluate RUN STAGE`")
-    t, name = read_settings(folder.resolve().parent), folder.resolve().name
     if why := stale_because(t, name, newest_evaluation(t, name)):
         raise UserError(f"--retain-only {folder}: {'; '.join(why)}; run its stages again")
     ours, theirs = (taken(x, (data.Slice,)) | data_inputs(x)
@@ -107,7 +108,7 @@ def _reference_rows(folder: Path, s: Settings) -> list[dict]:
     if differs := [k for k in ours | theirs if ours.get(k) != theirs.get(k)]:
         raise UserError(f"--retain-only {folder} is not comparable: its run differs in "
                         f"{', '.join(differs)}; evaluate it on the same data, asked the same way")
-    return read_rows(folder / "eval")
+    return read_rows(evaluations_of(t, name) / "eval")
 
 
 def _differences(s: Settings, t: Settings) -> list[str]:
@@ -300,7 +301,9 @@ def main_columns(s: Settings, kind: str) -> tuple[tuple, dict]:
 def check_original(run: Path):
     """Print the evaluated original beside the paper's; UserError unless it knows the forget set,
     for then there is nothing to unlearn and every number after it means nothing."""
-    s, metrics = read_settings(run), read_json(run / "original/eval/metrics.json")
+    s = read_settings(run)
+    folder = evaluations_of(s, "original") / "eval"
+    metrics = read_json(folder / "metrics.json")
     columns, published = main_columns(s, metrics["benchmark"])
     print(table_of(columns, [dict(label=label("original"), metrics=metrics)],
                    {k: v for k, v in published.items() if k == "Original"}), flush=True)
@@ -308,7 +311,7 @@ def check_original(run: Path):
     if known is not None and known < s.must_know:
         raise UserError(
             f"the original does not know the forget set: ROUGE-L {known:.4f}, less than "
-            f"--must-know {s.must_know}; see {run}/original/eval/generations.jsonl: another "
+            f"--must-know {s.must_know}; see {folder}/generations.jsonl: another "
             "--template, --weights or more --learn-epochs may be needed; --must-know 0 goes on")
 
 

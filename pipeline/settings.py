@@ -6,6 +6,7 @@ to one cannot be forgotten.
 """
 
 import argparse
+import inspect
 import os
 import re
 from dataclasses import dataclass, fields, replace
@@ -27,7 +28,7 @@ TINY_MODELS = {"tiny-llama": "llama", "tiny-olmo": "olmo", "tiny-mamba": "mamba2
 MODELS = ("llama2-7b", "olmo-1b", "llama3.2-1b", "smollm2-135m", *TINY_MODELS)
 # Folders of a run that hold no unlearned model; a disk may not tell A from a.
 RESERVED = re.compile("(original|retain-only|written-retain|attribution|mask(-.*)?|planted-.*|"
-                      r"figures|(settings|report|attack|request)\..*)", re.I)
+                      r"figures|evaluations|verdict|(settings|report|attack|request)\..*)", re.I)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +105,14 @@ class Level(Aside):
                         "number")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Judging:
+    """What of a user's own rows a verdict is based on."""
+
+    judge: int = option(400, "rows: ask at most this many of the rows to keep, spread evenly over "
+                        "them, what the model says; 0: all")
+
+
 LIMIT = 2**31  # a number from here on is a slip of the hand, and overflows some kernel
 LEAST = 2.0 ** -126  # what is smaller may be 0 in float32, where everything is computed
 
@@ -122,7 +131,7 @@ def at_least(low) -> tuple:
 # What each setting must be, however it is given: names, a test of the value, and the test in words.
 RANGES = (
     ("seed simnpo_margin lam weight_decay forget_groups retain_groups max_new_tokens "
-     "max_total_tokens learn_decay light_retain retain_from_model", *at_least(0)),
+     "max_total_tokens learn_decay light_retain retain_from_model judge", *at_least(0)),
     ("steps attribution_tokens epochs batch micro_tokens rows_per_author eval_tokens depth "
      "learn_batch learn_epochs learn_tokens light_epochs", *at_least(1)),
     ("width context", *at_least(8)),
@@ -160,7 +169,7 @@ def flag(name: str) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(Source, Placement, data.Slice, simu.Recipe, Making, Planting, Level,
+class Settings(Source, Placement, data.Slice, simu.Recipe, Making, Planting, Level, Judging,
                evaluation.Limits):
     """Every setting of every stage. A cell's recipe overrides these defaults, and the command line
     overrides both."""
@@ -171,6 +180,8 @@ class Settings(Source, Placement, data.Slice, simu.Recipe, Making, Planting, Lev
     retain: str = option("", "rows: file of the rows to keep")
     unseen: str = option("", "file of rows like the forget rows that the model never saw")
     retain_from_model: int = option(0, "rows: keep this many texts that the original writes")
+    allow_near: bool = option(False, "rows: go on although a row to keep says almost what a row to "
+                              "forget says")
     retain_only: str = option("", "a model that never saw the forget set: a folder or "
                               "hf:OWNER/NAME[@REVISION]")
     out: str = option("", "run folder; default runs/<benchmark>-<model>")
@@ -245,7 +256,11 @@ def load_benchmark(s: Settings) -> data.Benchmark:
     """The forget and retain sets of a run."""
     if s.layout == "rows":
         parts = {name: data.load_rows(file) for name, file in row_files(s).items()}
-        bench = data.benchmark_of_rows(*(parts.get(k, []) for k in ("forget", "retain", "unseen")))
+        known = inspect.signature(data.benchmark_of_rows).parameters
+        near = dict(allow_near=s.allow_near) if "allow_near" in known else {}
+        bench = data.benchmark_of_rows(*(parts.get(k, []) for k in ("forget", "retain", "unseen")),
+                                       **near)
+        bench = replace(bench, retain_eval=evaluation.spread(bench.retain_eval, s.judge))
     else:
         bench = data.load_benchmark(s.data_folder, s, layout=s.layout, made_here=made_here(s))
     return data.set_aside(bench, s.level_share, s.seed)
@@ -363,24 +378,31 @@ def for_method(recipe: dict, method: str) -> dict:
     return common | recipe.get(method, {})
 
 
+UPDATES = 320  # of unlearning own rows at most: it ends where the rows are forgotten
+LEARNING = 120  # least updates of teaching
+
+
 def own_recipe(benchmark: str, folder: Path, rows: int) -> dict:
     """Settings for a model that nobody tuned, from its number of weights.
 
     The rate falls with size as it does from our tiny models' grid (1.5 million weights, 8e-4) to
     the paper's 7B (5e-6): a power of -0.6. AdamW and Sophia on all weights move far more of them
-    and take a quarter and an eighth, as in that grid. About 200 updates bring rows to their level;
-    a batch is small where there are few rows. Attention and the paper's t decide the rest."""
-    size = count_weights(folder) or 1e9
+    and take a quarter and an eighth, as in that grid. Epochs follow from updates, so that few rows
+    get as many as many do: on one's own rows a limit, which most runs do not reach. A batch is
+    small where there are few rows. Attention and the paper's t decide the rest."""
+    size, own = count_weights(folder) or 1e9, benchmark == "rows"
     lr = float(f"{8e-4 * (size / 1.5e6) ** -0.6:.1g}")
     batch = 4 if rows < 100 else 16
-    epochs = min(40, max(5, round(200 * batch / max(1, rows))))
+    epochs = max(5, -(-UPDATES * batch // max(1, rows))) if own else min(
+        40, max(5, round(200 * batch / max(1, rows))))
     factor = {"fo": 0.25, "so": 0.125}
     limits = dict(rows=dict(max_total_tokens=0, max_new_tokens=256), tofu=TOFU, lume=LUME)
     return limits.get(benchmark, TOFU) | dict(
         threshold=0.3, lr=lr, batch=batch, epochs=epochs, micro_tokens=1024 if size > 5e7 else 8192,
-        level_share=0.5 if benchmark == "rows" else 0.0, template=own_template(folder, benchmark),
-        learn_lr=lr, learn_batch=8, learn_tokens=1024, learn_epochs=12, learn_decay=0.01,
-        **({"objective": "stranger"} if benchmark == "rows" else {}),
+        level_share=0.5 if own else 0.0, template=own_template(folder, benchmark),
+        learn_lr=lr, learn_batch=8, learn_tokens=1024, learn_decay=0.01,
+        learn_epochs=max(12, -(-LEARNING * 8 // max(1, 2 * rows))) if own else 12,
+        **(dict(objective="stranger", attribution_tokens=1024) if own else {}),
         **{method: dict(lr=lr * x) for method, x in factor.items()})
 
 

@@ -246,6 +246,7 @@ class Stage:
         self.fingerprint = digest(self.why)
         self.notes = {}  # anything else the stage wants to leave in stage.json
         self.checkpoints = None  # of the loop that runs now
+        self.quiet = False  # say nothing where nobody asked for it again
 
     def is_made(self) -> bool:
         """Is the folder there, made of what we would make it of? Prints which, and why not."""
@@ -259,8 +260,9 @@ class Stage:
         if changed and (path := foreign(self.folder)):
             raise UserError(f"{path} is not {self.name}'s own, which is to be made again "
                             f"({' and '.join(changed)}) and would take it along; move it elsewhere")
-        print(f"[{self.name}] " + (f"made again: {' and '.join(changed)}" if changed else
-                                   "already made; skipped"), flush=True)
+        if changed or not self.quiet:
+            print(f"[{self.name}] " + (f"made again: {' and '.join(changed)}" if changed else
+                                       "already made; skipped"), flush=True)
         return not changed
 
     def changed(self) -> list[str]:
@@ -487,7 +489,7 @@ def run_cli(main):
                             f"{'.'.join(map(str, OLDEST_TORCH))} or later")
         main()
     except UserError as e:
-        stop(str(e), 2)
+        stop(str(e), getattr(e, "status", 2))
     except KeyboardInterrupt:
         stop("stopped; the same command goes on from where it stopped", 130)
     except (torch.OutOfMemoryError, MemoryError):
