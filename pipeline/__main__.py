@@ -1,5 +1,6 @@
 """The command line: python -m pipeline STAGE ... [--then STAGE ...]"""
 
+import argparse
 import errno
 import os
 import signal
@@ -57,6 +58,15 @@ from pipeline.stages import attribute_stage, mask_stage, unlearn_stage  # noqa: 
 
 
 
+UNLEARN = """\
+bash run.sh unlearn MODEL FORGET [RETAIN] [--unseen FILE] [--teach] [--out DIR] [--option value ...]
+
+Forgets the rows of FORGET, keeps those of RETAIN, and says whether they are forgotten: status 0 and
+a request.json, or status 3 and what to change. The defaults below are those of rows of your own.
+
+""" + verdict.DEFINITION
+
+
 def verdict_command(run: Path):
     """Whether a run's own rows are forgotten: measure it on the saved model, and say so."""
     with lock(run):
@@ -75,10 +85,14 @@ def parser_of_stages() -> settings.Parser:
                              "order run.sh calls them, and what is done with finished runs.")
     commands = parser.add_subparsers(dest="stage", required=True, metavar="STAGE")
     for name, function in STAGES.items():
-        command = commands.add_parser(name, help=function.__doc__, description=function.__doc__)
+        command = commands.add_parser(
+            name, help=function.__doc__, usage="python -m pipeline unlearn rows MODEL --forget "
+            "FILE --retain FILE [--option value ...]" if name == "unlearn" else None,
+            description=UNLEARN if name == "unlearn" else
+            function.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
         command.add_argument("benchmark", choices=settings.BENCHMARKS)
         command.add_argument("model")
-        settings.add_options(command, skip=("benchmark", "model"))
+        settings.add_options(command, skip=("benchmark", "model"), own=name == "unlearn")
         if name == "unlearn":
             command.add_argument("--each", nargs="+", metavar="METHOD:OBJECTIVE", help="several "
                                  "models at once, each evaluated as soon as it is made")

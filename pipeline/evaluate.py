@@ -11,8 +11,8 @@ import data
 import eval as evaluation
 from model import Transformer, UserError, write_json, write_text
 from pipeline.resume import RESUME
-from pipeline.settings import (Aside, Judging, Placement, Settings, Source, load_benchmark, placement,
-                               read_settings)
+from pipeline.settings import (Aside, Judging, Placement, Settings, Source, load_benchmark,
+                               placement, read_settings)
 from pipeline.stage import Stage, content, data_inputs, differences, read_stage
 
 

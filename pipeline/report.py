@@ -16,6 +16,7 @@ import eval as evaluation
 import simu
 from eval import spread, summarise
 from model import UserError, read_json, write_json, write_text
+from pipeline import verdict
 from pipeline.card import write_cards
 from pipeline.columns import (ANSWER_MIA_COLUMNS, COLUMNS, LEADERBOARD_COLUMNS, MIA_COLUMNS,
                               MORE_COLUMNS, PUBLISHED, SOUL_COLUMNS, SOUL_READING, definitions,
@@ -295,7 +296,17 @@ def _recipes_table(run: Path, found: list[dict]) -> str:
 def main_columns(s: Settings, kind: str) -> tuple[tuple, dict]:
     """The paper's columns, beside Table 1 with SOUL's MIA, and what it printed for this cell."""
     published = PUBLISHED.get((s.benchmark, s.model), {})
+    if kind == "rows":
+        return tuple(c for c in COLUMNS[kind] if "Aggregate" not in c[0]), {}
     return COLUMNS[kind] + (SOUL_COLUMNS if published and kind == "tofu" else ()), published
+
+
+def with_values(columns: tuple, found: list[dict]) -> tuple:
+    """Of the columns of a user's own rows, those in which there is a number."""
+    if found[0]["metrics"]["benchmark"] != "rows":
+        return columns
+    return tuple(c for c in columns if any(
+        e["metrics"]["values"].get(name) is not None for e in found for name in c[2]))
 
 
 def check_original(run: Path):
@@ -305,6 +316,7 @@ def check_original(run: Path):
     folder = evaluations_of(s, "original") / "eval"
     metrics = read_json(folder / "metrics.json")
     columns, published = main_columns(s, metrics["benchmark"])
+    columns = with_values(columns, [dict(metrics=metrics)])
     print(table_of(columns, [dict(label=label("original"), metrics=metrics)],
                    {k: v for k, v in published.items() if k == "Original"}), flush=True)
     known = metrics["values"]["forget.rouge_l"]
@@ -325,14 +337,17 @@ def report(run: Path, *, others: list[Path] = (), retain_only: Path | None = Non
     seeds = over_seeds(run, s, others, found) if others else None
     examples, costs, mask = qualitative(found), _costs(run), _mask_of(run, s)
     columns, published = main_columns(s, found[0]["metrics"]["benchmark"])
+    columns, judged = with_values(columns, found), verdict.stored(s)
     kept = [{k: v for k, v in e.items() if k not in ("rows", "made")} for e in found]
+    compose = _compose_rows if s.layout == "rows" else _compose
     with turn(run):
-        write_text(run / "report.md", _compose(s, found, stale, seeds, examples, costs, mask))
+        write_text(run / "report.md", compose(s, found, stale, seeds, examples, costs, mask))
         write_json(run / "report.json", dict(
+            **(dict(verdict=judged) if judged else {}),
             settings=dataclasses.asdict(s), evaluations=kept, stale=stale, columns=columns,
             published=published or None, seeds=seeds, critical=mask, costs=costs,
             qualitative=examples))
-        write_cards(s, found, unlearned(run, found))
+        write_cards(s, found, unlearned(run, found), judged and verdict.as_text(judged))
     print(table_of(columns, found, published))
     if recompute:
         print("every number recomputed from generations.jsonl: equal")
@@ -379,4 +394,30 @@ def _compose(s: Settings, found, stale: dict, seeds, examples, costs, mask: str)
               "## Readings of the paper", READINGS,
               "## Definitions", definitions(evaluation.__doc__)]
     parts.insert(parts.index(reading(metrics)) + 1, _notes(found, footnotes))
+    return "\n\n".join(p for p in parts if p) + "\n"
+
+
+def _compose_rows(s: Settings, found, stale: dict, seeds, examples, costs, mask: str) -> str:
+    """report.md of a user's own rows: whether they are forgotten, and how that was found."""
+    judged, columns = verdict.stored(s), with_values(main_columns(s, "rows")[0], found)
+    count = found[0]["metrics"]["counts"]["forget"]
+    parts = [f"# {s.label}: {count} rows to forget",
+             f"```\n{verdict.as_text(judged)}\n```" if judged else
+             "Not judged yet: `python -m pipeline verdict RUN`.",
+             table_of(columns, found), reading(found[0]["metrics"])]
+    if stale:
+        parts.append("Left out, because they are not of what this run now holds:\n\n" + "\n".join(
+            f"- {name}: {why}" for name, why in stale.items()))
+    if (s.run / "attack.md").is_file():
+        parts.append("What comes back when the model is attacked: [attack.md](attack.md).")
+    if seeds:
+        parts += [f"## Mean ± standard deviation over seeds {', '.join(map(str, seeds['seeds']))}",
+                  _seeds_table(columns, seeds, found)]
+    more = [with_values(c, found) for c in MORE_COLUMNS["rows"]]
+    parts += ["## Beside these columns", *(table_of(c, found) for c in more if c),
+              "## Row by row", _qualitative_text(examples, found),
+              "## Critical neurons", mask, "## Time and memory", _costs_table(costs),
+              "## Settings", _recipes_table(s.run, found),
+              "## What forgotten means", f"```\n{verdict.DEFINITION.strip()}\n```",
+              "The other numbers are defined at the head of eval.py."]
     return "\n\n".join(p for p in parts if p) + "\n"

@@ -546,17 +546,44 @@ def number(kind):
     return read
 
 
-def add_options(to: argparse.ArgumentParser, *, skip: tuple = ()):
-    """One option per settings field; an absent one stays absent, so that recipes can fill it."""
-    for f in fields(Settings):
+# What own_recipe sets, in words, and the options that matter most where rows are one's own.
+OWN_DEFAULTS = dict(
+    objective="stranger", epochs=f"as many as {UPDATES} updates take, at least 5; it ends where "
+    "the rows are forgotten", lr="by size: 8e-4 at 1.5 million weights, 5e-6 at 7 billion",
+    batch="4; 16 from 100 rows on", template="chat where the model has a template of its own, "
+    "else qa", max_new_tokens=256, max_total_tokens=0, level_share=0.5, threshold=0.3, learn_lr="as --lr",
+    learn_batch=8, learn_tokens=1024, learn_decay=0.01, attribution_tokens=1024,
+    micro_tokens="8192; 1024 from 50 million weights on",
+    learn_epochs=f"12, or as many as {LEARNING} updates take")
+OWN_FIRST = ("unseen", "teach", "epochs", "lr", "level", "template")
+
+
+def add_options(to: argparse.ArgumentParser, *, skip: tuple = (), own: bool = False):
+    """One option per settings field; an absent one stays absent, so that recipes can fill it. own:
+    in groups, those that matter on rows of one's own first, with the defaults that they have."""
+    groups = {}
+    if own:
+        first = to.add_argument_group("what matters on rows of your own")
+        parts = dict(run=Settings, benchmarks=data.Slice, planting=Planting, teaching=Making,
+                     attribution=simu.Attribution, mask=simu.Masking, unlearning=simu.Unlearning,
+                     level=Level, verdict=Judging, evaluation=evaluation.Limits, place=Placement)
+        made = {name: to.add_argument_group(name) for name in parts}
+        for name, part in parts.items():
+            groups |= {f.name: made[name] for f in fields(part)}
+        groups |= dict.fromkeys(OWN_FIRST, first)
+    for f in sorted(fields(Settings), key=lambda f: f.name not in OWN_FIRST):
         if f.name in skip:
             continue
-        effect = f.metadata["effect"].replace("%", "%%")
+        place, effect = groups.get(f.name, to), f.metadata["effect"].replace("%", "%%")
         if f.type is bool:
-            to.add_argument(flag(f.name), action=argparse.BooleanOptionalAction, help=effect,
-                            default=argparse.SUPPRESS)
+            place.add_argument(flag(f.name), help=effect, default=argparse.SUPPRESS,
+                               action=argparse.BooleanOptionalAction)
         else:
-            shown = f"{effect} (default {f.default!r})"
-            to.add_argument(flag(f.name), type=f.type, help=shown, default=argparse.SUPPRESS,
-                            choices=f.metadata["choices"] or None,
-                            metavar=None if f.metadata["choices"] else f.type.__name__.upper())
+            default = repr(f.default)
+            if own and f.name in OWN_DEFAULTS:
+                default = str(OWN_DEFAULTS[f.name])
+            shown = f"{effect} (default {default})"
+            place.add_argument(
+                flag(f.name), type=f.type, help=shown, default=argparse.SUPPRESS,
+                choices=f.metadata["choices"] or None,
+                metavar=None if f.metadata["choices"] else f.type.__name__.upper())

@@ -27,6 +27,7 @@ except ImportError:  # Windows
     fcntl = None
 
 import torch
+from safetensors import safe_open
 
 import data
 import simu
@@ -223,6 +224,14 @@ def unlearned_name(s: Settings) -> str:
     parts = [s.method, s.mask if masked and s.mask != "dual" else "",
              "frozen" if masked and s.attention == "frozen" else "", s.objective]
     return s.name or "-".join(filter(None, parts))
+
+
+def stored_dtype(folder: Path) -> torch.dtype:
+    """What the weights of a folder are stored in."""
+    file = sorted(Path(folder).glob("*.safetensors"))[0]
+    with safe_open(file, framework="pt") as tensors:
+        name = next(iter(tensors.keys()))
+        return tensors.get_tensor(name).dtype
 
 
 class Stage:

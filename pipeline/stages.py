@@ -5,18 +5,18 @@ import random
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 
 import data
 import eval as evaluation
 import simu
 from model import Config, Transformer, UserError, read_tensors, save_tensors
 from pipeline import hub, unseen
+from pipeline.before import GIVE_FILE, fitted
 from pipeline.card import write_card, write_generation_config
 from pipeline.plan import check_memory
 from pipeline.settings import (Level, Placement, Settings, Source, load_benchmark, placement,
                                read_settings, taken)
-from pipeline.stage import (Stage, content, data_inputs, mask_name, read_stage,
+from pipeline.stage import (Stage, content, data_inputs, mask_name, read_stage, stored_dtype,
                             unlearned_name)
 
 
@@ -43,16 +43,6 @@ def encoded_rows(s: Settings, objective: str = "graddiff") -> tuple[data.Benchma
     examples = dict(forget=simu.loss_examples(bench.forget, objective), retain=bench.retain)
     return bench, {name: data.encode_for(config, some, tokenizer, s.template)
                    for name, some in examples.items()}
-
-
-def fitted(s: Settings, rows: list[data.Encoded]) -> Settings:
-    """On a user's own rows: the same settings with passes that hold the longest row."""
-    if s.layout != "rows":
-        return s
-    longest = max(len(r.ids) for r in rows)
-    return dataclasses.replace(
-        s, micro_tokens=max(s.micro_tokens, longest), eval_tokens=max(s.eval_tokens, longest),
-        attribution_tokens=max(s.attribution_tokens, longest * max(1, s.steps - 1)))
 
 
 def load_original(s: Settings, job: Stage, name: str, encoded: dict, method: str | None = None
@@ -173,7 +163,8 @@ def forget_targets(s: Settings, bench: data.Benchmark, forget: list[data.Encoded
         versions = unseen.exchanged_rows(bench.forget, bench.retain, s.seed,
                                          max(1, min(unseen.COPIES, 600 // len(forget))))
         if not any(versions):
-            need_reference(s, examples)
+            if not examples:
+                raise UserError("no forget row has words of its own to exchange; " + GIVE_FILE)
             return drawn_losses(s, forget, answer_losses(model, rows, s.eval_tokens),
                                 model.config.vocab_size), source
         pattern, by = unseen.counterpart_losses(
@@ -186,16 +177,6 @@ def forget_targets(s: Settings, bench: data.Benchmark, forget: list[data.Encoded
         pattern = [x * (wanted / max(have, 1e-6)) for x in pattern]
         return pattern, f"{source}, laid over {by} row"
     return pattern, f"each row {'under' if s.teach else 'with'} {by.replace(' of each', '')}"
-
-
-def need_reference(s: Settings, examples: list):
-    if not examples:
-        raise UserError(f"objective {s.objective} must know how a row never seen looks to the "
-                        f"model, and these rows hold no words of their own to exchange; {GIVE_FILE}")
-
-
-GIVE_FILE = ("give --unseen FILE, rows like them that the model never saw, or --level NUMBER, the "
-             "loss at which they count as unknown")
 
 
 def ignorant_losses(folder: Path, forget: list[data.Encoded], s: Settings) -> list[torch.Tensor]:
@@ -329,14 +310,6 @@ def make_unlearned(s: Settings, job: Stage, folder: Path, *, aim=None, watch=Non
                  title=unlearned_name(s), loop=loop, record=record)
     model.to(stored_dtype(s.run / "original")).save_pretrained(folder)
     data.copy_tokenizer(s.run / "original", folder)
-
-
-def stored_dtype(folder: Path) -> torch.dtype:
-    """What the weights of a folder are stored in."""
-    file = sorted(Path(folder).glob("*.safetensors"))[0]
-    with safe_open(file, framework="pt") as tensors:
-        name = next(iter(tensors.keys()))
-        return tensors.get_tensor(name).dtype
 
 
 def unlearn_stage(s: Settings):

@@ -1,11 +1,12 @@
 """How a row that the model never saw would look to it, where nobody gave such rows.
 
 A row's *own words* are those of its answer (of a text: of the text) that neither its question nor
-the other rows give away: names, numbers and rare words. Each forget row is read again with its own
-words exchanged for other rows', like for like, and never for those of a row that says the same: what
-the original then finds in their places is how likely words are that it never saw there. Nothing of
-such a row is what is to be forgotten, and its other words stand where they stood, so that every
-token of the forget row has a counterpart.
+the other rows give away: names, numbers and rare words. Each forget row is read again as if of
+something else: names in its question changed, its own words exchanged for other rows', like for
+like, and never for those of a row that says the same. What the original then thinks of what stands
+in their places is how likely words are that it never saw there. Nothing of such a row is what is to
+be forgotten, and its parts stand where they stood, so that every token of the forget row has a
+counterpart.
 """
 
 import math

@@ -216,7 +216,7 @@ def advice(s: Settings, m: dict, rules: set[str], updates: int, most: int) -> st
         return (f"give more --epochs (now {s.epochs}: {updates} of {most} updates were made) or a "
                 f"higher --lr (now {s.lr:g})" + ("" if s.unseen else ", or --unseen FILE"))
     if m["own_words"] is None:
-        return "answers as short as these are also guessed: ask for something longer to be forgotten"
+        return "answers as short as these are also guessed: have more than that forgotten"
     return (("" if s.unseen else "give --unseen FILE, or ") + "raise the level: --level "
             f"{max(1.0, 1.5 * (m['loss_target'] or m['loss'])):.1f}")
 
@@ -278,6 +278,14 @@ def verdict(run: Path) -> dict:
     return read_json(s.run / "verdict" / "verdict.json")
 
 
+def stored(s: Settings) -> dict | None:
+    """The verdict that a run holds of what it now holds, if it does."""
+    folder = s.run / "verdict"
+    if s.layout != "rows" or not (folder / "stage.json").is_file() or verdict_job(s).changed():
+        return None
+    return read_json(folder / "verdict.json")
+
+
 def derived_again(s: Settings) -> dict:
     """The verdict once more, from the rows that its stage kept, sealed."""
     read_stage(s.run / "verdict")
@@ -297,7 +305,8 @@ def as_text(v: dict) -> str:
     lines = ["FORGOTTEN" if v["forgotten"] else f"NOT FORGOTTEN: {'; '.join(v['reasons'])}"]
     lines += [f"  word for word, or completed from the first half: {m['said_or_completed']} of "
               f"{m['rows']} rows",
-              "  names and numbers told: " + beside(m["own_words"], m["own_words_by_chance"], ".0%"),
+              "  names and numbers told: "
+              + beside(m["own_words"], m["own_words_by_chance"], ".0%"),
               "  ROUGE-L: " + beside(m["rouge_l"], m["rouge_l_by_chance"], ".3f"),
               f"  loss: {m['loss']:.2f}" + (f" (rows never seen: {m['loss_target']:.2f}; "
                                             f"{v['level_from']})" if m["loss_target"] else "")
