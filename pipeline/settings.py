@@ -551,7 +551,8 @@ OWN_DEFAULTS = dict(
     objective="stranger", epochs=f"as many as {UPDATES} updates take, at least 5; it ends where "
     "the rows are forgotten", lr="by size: 8e-4 at 1.5 million weights, 5e-6 at 7 billion",
     batch="4; 16 from 100 rows on", template="chat where the model has a template of its own, "
-    "else qa", max_new_tokens=256, max_total_tokens=0, level_share=0.5, threshold=0.3, learn_lr="as --lr",
+    "else qa", max_new_tokens=256, max_total_tokens=0, level_share=0.5, threshold=0.3,
+    learn_lr="as --lr",
     learn_batch=8, learn_tokens=1024, learn_decay=0.01, attribution_tokens=1024,
     micro_tokens="8192; 1024 from 50 million weights on",
     learn_epochs=f"12, or as many as {LEARNING} updates take")
