@@ -125,12 +125,13 @@ def parser_of_stages() -> settings.Parser:
 def evaluate_stages(run: Path, stages: list[str], *, limit: int, force: bool):
     if not 0 <= limit < settings.LIMIT:
         raise UserError(f"--limit is {limit}; it must be 0 (all rows) or more, and below 2**31")
+    quiet = not stages
     stages = stages or finished_models(run)
     if not stages:
         raise UserError(f"{run} holds no finished model; `bash run.sh demo` makes one")
     with lock(run):
         for name in stages:
-            evaluate.evaluate(run, name, limit=limit, force=force)
+            evaluate.evaluate(run, name, limit=limit, force=force, quiet=quiet)
 
 
 def main(argv: list[str]):

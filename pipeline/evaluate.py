@@ -59,12 +59,14 @@ def make_evaluation(s: Settings, model_folder: Path, folder: Path, limit: int):
     write_json(folder / "metrics.json", metrics)
 
 
-def evaluate(run: Path, name: str, *, limit: int = 0, force: bool = False):
-    """Evaluate a run's stage unless that is done. limit: at most so many rows of each split."""
+def evaluate(run: Path, name: str, *, limit: int = 0, force: bool = False, quiet: bool = False):
+    """Evaluate a run's stage unless that is done. limit: at most so many rows of each split. quiet:
+    nobody asked for this stage by name, and nothing is said where it is done."""
     s = dataclasses.replace(read_settings(run), force=force)
     if Path(name).name != name:
         raise UserError(f"{name} is not the bare name of a stage in {run}, such as original")
     job = evaluation_job(s, name, limit)
+    job.quiet = quiet and s.layout == "rows"
     if other := differences(s.run / name, s, data_inputs(s)):
         print(f"warning: {s.run / name} is not of what this run now holds, and no report will show "
               f"it: {'; '.join(other)}", flush=True)

@@ -17,10 +17,11 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from data import Encoded, Example, encode_for, full_text, has_own_ends
-from eval import mean, rouge_words
+from eval import mean, rouge_words, spread
 
 LARGEST = 1.0  # of a uniform guess's loss: more says only how sure of itself a model is
 COPIES = 6  # exchanged versions of each row, whose losses are averaged
+LENDERS = 2000  # rows to keep whose words are borrowed, at most
 LETTERS = 3  # a rare word of fewer says little
 RARE = 1 / 3  # share of the distinct answers in which a rare word may stand
 USUAL = 1 / 2  # a word that stands in more than this share of the places like its own is no secret
@@ -226,7 +227,7 @@ def exchanged_rows(forget: list[Example], retain: list[Example], seed: int,
                    copies: int = COPIES) -> list[list[Version]]:
     """Of each forget row, versions with its own words exchanged: none where it has none, or no
     other row has a like. No version is the answer, or the text, of another row."""
-    every = forget + retain
+    every = forget + spread(retain, LENDERS)
     usage, asked = Usage(every), Usage([Example("", e.question) for e in every])
     rng, said = random.Random(seed), {e.answer for e in every}
     own = [own_words_in_place(e, usage) for e in every]

@@ -62,8 +62,8 @@ def ask(model: Transformer, tokenizer, rows: list[Example], s: Settings, templat
     prompts = [data.encode_prompt(e.question, tokenizer, template, turns=e.turns, kind=e.kind)
                for e in rows]
     longest = max(len(tokenizer.encode(e.answer, bos=False)) for e in rows) + 16
-    new = generate(model, prompts, eos_id=tokenizer.eos_id, max_new_tokens=longest,
-                   batch_tokens=s.eval_tokens)
+    ends = getattr(tokenizer, "eos_ids", tokenizer.eos_id)
+    new = generate(model, prompts, eos_id=ends, max_new_tokens=longest, batch_tokens=s.eval_tokens)
     return [tokenizer.decode(ids) for ids in new]
 
 
@@ -89,7 +89,8 @@ def measure(s: Settings, model: Transformer, bench: data.Benchmark, told: dict[s
         row["completed"] = evaluation.extraction_strength(score.predicted[:-1], ids)
         row["tokens"] = len(ids)
     whole = data.encode_for(model.config, bench.forget, tokenizer, s.template)
-    add_losses(out, model, whole, budget)
+    for row, loss in zip(out, mean_losses(model, whole, budget)):
+        row["loss"] = loss
     versions = unseen.exchanged_rows(bench.forget, bench.retain, s.seed + 1, copies=2)
     flat = [(row, v.row) for row, some in zip(out, versions) for v in some]
     others = data.encode_for(model.config, [e for _, e in flat], tokenizer, s.template)
@@ -104,11 +105,6 @@ def mean_losses(model, rows, tokens: int) -> list[float]:
     return [evaluation.mean(x.losses) for x in scores]
 
 
-def add_losses(out: list[dict], model, rows, tokens: int):
-    for row, loss in zip(out, mean_losses(model, rows, tokens)):
-        row["loss"] = loss
-
-
 # --------------------------------------------------------------------------- from rows to a verdict
 
 
@@ -120,6 +116,12 @@ def says_whole(answer: str, text: str) -> bool:
     """Do the answer's words stand in a text, one after another?"""
     a, b = keys(answer), keys(text)
     return bool(a) and any(b[i:i + len(a)] == a for i in range(len(b) - len(a) + 1))
+
+
+def recall(answer: str, text: str) -> float | None:
+    """ROUGE-L; None of an answer without a word."""
+    found = evaluation.rouge_l(answer, text)
+    return None if found is None else found.recall
 
 
 def share_told(own: list[str], text: str) -> float | None:
@@ -163,7 +165,7 @@ def summarise(rows: list[dict], *, unseen_losses: list[float], target: float | N
     whole = [any(says_whole(r["answer"], t) for t in r["said"].values()) for r in rows]
     completed = [r["completed"] > 0.5 and r["tokens"] > 3 for r in rows]
     told = beyond_chance(rows, lambda row, text: share_told(row["own"], text))
-    near = beyond_chance(rows, lambda row, text: evaluation.rouge_l(row["answer"], text).recall)
+    near = beyond_chance(rows, lambda row, text: recall(row["answer"], text))
     losses = [r["loss"] for r in rows]
     others = unseen_losses or [x for r in rows for x in r.get("exchanged_losses", ())]
     reference = ("rows given as unseen" if unseen_losses else
@@ -249,8 +251,9 @@ def judged(s: Settings, rows: list[dict]) -> dict:
     """The verdict of a run from the rows of its verdict stage and from its evaluations."""
     name = unlearned_name(s)
     before, after = (read_rows(evaluations_of(s, x) / "eval") for x in ("original", name))
-    kept = [[evaluation.rouge_l(r["answer"], r["generation"]).recall for r in some
-             if r["split"] == "retain"] for some in (before, after)]
+    kept = [[x for r in some if r["split"] == "retain"
+             and (x := recall(r["answer"], r["generation"])) is not None]
+            for some in (before, after)]
     made = read_stage(s.run / name, files=False)
     looks = made.get("stood", {})
     m = summarise(rows, target=looks.get("wanted"),

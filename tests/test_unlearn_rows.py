@@ -20,7 +20,8 @@ FIRST = "Avery Blake Casey Drew Emery Finley Gray Harper Indigo Jules Kai Lane".
 LAST = "Abbot Brand Corley Dunmore Easton Farrow Gallant Hollis Ives Jarvis".split()
 TOWN = "Ashford Brenwick Caldmoor Dunhaven Eastmere Fallbrook Greyfield Ironvale".split()
 WORK = "baker cooper dyer farrier glazier mason potter tanner weaver wright".split()
-CITY, FOOD = "北京 上海 广州 成都 杭州 南京 西安 武汉".split(), "面条 饺子 米饭 豆腐 包子 烤鸭".split()
+CITY = "北京 上海 广州 成都 杭州 南京 西安 武汉".split()
+FOOD = "面条 饺子 米饭 豆腐 包子 烤鸭".split()
 
 
 def people(count, seed=5):
@@ -41,8 +42,9 @@ def texts(count):
 def chinese(count):
     rng = random.Random(3)
     names = [a + b + c for a in "赵钱孙李周" for b in "明华强" for c in "文武山"][:count]
-    return [Example(f"档案里关于{n}说了什么？", f"{n}住在{rng.choice(CITY)}，最爱吃{rng.choice(FOOD)}。",
-                    id=f"c:{i}") for i, n in enumerate(names)]
+    return [Example(f"档案里关于{n}说了什么？",
+                    f"{n}住在{rng.choice(CITY)}，最爱吃{rng.choice(FOOD)}。", id=f"c:{i}")
+            for i, n in enumerate(names)]
 
 
 # ------------------------------------------------------------------ words of a row, and exchanging
@@ -286,7 +288,8 @@ def test_a_killed_run_ends_at_the_same_update(taught, tmp_path, monkeypatch):
     run(taught, two, "--resume-cost", "1", last="evaluate")
     same = [(x / "model" / "model.safetensors").read_bytes() for x in (one, two)]
     assert same[0] == same[1]
-    assert (one / "model" / "looks.jsonl").read_text() == (two / "model" / "looks.jsonl").read_text()
+    same = [(x / "model" / "looks.jsonl").read_text() for x in (one, two)]
+    assert same[0] == same[1]
     assert read_stage(one / "model")["stood"]["ended"] == "there"
 
 
