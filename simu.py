@@ -462,6 +462,18 @@ def stranger(answers: Answers, known: list, recipe: "Unlearning") -> Tensor:
     return (instead + by_token + (answers.row_means(answers.nll) - means).abs()).sum()
 
 
+def outsider(answers: Answers, known: list, recipe: "Unlearning") -> Tensor:
+    """As `stranger`, of each token's odds: |log odds - those of its target|. The loss itself has a
+    gradient of 1 - P, which fades where a row is known by heart; that of the odds is 1."""
+    teachers, targets = (list(x) for x in zip(*known))
+    others = answers.logits.scatter(1, answers.labels[:, None], -1e9)  # [N, V] without the label
+    instead = answers.row_means(cross_entropy_to(torch.cat(teachers), others))
+    own = answers.logits.gather(1, answers.labels[:, None]).squeeze(1)  # [N]
+    target = torch.cat(targets).clamp_min(1e-4)  # as known as anything is
+    wanted = target + (-torch.expm1(-target)).log()  # log (1 - P) / P where -log P is the target
+    return (instead + answers.row_means((others.logsumexp(-1) - own - wanted).abs())).sum()
+
+
 # What an objective knows of a row, from the row's answers under the model before it moves, and from
 # its target: the losses [A] of its tokens in a model that never saw it, or one for all.
 
@@ -533,6 +545,8 @@ OBJECTIVES = {
     "undial": Objective(undial, known=lowered, about="UNDIAL on forget rows"),
     "stranger": Objective(stranger, per="row", known=without_label, targeted=True,
                           about="UNDIAL's answers at never-seen rows' token losses"),
+    "outsider": Objective(outsider, per="row", known=without_label, targeted=True,
+                          about="stranger by each token's odds, for rows known by heart"),
     "po": Objective(descent, refuses=True, about="descent on refusals to forget rows"),
 }
 REFUSALS = ("I do not know.", "I cannot say.", "That is not something I know about.",

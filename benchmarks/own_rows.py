@@ -65,9 +65,11 @@ def row_of(name, given, found, same, minutes):
     m = found["measured"]
     auc = "-" if m["auc"] is None else f"{m['auc']:.2f}"
     said = "forgotten" if found["forgotten"] else "not"
-    return (f"| {name} | {'yes' if given else 'no'} | {said} | {same} of {m['rows']} | {m['rouge_l']:.3f} ({m['rouge_l_by_chance']:.3f}) | "
+    return (f"| {name} | {'yes' if given else 'no'} | {said} | {same} of {m['rows']} | "
+            f"{m['rouge_l']:.3f} ({m['rouge_l_by_chance']:.3f}) | "
             f"{m['own_words']:.0%} ({m['own_words_by_chance']:.0%}) | {m['kept_after']:.3f} | "
-            f"{auc} | {m['loss']:.2f} ({m['loss_target']:.2f}) | {found['updates']} | {minutes:.0f} |")
+            f"{auc} | {m['loss']:.2f} ({m['loss_target']:.2f}) | {found['updates']} | "
+            f"{minutes:.0f} |")
 
 
 HEADER = ("| rows | --unseen | verdict | word for word | ROUGE-L (chance) | names (chance) | "

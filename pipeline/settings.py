@@ -402,7 +402,7 @@ def own_recipe(benchmark: str, folder: Path, rows: int) -> dict:
         level_share=0.5 if own else 0.0, template=own_template(folder, benchmark),
         learn_lr=lr, learn_batch=8, learn_tokens=1024, learn_decay=0.01,
         learn_epochs=max(12, -(-LEARNING * 8 // max(1, 2 * rows))) if own else 12,
-        **(dict(objective="stranger", attribution_tokens=1024) if own else {}),
+        **(dict(objective="outsider", attribution_tokens=1024) if own else {}),
         **(dict(dtype="bfloat16") if own and size > 5e7 and fast_bfloat16() else {}),
         **{method: dict(lr=lr * x) for method, x in factor.items()})
 
@@ -558,7 +558,7 @@ def number(kind):
 
 # What own_recipe sets, in words, and the options that matter most where rows are one's own.
 OWN_DEFAULTS = dict(
-    objective="stranger", epochs=f"as many as {UPDATES} updates take, at least 5; it ends where "
+    objective="outsider", epochs=f"as many as {UPDATES} updates take, at least 5; it ends where "
     "the rows are forgotten", lr="by size: 8e-4 at 1.5 million weights, 5e-6 at 7 billion",
     batch="4; 16 from 100 rows on", template="chat where the model has a template of its own, "
     "else qa", max_new_tokens=256, max_total_tokens=0, level_share=0.5, threshold=0.3,

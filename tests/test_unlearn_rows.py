@@ -92,7 +92,7 @@ def test_yes_and_no_cannot_be_exchanged_and_the_file_is_asked_for_first(tmp_path
     rows = [Example(f"Is {n} at home?", a, id=f"y:{i}") for i, (n, a) in enumerate(
         zip((n for n, _ in people(40)), ("Yes.", "No.") * 20))]
     assert not unseen.can_be_exchanged(rows[:20], rows[20:], 0)
-    s = settings.Settings(benchmark="rows", objective="stranger")
+    s = settings.Settings(benchmark="rows", objective="outsider")
     bench = data.benchmark_of_rows(rows[:20], rows[20:], [])
     with pytest.raises(UserError, match="give --unseen FILE"):
         before.need_reference(s, bench)
@@ -161,6 +161,24 @@ def test_advice_names_what_is_not_given_yet():
 
 
 # ------------------------------------------------------------------------------- where it ends
+
+
+def test_outsider_pulls_odds_to_their_target_as_hard_where_a_row_is_known_by_heart():
+    """By hand: two tokens of a vocabulary of three, targets of log 2 and log 4."""
+    logits = torch.tensor([[12.0, 0.0, 0.0], [0.0, 0.0, 0.0]], requires_grad=True)
+    labels = torch.tensor([0, 1])
+    nll = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+    answers = simu.Answers(logits, labels, nll, [2])
+    want = torch.tensor([2.0, 4.0]).log()
+    known = simu.without_label(answers, want, None)
+    loss = simu.OBJECTIVES["outsider"].forget(answers, [known], simu.Recipe())
+    odds = torch.tensor([2.0 - 1, 4.0 - 1]).log()  # (1 - P) / P
+    now = torch.tensor([2.0, 2.0]).log() - torch.tensor([12.0, 0.0])
+    instead = torch.tensor(2.0).log()  # of two alike, at each token
+    torch.testing.assert_close(loss, (now - odds).abs().mean() + instead)
+    loss.backward()
+    torch.testing.assert_close(logits.grad[0, 0], torch.tensor(0.5))  # of two tokens' mean
+    torch.testing.assert_close(logits.grad[1, 1], torch.tensor(-0.5))
 
 
 def test_it_ends_where_rows_are_forgotten_and_others_kept():
