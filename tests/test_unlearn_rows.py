@@ -164,15 +164,15 @@ def test_advice_names_what_is_not_given_yet():
 
 
 def test_outsider_pulls_odds_to_their_target_as_hard_where_a_row_is_known_by_heart():
-    """By hand: two tokens of a vocabulary of three, targets of log 2 and log 4."""
+    """By hand: two tokens of a vocabulary of three, targets of log 2 and log 5/4."""
     logits = torch.tensor([[12.0, 0.0, 0.0], [0.0, 0.0, 0.0]], requires_grad=True)
     labels = torch.tensor([0, 1])
     nll = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
     answers = simu.Answers(logits, labels, nll, [2])
-    want = torch.tensor([2.0, 4.0]).log()
+    want = torch.tensor([2.0, 1.25]).log()
     known = simu.without_label(answers, want, None)
     loss = simu.OBJECTIVES["outsider"].forget(answers, [known], simu.Recipe())
-    odds = torch.tensor([2.0 - 1, 4.0 - 1]).log()  # (1 - P) / P
+    odds = torch.tensor([2.0 - 1, 1.25 - 1]).log()  # (1 - P) / P
     now = torch.tensor([2.0, 2.0]).log() - torch.tensor([12.0, 0.0])
     instead = torch.tensor(2.0).log()  # of two alike, at each token
     torch.testing.assert_close(loss, (now - odds).abs().mean() + instead)
