@@ -4,8 +4,9 @@
 #   bash run.sh demo [MODEL] [--option value ...]     the embedded benchmark, offline, on a CPU
 #   bash run.sh tofu|lume MODEL [--option value ...]  a model of the table, a folder in Hugging Face
 #                                                     layout, or hf:OWNER/NAME[@REVISION]
-#   bash run.sh unlearn MODEL FORGET [RETAIN] [--unseen FILE] [--out DIR] [--attack]
-#                                                     rows of your own, JSON lines, in your own model
+#   bash run.sh unlearn MODEL FORGET [RETAIN] [--unseen FILE] [--teach] [--out DIR] [--attack]
+#                                                     rows of your own, JSON lines, in your own model;
+#                                                     status 3 where they are not forgotten
 #   bash run.sh attack RUN [STAGE ...] [--requests K] what of it stays forgotten under attack
 #   bash run.sh sweep BENCHMARK [MODEL] [--option ..] every method over learning rates and seeds
 #   bash run.sh figures [FOLDER ...]                  figures of the sweeps and runs stored there
@@ -94,13 +95,14 @@ tofu | lume)
     model="$2"
     shift 2 ;;
 unlearn)
+    case " ${*:2} " in *" --help "* | *" -h "*) set_up; exec "$python" "$here/pipeline" unlearn --help ;; esac
     [[ $# -ge 3 && "$2" != --* && "$3" != --* ]] ||
         die "unlearn: name a model and a file of rows to forget, and a file of rows to keep"
     benchmark=rows model="$2" own=(--forget "$3")
     shift 3
     if [[ "${1:---}" != --* ]]; then own+=(--retain "$1"); shift; fi
     set -- "${own[@]}" --name model "$@" ;;
--h | --help) sed -n '2,19s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit ;;
+-h | --help) sed -n '2,20s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit ;;
 *) die "'$benchmark' is not something to run: name demo, tofu, lume, unlearn, attack, sweep, figures or test" ;;
 esac
 
@@ -181,14 +183,15 @@ pipeline() { # pipeline RUN [--seed K]
         done
     fi
     each_stage evaluate "$1" ${force[@]+"${force[@]}"}
+    [[ "$benchmark" != rows ]] || each_stage verdict "$1"
 }
 trap 'exit 130' INT  # the stage has said so
 { # read whole before it starts, so that editing this file does not derail a run
     pipeline "$run"
     for ((k = 1; k < seeds; k++)); do pipeline "$run-seed$k" --seed "$k"; done
     each_stage report "$run"
-    [[ "$benchmark" != rows ]] || each_stage request "$run"
     [[ -z "$attack" ]] || each_stage attack "$run"
+    [[ "$benchmark" != rows ]] || each_stage request "$run"
     [[ -z "${queue[0]:-}" ]] || "${stage[@]}" "${queue[@]}"
     exit
 }

@@ -1,5 +1,6 @@
 """The command line: python -m pipeline STAGE ... [--then STAGE ...]"""
 
+import argparse
 import errno
 import os
 import signal
@@ -48,17 +49,35 @@ import pipeline  # noqa: E402, F401  before torch: it silences a warning of torc
 from contextlib import nullcontext  # noqa: E402
 
 from model import UserError  # noqa: E402
-from pipeline import evaluate, hub, plan, report, request, settings, workers  # noqa: E402
+from pipeline import (  # noqa: E402
+    evaluate, hub, plan, report, request, settings, verdict, workers)
 from pipeline.original import original_stage  # noqa: E402
 from pipeline.stage import finished_models, lock, run_cli  # noqa: E402
 from pipeline.stages import attribute_stage, mask_stage, unlearn_stage  # noqa: E402
 from studies import attack, figures, sweep  # noqa: E402
 from studies.plant import plant_stage  # noqa: E402
 
+
+
+UNLEARN = """\
+bash run.sh unlearn MODEL FORGET [RETAIN] [--unseen FILE] [--teach] [--out DIR] [--option value ...]
+
+Forgets the rows of FORGET, keeps those of RETAIN, and says whether they are forgotten: status 0 and
+a request.json, or status 3 and what to change. The defaults below are those of rows of your own.
+
+""" + verdict.DEFINITION
+
+
+def verdict_command(run: Path):
+    """Whether a run's own rows are forgotten: measure it on the saved model, and say so."""
+    with lock(run):
+        print(verdict.as_text(verdict.verdict(run)), flush=True)
+
+
 STAGES = {"files": hub.files_command, "plan": plan.plan_command, "original": original_stage,
           "plant": plant_stage, "attribute": attribute_stage, "mask": mask_stage,
           "unlearn": unlearn_stage}
-REQUESTS = {"request": request.write_request, "verify": request.verify}
+REQUESTS = {"verdict": verdict_command, "request": request.write_request, "verify": request.verify}
 OF_RUNS = {"attack": attack.main, "sweep": sweep.main, "figures": figures.main}
 
 
@@ -67,10 +86,14 @@ def parser_of_stages() -> settings.Parser:
                              "order run.sh calls them, and what is done with finished runs.")
     commands = parser.add_subparsers(dest="stage", required=True, metavar="STAGE")
     for name, function in STAGES.items():
-        command = commands.add_parser(name, help=function.__doc__, description=function.__doc__)
+        command = commands.add_parser(
+            name, help=function.__doc__, usage="python -m pipeline unlearn rows MODEL --forget "
+            "FILE --retain FILE [--option value ...]" if name == "unlearn" else None,
+            description=UNLEARN if name == "unlearn" else
+            function.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
         command.add_argument("benchmark", choices=settings.BENCHMARKS)
         command.add_argument("model")
-        settings.add_options(command, skip=("benchmark", "model"))
+        settings.add_options(command, skip=("benchmark", "model"), own=name == "unlearn")
         if name == "unlearn":
             command.add_argument("--each", nargs="+", metavar="METHOD:OBJECTIVE", help="several "
                                  "models at once, each evaluated as soon as it is made")
@@ -103,12 +126,13 @@ def parser_of_stages() -> settings.Parser:
 def evaluate_stages(run: Path, stages: list[str], *, limit: int, force: bool):
     if not 0 <= limit < settings.LIMIT:
         raise UserError(f"--limit is {limit}; it must be 0 (all rows) or more, and below 2**31")
+    quiet = not stages
     stages = stages or finished_models(run)
     if not stages:
         raise UserError(f"{run} holds no finished model; `bash run.sh demo` makes one")
     with lock(run):
         for name in stages:
-            evaluate.evaluate(run, name, limit=limit, force=force)
+            evaluate.evaluate(run, name, limit=limit, force=force, quiet=quiet)
 
 
 def main(argv: list[str]):

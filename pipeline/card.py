@@ -11,7 +11,7 @@ from pathlib import Path
 
 import data
 import simu
-from model import TOKEN_IDS, write_json, write_text
+from model import TOKEN_IDS, read_json, write_json, write_text
 from pipeline import checkpoint, objectives
 from pipeline.columns import COLUMNS, label, mask_line, reading, table, table_of
 from pipeline.settings import Settings
@@ -47,13 +47,37 @@ ids = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_di
 
 
 def write_generation_config(folder: Path, s: Settings):
-    """How our evaluation generates, for transformers: greedy, one eos, as many tokens [D16]."""
-    config, eos_id = checkpoint.read_config(folder), load_tokenizer(folder).eos_id
+    """How the model is made to speak, for transformers: as its maker's file says, with every token
+    that ends a turn; where there is none, as our evaluation does: greedy, as many tokens [D16]."""
+    config = checkpoint.read_config(folder)
+    theirs = _object(s.run / "original" / "generation_config.json")
     length = dict(max_new_tokens=s.max_new_tokens) if s.max_new_tokens else dict(
         max_length=s.max_total_tokens or config.max_position_embeddings)
-    ids = {key: getattr(config, key) for key in TOKEN_IDS} | dict(eos_token_id=eos_id)
-    write_json(folder / "generation_config.json", dict(do_sample=False, **length) | {
+    if not theirs:
+        length["do_sample"] = False
+    elif {"max_new_tokens", "max_length"} & set(theirs):
+        length = {}
+    ids = {key: getattr(config, key) for key in TOKEN_IDS} | {
+        k: v for k, v in theirs.items() if k in TOKEN_IDS}
+    ends = end_ids(s.run / "original", load_tokenizer(folder))
+    ids["eos_token_id"] = ends[0] if len(ends) == 1 else ends
+    write_json(folder / "generation_config.json", theirs | length | {
         k: v for k, v in ids.items() if v is not None})
+
+
+def end_ids(folder: Path, tokenizer) -> list[int]:
+    """Every token that ends a turn, by tokenizer, config.json and generation_config.json."""
+    named = [tokenizer.eos_id, *getattr(tokenizer, "eos_ids", ())]
+    for name in ("config.json", "generation_config.json"):
+        ids = _object(folder / name).get("eos_token_id")
+        named += ids if isinstance(ids, list) else [ids]
+    return list(dict.fromkeys(i for i in named if type(i) is int and i >= 0))
+
+
+def _object(path: Path) -> dict:
+    """The JSON object of a file, {} where there is none."""
+    value = read_json(path) if path.is_file() else {}
+    return value if isinstance(value, dict) else {}
 
 
 def provenance(s: Settings) -> tuple[str, str]:
@@ -87,24 +111,31 @@ def licence_field(readme: Path) -> str:
     return found.group(1) if found else ""
 
 
-def write_card(folder: Path, s: Settings, used: dict, found: list[dict] = ()):
+def write_card(folder: Path, s: Settings, used: dict, found: list[dict] = (), verdict: str = ""):
     """README.md of a model unlearned in run s with the settings `used`; found: evaluations of it
-    and of its original, as report.find_evaluations gives them."""
+    and of its original, as report.find_evaluations gives them. verdict: of own rows, as text."""
     kind, method = s.layout, simu.METHODS[used["method"]]
     made = replace(s, **{f.name: used[f.name] for f in fields(objectives.Recipe) if f.name in used},
                    name=used.get("name", ""))
     about, licence = provenance(s)
     metrics = "Not evaluated yet: `python -m pipeline evaluate` and `report`."
     if found:
-        metrics = table_of(COLUMNS[kind], found) + "\n\n" + reading(found[0]["metrics"])
+        columns = tuple(c for c in COLUMNS[kind] if kind != "rows" or any(
+            e["metrics"]["values"].get(name) is not None for e in found for name in c[2]))
+        metrics = table_of(columns, found) + "\n\n" + reading(found[0]["metrics"])
+    if verdict:
+        metrics = f"```\n{verdict}\n```\n\n{metrics}"
     constants = [["optimiser", method.optimiser]]
     step1 = (simu.Attribution, simu.Masking) if method.masked else ()
     for part in (objectives.Unlearning, *step1):
         constants += [[f.name, used[f.name]] for f in fields(part)
                       if f.name in used and [f.name, used[f.name]] not in constants]
-    sliced = [[f.name, used[f.name]] for f in fields(data.Slice) if f.name in used]
+    sliced = [[f.name, used[f.name]] for f in fields(data.Slice) if f.name in used
+              and (kind != "rows" or f.name in ("seed", "template"))]  # others are of benchmarks
+    title = (f"{s.label}, rows of its maker's own unlearned" if kind == "rows" else
+             f"{s.benchmark} {s.label}, unlearned by {label(unlearned_name(made))}")
     parts = ["---\nlibrary_name: transformers\ntags: [unlearning]\n---",
-             f"# {s.benchmark} {s.label}, unlearned by {label(unlearned_name(made))}",
+             f"# {title}",
              f"{about} It was made to forget a part of {DATA_SOURCES[s.benchmark]}, and to keep "
              "the rest, by SIMU's reference implementation (arXiv 2510.07822). Forgetting is "
              "measured below, not guaranteed.",
@@ -118,10 +149,10 @@ def write_card(folder: Path, s: Settings, used: dict, found: list[dict] = ()):
     write_text(folder / "README.md", "\n\n".join(parts) + "\n")
 
 
-def write_cards(s: Settings, found: list[dict], unlearned: list[str]):
+def write_cards(s: Settings, found: list[dict], unlearned: list[str], verdict: str | None = None):
     """Write the cards of a run's evaluated unlearned models again, now with metrics."""
     for name in unlearned:
         used = read_stage(s.run / name)["settings"]
         if used["method"] in simu.METHODS:  # else of a fork whose method is gone
             shown = [e for e in found if e["name"] in ("original", name)]
-            write_card(s.run / name, s, used, shown)
+            write_card(s.run / name, s, used, shown, verdict or "")

@@ -122,14 +122,27 @@ def whole_lines(path: Path) -> list:
 
 
 def evaluation_job(s: Settings, name: str, limit: int = 0) -> Stage:
-    """The evaluation of a run's stage: RUN/STAGE/eval, or eval-limit-N for a quick look."""
+    """The evaluation of a run's stage (eval-limit-N: a quick look)."""
     folder = s.run / name
     inputs = dict(model=content(folder)) | data_inputs(s) | folder_inputs("mmlu", s.mmlu)
     if s.closeness == "encoder":
         inputs |= folder_inputs("encoder", s.encoder)
-    return Stage(folder / (f"eval-limit-{limit}" if limit else "eval"), settings=s, inputs=inputs,
-                 code=(measured_rows,), takes=(data.Slice, Source, Placement, Aside, Judging),
+    kind = f"eval-limit-{limit}" if limit else "eval"
+    return Stage(evaluations_of(s, name) / kind, settings=s, inputs=inputs, code=(measured_rows,),
+                 takes=(data.Slice, Source, Placement, Aside, Judging),
                  also=dict(limit=limit))
+
+
+def evaluations_of(s: Settings, name: str) -> Path:
+    """The folder of a stage's evaluations: the model's own, so that they go where it goes; of a
+    user's own rows RUN/evaluations/STAGE, for their text must not be uploaded with the model."""
+    return s.run / "evaluations" / name if s.layout == "rows" else s.run / name
+
+
+def evaluated_stages(s: Settings) -> list[str]:
+    """Names of a run's stages that have an evaluation."""
+    root = s.run / "evaluations" if s.layout == "rows" else s.run
+    return sorted({p.parent.parent.name for p in root.glob("*/eval*/stage.json")})
 
 
 def folder_inputs(name: str, folder: str) -> dict[str, str]:
@@ -149,12 +162,14 @@ def make_evaluation(s: Settings, model_folder: Path, job: Stage, folder: Path, l
     job.notes["derived"] = {METRICS: summary_code()}
 
 
-def evaluate(run: Path, name: str, *, limit: int = 0, force: bool = False):
-    """Evaluate a run's stage unless that is done. limit: at most so many rows of each split."""
+def evaluate(run: Path, name: str, *, limit: int = 0, force: bool = False, quiet: bool = False):
+    """Evaluate a run's stage unless that is done. limit: at most so many rows of each split. quiet:
+    nobody asked for this stage by name, and nothing is said where it is done."""
     s = dataclasses.replace(read_settings(run), force=force)
     if Path(name).name != name:
         raise UserError(f"{name} is not the bare name of a stage in {run}, such as original")
     job = evaluation_job(s, name, limit)
+    job.quiet = quiet and s.layout == "rows"
     if other := differences(s.run / name, s, data_inputs(s)):
         print(f"warning: {s.run / name} is not of what this run now holds, and no report will show "
               f"it: {'; '.join(other)}", flush=True)
@@ -200,7 +215,7 @@ def read_rows(folder: Path) -> list[dict]:
 
 def newest_evaluation(s: Settings, name: str) -> Stage | None:
     """The whole evaluation of a stage, else the one of most rows; None if there is none."""
-    folder = s.run / name
+    folder = evaluations_of(s, name)
     limits = [p.name.rpartition("-")[2] for p in folder.glob("eval-limit-*")
               if (p / "stage.json").is_file()]
     if (folder / "eval" / "stage.json").is_file():

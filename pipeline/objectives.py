@@ -98,6 +98,19 @@ def stranger(answers: Answers, known: list, recipe: Constants) -> Tensor:
     return (instead + by_token + (row_means(answers, answers.nll) - means).abs()).sum()
 
 
+def outsider(answers: Answers, known: list, recipe: Constants) -> Tensor:
+    """As `stranger`, of each token's odds: |log odds - those of its target|. The loss itself has a
+    gradient of 1 - P, which fades where a row is known by heart; that of the odds is 1."""
+    teachers, targets = (list(x) for x in zip(*known))
+    others = answers.logits.scatter(1, answers.labels[:, None], -1e9)  # [N, V] without the label
+    instead = row_means(answers, cross_entropy_to(torch.cat(teachers), others))
+    label = answers.logits.gather(1, answers.labels[:, None]).squeeze(1)  # [N]
+    target = torch.cat(targets).clamp_min(1e-4)  # as known as anything is
+    wanted = target + (-torch.expm1(-target)).log()  # log (1 - P) / P where -log P is the target
+    by_token = row_means(answers, (others.logsumexp(-1) - label - wanted).abs())
+    return (instead + by_token).sum()
+
+
 # ------------------------------------------------------------------------------ what they know
 # Of a row, from its answers under the model before it moves, and from its target: the losses [A]
 # of its tokens in a model that never saw it, or one for all.
@@ -188,6 +201,8 @@ OBJECTIVES = {
     "undial": Objective(undial, known=lowered, about="UNDIAL on forget rows"),
     "stranger": Objective(stranger, per="row", known=without_label, targeted=True,
                           about="UNDIAL's answers at never-seen rows' token losses"),
+    "outsider": Objective(outsider, per="row", known=without_label, targeted=True,
+                          about="stranger by each token's odds, for rows known by heart"),
     "po": Objective(simu.descent, answers=REFUSALS,
                     about="descent on refusals to forget rows (A.2)"),
 }

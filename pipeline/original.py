@@ -8,6 +8,7 @@ that unlearning is judged against; then lightly the forget set.
 
 import dataclasses
 import random
+import shutil
 from pathlib import Path
 
 import torch
@@ -17,11 +18,12 @@ import simu
 from data import Encoded
 from model import Transformer, UserError, write_json
 from pipeline import checkpoint, fused, hub
+from pipeline.before import fitted, outlook
 from pipeline.plan import check_memory
 from pipeline.request import written_rows
 from pipeline.settings import (Making, Placement, Settings, Source, choose_device, load_benchmark,
                                placement, tiny_config)
-from pipeline.stage import Stage, claim, content, data_inputs
+from pipeline.stage import Stage, claim, content, data_inputs, stored_dtype
 from pipeline.tokenizers import load_tokenizer, train_tokenizer
 
 # ------------------------------------------------------------------------------------ tiny ones
@@ -117,13 +119,16 @@ def fine_tune_retain_only(s: Settings, bench: data.Benchmark, job: Stage, base: 
 def teach(s: Settings, examples: list[data.Example], job: Stage, base: Path, folder: Path):
     tokenizer, config = load_tokenizer(base), checkpoint.read_config(base)
     rows = data.encode_for(config, examples, tokenizer, s.template)
+    s = fitted(s, rows)
     job.notes["predicted_bytes"] = check_memory(s, config, "learn", rows=rows)
     model = checkpoint.load_model(base, **placement(s))
     rng = random.Random(s.seed)
     epochs = [rng.sample(rows, len(rows)) for _ in range(s.learn_epochs)]
     learn(model, epochs, learning(s, s.learn_lr), job, title=f"learn {job.name}")
-    model.save_pretrained(folder)
+    model.to(stored_dtype(base)).save_pretrained(folder)
     data.copy_tokenizer(base, folder)
+    if (base / "generation_config.json").is_file():  # how its maker lets it speak stays
+        shutil.copyfile(base / "generation_config.json", folder / "generation_config.json")
 
 
 # ------------------------------------------------------------------------------------- the stage
@@ -141,6 +146,8 @@ def original_stage(s: Settings):
         if s.retain_from_model and not s.retain:
             written_rows(s, folder)
         bench, inputs = load_benchmark(s), data_inputs(s)
+        if s.layout == "rows" and (s.force or not (s.run / "original" / "stage.json").is_file()):
+            outlook(s, folder, bench)
         if ready:
             link_model(s, "original", folder, source, inputs)
         else:

@@ -17,7 +17,8 @@ FOLLOWED = {name: ROOT / f"{name.replace('.', '/')}.py" for name in (
     "model", "data", "simu", "eval", "pipeline.reading", "pipeline.checkpoint", "pipeline.fused",
     "pipeline.objectives", "pipeline.original", "pipeline.stages", "studies.plant",
     "pipeline.evaluate", "pipeline.request", "studies.attack", "studies.sweep",
-    "pipeline.tokenizers", "pipeline.benchmarks", "pipeline.choices",
+    "pipeline.tokenizers", "pipeline.benchmarks", "pipeline.choices", "pipeline.unseen",
+    "pipeline.verdict", "pipeline.before",
     "pipeline.mixers.states", "pipeline.mixers.mamba2", "pipeline.mixers.rwkv7")}
 ADDED = {"simu": ("pipeline.objectives",)}  # files whose rows are added to a module's tables
 TABLES = ("OBJECTIVES", "OPTIMISERS", "MOVES", "METHODS", "MASKS", "TEMPLATES", "ARCHITECTURES")

@@ -16,12 +16,13 @@ import eval as evaluation
 import simu
 from eval import spread, summarise
 from model import UserError, write_json, write_text
-from pipeline import objectives
+from pipeline import objectives, verdict
 from pipeline.card import write_cards
 from pipeline.columns import (ANSWER_MIA_COLUMNS, COLUMNS, LEADERBOARD_COLUMNS, MIA_COLUMNS,
                               MORE_COLUMNS, PUBLISHED, SOUL_COLUMNS, SOUL_READING, definitions,
                               label, leaderboard, mask_line, optimiser_of, reading, table, table_of)
-from pipeline.evaluate import newest_evaluation, read_metrics, read_rows, stale_because
+from pipeline.evaluate import (evaluated_stages, evaluations_of, newest_evaluation, read_metrics,
+                               read_rows, stale_because)
 from pipeline.settings import Settings, read_settings, taken
 from pipeline.stage import data_inputs, differences, read_stage, turn
 
@@ -33,8 +34,7 @@ def find_evaluations(s: Settings, reference: list[dict] | None = None, *,
     """name, label, metrics, rows of every evaluated stage of a run, in the paper's order, and the
     stages left out as stale, each with the reason. A stage with only a partial evaluation is
     marked. reference: rows of retain-only; default: the run's own."""
-    names = sorted({p.parent.parent.name for p in s.run.glob("*/eval*/stage.json")})
-    jobs = {name: job for name in names if (job := newest_evaluation(s, name))}
+    jobs = {name: job for name in evaluated_stages(s) if (job := newest_evaluation(s, name))}
     found, stale = [], {}
     for name in sorted(jobs, key=lambda name: _place(s.run / name)):
         if why := stale_because(s, name, jobs[name]):
@@ -97,10 +97,11 @@ def _made_of(folder: Path, evaluation_folder: Path) -> dict:
 
 def _reference_rows(folder: Path, s: Settings) -> list[dict]:
     """Rows of a retain-only model evaluated in another run: as its folder now is, on our data."""
-    if not (folder / "eval" / "stage.json").is_file():
+    run, name = folder.resolve().parent, folder.resolve().name
+    t = read_settings(run) if (run / "settings.json").is_file() else None
+    if not t or not (evaluations_of(t, name) / "eval" / "stage.json").is_file():
         raise UserError(f"--retain-only {folder} is no evaluated model; it takes RUN/STAGE of a "
                         "run of ours, after `python -m pipeline evaluate RUN STAGE`")
-    t, name = read_settings(folder.resolve().parent), folder.resolve().name
     if why := stale_because(t, name, newest_evaluation(t, name)):
         raise UserError(f"--retain-only {folder}: {'; '.join(why)}; run its stages again")
     ours, theirs = (taken(x, (data.Slice,)) | data_inputs(x)
@@ -108,7 +109,7 @@ def _reference_rows(folder: Path, s: Settings) -> list[dict]:
     if differs := [k for k in ours | theirs if ours.get(k) != theirs.get(k)]:
         raise UserError(f"--retain-only {folder} is not comparable: its run differs in "
                         f"{', '.join(differs)}; evaluate it on the same data, asked the same way")
-    return read_rows(folder / "eval")
+    return read_rows(evaluations_of(t, name) / "eval")
 
 
 def _differences(s: Settings, t: Settings) -> list[str]:
@@ -307,21 +308,34 @@ def _recipes_table(run: Path, found: list[dict]) -> str:
 def main_columns(s: Settings, kind: str) -> tuple[tuple, dict]:
     """The paper's columns, beside Table 1 with SOUL's MIA, and what it printed for this cell."""
     published = PUBLISHED.get((s.benchmark, s.model), {})
+    if kind == "rows":
+        return tuple(c for c in COLUMNS[kind] if "Aggregate" not in c[0]), {}
     return COLUMNS[kind] + (SOUL_COLUMNS if published and kind == "tofu" else ()), published
+
+
+def with_values(columns: tuple, found: list[dict]) -> tuple:
+    """Of the columns of a user's own rows, those in which there is a number."""
+    if found[0]["metrics"]["benchmark"] != "rows":
+        return columns
+    return tuple(c for c in columns if any(
+        e["metrics"]["values"].get(name) is not None for e in found for name in c[2]))
 
 
 def check_original(run: Path):
     """Print the evaluated original beside the paper's; UserError unless it knows the forget set,
     for then there is nothing to unlearn and every number after it means nothing."""
-    s, metrics = read_settings(run), read_metrics(run / "original" / "eval")
+    s = read_settings(run)
+    folder = evaluations_of(s, "original") / "eval"
+    metrics = read_metrics(folder)
     columns, published = main_columns(s, metrics["benchmark"])
+    columns = with_values(columns, [dict(metrics=metrics)])
     print(table_of(columns, [dict(label=label("original"), metrics=metrics)],
                    {k: v for k, v in published.items() if k == "Original"}), flush=True)
     measure, known = what_is_known(metrics)
     if known is not None and known < s.must_know:
         raise UserError(
             f"the original does not know the forget set: {measure} {known:.4f}, less than "
-            f"--must-know {s.must_know}; see {run}/original/eval/generations.jsonl: "
+            f"--must-know {s.must_know}; see {folder}/generations.jsonl: "
             f"{why_unknown(metrics['values'])}; --must-know 0 goes on")
 
 
@@ -355,14 +369,17 @@ def report(run: Path, *, others: list[Path] = (), retain_only: Path | None = Non
     seeds = over_seeds(run, s, others, found) if others else None
     examples, costs, mask = qualitative(found), _costs(run), _mask_of(run, s)
     columns, published = main_columns(s, found[0]["metrics"]["benchmark"])
+    columns, judged = with_values(columns, found), verdict.stored(s)
     kept = [{k: v for k, v in e.items() if k not in ("rows", "made")} for e in found]
+    compose = _compose_rows if s.layout == "rows" else _compose
     with turn(run):
-        write_text(run / "report.md", _compose(s, found, stale, seeds, examples, costs, mask))
+        write_text(run / "report.md", compose(s, found, stale, seeds, examples, costs, mask))
         write_json(run / "report.json", dict(
+            **(dict(verdict=judged) if judged else {}),
             settings=dataclasses.asdict(s), evaluations=kept, stale=stale, columns=columns,
             published=published or None, seeds=seeds, critical=mask, costs=costs,
             qualitative=examples))
-        write_cards(s, found, unlearned(run, found))
+        write_cards(s, found, unlearned(run, found), judged and verdict.as_text(judged))
     print(table_of(columns, found, published))
     if recompute:
         print("every number recomputed from generations.jsonl: equal")
@@ -409,4 +426,30 @@ def _compose(s: Settings, found, stale: dict, seeds, examples, costs, mask: str)
               "## Readings of the paper", READINGS,
               "## Definitions", definitions(evaluation.__doc__)]
     parts.insert(parts.index(reading(metrics)) + 1, _notes(found, footnotes))
+    return "\n\n".join(p for p in parts if p) + "\n"
+
+
+def _compose_rows(s: Settings, found, stale: dict, seeds, examples, costs, mask: str) -> str:
+    """report.md of a user's own rows: whether they are forgotten, and how that was found."""
+    judged, columns = verdict.stored(s), with_values(main_columns(s, "rows")[0], found)
+    count = found[0]["metrics"]["counts"]["forget"]
+    parts = [f"# {s.label}: {count} rows to forget",
+             f"```\n{verdict.as_text(judged)}\n```" if judged else
+             "Not judged yet: `python -m pipeline verdict RUN`.",
+             table_of(columns, found), reading(found[0]["metrics"])]
+    if stale:
+        parts.append("Left out, because they are not of what this run now holds:\n\n" + "\n".join(
+            f"- {name}: {why}" for name, why in stale.items()))
+    if (s.run / "attack.md").is_file():
+        parts.append("What comes back when the model is attacked: [attack.md](attack.md).")
+    if seeds:
+        parts += [f"## Mean ± standard deviation over seeds {', '.join(map(str, seeds['seeds']))}",
+                  _seeds_table(columns, seeds, found)]
+    more = [with_values(c, found) for c in MORE_COLUMNS["rows"]]
+    parts += ["## Beside these columns", *(table_of(c, found) for c in more if c),
+              "## Row by row", _qualitative_text(examples, found),
+              "## Critical neurons", mask, "## Time and memory", _costs_table(costs),
+              "## Settings", _recipes_table(s.run, found),
+              "## What forgotten means", f"```\n{verdict.DEFINITION.strip()}\n```",
+              "The other numbers are defined at the head of eval.py."]
     return "\n\n".join(p for p in parts if p) + "\n"

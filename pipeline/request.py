@@ -5,6 +5,7 @@ and time, and no text of any row. `python -m pipeline verify RUN` checks all of 
 """
 
 import json
+import os
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -13,8 +14,8 @@ import torch
 
 import data
 from model import Transformer, UserError, has_types, read_json, write_json, write_text
-from pipeline import checkpoint
-from pipeline.settings import Settings, data_digests, placement, read_settings
+from pipeline import checkpoint, verdict
+from pipeline.settings import PLACES, Settings, data_digests, placement, read_settings
 from pipeline.stage import Stage, content, data_inputs, differences, digest, unlearned_name
 from pipeline.tokenizers import load_tokenizer
 
@@ -57,7 +58,7 @@ def sample_texts(model: Transformer, tokenizer, count: int, seed: int) -> list[s
 
 
 def write_request(run: Path):
-    """RUN/request.json, once the result is there."""
+    """RUN/request.json, once the rows are forgotten; else exit status 3, and what to change."""
     s = read_settings(run)
     if s.layout != "rows":
         raise UserError(f"{run} is of the benchmark {s.benchmark}; a request is of rows of your "
@@ -66,11 +67,23 @@ def write_request(run: Path):
     found = differences(s.run / name, s, data_inputs(s))
     if found:
         raise UserError(f"{s.run / name} is not of this request: {found[0]}; run it again")
+    judged = verdict.verdict(run)
+    if not judged["forgotten"]:
+        (s.run / "request.json").unlink(missing_ok=True)  # of an earlier result
+        raise verdict.NotForgotten(f"not forgotten: {'; '.join(judged['reasons'])}; "
+                                   f"{judged['change']}; no request.json is written")
     write_json(s.run / "request.json", sealed(dict(
         when=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), files=data_digests(s),
         forget_rows=len(data.load_rows(s.forget)), original=content(s.run / "original"),
-        result=content(s.run / name), folder=name, settings=asdict(s))))
+        result=content(s.run / name), folder=name, verdict=judged,
+        settings=without_places(asdict(s)))))
     print(f"request: {s.run / 'request.json'}; the model: {s.run / name}")
+
+
+def without_places(settings: dict) -> dict:
+    """Settings without the folders of this machine: the names of files and folders alone."""
+    return {k: Path(v).name if k in (*PLACES, "model", "encoder") and isinstance(v, str)
+            and os.path.isabs(v) else v for k, v in settings.items()}
 
 
 def sealed(request: dict) -> dict:
@@ -95,5 +108,9 @@ def verify(run: Path):
     found = differences(s.run / request["folder"], s, data_inputs(s))
     if found:
         raise UserError(f"{path}: of the result, {found[0]}; the record does not hold")
+    if verdict.derived_again(s) != request.get("verdict") or not request["verdict"]["forgotten"]:
+        raise UserError(f"{path}: the verdict does not follow from what the model said, in "
+                        f"{s.run / 'verdict'}; run the request again")
     print(f"verified: {request['forget_rows']} rows, served {request['when']}; their file, the "
-          "original and the result are those of the record")
+          "original and the result are those of the record, and the verdict follows again from "
+          f"what the result said then (sealed in {s.run / 'verdict'})")

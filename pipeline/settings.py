@@ -27,7 +27,8 @@ TINY_MODELS = {"tiny-llama": "llama", "tiny-olmo": "olmo", "tiny-mamba": "mamba2
 MODELS = ("llama2-7b", "olmo-1b", "llama3.2-1b", "smollm2-135m", *TINY_MODELS)
 # Folders of a run that hold no unlearned model; a disk may not tell A from a.
 RESERVED = re.compile("(original|retain-only|written-retain|attribution(-.*)?|mask(-.*)?|"
-                      r"planted-.*|figures|(settings|report|attack|request)\..*)", re.I)
+                      r"planted-.*|figures|evaluations|verdict|"
+                      r"(settings|report|attack|request)\..*)", re.I)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +115,8 @@ class Judging(evaluation.Limits):
                           "a name on the hub")
     mmlu: str = option("", "folder with multiple-choice files to answer: MMLU's *.csv, or *.jsonl "
                        "of question, choices, answer")
+    judge: int = option(400, "rows: ask at most this many of the rows to keep, spread evenly over "
+                        "them, what the model says; 0: all")
 
 
 LIMIT = 2**31  # a number from here on is a slip of the hand, and overflows some kernel
@@ -134,7 +137,7 @@ def at_least(low) -> tuple:
 # What each setting must be, however it is given: names, a test of the value, and the test in words.
 RANGES = (
     ("seed simnpo_margin lam weight_decay forget_groups retain_groups max_new_tokens "
-     "max_total_tokens learn_decay light_retain retain_from_model", *at_least(0)),
+     "max_total_tokens learn_decay light_retain retain_from_model judge", *at_least(0)),
     ("steps attribution_tokens epochs batch micro_tokens rows_per_author eval_tokens depth "
      "learn_batch learn_epochs learn_tokens light_epochs", *at_least(1)),
     ("width context", *at_least(8)),
@@ -183,6 +186,8 @@ class Settings(Source, Placement, data.Slice, objectives.Recipe, Making, Plantin
     retain: str = option("", "rows: file of the rows to keep")
     unseen: str = option("", "file of rows like the forget rows that the model never saw")
     retain_from_model: int = option(0, "rows: keep this many texts that the original writes")
+    allow_near: bool = option(False, "rows: go on although a row to keep says almost what a row to "
+                              "forget says")
     retain_only: str = option("", "a model that never saw the forget set: a folder or "
                               "hf:OWNER/NAME[@REVISION]")
     out: str = option("", "run folder; default runs/<benchmark>-<model>")
@@ -257,7 +262,9 @@ def load_benchmark(s: Settings) -> data.Benchmark:
     """The forget and retain sets of a run."""
     if s.layout == "rows":
         parts = {name: data.load_rows(file) for name, file in row_files(s).items()}
-        bench = data.benchmark_of_rows(*(parts.get(k, []) for k in ("forget", "retain", "unseen")))
+        bench = data.benchmark_of_rows(*(parts.get(k, []) for k in ("forget", "retain", "unseen")),
+                                       allow_near=s.allow_near)
+        bench = replace(bench, retain_eval=evaluation.spread(bench.retain_eval, s.judge))
     else:
         bench = benchmarks.load_benchmark(s.data_folder, s, layout=s.layout, made_here=made_here(s))
     return benchmarks.set_aside(bench, s.level_share, s.seed)
@@ -376,25 +383,42 @@ def for_method(recipe: dict, method: str) -> dict:
     return common | recipe.get(method, {})
 
 
+UPDATES = 320  # of unlearning own rows at most: it ends where the rows are forgotten
+LEARNING = 120  # least updates of teaching
+
+
 def own_recipe(benchmark: str, folder: Path, rows: int) -> dict:
     """Settings for a model that nobody tuned, from its number of weights.
 
     The rate falls with size as it does from our tiny models' grid (1.5 million weights, 8e-4) to
     the paper's 7B (5e-6): a power of -0.6. AdamW and Sophia on all weights move far more of them
-    and take a quarter and an eighth, as in that grid. About 200 updates bring rows to their level;
-    a batch is small where there are few rows. Attention and the paper's t decide the rest."""
-    size = count_weights(folder) or 1e9
+    and take a quarter and an eighth, as in that grid. Epochs follow from updates, so that few rows
+    get as many as many do: on one's own rows a limit, which most runs do not reach. A batch is
+    small where there are few rows. Attention and the paper's t decide the rest."""
+    size, own = count_weights(folder) or 1e9, benchmark == "rows"
     lr = float(f"{8e-4 * (size / 1.5e6) ** -0.6:.1g}")
     batch = 4 if rows < 100 else 16
-    epochs = min(40, max(5, round(200 * batch / max(1, rows))))
+    epochs = max(5, -(-UPDATES * batch // max(1, rows))) if own else min(
+        40, max(5, round(200 * batch / max(1, rows))))
     factor = {"fo": 0.25, "so": 0.125}
     limits = dict(rows=dict(max_total_tokens=0, max_new_tokens=256), tofu=TOFU, lume=LUME)
     return limits.get(benchmark, TOFU) | dict(
         threshold=0.3, lr=lr, batch=batch, epochs=epochs, micro_tokens=1024 if size > 5e7 else 8192,
-        level_share=0.5 if benchmark == "rows" else 0.0, template=own_template(folder, benchmark),
-        learn_lr=lr, learn_batch=8, learn_tokens=1024, learn_epochs=12, learn_decay=0.01,
-        **({"objective": "stranger"} if benchmark == "rows" else {}),
+        level_share=0.5 if own else 0.0, template=own_template(folder, benchmark),
+        learn_lr=lr, learn_batch=8, learn_tokens=1024, learn_decay=0.01,
+        learn_epochs=max(12, -(-LEARNING * 8 // max(1, 2 * rows))) if own else 12,
+        **(dict(objective="outsider", attribution_tokens=1024) if own else {}),
+        **(dict(dtype="bfloat16") if own and size > 5e7 and fast_bfloat16() else {}),
         **{method: dict(lr=lr * x) for method, x in factor.items()})
+
+
+def fast_bfloat16() -> bool:
+    """Does a CPU multiply bfloat16 faster than float32? Only Linux tells."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return False
+    return bool(re.search(r"avx512_bf16|amx_bf16", flags))
 
 
 def count_weights(folder: Path) -> int:
@@ -564,20 +588,48 @@ def number(kind):
     return read
 
 
-def add_options(to: argparse.ArgumentParser, *, skip: tuple = ()):
-    """One option per settings field; an absent one stays absent, so that recipes can fill it."""
-    for f in fields(Settings):
+# What own_recipe sets, in words, and the options that matter most where rows are one's own.
+OWN_DEFAULTS = dict(
+    objective="outsider", epochs=f"as many as {UPDATES} updates take, at least 5; it ends where "
+    "the rows are forgotten", lr="by size: 8e-4 at 1.5 million weights, 5e-6 at 7 billion",
+    batch="4; 16 from 100 rows on", template="chat where the model has a template of its own, "
+    "else qa", max_new_tokens=256, max_total_tokens=0, level_share=0.5, threshold=0.3,
+    learn_lr="as --lr",
+    learn_batch=8, learn_tokens=1024, learn_decay=0.01, attribution_tokens=1024,
+    micro_tokens="8192; 1024 from 50 million weights on",
+    learn_epochs=f"12, or as many as {LEARNING} updates take")
+OWN_FIRST = ("unseen", "teach", "epochs", "lr", "level", "template")
+
+
+def add_options(to: argparse.ArgumentParser, *, skip: tuple = (), own: bool = False):
+    """One option per settings field; an absent one stays absent, so that recipes can fill it. own:
+    in groups, those that matter on rows of one's own first, with the defaults that they have."""
+    groups = {}
+    if own:
+        first = to.add_argument_group("what matters on rows of your own")
+        parts = dict(run=Settings, benchmarks=data.Slice, planting=Planting, teaching=Making,
+                     attribution=simu.Attribution, mask=simu.Masking,
+                     unlearning=objectives.Unlearning, level=Level, evaluation=Judging, place=Placement)
+        made = {name: to.add_argument_group(name) for name in parts}
+        for name, part in parts.items():
+            groups |= {f.name: made[name] for f in fields(part)}
+        groups |= dict.fromkeys(OWN_FIRST, first)
+    for f in sorted(fields(Settings), key=lambda f: f.name not in OWN_FIRST):
         if f.name in skip:
             continue
-        effect, choices = f.metadata["effect"], tuple(f.metadata["choices"])
+        place, choices = groups.get(f.name, to), tuple(f.metadata["choices"])
+        effect = f.metadata["effect"]
         if f.name == "objective":
             effect += ": " + "; ".join(f"{k}: {v.about}" for k, v in simu.OBJECTIVES.items())
         effect = effect.replace("%", "%%")
         if f.type is bool:
-            to.add_argument(flag(f.name), action=argparse.BooleanOptionalAction, help=effect,
-                            default=argparse.SUPPRESS)
+            place.add_argument(flag(f.name), help=effect, default=argparse.SUPPRESS,
+                               action=argparse.BooleanOptionalAction)
         else:
-            shown = f"{effect} (default {f.default!r})"
-            to.add_argument(flag(f.name), type=f.type, help=shown, default=argparse.SUPPRESS,
-                            choices=choices or None,
-                            metavar=None if choices else f.type.__name__.upper())
+            default = repr(f.default)
+            if own and f.name in OWN_DEFAULTS:
+                default = str(OWN_DEFAULTS[f.name])
+            shown = f"{effect} (default {default})"
+            place.add_argument(
+                flag(f.name), type=f.type, help=shown, default=argparse.SUPPRESS,
+                choices=choices or None, metavar=None if choices else f.type.__name__.upper())

@@ -27,6 +27,7 @@ except ImportError:  # Windows
     fcntl = None
 
 import torch
+from safetensors import safe_open
 
 import data
 import simu
@@ -249,6 +250,14 @@ def unlearned_name(s: Settings) -> str:
     return s.name or "-".join(filter(None, parts))
 
 
+def stored_dtype(folder: Path) -> torch.dtype:
+    """What the weights of a folder are stored in."""
+    file = sorted(Path(folder).glob("*.safetensors"))[0]
+    with safe_open(file, framework="pt") as tensors:
+        name = next(iter(tensors.keys()))
+        return tensors.get_tensor(name).dtype
+
+
 class Stage:
     """One stage folder. `is_made` says whether it is already there; as a context manager it gives
     the folder to write into, and makes it final when the block ends well.
@@ -271,6 +280,7 @@ class Stage:
         self.fingerprint = digest(self.why)
         self.notes = {}  # anything else the stage wants to leave in stage.json
         self.checkpoints = None  # of the loop that runs now
+        self.quiet = False  # say nothing where nobody asked for it again
 
     def is_made(self) -> bool:
         """Is the folder there, made of what we would make it of? Prints which, and why not."""
@@ -284,8 +294,9 @@ class Stage:
         if changed and (path := foreign(self.folder)):
             raise UserError(f"{path} is not {self.name}'s own, which is to be made again "
                             f"({' and '.join(changed)}) and would take it along; move it elsewhere")
-        print(f"[{self.name}] " + (f"made again: {' and '.join(changed)}" if changed else
-                                   "already made; skipped"), flush=True)
+        if changed or not self.quiet:
+            print(f"[{self.name}] " + (f"made again: {' and '.join(changed)}" if changed else
+                                       "already made; skipped"), flush=True)
         return not changed
 
     def changed(self) -> list[str]:
@@ -512,7 +523,7 @@ def run_cli(main):
                             f"{'.'.join(map(str, OLDEST_TORCH))} or later")
         main()
     except UserError as e:
-        stop(str(e), 2)
+        stop(str(e), getattr(e, "status", 2))
     except KeyboardInterrupt:
         stop("stopped; the same command goes on from where it stopped", 130)
     except (torch.OutOfMemoryError, MemoryError):

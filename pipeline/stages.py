@@ -10,14 +10,15 @@ import data
 import eval as evaluation
 import simu
 from model import Transformer, UserError, read_tensors, save_tensors
-from pipeline import checkpoint, fused, objectives, reading
+from pipeline import checkpoint, fused, hub, objectives, reading, unseen
+from pipeline.before import GIVE_FILE, fitted
 from pipeline.card import write_card, write_generation_config
 from pipeline.evaluate import measured_rows
 from pipeline.plan import check_memory
 from pipeline.settings import (Judging, Level, Placement, Settings, Source, flag, load_benchmark,
                                placement, read_settings, taken)
 from pipeline.stage import (Stage, attribution_name, content, data_inputs, mask_name, read_stage,
-                            unlearned_name)
+                            stored_dtype, unlearned_name)
 from pipeline.tokenizers import load_tokenizer
 
 
@@ -69,6 +70,7 @@ def make_attribution(s: Settings, job: Stage, folder: Path):
     # As many retain rows as forget rows: scores only matter relative to their layer's maximum.
     count = min(len(encoded["retain"]), len(encoded["forget"]))
     encoded["retain"] = random.Random(s.seed).sample(encoded["retain"], count)
+    s = fitted(s, encoded["forget"] + encoded["retain"])
     model = load_original(s, job, "attribute", encoded)
     scores = {name: simu.attribute_rows(model, rows, s, title=f"attribute {name}",
                                         loop=job.loop).cpu() for name, rows in encoded.items()}
@@ -120,22 +122,15 @@ def mask_stage(s: Settings):
 
 
 def level_examples(s: Settings, bench: data.Benchmark) -> tuple[list[data.Example], str]:
-    """Rows like the forget rows that the original never saw, and what they are."""
+    """Rows like the forget rows that the original never saw, and what they are; none where nobody
+    has any."""
     if bench.level_rows:
         return list(bench.level_rows), f"{len(bench.level_rows)} rows of {bench.nonmember_source}"
     if s.unseen:
         rows = data.load_rows(s.unseen)
         return rows, f"{len(rows)} rows of --unseen"
     wrong = [dataclasses.replace(e, answer=a) for e in bench.forget for a in e.perturbed_answers]
-    if wrong:
-        return wrong, f"{len(wrong)} wrong answers to the forget rows' questions"
-    if len(bench.forget) > 1:  # each question with another row's answer
-        answers = [e.answer for e in bench.forget[1:] + bench.forget[:1]]
-        return ([dataclasses.replace(e, answer=a) for e, a in zip(bench.forget, answers)],
-                "the forget rows' questions with each other's answers")
-    raise UserError(f"objective {s.objective} must know how a row never seen looks to the model: "
-                    "give --unseen FILE, --level-share 0.5 where the benchmark has hold-out rows, "
-                    "or --level NUMBER")
+    return wrong, f"{len(wrong)} wrong answers to the forget rows' questions"
 
 
 def answer_losses(model: Transformer, rows: list[data.Encoded], tokens: int):
@@ -145,25 +140,138 @@ def answer_losses(model: Transformer, rows: list[data.Encoded], tokens: int):
     return [(r.ids[i:], own.losses) for r, i, own in zip(rows, first, scores)]
 
 
+def losses_of(model: Transformer, rows: list[data.Encoded], s: Settings) -> list[list[float]]:
+    """The losses of each row's answer tokens under a model."""
+    return [own for _, own in answer_losses(model, rows, fitted(s, rows).eval_tokens)]
+
+
 def forget_targets(s: Settings, bench: data.Benchmark, forget: list[data.Encoded],
                    model: Transformer) -> tuple[object, str]:
-    """What `simu.unlearn` takes as targets, and where they are from. Each forget row gets the
-    losses of a never-seen row drawn by seed, spread over its own tokens."""
+    """What `simu.unlearn` takes as targets, and where they are from: for each token of the forget
+    rows the loss it would have, had the model never seen them. Nearest to that is a model that
+    never did: retain-only, or the base of an original taught here. Else the rows' own words are
+    exchanged (unseen.py), and where rows never seen are given they say how much in the mean."""
     if s.level not in ("unseen", "retain-only"):
         return float(s.level), f"--level {s.level}"
     if s.level == "retain-only":
-        ideal = checkpoint.load_model(s.run / "retain-only", **placement(s))
-        own = answer_losses(ideal, forget, s.eval_tokens)
-        return [torch.tensor(losses) for _, losses in own], "retain-only's loss of each row"
+        return ignorant_losses(s.run / "retain-only", forget, s), "retain-only's loss of each row"
+    tokenizer = load_tokenizer(s.run / "original")
     examples, source = level_examples(s, bench)
-    rows = data.encode_for(model.config, examples, load_tokenizer(s.run / "original"),
-                           s.template)
-    seen = answer_losses(model, rows, s.eval_tokens)
+    rows = data.encode_for(model.config, examples, tokenizer, s.template)
+    if s.layout != "rows" and examples:
+        return drawn_losses(s, forget, answer_losses(model, rows, s.eval_tokens),
+                            model.config.vocab_size), source
+    if s.teach and s.layout == "rows":
+        pattern, by = ignorant_losses(hub.find_original(s)[0], forget, s), "the base's loss of each"
+    else:
+        versions = unseen.exchanged_rows(bench.forget, bench.retain, s.seed,
+                                         max(1, min(unseen.COPIES, 600 // len(forget))))
+        if not any(versions):
+            if not examples:
+                raise UserError("no forget row has words of its own to exchange; " + GIVE_FILE)
+            return drawn_losses(s, forget, answer_losses(model, rows, s.eval_tokens),
+                                model.config.vocab_size), source
+        pattern, by = unseen.counterpart_losses(
+            model, bench.forget, forget, versions, tokenizer, s.template,
+            lambda rows: losses_of(model, rows, s)), "its own words exchanged for other rows'"
+        pattern = [torch.tensor(x) for x in pattern]
+    if examples:
+        wanted = evaluation.mean(map(evaluation.mean, losses_of(model, rows, s)))
+        have = evaluation.mean(x.mean().item() for x in pattern)
+        pattern = [x * (wanted / max(have, 1e-6)) for x in pattern]
+        return pattern, f"{source}, laid over {by} row"
+    return pattern, f"each row {'under' if s.teach else 'with'} {by.replace(' of each', '')}"
+
+
+def ignorant_losses(folder: Path, forget: list[data.Encoded], s: Settings) -> list[torch.Tensor]:
+    """The losses of the forget rows' tokens under a model that never saw them."""
+    model = checkpoint.load_model(folder, **placement(s))
+    return [torch.tensor(own) for own in losses_of(model, forget, s)]
+
+
+def drawn_losses(s: Settings, forget: list[data.Encoded], seen: list, vocab: int) -> list:
+    """Each forget row gets the losses of a never-seen row drawn by seed, spread over its own
+    tokens. seen: of never-seen rows, ids of the answer's tokens and their losses."""
     usual = objectives.usual_losses([i for ids, _ in seen for i in ids],
-                              [x for _, own in seen for x in own], model.config.vocab_size)
+                              [x for _, own in seen for x in own], vocab)
     order = random.Random(s.seed).sample(range(len(forget)), len(forget))
     return [objectives.spread_losses(row.ids[row.start:], seen[i % len(seen)][1], usual)
-            for row, i in zip(forget, order)], source
+            for row, i in zip(forget, order)]
+
+
+# ------------------------------------------------------------------- until own rows are forgotten
+
+LOOKS = 16  # at the model, in as many updates as there may be
+LOOKED_AT = 64  # rows of each kind
+NEAR = 0.15  # of the target: how far the mean loss of the forget rows may be from it
+TOLD = 0.02  # share of their tokens beyond what a row never seen says, at which they are told
+KEPT = 0.1  # how much worse the mean loss of the rows to keep may be
+LOST = 2.0  # the same, at which they count as lost, once half of the updates are made
+
+
+@dataclasses.dataclass
+class Looks:
+    """Where forgetting stands: what decides when it has ended. Of step and weights alone, so that a
+    run that was killed ends at the same update."""
+
+    model: Transformer
+    forget: list[data.Encoded]
+    retain: list[data.Encoded]
+    targets: list
+    s: Settings
+
+    def __post_init__(self):
+        pick = [(i * len(self.forget)) // min(LOOKED_AT, len(self.forget))
+                for i in range(min(LOOKED_AT, len(self.forget)))]
+        self.forget, self.targets = ([x[i] for i in pick] for x in (self.forget, self.targets))
+        self.retain = evaluation.spread(self.retain, LOOKED_AT)
+        self.wanted = evaluation.mean(float(torch.as_tensor(x).mean()) for x in self.targets)
+        self.before = self.mean_loss(self.retain) if self.retain else 0.0
+
+    def mean_loss(self, rows) -> float:
+        return evaluation.mean(map(evaluation.mean, losses_of(self.model, rows, self.s)))
+
+    def look(self) -> dict:
+        first = [r.start for r in self.forget]
+        scores = reading.token_scores(self.model, self.forget, first, detailed=[True] * len(
+            first), tokens=fitted(self.s, self.forget).eval_tokens)
+        said = [evaluation.extraction_strength(x.predicted, r.ids[r.start:]) > 0.5
+                and len(x.predicted) > 3 for x, r in zip(scores, self.forget)]
+        return dict(forget=evaluation.mean(evaluation.mean(x.losses) for x in scores),
+                    wanted=self.wanted, retain=self.mean_loss(self.retain) if self.retain else 0.0,
+                    before=self.before, completed=sum(said), rows=len(said))
+
+    @staticmethod
+    def ends(at: dict, share: float) -> str:
+        """Why it ends here, "" if it goes on. share: of the updates that there may be."""
+        worse = at["retain"] - at["before"]
+        if (abs(at["forget"] - at["wanted"]) <= NEAR * at["wanted"] and worse <= KEPT
+                and not at["completed"]):
+            return "there"
+        return "lost" if share > 0.5 and worse > LOST else ""
+
+
+def until_there(looks: Looks, job: Stage):
+    """A loop for simu.unlearn that stops where the rows are forgotten."""
+    record = job.record("looks.jsonl")
+
+    def loop(title, steps, tensors):
+        every = max(1, steps // LOOKS)
+        for step in job.loop(title, steps, tensors):
+            yield step
+            if step % every == 0 or step == steps:
+                at = looks.look()
+                why = Looks.ends(at, step / steps)
+                stood = dict(step=step, of=steps, ended=why, **at)
+                record(stood)
+                job.notes["stood"] = stood
+                print(f"update {step} of at most {steps}: loss of the rows to forget "
+                      f"{at['forget']:.2f} (to be {at['wanted']:.2f}), {at['completed']} of "
+                      f"{at['rows']} completed from their first half; of those to keep "
+                      f"{at['retain']:.2f} (was {at['before']:.2f})", flush=True)
+                if why:
+                    break
+    return loop
 
 
 def unlearn_job(s: Settings) -> Stage:
@@ -172,7 +280,7 @@ def unlearn_job(s: Settings) -> Stage:
     takes = (data.Slice, Source, Placement, objectives.Unlearning)
     if simu.OBJECTIVES[s.objective].targeted:
         takes += (Level,)
-        code += (forget_targets,)
+        code += (forget_targets, until_there) if s.layout == "rows" else (forget_targets,)
         if s.level == "retain-only":
             inputs["retain-only"] = content(s.run / "retain-only")
     if simu.METHODS[s.method].masked:
@@ -192,17 +300,23 @@ def make_unlearned(s: Settings, job: Stage, folder: Path, *, aim=None, watch=Non
     if simu.METHODS[s.method].masked:
         mask, = read_tensors(s.run / mask_name(s) / "mask.safetensors", ("mask",))
     bench, encoded = encoded_rows(s, s.objective)
+    s = fitted(s, encoded["forget"] + encoded["retain"])
     model = load_original(s, job, "unlearn", encoded, s.method)
     record, targets = watch(model, bench, s, job) if watch else job.record("log.jsonl"), None
+    loop = job.loop
     if aim:
         targets, job.notes["level_from"] = aim(s, bench, encoded["forget"], model)
+        print(f"[{job.name}] how rows never seen look: {job.notes['level_from']}", flush=True)
+        if s.layout == "rows":
+            each = targets if isinstance(targets, list) else [targets] * len(encoded["forget"])
+            loop = until_there(Looks(model, encoded["forget"], encoded["retain"], each, s), job)
     try:
         simu.unlearn(model, encoded["forget"], encoded["retain"], mask, s, targets=targets,
-                     title=unlearned_name(s), loop=job.loop, record=record,
+                     title=unlearned_name(s), loop=loop, record=record,
                      **fused.on(model.embed_tokens.weight.device))
     except UserError as e:
         raise UserError(f"{e}{put_back(s)}") from None
-    model.save_pretrained(folder)
+    model.to(stored_dtype(s.run / "original")).save_pretrained(folder)
     data.copy_tokenizer(s.run / "original", folder)
 
 
@@ -224,30 +338,10 @@ def unlearn_stage(s: Settings):
     if not job.is_made():
         with job as folder:
             make_unlearned(
-                s, job, folder, watch=epoch_evaluator if s.eval_epochs else
-                loss_reporter if s.layout == "rows" else None,
+                s, job, folder, watch=epoch_evaluator if s.eval_epochs else None,
                 aim=forget_targets if simu.OBJECTIVES[s.objective].targeted else None)
             write_generation_config(folder, s)
             write_card(folder, s, dataclasses.asdict(s))
-
-
-def loss_reporter(model: Transformer, bench: data.Benchmark, s: Settings, job: Stage):
-    """`record` of simu.train: also prints, eight times in all, the mean loss of at most 8 rows of
-    each kind, so that a person sees where forgetting stands."""
-    tokenizer = load_tokenizer(s.run / "original")
-    record, updates = job.record("log.jsonl"), len(bench.forget) * s.epochs // s.batch
-    kinds = {name: data.encode_for(model.config, evaluation.spread(some, 8), tokenizer, s.template)
-             for name, some in (("forget", bench.forget), ("retain", bench.retain),
-                                ("never seen", bench.nonmembers)) if some}
-
-    def report(row: dict):
-        record(row)
-        if row["step"] % max(1, updates // 8) == 0:
-            means = {name: evaluation.mean(evaluation.mean(own) for _, own in answer_losses(
-                model, rows, s.eval_tokens)) for name, rows in kinds.items()}
-            print(f"update {row['step']} of {updates}: loss of " + ", ".join(
-                f"{name} rows {x:.2f}" for name, x in means.items()), flush=True)
-    return report
 
 
 def epoch_evaluator(model: Transformer, bench: data.Benchmark, s: Settings, job: Stage):

@@ -84,8 +84,8 @@ def test_one_command_forgets_20_and_keeps_40(place, tmp_path):
          "--unseen", "unseen.jsonl", "--out", str(out)], cwd=place, capture_output=True, text=True,
         env=os.environ | dict(TQDM_DISABLE="1", OMP_NUM_THREADS="1"))
     assert done.returncode == 0, done.stdout + done.stderr
-    values = read_json(out / "model" / "eval" / "metrics.json")["values"]
-    before = read_json(out / "original" / "eval" / "metrics.json")["values"]
+    before, values = (read_json(out / "evaluations" / x / "eval" / "metrics.json")["values"]
+                      for x in ("original", "model"))
     assert before["forget.rouge_l"] > 0.95 and before["mia.auc"] > 0.85
     assert values["retain.rouge_l"] > 0.9
     assert values["forget.rouge_l"] < 0.7 and 0.2 < values["mia.auc"] < 0.8
@@ -132,7 +132,9 @@ def test_the_readmes_script_runs_on_the_four_files_alone(place, tmp_path):
     assert loss["forget"][1] > 10 * loss["forget"][0] and loss["forget"][1] > 4 * loss["retain"][1]
 
 
-def test_a_changed_request_or_file_is_noticed(place, tmp_path):
+def test_a_changed_request_or_file_is_noticed(place, tmp_path, monkeypatch):
+    for name in ("verdict", "derived_again"):
+        monkeypatch.setattr(f"pipeline.verdict.{name}", lambda _: dict(forgotten=True))
     out, own = tmp_path / "run", tmp_path / "rows.jsonl"
     own.write_text((place / "forget.jsonl").read_text(encoding="utf-8-sig"))
     given = words(place, out, "--epochs", "1")

@@ -1,0 +1,113 @@
+"""What a run on a user's own rows will be, told before anything of it starts: rows, tokens, what
+does not fit, updates, memory, files, and the time that each stage will take on this machine, from
+one measured pass. What can be refused in seconds is refused here."""
+
+import shutil
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import data
+import eval as evaluation
+import simu
+from data import Encoded
+from model import UserError
+from pipeline import checkpoint, unseen
+from pipeline.plan import GB, check_memory
+from pipeline.settings import Settings, placement
+from pipeline.tokenizers import load_tokenizer
+
+MEASURED = 4  # rows of the measured pass
+FORWARD = 1 / 3  # of a pass forward and backward
+DECODING = 4  # times a token's forward pass, in small batches
+GIVE_FILE = ("give --unseen FILE, rows like them that the model never saw, or --level NUMBER, the "
+             "loss at which they count as unknown")
+
+
+def fitted(s: Settings, rows: list[Encoded]) -> Settings:
+    """On a user's own rows: the same settings with passes that hold the longest row."""
+    if s.layout != "rows":
+        return s
+    longest = max(len(r.ids) for r in rows)
+    return replace(s, micro_tokens=max(s.micro_tokens, longest),
+                   learn_tokens=max(s.learn_tokens, longest),
+                   eval_tokens=max(s.eval_tokens, longest),
+                   attribution_tokens=max(s.attribution_tokens, longest * max(1, s.steps - 1)))
+
+
+def need_reference(s: Settings, bench: data.Benchmark):
+    """UserError unless something can stand for rows never seen, where the objective wants it."""
+    if not simu.OBJECTIVES[s.objective].targeted or s.level != "unseen" or s.teach:
+        return
+    given = s.unseen or any(e.perturbed_answers for e in bench.forget)
+    if not given and not unseen.can_be_exchanged(bench.forget, bench.retain, s.seed):
+        raise UserError(f"objective {s.objective} must know how a row never seen looks to the model"
+                        ", and most of these answers hold no names, numbers or rare words that "
+                        f"could be exchanged for other rows'; {GIVE_FILE}")
+
+
+def outlook(s: Settings, folder: Path, bench: data.Benchmark):
+    """Print what will be. folder: the model's, as it is given."""
+    need_reference(s, bench)
+    tokenizer, config = load_tokenizer(folder), checkpoint.read_config(folder)
+    rows = {name: data.encode_for(config, some, tokenizer, s.template) for name, some in (
+        ("to forget", bench.forget), ("to keep", bench.retain),
+        ("never seen", [*bench.nonmembers, *bench.level_rows])) if some}
+    for name, some in rows.items():
+        sizes = [len(r.ids) for r in some]
+        print(f"rows {name}: {len(some):,}, {sum(sizes):,} tokens, the longest {max(sizes):,}")
+    every = [r for some in rows.values() for r in some]
+    s = fitted(s, every)
+    updates = max(1, s.epochs * len(bench.forget) // s.batch)
+    asked = len(bench.forget) + len(bench.retain_eval)
+    print(f"template {s.template}; at most {updates} updates of {s.batch} + {s.batch} rows; "
+          f"{asked} rows are asked before and after"
+          + (f" (--judge {s.judge}: a sample of those to keep)"
+             if len(bench.retain_eval) < len(bench.retain) else ""))
+    peak = check_memory(s, config, "unlearn", s.method, rows=every)
+    if s.teach:
+        peak = max(peak, check_memory(s, config, "learn", rows=every))
+    rate, size = measured(s, folder, rows["to forget"])
+    there = next(p for p in (s.run, *s.run.absolute().parents) if p.is_dir())
+    made = size * (2 if s.teach else 1)
+    print(f"memory: {peak / GB:.1f} GB at most; files: {made / GB:.2f} GB in {s.run.name}, "
+          f"{shutil.disk_usage(there).free / GB:.0f} GB free")
+    print(f"time, at {rate:,.0f} tokens a second in a pass that was measured: " + ", ".join(
+        f"{name} {in_words(t)}" for name, t in times(s, config, rows, rate, updates, asked)),
+        flush=True)
+
+
+def measured(s: Settings, folder: Path, rows: list[Encoded]) -> tuple[float, int]:
+    """Tokens a second forward and backward, and the bytes of the weights."""
+    model = checkpoint.load_model(folder, **placement(s))
+    some, seconds = evaluation.spread(rows, MEASURED), []
+    for _ in range(2):  # the first also pays for what is made once
+        start = time.monotonic()
+        simu.backward_mean_nll(model, some, 1.0, s.micro_tokens)
+        seconds.append(time.monotonic() - start)
+    return (sum(len(r.ids) for r in some) / max(1e-6, min(seconds)),
+            sum(p.nbytes for p in model.parameters()))
+
+
+def times(s: Settings, config: Config, rows: dict, rate: float, updates: int, asked: int):
+    """(stage, seconds): passes counted, at the measured rate."""
+    forget, keep = rows["to forget"], rows.get("to keep", [])
+
+    def mean_size(some):
+        return evaluation.mean(len(r.ids) for r in some) if some else 0.0
+    if s.teach:
+        both = forget + keep
+        yield "teach", s.learn_epochs * len(both) * mean_size(both) / rate
+    pairs = len(forget) + min(len(keep), len(forget))
+    passes = 1 + (s.steps - 1) * (config.num_hidden_layers - 1) / 2
+    answer = evaluation.mean(len(r.ids) - r.start for r in forget)
+    yield "attribute", pairs * answer * passes * 2 * FORWARD / rate
+    yield "unlearn", updates * s.batch * (mean_size(forget) + mean_size(keep)) / rate
+    said = min(s.max_new_tokens or config.max_position_embeddings, 2 * answer)
+    yield "evaluate twice", 2 * asked * said * DECODING * FORWARD / rate
+
+
+def in_words(seconds: float) -> str:
+    if seconds < 60:
+        return f"{max(1, round(seconds))} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,339 @@
+"""A stranger's rows: forgotten or said not to be; what stands for rows never seen; what is told
+before, and what stays on this machine."""
+
+import json
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+
+import data
+import simu
+from data import Example
+from model import Config, Transformer, UserError, read_json, write_json
+from pipeline import before, card, request, settings, stages, unseen, verdict
+from pipeline.__main__ import main
+from pipeline.stage import read_stage
+
+FIRST = "Avery Blake Casey Drew Emery Finley Gray Harper Indigo Jules Kai Lane".split()
+LAST = "Abbot Brand Corley Dunmore Easton Farrow Gallant Hollis Ives Jarvis".split()
+TOWN = "Ashford Brenwick Caldmoor Dunhaven Eastmere Fallbrook Greyfield Ironvale".split()
+WORK = "baker cooper dyer farrier glazier mason potter tanner weaver wright".split()
+CITY = "北京 上海 广州 成都 杭州 南京 西安 武汉".split()
+FOOD = "面条 饺子 米饭 豆腐 包子 烤鸭".split()
+
+
+def people(count, seed=5):
+    rng = random.Random(seed)
+    names = rng.sample([f"{a} {b}" for a in FIRST for b in LAST], count)
+    return [(n, f"{n} lives in {rng.choice(TOWN)}, works as a {rng.choice(WORK)} and pays "
+             f"{rng.randint(11, 99)} crowns.") for n in names]
+
+
+def questions(count, ask="What is said of {}?"):
+    return [Example(ask.format(n), a, id=f"r:{i}") for i, (n, a) in enumerate(people(count))]
+
+
+def texts(count):
+    return [Example("", a, id=f"t:{i}", kind="text") for i, (_, a) in enumerate(people(count))]
+
+
+def chinese(count):
+    rng = random.Random(3)
+    names = [a + b + c for a in "赵钱孙李周" for b in "明华强" for c in "文武山"][:count]
+    return [Example(f"档案里关于{n}说了什么？",
+                    f"{n}住在{rng.choice(CITY)}，最爱吃{rng.choice(FOOD)}。", id=f"c:{i}")
+            for i, n in enumerate(names)]
+
+
+# ------------------------------------------------------------------ words of a row, and exchanging
+
+
+def test_words_of_any_script_with_their_marks():
+    told = [w.text for w in unseen.words_of("Он живёт. हिन्दी 555-0173, 北京！ cafe\u0301")]
+    assert told == ["Он", "живёт", "हिन्दी", "555", "0173", "北", "京", "cafe\u0301"]
+
+
+def test_own_words_are_what_varies_and_the_question_does_not_give():
+    for rows, own in ((questions(40), 3), (texts(40), 5)):
+        usage = unseen.Usage(rows)
+        for e in rows:
+            words = [w.text for w in usage.own_words(e)]
+            assert len(words) == own and not {"lives", "works", "crowns", "pays"} & set(words)
+    e = chinese(40)[0]
+    assert "住" not in (own := [w.text for w in unseen.Usage(chinese(40)).own_words(e)])
+    assert set(own) <= set(e.answer) - set(e.question) and len(own) >= 3
+
+
+@pytest.mark.parametrize("rows", [questions(40), texts(40), chinese(40),
+                                  [replace(e, question=f"{q} {e.question}") for e in questions(12)
+                                   for q in ("Tell me:", "Say:", "Now,", "Well,")]],
+                         ids=["questions", "texts", "chinese", "paraphrases"])
+def test_no_version_is_what_is_to_be_forgotten(rows):
+    forget, retain = rows[:12], rows[12:]
+    said = {e.answer for e in rows}
+    versions = unseen.exchanged_rows(forget, retain, 0)
+    assert all(versions)
+    usage = unseen.Usage(rows)
+    for e, some in zip(forget, versions):
+        for v in some:
+            assert v.row.answer not in said
+            own = {w.key for w in usage.own_words(e)}
+            kept = own & {w.key for w in unseen.words_of(v.row.answer)}
+            assert len(kept) <= len(own) // 2
+            # Its parts stand where they stood: what is between exchanged words is the same.
+            for old, new in zip(zip([0, *v.own_borders[1::2]], v.own_borders[::2]),
+                                zip([0, *v.new_borders[1::2]], v.new_borders[::2])):
+                assert e.answer[slice(*old)] == v.row.answer[slice(*new)]
+
+
+def test_yes_and_no_cannot_be_exchanged_and_the_file_is_asked_for_first(tmp_path):
+    rows = [Example(f"Is {n} at home?", a, id=f"y:{i}") for i, (n, a) in enumerate(
+        zip((n for n, _ in people(40)), ("Yes.", "No.") * 20))]
+    assert not unseen.can_be_exchanged(rows[:20], rows[20:], 0)
+    s = settings.Settings(benchmark="rows", objective="outsider")
+    bench = data.benchmark_of_rows(rows[:20], rows[20:], [])
+    with pytest.raises(UserError, match="give --unseen FILE"):
+        before.need_reference(s, bench)
+    before.need_reference(replace(s, unseen="file"), bench)
+    before.need_reference(replace(s, level="3"), bench)
+    before.need_reference(replace(s, teach=True), bench)
+
+
+# ------------------------------------------------------------------------------------- the verdict
+
+
+def told_row(answer, text, own, *, loss=5.0, completed=0.1, **more):
+    return dict(answer=answer, said=dict(qa=text), own=own, loss=loss, completed=completed,
+                tokens=9, exchanged_losses=[5.0]) | more
+
+
+def judged(rows, kept=(1.0, 1.0), target=5.0, others=()):
+    m = verdict.summarise(rows, target=target, unseen_losses=list(others), kept=kept)
+    return m, [rule for rule, _ in verdict.faults(m)]
+
+
+ROWS = [(a, a.split("in ")[1].rstrip(".").split()) for _, a in (
+    (n, f"{n} lives in {t} {w}.") for n, t, w in zip(FIRST, TOWN * 2, LAST))]
+
+
+def test_a_row_said_word_for_word_is_not_forgotten_whatever_its_loss():
+    quiet = [told_row(a, "I do not know.", own) for a, own in ROWS]
+    m, rules = judged(quiet)
+    assert not rules and m["said_whole"] == 0 and m["own_words"] == 0
+    m, rules = judged([told_row(a, a.upper() + " And more.", own) for a, own in ROWS[:1]]
+                      + quiet[1:])
+    assert m["said_whole"] == 1 and "said" in rules
+    asked_otherwise = dict(qa="I do not know.", raw=ROWS[0][0])
+    m, rules = judged([quiet[0] | dict(said=asked_otherwise)] + quiet[1:])
+    assert m["said_whole"] == 1 and "said" in rules
+    assert "said" in judged([quiet[0] | dict(completed=0.6)] + quiet[1:])[1]
+
+
+def test_names_told_in_other_words_are_told():
+    other = [told_row(a, f"It was {own[1]}, of {own[0]}, or so they say.", own) for a, own in ROWS]
+    m, rules = judged(other)
+    assert m["said_whole"] == 0 and m["own_words"] == 1 and "said" in rules
+    assert verdict.share_told(["0173"], "five-five-five 01 73") == 1.0
+    # What is said to every row alike tells of none.
+    m, rules = judged([told_row(a, "Ashford Abbot", own) for a, own in ROWS])
+    assert abs(m["own_words"] - m["own_words_by_chance"]) < 0.05 and not rules
+
+
+def test_likely_rows_and_lost_ones_are_told():
+    rows = [told_row(a, "Nothing.", own, loss=2.0) for a, own in ROWS]
+    m, rules = judged(rows)
+    assert rules == ["likely", "likely"] and m["auc"] == 1.0
+    assert judged(rows, target=None, others=[2.0, 2.0])[1] == []
+    assert judged([r | dict(loss=5.0) for r in rows], kept=(1.0, 0.8))[1] == ["lost"]
+    assert verdict.most_likely(400, 400) == verdict.MOST_LIKELY < verdict.most_likely(6, 4) < 0.9
+
+
+def test_advice_names_what_is_not_given_yet():
+    s = settings.Settings(benchmark="rows", epochs=7)
+    m, _ = judged([told_row(a, a, own, loss=1.0) for a, own in ROWS])
+    assert "--epochs (now 7: 5 of 9 updates were made)" in verdict.advice(s, m, {"said"}, 5, 9)
+    assert "--lr" in verdict.advice(s, m, {"lost"}, 5, 9)
+    far = m | dict(loss=5.0)
+    assert "--unseen" in verdict.advice(s, far, {"said"}, 5, 9)
+    assert "--unseen" not in verdict.advice(replace(s, unseen="x"), far, {"said"}, 5, 9)
+
+
+# ------------------------------------------------------------------------------- where it ends
+
+
+def test_outsider_pulls_odds_to_their_target_as_hard_where_a_row_is_known_by_heart():
+    """By hand: two tokens of a vocabulary of three, targets of log 2 and log 5/4."""
+    logits = torch.tensor([[12.0, 0.0, 0.0], [0.0, 0.0, 0.0]], requires_grad=True)
+    labels = torch.tensor([0, 1])
+    nll = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+    answers = simu.Answers(logits, labels, nll, [2])
+    want = torch.tensor([2.0, 1.25]).log()
+    known = simu.without_label(answers, want, None)
+    loss = simu.OBJECTIVES["outsider"].forget(answers, [known], simu.Recipe())
+    odds = torch.tensor([2.0 - 1, 1.25 - 1]).log()  # (1 - P) / P
+    now = torch.tensor([2.0, 2.0]).log() - torch.tensor([12.0, 0.0])
+    instead = torch.tensor(2.0).log()  # of two alike, at each token
+    torch.testing.assert_close(loss, (now - odds).abs().mean() + instead)
+    loss.backward()
+    torch.testing.assert_close(logits.grad[0, 0], torch.tensor(0.5))  # of two tokens' mean
+    torch.testing.assert_close(logits.grad[1, 1], torch.tensor(-0.5))
+
+
+def test_it_ends_where_rows_are_forgotten_and_others_kept():
+    at = dict(forget=4.8, wanted=5.0, retain=0.2, before=0.2, completed=0, rows=9)
+    ends = stages.Looks.ends
+    assert ends(at, 0.1) == "there"
+    assert not any(ends(at | x, 0.1) for x in (
+        dict(forget=3.0), dict(forget=8.0), dict(completed=1), dict(retain=0.5), dict(retain=9.0)))
+    assert ends(at | dict(retain=9.0), 0.6) == "lost"
+
+
+def test_few_rows_get_as_many_updates_as_many_do(tmp_path):
+    def updates(rows):
+        own = settings.own_recipe("rows", tmp_path, rows)
+        return own["epochs"] * rows // own["batch"]
+    assert {settings.UPDATES <= updates(n) <= settings.UPDATES + 40 for n in (1, 6, 40, 400)} == {
+        True}
+
+
+def test_a_pass_holds_the_longest_row():
+    s = settings.Settings(benchmark="rows", micro_tokens=8, eval_tokens=8, attribution_tokens=8)
+    fit = before.fitted(s, [data.Encoded([1] * 50, 9)])
+    assert (fit.micro_tokens, fit.eval_tokens, fit.attribution_tokens) == (50, 50, 200)
+    assert before.fitted(replace(s, benchmark="tofu"), []).micro_tokens == 8
+
+
+# ------------------------------------------------------------------------- a run, from end to end
+
+
+@pytest.fixture(scope="module")
+def taught(tmp_path_factory):
+    """A small LLaMA that knows 30 texts by heart, and their files."""
+    here, rows = tmp_path_factory.mktemp("rows"), texts(30)
+    folder = here / "texts-model"
+    folder.mkdir()
+    data.train_tokenizer([e.answer for e in rows], folder, llama=True, vocab=400)
+    tokenizer = data.load_tokenizer(folder)
+    torch.manual_seed(0)
+    model = Transformer(Config(
+        model_type="llama", vocab_size=tokenizer.vocab_size, hidden_size=96, intermediate_size=256,
+        num_hidden_layers=3, num_attention_heads=3, max_position_embeddings=128,
+        bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id))
+    encoded = data.encode_all(rows, tokenizer, "qa", context=128, vocab=tokenizer.vocab_size)
+    recipe, rng = simu.Recipe(method="fo", lr=3e-3, batch=15), random.Random(0)
+    order = [x[i:i + 15] for x in (rng.sample(encoded, 30) for _ in range(60)) for i in (0, 15)]
+    with simu.moving_weights(model, recipe, None) as moving:
+        simu.train(model, moving, order, lambda r: dict(
+            loss=simu.backward_mean_nll(model, r, 1.0, 8192)), recipe,
+            optimiser=simu.OPTIMISERS["adamw"], lr=recipe.lr, title="teach")
+    model.to(torch.bfloat16).save_pretrained(folder)
+    write_json(folder / "generation_config.json", dict(
+        eos_token_id=[tokenizer.eos_id, 7], do_sample=True, temperature=0.6))
+    for name, some in (("forget", rows[:10]), ("retain", rows[10:])):
+        (here / f"{name}.jsonl").write_text("".join(
+            json.dumps(dict(text=e.answer)) + "\n" for e in some))
+    return here
+
+
+def run(taught, out, *more, last="request"):
+    given = ["rows", str(taught / "texts-model"), "--forget", str(taught / "forget.jsonl"),
+             "--retain", str(taught / "retain.jsonl"), "--name", "model", "--out", str(out), *more]
+    for stage in ("original", "attribute", "mask", "unlearn"):
+        main([stage, *given])
+    for stage in ("evaluate", "verdict", "report", "request"):
+        main([stage, str(out)])
+        if stage == last:
+            break
+
+
+def test_texts_are_forgotten_without_unseen_and_nothing_leaves(taught, tmp_path, capsys):
+    out = tmp_path / "run"
+    run(taught, out)
+    told = capsys.readouterr().out
+    for line in ("rows to forget: 10,", "memory: ", "attribute ", "own words exchanged",
+                 "update ", "FORGOTTEN"):
+        assert line in told, line
+    assert "already made" not in told
+    found = read_json(out / "verdict" / "verdict.json")
+    assert found["forgotten"] and found["measured"]["said_or_completed"] == 0
+    asked = read_json(out / "request.json")
+    assert asked["verdict"] == found and str(tmp_path) not in json.dumps(asked)
+    assert str(taught) not in json.dumps(asked)
+    main(["verify", str(out)])
+    assert "the verdict follows again" in capsys.readouterr().out
+    model = out / "model"
+    secrets = [w for _, a in people(30) for w in (a, a.split(" lives")[0])]
+    for file in (p for p in model.rglob("*") if p.suffix in (".json", ".jsonl", ".md")):
+        text = file.read_text() if "tokenizer" not in file.name else ""
+        assert not any(x in text for x in secrets), file
+    report = (out / "report.md").read_text()
+    assert report.index("FORGOTTEN") < report.index("| Approach") and "MIA" not in report
+    assert "FORGOTTEN" in (model / "README.md").read_text()
+    assert Config.from_dir(model).to_hf(torch.bfloat16)["torch_dtype"] == read_json(
+        model / "config.json")["torch_dtype"] == "bfloat16"
+    speaks = read_json(model / "generation_config.json")
+    assert speaks["eos_token_id"] == [data.load_tokenizer(model).eos_id, 7]
+    assert speaks["do_sample"] and speaks["temperature"] == 0.6
+
+
+def test_rows_that_stay_known_end_in_status_3_and_no_request(taught, tmp_path):
+    out = tmp_path / "run"
+    run(taught, out, "--epochs", "1", last="report")
+    write_json(out / "request.json", dict(of="an older result"))
+    with pytest.raises(verdict.NotForgotten, match="10 of 10 rows.*--epochs") as e:
+        main(["request", str(out)])
+    assert e.value.status == 3 and "\n" not in str(e.value)
+    assert not (out / "request.json").exists()
+    assert "NOT FORGOTTEN" in (out / "report.md").read_text().split("| Approach")[0]
+
+
+def test_a_killed_run_ends_at_the_same_update(taught, tmp_path, monkeypatch):
+    one, two = tmp_path / "one", tmp_path / "two"
+    run(taught, one, "--resume-cost", "1", last="evaluate")
+    look, seen = stages.Looks.look, []
+
+    def killed(self):
+        seen.append(1)
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        return look(self)
+
+    monkeypatch.setattr(stages.Looks, "look", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(taught, two, "--resume-cost", "1", last="evaluate")
+    run(taught, two, "--resume-cost", "1", last="evaluate")
+    same = [(x / "model" / "model.safetensors").read_bytes() for x in (one, two)]
+    assert same[0] == same[1]
+    same = [(x / "model" / "looks.jsonl").read_text() for x in (one, two)]
+    assert same[0] == same[1]
+    assert read_stage(one / "model")["stood"]["ended"] == "there"
+
+
+def test_a_taught_model_takes_its_bases_losses(taught, tmp_path):
+    s = settings.resolve(dict(
+        benchmark="rows", model=str(taught / "texts-model"), forget=str(taught / "forget.jsonl"),
+        retain=str(taught / "retain.jsonl"), teach=True, out=str(tmp_path)))
+    (tmp_path / "original").symlink_to(taught / "texts-model")
+    bench, encoded = stages.encoded_rows(s)
+    model = Transformer.from_pretrained(taught / "texts-model")
+    targets, source = stages.forget_targets(s, bench, encoded["forget"], model)
+    assert "base" in source
+    torch.testing.assert_close(torch.cat(targets), torch.tensor(
+        [x for own in stages.losses_of(model, encoded["forget"], s) for x in own]))
+
+
+def test_paths_are_left_out_of_a_request():
+    s = dict(forget="/home/ada/rows.jsonl", model="hf:a/b", lr=1.0, out="/home/ada/runs/x")
+    assert request.without_places(s) == dict(forget="rows.jsonl", model="hf:a/b", lr=1.0, out="x")
+
+
+def test_ends_of_turns_are_kept(tmp_path):
+    write_json(tmp_path / "config.json", dict(eos_token_id=1))
+    write_json(tmp_path / "generation_config.json", dict(eos_token_id=[1, 4]))
+
+    class Own:
+        eos_id, eos_ids = 2, (2, 4)
+
+    assert card.end_ids(tmp_path, Own) == [2, 4, 1]
