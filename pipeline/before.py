@@ -11,7 +11,7 @@ import data
 import eval as evaluation
 import simu
 from data import Encoded
-from model import UserError
+from model import Config, UserError
 from pipeline import checkpoint, unseen
 from pipeline.plan import GB, check_memory
 from pipeline.settings import Settings, placement

@@ -609,7 +609,8 @@ def add_options(to: argparse.ArgumentParser, *, skip: tuple = (), own: bool = Fa
         first = to.add_argument_group("what matters on rows of your own")
         parts = dict(run=Settings, benchmarks=data.Slice, planting=Planting, teaching=Making,
                      attribution=simu.Attribution, mask=simu.Masking,
-                     unlearning=objectives.Unlearning, level=Level, evaluation=Judging, place=Placement)
+                     unlearning=objectives.Unlearning, level=Level, evaluation=Judging,
+                     place=Placement)
         made = {name: to.add_argument_group(name) for name in parts}
         for name, part in parts.items():
             groups |= {f.name: made[name] for f in fields(part)}
