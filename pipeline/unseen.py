@@ -16,7 +16,7 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from data import Encoded, Example, encode_for, full_text, has_own_ends
+from data import Encoded, Example, encode_for, full_text, template_of
 from eval import mean, rouge_words, spread
 
 LARGEST = 1.0  # of a uniform guess's loss: more says only how sure of itself a model is
@@ -260,7 +260,7 @@ def token_parts(e: Example, tokenizer, template: str, borders: list[int]) -> lis
 def answer_parts(e: Example, row: Encoded, tokenizer, template: str, borders: list[int]
                  ) -> list[int]:
     """token_parts of the tokens that count in a row, eos with the last."""
-    bos = 0 if has_own_ends(template, e.kind) or tokenizer.bos_id is None else 1
+    bos = 0 if template_of(template, e.kind) == "chat" or tokenizer.bos_id is None else 1
     parts = token_parts(e, tokenizer, template, borders)
     parts += parts[-1:] * (bos + len(parts) < len(row.ids))
     return parts[row.start - bos:len(row.ids) - bos]
