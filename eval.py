@@ -653,6 +653,7 @@ def rows_of(benchmark: data.Benchmark, limit: int = 0) -> list[dict]:
             examples = [e for e in examples if e.kind == "sc"]  # the rows that hold a document
         for e in spread(examples, limit):  # of a plain text, its second half is asked for
             fields = json.loads(json.dumps(asdict(data.halved(e) if e.kind == "text" else e)))
+            del fields["where"]  # a file of this machine
             rows.append({"split": split} | {k: v for k, v in fields.items()
                                             if v or k in ("id", "question")})
     return rows

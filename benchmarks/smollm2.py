@@ -21,6 +21,7 @@ import torch
 import data
 from model import Config, Transformer, write_json
 from pipeline.settings import HERE
+from pipeline.tokenizers import train_tokenizer
 
 NAMES = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
          "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
@@ -94,8 +95,8 @@ def save_tokenizer(field, out: Path):
 def tiny(out: Path):
     """Random weights, grouped heads and a tied head as SmolLM2 has them, the demo's words."""
     rows = data.load_tofu(HERE / "pipeline" / "demo" / "tofu", "full")
-    data.train_tokenizer([t for e in rows for t in (e.question, e.answer)], out, llama=False,
-                         vocab=600)
+    train_tokenizer([t for e in rows for t in (e.question, e.answer)], out, llama=False,
+                    vocab=600)
     tokenizer = data.load_tokenizer(out)
     torch.manual_seed(0)
     Transformer(Config(

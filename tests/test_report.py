@@ -239,8 +239,8 @@ def clean_digests():
 
 def test_an_edited_metric_remakes_the_summary_alone(clean_digests, run, capsys, monkeypatch):
     with monkeypatch.context() as patch:
-        edited_code(patch, run.parent, "    return float(exact_match(",
-                    "    return 2 * float(exact_match(")
+        edited_code(patch, run.parent, "lambda row: float(exact_match(",
+                    "lambda row: 2 * float(exact_match(")
         patch.setattr(evaluate.Transformer, "from_pretrained", None)
         main(["evaluate", str(run), "original"])
         out = capsys.readouterr().out

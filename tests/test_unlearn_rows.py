@@ -15,6 +15,7 @@ from model import Config, Transformer, UserError, read_json, write_json
 from pipeline import before, card, request, settings, stages, unseen, verdict
 from pipeline.__main__ import main
 from pipeline.stage import read_stage
+from pipeline.tokenizers import train_tokenizer
 
 FIRST = "Avery Blake Casey Drew Emery Finley Gray Harper Indigo Jules Kai Lane".split()
 LAST = "Abbot Brand Corley Dunmore Easton Farrow Gallant Hollis Ives Jarvis".split()
@@ -214,7 +215,7 @@ def taught(tmp_path_factory):
     here, rows = tmp_path_factory.mktemp("rows"), texts(30)
     folder = here / "texts-model"
     folder.mkdir()
-    data.train_tokenizer([e.answer for e in rows], folder, llama=True, vocab=400)
+    train_tokenizer([e.answer for e in rows], folder, llama=True, vocab=400)
     tokenizer = data.load_tokenizer(folder)
     torch.manual_seed(0)
     model = Transformer(Config(
