@@ -91,7 +91,7 @@ def measure(s: Settings, model: Transformer, bench: data.Benchmark, told: dict[s
     whole = data.encode_for(model.config, bench.forget, tokenizer, s.template)
     for row, loss in zip(out, mean_losses(model, whole, budget)):
         row["loss"] = loss
-    versions = unseen.exchanged_rows(bench.forget, bench.retain, s.seed + 1, copies=2)
+    versions = unseen.exchanged_rows(bench.forget, bench.retain, s.seed + 1, 2, rename=False)
     flat = [(row, v.row) for row, some in zip(out, versions) for v in some]
     others = data.encode_for(model.config, [e for _, e in flat], tokenizer, s.template)
     for (row, _), loss in zip(flat, mean_losses(model, others, budget)):
