@@ -239,7 +239,8 @@ class Looks:
                     len(x.predicted)).tolist()) if loss > HARD]
         return dict(forget=mean_loss(forget), wanted=self.wanted, completed=sum(said),
                     rows=len(said), told=evaluation.mean(told) if told else 0.0,
-                    retain=mean_loss(retain), before=mean_loss(self.before), known=known_share(retain, self.retain),
+                    retain=mean_loss(retain), before=mean_loss(self.before),
+                    known=known_share(retain, self.retain),
                     known_before=known_share(self.before, self.retain))
 
     @staticmethod
