@@ -98,10 +98,11 @@ def _made_of(folder: Path, evaluation_folder: Path) -> dict:
 def _reference_rows(folder: Path, s: Settings) -> list[dict]:
     """Rows of a retain-only model evaluated in another run: as its folder now is, on our data."""
     run, name = folder.resolve().parent, folder.resolve().name
-    t = read_settings(run)
-    if not (evaluations_of(t, name) / "eval" / "stage.json").is_file():
+    own = (run / "settings.json").is_file() and evaluations_of(read_settings(run), name)
+    if not ((own or folder) / "eval" / "stage.json").is_file():
         raise UserError(f"--retain-only {folder} is no evaluated model; it takes RUN/STAGE of a "
                         "run of ours, after `python -m pipeline evaluate RUN STAGE`")
+    t = read_settings(run)
     if why := stale_because(t, name, newest_evaluation(t, name)):
         raise UserError(f"--retain-only {folder}: {'; '.join(why)}; run its stages again")
     ours, theirs = (taken(x, (data.Slice,)) | data_inputs(x)

@@ -204,9 +204,10 @@ def drawn_losses(s: Settings, forget: list[data.Encoded], seen: list, vocab: int
 LOOKS = 16  # at the model, in as many updates as there may be
 LOOKED_AT = 64  # rows of each kind
 NEAR = 0.15  # of the target: how far the mean loss of the forget rows may be from it
-TOLD = 0.02  # share of their tokens beyond what a row never seen says, at which they are told
-KEPT = 0.1  # how much worse the mean loss of the rows to keep may be
-LOST = 2.0  # the same, at which they count as lost, once half of the updates are made
+HARD = 1.0  # target loss from which on a row never seen does not say a token
+TOLD = 0.15  # share of these tokens that may yet be the likeliest, by chance
+KEPT = 0.99  # of the share of their tokens that are the likeliest, at which rows are kept
+LOST = 2.0  # worse in the mean loss, rows to keep count as lost, once half of the updates are made
 
 
 @dataclasses.dataclass
@@ -226,29 +227,43 @@ class Looks:
         self.forget, self.targets = ([x[i] for i in pick] for x in (self.forget, self.targets))
         self.retain = evaluation.spread(self.retain, LOOKED_AT)
         self.wanted = evaluation.mean(float(torch.as_tensor(x).mean()) for x in self.targets)
-        self.before = self.mean_loss(self.retain) if self.retain else 0.0
+        self.before = self.scores(self.retain)
 
-    def mean_loss(self, rows) -> float:
-        return evaluation.mean(map(evaluation.mean, losses_of(self.model, rows, self.s)))
+    def scores(self, rows: list[data.Encoded]) -> list:
+        return reading.token_scores(
+            self.model, rows, [r.start for r in rows], detailed=[True] * len(rows),
+            tokens=fitted(self.s, rows).eval_tokens) if rows else []
 
     def look(self) -> dict:
-        first = [r.start for r in self.forget]
-        scores = reading.token_scores(self.model, self.forget, first, detailed=[True] * len(
-            first), tokens=fitted(self.s, self.forget).eval_tokens)
+        forget, retain = self.scores(self.forget), self.scores(self.retain)
         said = [evaluation.extraction_strength(x.predicted, r.ids[r.start:]) > 0.5
-                and len(x.predicted) > 3 for x, r in zip(scores, self.forget)]
-        return dict(forget=evaluation.mean(evaluation.mean(x.losses) for x in scores),
-                    wanted=self.wanted, retain=self.mean_loss(self.retain) if self.retain else 0.0,
-                    before=self.before, completed=sum(said), rows=len(said))
+                and len(x.predicted) > 3 for x, r in zip(forget, self.forget)]
+        told = [p == i for x, r, t in zip(forget, self.forget, self.targets)
+                for p, i, loss in zip(x.predicted, r.ids[r.start:], torch.as_tensor(t).expand(
+                    len(x.predicted)).tolist()) if loss > HARD]
+        return dict(forget=mean_loss(forget), wanted=self.wanted, completed=sum(said),
+                    rows=len(said), told=evaluation.mean(told) if told else 0.0,
+                    retain=mean_loss(retain), before=mean_loss(self.before),
+                    known=known_share(retain, self.retain),
+                    known_before=known_share(self.before, self.retain))
 
     @staticmethod
     def ends(at: dict, share: float) -> str:
         """Why it ends here, "" if it goes on. share: of the updates that there may be."""
-        worse = at["retain"] - at["before"]
-        if (abs(at["forget"] - at["wanted"]) <= NEAR * at["wanted"] and worse <= KEPT
-                and not at["completed"]):
+        if (abs(at["forget"] - at["wanted"]) <= NEAR * at["wanted"] and not at["completed"]
+                and at["told"] <= TOLD and at["known"] >= KEPT * at["known_before"]):
             return "there"
-        return "lost" if share > 0.5 and worse > LOST else ""
+        return "lost" if share > 0.5 and at["retain"] > at["before"] + LOST else ""
+
+
+def mean_loss(scores: list) -> float:
+    return evaluation.mean(evaluation.mean(x.losses) for x in scores) if scores else 0.0
+
+
+def known_share(scores: list, rows: list[data.Encoded]) -> float:
+    """Share of the rows' tokens that are the likeliest."""
+    return evaluation.mean(evaluation.exact_memorisation(x.predicted, r.ids[r.start:])
+                           for x, r in zip(scores, rows)) if scores else 1.0
 
 
 def until_there(looks: Looks, job: Stage):
@@ -267,8 +282,10 @@ def until_there(looks: Looks, job: Stage):
                 job.notes["stood"] = stood
                 print(f"update {step} of at most {steps}: loss of the rows to forget "
                       f"{at['forget']:.2f} (to be {at['wanted']:.2f}), {at['completed']} of "
-                      f"{at['rows']} completed from their first half; of those to keep "
-                      f"{at['retain']:.2f} (was {at['before']:.2f})", flush=True)
+                      f"{at['rows']} completed from a half, {at['told']:.0%} of what is theirs "
+                      "told; of those to keep "
+                      f"{at['retain']:.2f} (was {at['before']:.2f}), {at['known']:.1%} of their "
+                      "tokens known", flush=True)
                 if why:
                     break
     return loop

@@ -224,9 +224,10 @@ def version_of(e: Example, chosen: dict[Word, str], names: dict[str, str]) -> Ve
 
 
 def exchanged_rows(forget: list[Example], retain: list[Example], seed: int,
-                   copies: int = COPIES) -> list[list[Version]]:
+                   copies: int = COPIES, *, rename: bool = True) -> list[list[Version]]:
     """Of each forget row, versions with its own words exchanged: none where it has none, or no
-    other row has a like. No version is the answer, or the text, of another row."""
+    other row has a like. No version is the answer, or the text, of another row. rename: the names
+    in its question too, so that it is nobody's; without it the question stays."""
     every = forget + spread(retain, LENDERS)
     usage, asked = Usage(every), Usage([Example("", e.question) for e in every])
     rng, said = random.Random(seed), {e.answer for e in every}
@@ -235,7 +236,8 @@ def exchanged_rows(forget: list[Example], retain: list[Example], seed: int,
     for e, words in zip(forget, own):
         versions = []
         for _ in range(copies if words else 0):
-            chosen, names = likes.draw(words), other_names(e, asked, every, rng)
+            chosen = likes.draw(words)
+            names = other_names(e, asked, every, rng) if rename else {}
             version = version_of(e, chosen, names)
             if chosen and version.row.answer not in said:
                 versions.append(version)

@@ -6,7 +6,8 @@ FORGOTTEN, of questions with their answers as of texts (asked with their first h
   row in twenty word for word, nor goes on to the end from at most the first half of the answer;
 - names and numbers: of the names, numbers and rare words that a row's question does not give, it
   says at most a tenth more than it says of other rows' by chance;
-- ROUGE-L: what it says is at most .15 nearer to the row's answer than to other rows' answers;
+- ROUGE-L: what it says is at most .15 nearer to the row's answer than to the same answer with its
+  names and numbers exchanged for other rows';
 - likelihood: the mean loss is at least 3/4 of what rows never seen have; the rows are no likelier
   than such rows (AUC at most .7, or what chance gives so few rows);
 
@@ -19,6 +20,7 @@ verdict.json holds numbers alone.
 
 import json
 import math
+from functools import partial
 from pathlib import Path
 
 import data
@@ -93,10 +95,11 @@ def measure(s: Settings, model: Transformer, bench: data.Benchmark, told: dict[s
     whole = data.encode_for(model.config, bench.forget, tokenizer, s.template)
     for row, loss in zip(out, mean_losses(model, whole, budget)):
         row["loss"] = loss
-    versions = unseen.exchanged_rows(bench.forget, bench.retain, s.seed + 1, copies=2)
+    versions = unseen.exchanged_rows(bench.forget, bench.retain, s.seed + 1, 2, rename=False)
     flat = [(row, v.row) for row, some in zip(out, versions) for v in some]
     others = data.encode_for(model.config, [e for _, e in flat], tokenizer, s.template)
-    for (row, _), loss in zip(flat, mean_losses(model, others, budget)):
+    for (row, e), loss in zip(flat, mean_losses(model, others, budget)):
+        row.setdefault("exchanged", []).append(asked(e).answer)
         row.setdefault("exchanged_losses", []).append(loss)
     return out
 
@@ -136,22 +139,30 @@ def share_told(own: list[str], text: str) -> float | None:
                            for w in own)
 
 
-def beyond_chance(rows: list[dict], score) -> tuple[float, float] | None:
-    """Mean of score(row, text) over what is said to the rows, the highest of all templates, and the
-    same with what is said to each held against other rows with other answers."""
+def beyond_chance(rows: list[dict], score, others) -> tuple[float, float] | None:
+    """Mean of score(row, text) over what is said to the rows, the highest of all templates; and of
+    score(other, text) over others(row), which are like the row and not it."""
     own, chance = [], []
-    for i, row in enumerate(rows):
-        found = [score(row, text) for text in row["said"].values()]
-        if None in found:
+    for row in rows:
+        found = {text: score(row, text) for text in row["said"].values()}
+        if None in found.values():
             continue
-        best = max(range(len(found)), key=lambda k: found[k])
-        own.append(found[best])
-        text = list(row["said"].values())[best]
-        others = [x for x in rows[i + 1:] + rows[:i] if x["answer"] != row["answer"]]
-        step = max(1, len(others) // OTHERS)
-        by_chance = [x for other in others[::step] if (x := score(other, text)) is not None]
+        text = max(found, key=found.get)
+        own.append(found[text])
+        by_chance = [x for other in others(row) if (x := score(other, text)) is not None]
         chance.append(evaluation.mean(by_chance) if by_chance else 0.0)
     return (evaluation.mean(own), evaluation.mean(chance)) if own else None
+
+
+def other_rows(rows: list[dict], row: dict) -> list[dict]:
+    """Some of the rows that have another answer."""
+    others = [x for x in rows if x["answer"] != row["answer"]]
+    return evaluation.spread(others, OTHERS)
+
+
+def exchanged_of(rows: list[dict], row: dict) -> list[dict]:
+    """The row with its own words exchanged, or other rows where it has none."""
+    return [dict(answer=x) for x in row.get("exchanged", ())] or other_rows(rows, row)
 
 
 def most_likely(members: int, others: int) -> float:
@@ -166,8 +177,10 @@ def summarise(rows: list[dict], *, unseen_losses: list[float], target: float | N
     """Numbers alone. kept: ROUGE-L on the rows to keep, before and after."""
     whole = [any(says_whole(r["answer"], t) for t in r["said"].values()) for r in rows]
     completed = [r["completed"] > 0.5 and r["tokens"] > 3 for r in rows]
-    told = beyond_chance(rows, lambda row, text: share_told(row["own"], text))
-    near = beyond_chance(rows, lambda row, text: recall(row["answer"], text))
+    told = beyond_chance(rows, lambda row, text: share_told(row["own"], text),
+                         partial(other_rows, rows))
+    near = beyond_chance(rows, lambda row, text: recall(row["answer"], text),
+                         partial(exchanged_of, rows))
     losses = [r["loss"] for r in rows]
     others = unseen_losses or [x for r in rows for x in r.get("exchanged_losses", ())]
     reference = ("rows given as unseen" if unseen_losses else
