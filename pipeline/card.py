@@ -59,19 +59,10 @@ def write_generation_config(folder: Path, s: Settings):
         length = {}
     ids = {key: getattr(config, key) for key in TOKEN_IDS} | {
         k: v for k, v in theirs.items() if k in TOKEN_IDS}
-    ends = end_ids(s.run / "original", load_tokenizer(folder))
+    ends = list(load_tokenizer(s.run / "original").eos_ids)
     ids["eos_token_id"] = ends[0] if len(ends) == 1 else ends
     write_json(folder / "generation_config.json", theirs | length | {
         k: v for k, v in ids.items() if v is not None})
-
-
-def end_ids(folder: Path, tokenizer) -> list[int]:
-    """Every token that ends a turn, by tokenizer, config.json and generation_config.json."""
-    named = [tokenizer.eos_id, *getattr(tokenizer, "eos_ids", ())]
-    for name in ("config.json", "generation_config.json"):
-        ids = _object(folder / name).get("eos_token_id")
-        named += ids if isinstance(ids, list) else [ids]
-    return list(dict.fromkeys(i for i in named if type(i) is int and i >= 0))
 
 
 def _object(path: Path) -> dict:

@@ -3,6 +3,7 @@ before, and what stays on this machine."""
 
 import json
 import random
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -331,11 +332,16 @@ def test_paths_are_left_out_of_a_request():
     assert request.without_places(s) == dict(forget="rows.jsonl", model="hf:a/b", lr=1.0, out="x")
 
 
-def test_ends_of_turns_are_kept(tmp_path):
-    write_json(tmp_path / "config.json", dict(eos_token_id=1))
-    write_json(tmp_path / "generation_config.json", dict(eos_token_id=[1, 4]))
-
-    class Own:
-        eos_id, eos_ids = 2, (2, 4)
-
-    assert card.end_ids(tmp_path, Own) == [2, 4, 1]
+def test_a_makers_generation_config_is_carried_over_and_every_end_of_a_turn_kept(taught, tmp_path):
+    """Sampling stays the maker's; an end that only that file names is kept beside the others."""
+    original = tmp_path / "original"
+    shutil.copytree(taught / "texts-model", original)
+    theirs = dict(do_sample=True, temperature=0.6, eos_token_id=[2, 4], max_length=99)
+    write_json(original / "generation_config.json", theirs)
+    model = tmp_path / "model"
+    shutil.copytree(original, model)
+    (model / "generation_config.json").unlink()
+    card.write_generation_config(model, settings.Settings(benchmark="rows", out=str(tmp_path)))
+    made = read_json(model / "generation_config.json")
+    assert set(theirs) <= set(made) and made["eos_token_id"] == [2, 4]
+    assert {k: made[k] for k in theirs} == theirs
