@@ -204,6 +204,7 @@ def drawn_losses(s: Settings, forget: list[data.Encoded], seen: list, vocab: int
 LOOKS = 16  # at the model, in as many updates as there may be
 LOOKED_AT = 64  # rows of each kind
 NEAR = 0.15  # of the target: how far the mean loss of the forget rows may be from it
+LIKELY = 0.62  # AUC of the forget rows against their targets, at which they are no likelier
 HARD = 1.0  # target loss from which on a row never seen does not say a token
 TOLD = 0.15  # share of these tokens that may yet be the likeliest, by chance
 KEPT = 0.99  # of the share of their tokens that are the likeliest, at which rows are kept
@@ -243,6 +244,8 @@ class Looks:
                     len(x.predicted)).tolist()) if loss > HARD]
         return dict(forget=mean_loss(forget), wanted=self.wanted, completed=sum(said),
                     rows=len(said), told=evaluation.mean(told) if told else 0.0,
+                    auc=evaluation.auc([-evaluation.mean(x.losses) for x in forget],
+                                       [-float(torch.as_tensor(t).mean()) for t in self.targets]),
                     retain=mean_loss(retain), before=mean_loss(self.before),
                     known=known_share(retain, self.retain),
                     known_before=known_share(self.before, self.retain))
@@ -251,7 +254,7 @@ class Looks:
     def ends(at: dict, share: float) -> str:
         """Why it ends here, "" if it goes on. share: of the updates that there may be."""
         if (abs(at["forget"] - at["wanted"]) <= NEAR * at["wanted"] and not at["completed"]
-                and at["told"] <= TOLD and at["known"] >= KEPT * at["known_before"]):
+                and at["auc"] <= LIKELY and at["told"] <= TOLD and at["known"] >= KEPT * at["known_before"]):
             return "there"
         return "lost" if share > 0.5 and at["retain"] > at["before"] + LOST else ""
 

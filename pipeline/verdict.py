@@ -13,8 +13,9 @@ FORGOTTEN, of questions with their answers as of texts (asked with their first h
 
 and DONE if beside that the rows to keep are still said: ROUGE-L at least .9 of the original's.
 
-Rows never seen are those of --unseen that did not set the level; without them the rows themselves,
-their own words exchanged (unseen.py), drawn anew. RUN/verdict/ keeps what was said, row by row;
+Rows never seen are those of --unseen that did not set the level. Without them each row stands for
+itself, at the loss it would have had: the base's with --teach, else that of its own words exchanged
+under the original (unseen.py), drawn anew. RUN/verdict/ keeps what was said, row by row;
 verdict.json holds numbers alone.
 """
 
@@ -27,7 +28,7 @@ import data
 import eval as evaluation
 from data import Example
 from model import Transformer, UserError, read_json, write_json, write_text
-from pipeline import checkpoint, unseen
+from pipeline import checkpoint, hub, unseen
 from pipeline.evaluate import evaluations_of, read_rows
 from pipeline.reading import generate, token_scores
 from pipeline.settings import (Judging, Level, Placement, Settings, Source, load_benchmark,
@@ -87,7 +88,7 @@ def measure(s: Settings, model: Transformer, bench: data.Benchmark, told: dict[s
     encoded = data.encode_for(model.config, rows, tokenizer, s.template)
     budget = max(s.eval_tokens, *(len(r.ids) for r in encoded))
     scores = token_scores(model, encoded, [r.start for r in encoded], tokens=budget,
-                                     detailed=[True] * len(encoded))
+                          detailed=[True] * len(encoded))
     for row, r, score in zip(out, encoded, scores):
         ids = r.ids[r.start:-1]
         row["completed"] = evaluation.extraction_strength(score.predicted[:-1], ids)
@@ -96,18 +97,39 @@ def measure(s: Settings, model: Transformer, bench: data.Benchmark, told: dict[s
     for row, loss in zip(out, mean_losses(model, whole, budget)):
         row["loss"] = loss
     versions = unseen.exchanged_rows(bench.forget, bench.retain, s.seed + 1, 2, rename=False)
-    flat = [(row, v.row) for row, some in zip(out, versions) for v in some]
-    others = data.encode_for(model.config, [e for _, e in flat], tokenizer, s.template)
-    for (row, e), loss in zip(flat, mean_losses(model, others, budget)):
-        row.setdefault("exchanged", []).append(asked(e).answer)
-        row.setdefault("exchanged_losses", []).append(loss)
+    for row, some in zip(out, versions):
+        if some:
+            row["exchanged"] = [asked(v.row).answer for v in some]
     return out
 
 
-def mean_losses(model, rows, tokens: int) -> list[float]:
+def add_never_seen_losses(s: Settings, bench: data.Benchmark, rows: list[dict]):
+    """To each row, the mean loss that it would have had it never been seen: the base's own where
+    the original was taught here; else the original's of its own words exchanged, drawn anew."""
+    tokenizer = load_tokenizer(s.run / "original")
+    folder = hub.find_original(s)[0] if s.teach else s.run / "original"
+    model = checkpoint.load_model(folder, **placement(s))
+    encoded = data.encode_for(model.config, bench.forget, tokenizer, s.template)
+    if s.teach:
+        found = mean_losses(model, encoded, s.eval_tokens)
+    else:
+        versions = unseen.exchanged_rows(bench.forget, bench.retain, s.seed + 1)
+        if not any(versions):
+            return
+        found = map(evaluation.mean, unseen.counterpart_losses(
+            model, bench.forget, encoded, versions, tokenizer, s.template,
+            partial(row_losses, model, tokens=s.eval_tokens)))
+    for row, loss in zip(rows, found):
+        row["never_seen_loss"] = loss
+
+
+def row_losses(model, rows, *, tokens: int) -> list[list[float]]:
     tokens = max([tokens, *(len(r.ids) for r in rows)])
-    scores = token_scores(model, rows, [r.start for r in rows], tokens=tokens)
-    return [evaluation.mean(x.losses) for x in scores]
+    return [x.losses for x in token_scores(model, rows, [r.start for r in rows], tokens=tokens)]
+
+
+def mean_losses(model, rows, tokens: int) -> list[float]:
+    return list(map(evaluation.mean, row_losses(model, rows, tokens=tokens)))
 
 
 # --------------------------------------------------------------------------- from rows to a verdict
@@ -182,9 +204,9 @@ def summarise(rows: list[dict], *, unseen_losses: list[float], target: float | N
     near = beyond_chance(rows, lambda row, text: recall(row["answer"], text),
                          partial(exchanged_of, rows))
     losses = [r["loss"] for r in rows]
-    others = unseen_losses or [x for r in rows for x in r.get("exchanged_losses", ())]
+    others = unseen_losses or [r["never_seen_loss"] for r in rows if "never_seen_loss" in r]
     reference = ("rows given as unseen" if unseen_losses else
-                 "the rows with their own words exchanged")
+                 "the same rows, had they not been seen")
     return dict(
         rows=len(rows), said_whole=sum(whole), completed=sum(completed),
         said_or_completed=sum(map(any, zip(whole, completed))),
@@ -257,6 +279,8 @@ def make_verdict(s: Settings, folder: Path):
     told = {r["id"]: r["generation"] for r in read_rows(evaluations_of(s, name) / "eval")
             if r["split"] == "forget"}
     rows = measure(s, model, bench, told)
+    if not any(r["split"] == "nonmembers" for r in read_rows(evaluations_of(s, name) / "eval")):
+        add_never_seen_losses(s, bench, rows)
     write_text(folder / "rows.jsonl", "".join(
         json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     write_json(folder / "verdict.json", judged(s, rows))

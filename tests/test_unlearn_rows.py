@@ -108,7 +108,7 @@ def test_yes_and_no_cannot_be_exchanged_and_the_file_is_asked_for_first(tmp_path
 
 def told_row(answer, text, own, *, loss=5.0, completed=0.1, **more):
     return dict(answer=answer, said=dict(qa=text), own=own, loss=loss, completed=completed,
-                tokens=9, exchanged_losses=[5.0]) | more
+                tokens=9, never_seen_loss=5.0) | more
 
 
 def judged(rows, kept=(1.0, 1.0), target=5.0, others=()):
