@@ -426,8 +426,8 @@ def own_defaults(base: Settings) -> dict:
 
 
 def resolve(given: dict) -> Settings:
-    """Settings from defaults, then the cell's recipe for the method, then what was given, of which
-    config, a run's settings.json, gives what that run was given and the rest does not say."""
+    """Settings from defaults, then the cell's recipe for the method, then what was given: first by
+    `config`, the settings.json of a run, then by name."""
     if config := given.get("config"):
         given = {k: v for k, v in given.items() if k != "config"}
         given = given_to(config, given) | given
@@ -458,7 +458,7 @@ def resolve(given: dict) -> Settings:
 
 def given_to(config: Path, given: dict) -> dict:
     """What the run of a settings.json was given beside its recipe: so that another method has that
-    method's own rate, unless the run was given one. Where a run lies and its names are not taken."""
+    method's own rate, unless the run was given one. Where it lay and its names are not taken."""
     if not config.is_file():
         raise UserError(f"--config {config} is no file; name the settings.json of a run")
     told = vars(settings_of(read_json(config), config))

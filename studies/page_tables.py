@@ -69,7 +69,8 @@ def stages_table(name: str) -> str:
 
 # ----------------------------------------------------------------------------------------- sweeps
 
-ARMS = {"fo": "FO-GradDiff", "so": "SO-GradDiff", "simu": "SIMU", "simu-random": "SIMU, random mask"}
+ARMS = {"fo": "FO-GradDiff", "so": "SO-GradDiff", "simu": "SIMU",
+        "simu-random": "SIMU, random mask"}
 
 
 def level_name(level: str) -> str:
@@ -207,7 +208,8 @@ def set_by_set(points: list, value: str, digits: int = 2) -> str:
 def arms_table() -> str:
     """The pretrained model's arms where `level` ends them."""
     rows, points = pretrained.read("rows"), pretrained.read("points")
-    return table(["arm", "moves", *(x.replace("_", " ") for x in pretrained.SPLITS), "AUC", "manual"],
+    splits = [x.replace("_", " ") for x in pretrained.SPLITS]
+    return table(["arm", "moves", *splits, "AUC", "manual"],
                  [[name, MOVES.get(arm, ""), *(
                      cell(numbers(chosen(of_arm(rows, arm), split=x), "rouge_l"))
                      for x in pretrained.SPLITS), *(
@@ -281,12 +283,14 @@ def relearning_table() -> str:
                                       attack="relearn-half")
     for memory, rows in HELD.items():
         for objective, attention, mask, name in RELEARNT:
-            own = chosen(staying, memory=memory, objective=objective, attention=attention, mask=mask)
+            own = chosen(staying, memory=memory, objective=objective, attention=attention,
+                         mask=mask)
             seeds = {x: known_memory_page.by_seed(own, x)
                      for x in ("before", "after", "loss_before", "loss_after")}
             if len(seeds["before"]) >= known_memory_page.SEEDS:
                 back = known_memory_page.less(seeds["loss_before"], seeds["loss_after"])
-                lines.append([rows, name, *(cell(list(x.values())) for x in (*seeds.values(), back))])
+                lines.append([rows, name, *(cell(list(x.values()))
+                                            for x in (*seeds.values(), back))])
     return table(["forget rows", "arm", "told before", "told after", "loss before", "loss after",
                   "loss won back"], lines)
 
@@ -296,7 +300,8 @@ TABLES = {
     "stages": stages_table, "frontier": frontier_table, "beyond-attention": beyond_table,
     "one-rate": one_rate_table, "layers": layers_table, "varied": varied_table,
     "objectives": objectives_table, "pretrained-arms": arms_table,
-    "pretrained-sets": sets_table, "pretrained-differences": pretrained.paired_table, "pretrained-graddiff": grid_table,
+    "pretrained-sets": sets_table, "pretrained-differences": pretrained.paired_table,
+    "pretrained-graddiff": grid_table,
     "pretrained-attacks": attacked_table, "pretrained-masks": masks_tables,
     "pretrained-time": time_of_models, "known-memory": known_memory_page.tables,
     "relearning": relearning_table}

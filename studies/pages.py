@@ -1,18 +1,20 @@
 """What a page says, held to the logs and CSVs that it says it of.
 
-    python -m studies pages            writes every table between its marks; names what has no source
+    python -m studies pages            writes every table between its marks, and names faults
     python -m studies pages --check    the same, and writes nothing
 
 Tables stand between `<!-- table: NAME ... -->` and `<!-- end -->` (page_tables.py makes them). A
 number with its interval, anywhere else on a page, must stand so, or longer, in one of the page's
 made tables or in a log or table file that the page links. Any other decimal number must be part of
 a line of benchmarks/results/claims.csv: a text that stands on the page, a file (the page itself:
-its made tables), and a pattern, whose groups in that file must be the text's numbers, in order. Code
-spans hold settings and are not looked at.
+its made tables), and a pattern, whose groups in that file must be the text's numbers, in order.
+Code spans hold settings and are not looked at.
 """
 
 import re
-from decimal import Decimal
+from decimal import ROUND_HALF_DOWN, ROUND_HALF_UP, Decimal
+from functools import cache
+from itertools import product
 from pathlib import Path
 
 from model import write_text
@@ -65,7 +67,7 @@ def made_tables(text: str) -> str:
 
 
 def sources(page: Path, text: str, read=read) -> str:
-    """What a page's numbers may come from: its own made tables, and the logs and tables it links."""
+    """What a page's numbers may come from: its own made tables, and logs and tables it links."""
     found = [made_tables(text)]
     for link in dict.fromkeys(LINK.findall(text)):
         other = (page.parent / link).resolve()
@@ -74,20 +76,22 @@ def sources(page: Path, text: str, read=read) -> str:
     return "\n".join(found)
 
 
-def is_rounding(short: str, long: str) -> bool:
-    """Is the number `short` the number `long`, or its rounding?
+def roundings(number: str) -> set[str]:
+    """A decimal number and every shorter one that it rounds to; halves round either way.
 
-    >>> is_rounding(".55", "0.5475"), is_rounding("0.54", "0.5475"), is_rounding("0.550", "0.55")
-    (True, False, False)
+    >>> sorted(roundings("0.5475"))
+    ['.5', '.547', '.5475', '.548', '.55', '1']
     """
-    digits = len(short.partition(".")[2])
-    if len(long.partition(".")[2]) < digits:
-        return False
-    return abs(Decimal(short) - Decimal(long)) * 2 <= Decimal(1).scaleb(-digits)
+    whole, _, digits = number.partition(".")
+    value = Decimal(f"{whole or 0}.{digits}") if digits else Decimal(whole)
+    return {f"{value.quantize(Decimal(1).scaleb(-n), rounding=how):f}".lstrip("0")
+            for n in range(len(digits) + 1) for how in (ROUND_HALF_UP, ROUND_HALF_DOWN)}
 
 
-def stands(number: tuple[str, ...], among: set[tuple[str, ...]]) -> bool:
-    return any(all(map(is_rounding, number, other)) for other in among)
+@cache
+def pairs_of(source: str) -> set[tuple[str, str]]:
+    """Numbers with their intervals that stand in a text, and what these round to."""
+    return {pair for pair in set(PAIR.findall(source)) for pair in product(*map(roundings, pair))}
 
 
 def unfounded(page: Path, text: str, claims: list[dict], read=read) -> list[str]:
@@ -96,8 +100,8 @@ def unfounded(page: Path, text: str, claims: list[dict], read=read) -> list[str]
     plain, source = " ".join(prose(text).split()), sources(page, text, read)
     for claim in claims_of(page, claims):
         plain = plain.replace(" ".join(prose(claim["text"]).split()), " ")
-    pairs = set(PAIR.findall(source))
-    return [" ± ".join(pair) for pair in PAIR.findall(plain) if not stands(pair, pairs)] + [
+    return [" ± ".join(pair) for pair in PAIR.findall(plain)
+            if tuple(x.lstrip("0") for x in pair) not in pairs_of(source)] + [
         x for x in re.findall(NUMBER, PAIR.sub(" ", plain))]
 
 
@@ -119,7 +123,7 @@ def broken(page: Path, text: str, claims: list[dict], read=read) -> list[str]:
         if " ".join(claim["text"].split()) not in plain:
             out.append(f"the page does not say: {claim['text']}")
         elif not found or len(found.groups()) != len(said) or not all(
-                is_rounding(a.replace(",", ""), b.replace(",", ""))
+                a.replace(",", "").lstrip("0") in roundings(b.replace(",", ""))
                 for a, b in zip(said, found.groups())):
             out.append(f"{claim['file']} does not say: {claim['text']}")
     return out
@@ -129,13 +133,14 @@ def faults(page: Path, text: str, read=read, claims: list[dict] | None = None) -
     """Whatever a page says that its sources do not."""
     claims = common.read_lines(CLAIMS) if claims is None else claims
     return broken(page, text, claims, read) + [
-        f"{x} stands in no source of the page" for x in unfounded(page, text, claims, read)]
+        f"{x} is no claim's, nor, with its interval, a source's"
+        for x in unfounded(page, text, claims, read)]
 
 
 def main(argv: list[str]):
     """Writes the tables of every page from CSVs and logs; names numbers without a source."""
     p = common.parser_of("pages", __doc__)
-    p.add_argument("--check", action="store_true", help="write nothing; status 1 if a page is wrong")
+    p.add_argument("--check", action="store_true", help="write nothing; status 1 for faults")
     a, wrong = p.parse_args(argv), []
     made = whole_pages() | {page: with_tables(page.read_text()) for page in pages()}
     for page, text in made.items():
