@@ -268,7 +268,8 @@ def time_of_models() -> str:
 RELEARNT = (("-", "-", "retain-only", "retain-only"), ("level", "-", "fo", "FO"),
             ("level", "-", "so", "SO"), ("level", "moving", "critical", "SIMU"),
             ("level", "frozen", "critical", "SIMU, attention frozen"))
-HELD = {"original": "10 rows, learnt anywhere", "held-0.25": "10 rows, planted"}
+AGAIN = "5 of an author's 10 rows relearnt, the other 5 asked"
+HELD = {"original": f"learnt anywhere; {AGAIN}", "held-0.25": f"planted; {AGAIN}"}
 
 
 def relearning_table() -> str:
@@ -277,7 +278,7 @@ def relearning_table() -> str:
     made, lines = objective_rows("demo"), []
     for key, name in ((("-", "retain-only"), "retain-only"), (("level", "fo"), "FO"),
                       (("level", "so"), "SO"), (("level", "simu"), "SIMU")):
-        lines.append(["20 rows, learnt anywhere", name, *(
+        lines.append(["learnt anywhere; one author relearnt, another asked", name, *(
             cell(numbers(made[key], x)) for x in ("plain", "relearn-half")), "–", "–", "–"])
     staying = known_memory_page.lines("staying", benchmark="demo", model="tiny-llama",
                                       attack="relearn-half")
@@ -291,8 +292,8 @@ def relearning_table() -> str:
                 back = known_memory_page.less(seeds["loss_before"], seeds["loss_after"])
                 lines.append([rows, name, *(cell(list(x.values()))
                                             for x in (*seeds.values(), back))])
-    return table(["forget rows", "arm", "told before", "told after", "loss before", "loss after",
-                  "loss won back"], lines)
+    return table(["memory; what was relearnt and asked", "arm", "told before", "told after",
+                  "loss before", "loss after", "loss won back"], lines)
 
 
 TABLES = {
