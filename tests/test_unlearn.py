@@ -129,19 +129,6 @@ def run_alone(script: str, folder, place, model):
     assert done.returncode == 0, done.stderr
 
 
-def test_the_readmes_script_runs_on_the_four_files_alone(place, tmp_path):
-    """As it stands there, in a folder with nothing but them and somebody's model and rows."""
-    run_alone(readme_script(), tmp_path, place, place / "customers-model")
-    before, after = (Transformer.from_pretrained(tmp_path / x) for x in ("my-model", "unlearned"))
-    tokenizer = data.load_tokenizer(tmp_path / "unlearned")
-    loss = {}
-    for name in ("forget", "retain"):
-        rows = data.encode_all(data.load_rows(tmp_path / f"{name}.jsonl"), tokenizer, "qa",
-                               context=128, vocab=tokenizer.vocab_size)
-        loss[name] = [simu.mean_nll(m, data.collate(rows)).item() for m in (before, after)]
-    assert loss["forget"][1] > 10 * loss["forget"][0] and loss["forget"][1] > 4 * loss["retain"][1]
-
-
 def strangers_model(place, folder):
     """A checkpoint that transformers made, of random weights, with the customer's tokenizer."""
     transformers = pytest.importorskip("transformers")
@@ -180,6 +167,19 @@ def test_the_readmes_script_and_its_literal_twins_agree(place, tmp_path):
     assert moved > 3e-4
     for k in before:
         torch.testing.assert_close(fast[k], slow[k], rtol=0, atol=0.02 * float(moved))
+
+
+def test_the_readmes_script_runs_on_the_four_files_alone(place, tmp_path):
+    """As it stands there, in a folder with nothing but them and somebody's model and rows."""
+    run_alone(readme_script(), tmp_path, place, place / "customers-model")
+    before, after = (Transformer.from_pretrained(tmp_path / x) for x in ("my-model", "unlearned"))
+    tokenizer = data.load_tokenizer(tmp_path / "unlearned")
+    loss = {}
+    for name in ("forget", "retain"):
+        rows = data.encode_all(data.load_rows(tmp_path / f"{name}.jsonl"), tokenizer, "qa",
+                               context=128, vocab=tokenizer.vocab_size)
+        loss[name] = [simu.mean_nll(m, data.collate(rows)).item() for m in (before, after)]
+    assert loss["forget"][1] > 10 * loss["forget"][0] and loss["forget"][1] > 4 * loss["retain"][1]
 
 
 def test_a_changed_request_or_file_is_noticed(place, tmp_path):
