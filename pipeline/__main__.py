@@ -97,6 +97,9 @@ def parser_of_stages() -> settings.Parser:
         if name == "unlearn":
             command.add_argument("--each", nargs="+", metavar="METHOD:OBJECTIVE", help="several "
                                  "models at once, each evaluated as soon as it is made")
+        command.add_argument("--config", type=Path, default=argparse.SUPPRESS, metavar="FILE",
+                             help="a run's settings.json: what it was given, where no option of "
+                             "this command says otherwise")
     check = commands.add_parser("check", help="evaluate the original; stop unless it knows the "
                                               "forget set (--must-know)")
     check.add_argument("run", type=Path)

@@ -450,7 +450,11 @@ def own_defaults(base: Settings) -> dict:
 
 
 def resolve(given: dict) -> Settings:
-    """Settings from defaults, then the cell's recipe for the method, then what was given."""
+    """Settings from defaults, then the cell's recipe for the method, then what was given: first by
+    `config`, the settings.json of a run, then by name."""
+    if config := given.get("config"):
+        given = {k: v for k, v in given.items() if k != "config"}
+        given = given_to(config, given) | given
     for place in PLACES:  # a run must be readable from any folder
         if given.get(place) and not given[place].startswith("hf:"):
             given = given | {place: absolute(given[place])}
@@ -474,6 +478,24 @@ def resolve(given: dict) -> Settings:
     s = Settings(**values)
     check_folders(s, s.weights or (s.model if own else ""))
     return s
+
+
+def given_to(config: Path, given: dict) -> dict:
+    """What the run of a settings.json was given beside its recipe: so that another method has that
+    method's own rate, unless the run was given one. Where it lay and its names are not taken."""
+    if not config.is_file():
+        raise UserError(f"--config {config} is no file; name the settings.json of a run")
+    told = vars(settings_of(read_json(config), config))
+    for name in ("benchmark", "model"):
+        own = given[name] if name == "benchmark" or given[name] in MODELS or \
+            given[name].startswith("hf:") else absolute(given[name])
+        if own != told[name]:
+            raise UserError(f"--config {config} is of {name} {told[name]}, not {given[name]}; name "
+                            "another file, or that")
+    recipe = vars(resolve({k: told[k] for k in (
+        "benchmark", "model", "method", "weights", "forget") if told[k]}))
+    return {k: v for k, v in told.items()
+            if v != recipe[k] and k not in ("out", "name", "method", "force")}
 
 
 PLACES = ("data", "weights", "out", "forget", "retain", "unseen", "retain_only", "mmlu")

@@ -5,13 +5,14 @@ import sys
 import pipeline  # noqa: F401  before torch: it silences a warning of torch's import
 from pipeline.settings import Parser
 from pipeline.stage import run_cli
-from studies import ecosystem, known_memory, known_memory_page, objectives, pretrained, readings
+from studies import (ecosystem, known_memory, known_memory_page, objectives, pages, pretrained,
+                     readings)
 from studies.demo import make_demo
 
 STUDIES = {"objectives": objectives.main, "pretrained": pretrained.main,
            "known_memory": known_memory.main, "known_memory_page": known_memory_page.main,
            "readings": readings.main, "masks": readings.masks, "ecosystem": ecosystem.main,
-           "demo": make_demo.main}
+           "pages": pages.main, "demo": make_demo.main}
 
 
 def main(argv: list[str]):

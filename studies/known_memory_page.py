@@ -1,6 +1,7 @@
 """Tables and figure of `known_memory`, from its CSVs alone.
 
-    python -m studies known_memory_page rewrites what follows MARK in the study's README
+    python -m studies pages                writes the tables into the study's README
+    python -m studies known_memory_page    draws the figure
 
 A number is shown once SEEDS seeds have it, with its 95% t-interval over seeds. Differences are
 taken seed by seed.
@@ -8,13 +9,11 @@ taken seed by seed.
 
 from functools import cache
 
-from model import write_text
 from pipeline.columns import table
 from studies import common, drawing
 from studies.common import chosen, compared, groups, interval
 from studies.known_memory import ATTACKS, RESULTS
 
-MARK = "<!-- below: made by known_memory_page -->"
 SEEDS = 5
 CELLS = (("demo", "tiny-llama"), ("demo", "tiny-olmo"))
 CONTROL = {"oracle": "random-oracle", "critical": "random", "soft": "random"}  # of its own size
@@ -181,10 +180,9 @@ def draw(cell: dict):
     drawing.save(figure, RESULTS / f"{'-'.join(cell.values())}.png")
 
 
-def main(argv: list[str]):
-    """The tables and figure of the known-memory page, from its CSVs."""
-    common.parser_of("known_memory_page", __doc__).parse_args(argv)
-    out = [MARK]
+def tables() -> str:
+    """Every table of the page."""
+    out = []
     for benchmark, model in CELLS:
         cell = dict(benchmark=benchmark, model=model)
         out.append(f"## Tables: {benchmark}, {model}")
@@ -193,8 +191,13 @@ def main(argv: list[str]):
             if lines(name.lower(), **cell):
                 out += [f"### {name}", make(cell)]
         out.append(seconds(cell))
+    return "\n\n".join(x for x in out if x)
+
+
+def main(argv: list[str]):
+    """The figure of the known-memory page, from its CSVs."""
+    common.parser_of("known_memory_page", __doc__).parse_args(argv)
+    for benchmark, model in CELLS:
+        cell = dict(benchmark=benchmark, model=model)
         if len(groups(lines("memory", **cell), "memory")) > 1:
             draw(cell)
-    page = RESULTS / "README.md"
-    text = page.read_text().split(MARK)[0]
-    write_text(page, text + "\n\n".join(x for x in out if x) + "\n")

@@ -85,6 +85,11 @@ def seed_points(benchmark: str, name: str, seed: int, out: Path, arms, objective
             "" if values.get(v) is None else float(values[v]) for v in HEADER[4:])]])
 
 
+def distances(rows: list[dict], ideal: dict, value: str) -> list[float]:
+    """How far each line's value is from its own seed's retain-only, ideal: {seed: its line}."""
+    return [abs(float(r[value]) - float(ideal[r["seed"]][value])) for r in rows]
+
+
 def print_tables(out: Path):
     """Where each ends; how far from its own seed's retain-only; what attacks bring back."""
     rows = read_lines(out)
@@ -97,8 +102,7 @@ def print_tables(out: Path):
             numbers(some, v)) for v in VALUES)])
         if attacked := numbers(some, ATTACKS[0]):
             back.append([*key, len(attacked), *(cell(numbers(some, v)) for v in ATTACKS)])
-        far.append([*key, len(some), *(cell([abs(float(r[v]) - float(ideal[r["seed"]][v]))
-                                             for r in some]) for v in FAR)])
+        far.append([*key, len(some), *(cell(distances(some, ideal, v)) for v in FAR)])
     head = ["objective", "arm", "lr", "seeds"]
     for title, columns, lines in (("", VALUES, ends), (
             "\nDistance to the same seed's retain-only\n", ("AUC", "forget ROUGE-L", "repetition"),

@@ -298,6 +298,7 @@ def command(*words, **environment):
     ("original demo tiny-llama --weights nowhere", "nowhere"),
     ("original demo tiny-llama --path both", "--path"),
     ("original demo tiny-llama --context 8", "more than the model's context of 8"),
+    ("original demo tiny-llama --config nowhere.json", "--config nowhere.json is no file"),
     ("attribute demo tiny-llama", "is not a run folder"),
     ("mask demo tiny-llama", "is not a run folder"),
     ("unlearn demo tiny-llama --method none", "--method"),
@@ -439,3 +440,20 @@ def test_every_setting_makes_the_right_stages_again():
              for f in dataclasses.fields(settings.Settings)}
     assert {name for name, stage in first.items() if stage is None} == NOWHERE
     assert {name: first[name] for name in FIRST} == FIRST
+
+
+def test_a_runs_settings_repeat_it_and_leave_another_method_its_own_rate(tmp_path):
+    def of(**given):
+        return settings.resolve(dict(benchmark="demo", model="tiny-llama") | given)
+
+    config = tmp_path / "settings.json"
+    run = of(seed=3, epochs=7, lr=3e-4, out=str(tmp_path / "run"))
+    config.write_text(json.dumps(dataclasses.asdict(run)))
+    assert of(config=config, out=str(tmp_path / "run")) == run
+    assert of(config=config, seed=1, method="fo") == of(seed=1, epochs=7, lr=3e-4, method="fo")
+    config.write_text(json.dumps(dataclasses.asdict(of(epochs=7))))
+    assert of(config=config, method="fo") == of(epochs=7, method="fo") != of(epochs=7)
+    with pytest.raises(UserError, match="is of benchmark demo, not tofu"):
+        settings.resolve(dict(benchmark="tofu", model="tiny-llama", config=config))
+    with pytest.raises(UserError, match="is of model tiny-llama, not tiny-olmo"):
+        of(model="tiny-olmo", config=config)

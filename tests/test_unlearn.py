@@ -110,18 +110,68 @@ def test_one_command_forgets_20_and_keeps_40(place, tmp_path):
         main(["verify", str(out)])
 
 
-def test_the_readmes_script_runs_on_the_four_files_alone(place, tmp_path):
-    """As it stands there, in a folder with nothing but them and somebody's model and rows."""
+def readme_script() -> str:
     script = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
     assert len(script.strip().splitlines()) <= 10
+    return script
+
+
+def run_alone(script: str, folder, place, model):
+    """A script in a folder with nothing but the four files, a model and rows."""
+    folder.mkdir(exist_ok=True)
     for module in ("simu", "model", "data", "eval"):
-        shutil.copy(ROOT / f"{module}.py", tmp_path)
+        shutil.copy(ROOT / f"{module}.py", folder)
     for name in ("forget.jsonl", "retain.jsonl"):
-        shutil.copy(place / name, tmp_path)
-    shutil.copytree(place / "customers-model", tmp_path / "my-model")
-    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True,
+        shutil.copy(place / name, folder)
+    shutil.copytree(model, folder / "my-model")
+    done = subprocess.run([sys.executable, "-c", script], cwd=folder, capture_output=True,
                           text=True, env=os.environ | dict(OMP_NUM_THREADS="1"))
     assert done.returncode == 0, done.stderr
+
+
+def strangers_model(place, folder):
+    """A checkpoint that transformers made, of random weights, with the customer's tokenizer."""
+    transformers = pytest.importorskip("transformers")
+    shutil.copytree(place / "customers-model", folder)
+    tokenizer = data.load_tokenizer(folder)
+    (folder / "model.safetensors").unlink()
+    torch.manual_seed(1)
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        vocab_size=tokenizer.vocab_size, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128,
+        bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id)).save_pretrained(folder)
+    return folder
+
+
+def test_the_readmes_script_and_its_literal_twins_agree(place, tmp_path):
+    """The two calls that README names for the letter of the paper, in place of the fast ones, on a
+    checkpoint of someone else's making: the same mask, and weights that differ by rounding."""
+    readme, script = (ROOT / "README.md").read_text(), readme_script()
+    literal = "sum(simu.attribute_loop(model, row) for row in forget)"
+    assert literal in readme and "`simu.unlearn_loop`" in readme
+    changed = script.replace("simu.attribute_rows(model, forget, recipe)", literal)
+    changed = changed.replace("simu.unlearn(", "simu.unlearn_loop(")
+    assert changed.count("_loop(") == 2
+    short = "forget, retain, recipe = forget[:4], retain[:8], simu.Recipe(" \
+            "lr=2e-4, epochs=3, batch=4, threshold=0.3)\n"
+    keep = "import torch; torch.save(mask, 'mask.pt')\n"
+    model = strangers_model(place, tmp_path / "stranger")
+    for name, code in (("fast", script), ("literal", changed)):
+        at = code.index("mask = ")
+        run_alone(code[:at] + short + code[at:] + keep, tmp_path / name, place, model)
+    fast, slow = (torch.load(tmp_path / x / "mask.pt") for x in ("fast", "literal"))
+    assert torch.equal(fast, slow) and 0 < fast.sum() < fast.numel()
+    before, fast, slow = (Transformer.from_pretrained(tmp_path / x).state_dict() for x in (
+        "stranger", "fast/unlearned", "literal/unlearned"))
+    moved = max((fast[k] - before[k]).abs().max() for k in before)
+    assert moved > 3e-4
+    for k in before:
+        torch.testing.assert_close(fast[k], slow[k], rtol=0, atol=0.02 * float(moved))
+
+
+def test_the_readmes_script_runs_on_the_four_files_alone(place, tmp_path):
+    """As it stands there, in a folder with nothing but them and somebody's model and rows."""
+    run_alone(readme_script(), tmp_path, place, place / "customers-model")
     before, after = (Transformer.from_pretrained(tmp_path / x) for x in ("my-model", "unlearned"))
     tokenizer = data.load_tokenizer(tmp_path / "unlearned")
     loss = {}

@@ -1,0 +1,157 @@
+"""What a page says, held to the logs and CSVs that it says it of.
+
+    python -m studies pages            writes every table between its marks, and names faults
+    python -m studies pages --check    the same, and writes nothing
+
+Tables stand between `<!-- table: NAME ... -->` and `<!-- end -->` (page_tables.py makes them). A
+number with its interval, anywhere else on a page, must stand so, or longer, in one of the page's
+made tables or in a log or table file that the page links. Any other decimal number must be part of
+a line of benchmarks/results/claims.csv: a text that stands on the page, a file (the page itself:
+its made tables), and a pattern, whose groups in that file must be the text's numbers, in order.
+Code spans hold settings and are not looked at.
+"""
+
+import re
+from decimal import ROUND_HALF_DOWN, ROUND_HALF_UP, Decimal
+from functools import cache
+from itertools import product
+from pathlib import Path
+
+from model import write_text
+from pipeline.settings import HERE
+from studies import common, objectives
+from studies.common import chosen
+from studies.page_tables import TABLES, printed
+
+CLAIMS = common.RESULTS / "claims.csv"
+BLOCK = re.compile(r"(<!-- table: (.*?) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+NUMBER = r"(?<![\w.])(\d*\.\d+)(?!\w|\.\d)"  # no part of a name, a version or an address
+PAIR = re.compile(rf"{NUMBER}\s*±\s*{NUMBER}")
+NO_NUMBER = re.compile(r"```.*?```|`[^`]*`|\]\([^)]*\)|Sections? \d[.\d]*|\d{4}\.\d{5}", re.DOTALL)
+LINK = re.compile(r"\]\(([^)#]+\.(?:txt|md|csv|json))\)")
+
+def whole_pages() -> dict[Path, str]:
+    """Pages that hold nothing but what a study prints."""
+    return {out.with_suffix(".md"): printed(objectives.print_tables, out) + "\n"
+            for out in (objectives.RESULTS / f"{x}-tiny-llama.csv" for x in ("demo", "tofu"))}
+
+
+def with_tables(text: str) -> str:
+    """A page with every table between its marks made again."""
+    def made(match):
+        name, *given = match[2].split()
+        return f"{match[1]}\n{TABLES[name](*given)}\n\n{match[4]}"
+    return BLOCK.sub(made, text)
+
+
+# ---------------------------------------------------------------------------------------- numbers
+
+
+def pages() -> list[Path]:
+    """Every page whose numbers are held."""
+    return [HERE / "README.md", HERE / "pipeline" / "README.md",
+            *sorted(common.RESULTS.rglob("README.md"))]
+
+
+def read(path: Path) -> str:
+    return path.read_text()
+
+
+def prose(text: str) -> str:
+    """A page without its made tables, code, links and numbers of sections."""
+    return NO_NUMBER.sub(" ", BLOCK.sub("", text))
+
+
+def made_tables(text: str) -> str:
+    return "".join(match[3] for match in BLOCK.finditer(text))
+
+
+def sources(page: Path, text: str, read=read) -> str:
+    """What a page's numbers may come from: its own made tables, and logs and tables it links."""
+    found = [made_tables(text)]
+    for link in dict.fromkeys(LINK.findall(text)):
+        other = (page.parent / link).resolve()
+        if other.name != "README.md" and other.is_file():
+            found.append(read(other))
+    return "\n".join(found)
+
+
+def roundings(number: str) -> set[str]:
+    """A decimal number and every shorter one that it rounds to; halves round either way.
+
+    >>> sorted(roundings("0.5475"))
+    ['.5', '.547', '.5475', '.548', '.55', '1']
+    """
+    whole, _, digits = number.partition(".")
+    value = Decimal(f"{whole or 0}.{digits}") if digits else Decimal(whole)
+    return {f"{value.quantize(Decimal(1).scaleb(-n), rounding=how):f}".lstrip("0")
+            for n in range(len(digits) + 1) for how in (ROUND_HALF_UP, ROUND_HALF_DOWN)}
+
+
+@cache
+def pairs_of(source: str) -> set[tuple[str, str]]:
+    """Numbers with their intervals that stand in a text, and what these round to."""
+    return {pair for pair in set(PAIR.findall(source)) for pair in product(*map(roundings, pair))}
+
+
+def unfounded(page: Path, text: str, claims: list[dict], read=read) -> list[str]:
+    """The decimal numbers of a page that are no claim's, but for those with an interval that stand
+    so in its sources."""
+    plain, source = " ".join(prose(text).split()), sources(page, text, read)
+    for claim in claims_of(page, claims):
+        plain = plain.replace(" ".join(prose(claim["text"]).split()), " ")
+    return [" ± ".join(pair) for pair in PAIR.findall(plain)
+            if tuple(x.lstrip("0") for x in pair) not in pairs_of(source)] + [
+        x for x in re.findall(NUMBER, PAIR.sub(" ", plain))]
+
+
+# ----------------------------------------------------------------------------------------- claims
+
+
+def claims_of(page: Path, claims: list[dict]) -> list[dict]:
+    return chosen(claims, page=str(page.relative_to(HERE)))
+
+
+def broken(page: Path, text: str, claims: list[dict], read=read) -> list[str]:
+    """The claims of a page that it does not make, or that their files do not bear out."""
+    out, plain = [], " ".join(text.split())
+    for claim in claims_of(page, claims):
+        said = re.findall(r"(?<![\w.])\d[\d,]*(?:\.\d+)?|(?<![\w.])\.\d+", claim["text"])
+        file = HERE / claim["file"]
+        source = made_tables(text) if file == page else read(file)
+        found = re.search(claim["pattern"], source, re.DOTALL | re.MULTILINE)
+        if " ".join(claim["text"].split()) not in plain:
+            out.append(f"the page does not say: {claim['text']}")
+        elif not found or len(found.groups()) != len(said) or not all(
+                a.replace(",", "").lstrip("0") in roundings(b.replace(",", ""))
+                for a, b in zip(said, found.groups())):
+            out.append(f"{claim['file']} does not say: {claim['text']}")
+    return out
+
+
+def faults(page: Path, text: str, read=read, claims: list[dict] | None = None) -> list[str]:
+    """Whatever a page says that its sources do not."""
+    claims = common.read_lines(CLAIMS) if claims is None else claims
+    return broken(page, text, claims, read) + [
+        f"{x} is no claim's, nor, with its interval, a source's"
+        for x in unfounded(page, text, claims, read)]
+
+
+def main(argv: list[str]):
+    """Writes the tables of every page from CSVs and logs; names numbers without a source."""
+    p = common.parser_of("pages", __doc__)
+    p.add_argument("--check", action="store_true", help="write nothing; status 1 for faults")
+    a, wrong = p.parse_args(argv), []
+    made = whole_pages() | {page: with_tables(page.read_text()) for page in pages()}
+    for page, text in made.items():
+        name = page.relative_to(HERE)
+        if text != page.read_text():
+            wrong += [f"{name}: a table is not what its source says"] if a.check else []
+            if not a.check:
+                write_text(page, text)
+                print(f"written: {name}")
+    for page in pages():
+        wrong += [f"{page.relative_to(HERE)}: {x}" for x in faults(page, made[page])]
+    print(*wrong, sep="\n", end="\n" if wrong else "")
+    if wrong and a.check:
+        raise SystemExit(1)

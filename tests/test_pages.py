@@ -1,0 +1,117 @@
+"""Every figure on a page is its log's: tables are what CSVs and logs make, numbers in the text
+stand in a source, and a change of either is noticed."""
+
+import re
+import shutil
+
+import pytest
+
+from studies import common, objectives, page_tables, pages, pretrained
+
+PAGES = {str(page.relative_to(pages.HERE)): page for page in pages.pages()}
+CLAIMS = common.read_lines(pages.CLAIMS)
+
+
+def other(number: str, first: int = 0) -> str:
+    """A number with other digits from the first-th on."""
+    return number[:first] + re.sub(r"\d", lambda d: str((int(d[0]) + 5) % 10), number[first:])
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_a_pages_tables_and_numbers_are_its_sources(name):
+    text = PAGES[name].read_text()
+    assert pages.with_tables(text) == text, "run `python -m studies pages`"
+    assert pages.faults(PAGES[name], text) == []
+
+
+def test_pages_of_tables_alone_are_what_the_study_prints():
+    for page, text in pages.whole_pages().items():
+        assert page.read_text() == text
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_every_number_that_is_changed_on_a_page_is_noticed(name):
+    """The last digit of each decimal number in turn, but in code, links and made tables. Missed is
+    only what is then another number of the same sources: at most one in twenty."""
+    page, text = PAGES[name], PAGES[name].read_text()
+    skipped = [m.span() for pattern in (pages.BLOCK, pages.NO_NUMBER)
+               for m in pattern.finditer(text)]
+    places = [m.span(1) for m in re.finditer(pages.NUMBER, text)
+              if not any(a <= m.start() < b for a, b in skipped)]
+    missed = []
+    for start, end in places:
+        changed = text[:start] + other(text[start:end], end - start - 1) + text[end:]
+        if not pages.faults(page, changed, claims=CLAIMS):
+            missed.append(text[max(0, start - 40):end + 20])
+    assert len(missed) <= len(places) / 20, missed
+    assert places or name == "benchmarks/results/objectives/README.md"
+
+
+@pytest.mark.parametrize("claim", CLAIMS, ids=lambda c: c["text"][:40])
+def test_a_claim_breaks_with_its_file(claim):
+    """Each number that its pattern takes from the file, changed there."""
+    page, file = pages.HERE / claim["page"], pages.HERE / claim["file"]
+    text = page.read_text()
+    held = pages.made_tables(text) if file == page else file.read_text()
+    found = re.search(claim["pattern"], held, re.DOTALL | re.MULTILINE)
+    assert pages.broken(page, text, [claim]) == []
+    for i in range(1, len(found.groups()) + 1):
+        start, end = found.span(i)
+        changed = held[:start] + other(found[i]) + held[end:]
+        if file == page:
+            told = pages.broken(page, swapped(text, changed), [claim])
+        else:
+            told = pages.broken(page, text, [claim], lambda path: changed)
+        assert told, found[i]
+
+
+def swapped(text: str, tables: str) -> str:
+    """A page whose made tables, laid end to end, are `tables`."""
+    at = 0
+
+    def part(match):
+        nonlocal at
+        own = tables[at:at + len(match[3])]
+        at += len(match[3])
+        return f"{match[1]}{own}{match[4]}"
+    return pages.BLOCK.sub(part, text)
+
+
+@pytest.mark.parametrize("folder, module, file, column", [
+    ("objectives", objectives, "tofu-tiny-llama.csv", "retain.rouge_l"),
+    ("tofu-smollm2-135m", pretrained, "points.csv", "manual"),
+    ("tofu-smollm2-135m", pretrained, "rows.csv", "rouge_l")])
+def test_a_changed_csv_changes_its_pages_tables(folder, module, file, column, tmp_path,
+                                                monkeypatch):
+    copy = tmp_path / folder
+    shutil.copytree(module.RESULTS, copy)
+    monkeypatch.setattr(module, "RESULTS", copy)
+    text = (copy / "README.md").read_text()
+    assert pages.with_tables(text) == text
+    head, *rows = [line.split(",") for line in (copy / file).read_text().splitlines()]
+    row = next(r for r in rows if "level" in r)
+    row[head.index(column)] = "0.123"
+    (copy / file).write_text("\n".join(",".join(r) for r in (head, *rows)) + "\n")
+    assert pages.with_tables(text) != text
+
+
+def test_a_changed_log_changes_the_readmes_table(tmp_path, monkeypatch):
+    text = PAGES["README.md"].read_text()
+    shutil.copytree(page_tables.LOGS, tmp_path / "logs")
+    monkeypatch.setattr(page_tables, "LOGS", tmp_path / "logs")
+    log = tmp_path / "logs" / "demo-tiny-llama.txt"
+    assert pages.with_tables(text) == text
+    shown = page_tables.table_of_log(log.stem, "Retain-only")[-1][3]  # ROUGE-L of the last line
+    log.write_text(log.read_text().replace(shown, other(shown)))
+    assert pages.with_tables(text) != text
+
+
+def test_what_counts_as_a_number_and_its_rounding():
+    assert pages.roundings("0.5475") == {"1", ".5", ".55", ".547", ".548", ".5475"}
+    assert pages.roundings("12") == {"12"}
+    plain = pages.prose("`t = 0.6`, torch 2.13.0, Section 2.1, llama3.2-1b, 2510.07822: .5.")
+    assert re.findall(pages.NUMBER, plain) == [".5"]
+
+
+def test_the_front_page_is_short():
+    assert len(PAGES["README.md"].read_text().split()) <= 1000
