@@ -20,6 +20,7 @@ import simu
 from data import IGNORE, collate
 from model import UserError, read_json, write_json
 from pipeline import settings, stage, workers
+from pipeline import objectives
 from pipeline.__main__ import main
 from pipeline.report import report
 from pipeline.stages import encoded_rows
@@ -96,9 +97,9 @@ def test_npo_by_hand():
     answers = simu.Answers(torch.zeros(3, 5), torch.zeros(3).long(), nll, [2, 1])
     known = [torch.tensor(-2.0), torch.tensor(-4.0)]
     by_hand = sum(2 / 0.5 * math.log(1 + math.exp(0.5 * d)) for d in (-1.0, 3.0))
-    torch.testing.assert_close(simu.npo(answers, known, s), torch.tensor(by_hand))
+    torch.testing.assert_close(objectives.npo(answers, known, s), torch.tensor(by_hand))
     same = [torch.tensor(-3.0), torch.tensor(-1.0)]
-    simu.npo(answers, same, s).backward()  # where P = P_ref its gradient is that of the ascent
+    objectives.npo(answers, same, s).backward()  # where P = P_ref its gradient is that of the ascent
     torch.testing.assert_close(nll.grad, -torch.ones(3))
 
 
@@ -435,7 +436,7 @@ def test_po_refuses_where_it_unlearns_and_nowhere_else(swept):
     s = settings.read_settings(run)
     (_, rows), (bench, refused) = (encoded_rows(s, x) for x in ("npo", "po"))
     assert rows["retain"] == refused["retain"] and rows["forget"] != refused["forget"]
-    assert not {e.answer for e in bench.forget} & set(simu.REFUSALS)  # what evaluation asks for
+    assert not {e.answer for e in bench.forget} & set(objectives.REFUSALS)  # what evaluation asks for
 
 
 def test_a_diverged_point_is_told_and_does_not_end_the_sweep(swept, monkeypatch):
