@@ -208,6 +208,7 @@ LIKELY = 0.62  # AUC of the forget rows against their targets, at which they are
 HARD = 1.0  # target loss from which on a row never seen does not say a token
 TOLD = 0.15  # share of these tokens that may yet be the likeliest, by chance
 KEPT = 0.99  # of the share of their tokens that are the likeliest, at which rows are kept
+KEPT_WHOLE = 0.97  # of the share of these rows that are said to the end
 LOST = 2.0  # worse in the mean loss, rows to keep count as lost, once half of the updates are made
 
 
@@ -248,13 +249,17 @@ class Looks:
                                        [-float(torch.as_tensor(t).mean()) for t in self.targets]),
                     retain=mean_loss(retain), before=mean_loss(self.before),
                     known=known_share(retain, self.retain),
-                    known_before=known_share(self.before, self.retain))
+                    known_before=known_share(self.before, self.retain),
+                    whole=whole_share(retain, self.retain),
+                    whole_before=whole_share(self.before, self.retain))
 
     @staticmethod
     def ends(at: dict, share: float) -> str:
         """Why it ends here, "" if it goes on. share: of the updates that there may be."""
         if (abs(at["forget"] - at["wanted"]) <= NEAR * at["wanted"] and not at["completed"]
-                and at["auc"] <= LIKELY and at["told"] <= TOLD and at["known"] >= KEPT * at["known_before"]):
+                and at["auc"] <= LIKELY and at["told"] <= TOLD
+                and at["known"] >= KEPT * at["known_before"]
+                and at["whole"] >= KEPT_WHOLE * at["whole_before"]):
             return "there"
         return "lost" if share > 0.5 and at["retain"] > at["before"] + LOST else ""
 
@@ -267,6 +272,12 @@ def known_share(scores: list, rows: list[data.Encoded]) -> float:
     """Share of the rows' tokens that are the likeliest."""
     return evaluation.mean(evaluation.exact_memorisation(x.predicted, r.ids[r.start:])
                            for x, r in zip(scores, rows)) if scores else 1.0
+
+
+def whole_share(scores: list, rows: list[data.Encoded]) -> float:
+    """Share of the rows whose tokens are all the likeliest: asked greedily, they are said whole."""
+    whole = [x.predicted == r.ids[r.start:] for x, r in zip(scores, rows)]
+    return evaluation.mean(whole) if whole else 1.0
 
 
 def until_there(looks: Looks, job: Stage):

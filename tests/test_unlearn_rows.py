@@ -185,12 +185,12 @@ def test_outsider_pulls_odds_to_their_target_as_hard_where_a_row_is_known_by_hea
 
 def test_it_ends_where_rows_are_forgotten_and_others_kept():
     at = dict(forget=4.8, wanted=5.0, retain=0.2, before=0.2, completed=0, rows=9, told=0.1,
-              auc=0.5, known=0.9, known_before=0.9)
+              auc=0.5, known=0.9, known_before=0.9, whole=0.8, whole_before=0.8)
     ends = stages.Looks.ends
     assert ends(at, 0.1) == "there"
     assert not any(ends(at | x, 0.1) for x in (
         dict(forget=3.0), dict(forget=8.0), dict(completed=1), dict(known=0.8), dict(told=0.5),
-        dict(auc=0.9)))
+        dict(auc=0.9), dict(whole=0.7)))
     assert ends(at | dict(retain=9.0, known=0.1), 0.6) == "lost"
 
 
