@@ -10,7 +10,6 @@ Not here: chat templates (pipeline/tokenizers.py), tools in chats, streaming, se
 
 import contextlib
 import csv
-import hashlib
 import importlib
 import io
 import itertools
@@ -475,60 +474,8 @@ class Benchmark:
     nonmembers: list[Example]     # for MIA [D12]; empty with the reason below
     nonmember_source: str
     shared: int = 0               # rows of D_f that are in D_r too
-    alike: bool = True            # non-members are of the forget rows' kind
+    comparable: bool = True       # non-members are of the forget rows' kind
     level_rows: tuple = ()        # never-seen rows that set a level; not among the non-members
-
-
-QUOTES = str.maketrans("‘’‚′`´“”„″«»–—−", "''''''\"\"\"\"\"\"---", "\u200b\u00ad\ufeff")
-
-
-def bare(text: str) -> str:
-    """A text without what two exports of it may differ in: white space, case, the form of quotes
-    and accents, punctuation at its ends."""
-    text = unicodedata.normalize("NFKC", text.translate(QUOTES)).translate(QUOTES).casefold()
-    return " ".join(unicodedata.normalize("NFC", text).split()).strip(" .,;:!?'\"")
-
-
-def benchmark_of_rows(forget: list[Example], retain: list[Example], unseen: list[Example], *,
-                      allow_near: bool = False) -> Benchmark:
-    """A user's own rows. unseen: rows the model never saw. No row may stand in two of them;
-    nor nearly, unless allow_near."""
-    parts, exact, nearly, near = dict(forget=forget, retain=retain, unseen=unseen), {}, {}, []
-    for name, rows in parts.items():
-        for e in rows:
-            other, _ = exact.setdefault((e.turns, e.question, e.answer), (name, e))
-            if other != name:
-                raise UserError(f"row {e.id} of the {name} rows is among the {other} rows too; "
-                                "leave it in one of the two files")
-            other, first = nearly.setdefault(tuple(map(bare, (
-                *(text for _, text in e.turns), e.question, e.answer))), (name, e))
-            if other != name:
-                near.append(f"{e.where or e.id} is {first.where or first.id}")
-        if again := len(rows) - len({(e.turns, e.question, e.answer) for e in rows}):
-            print(f"note: {again} of the {len(rows)} {name} rows stand there more than once",
-                  flush=True)
-    if near and not allow_near:
-        raise UserError(f"{len(near)} rows stand in two files but for white space, case, quotes, "
-                        f"accents' form or end punctuation: {'; '.join(near[:5])}"
-                        f"{'; ...' if near[5:] else ''}: leave each in one of them, or pass "
-                        "--allow-near")
-    return Benchmark("rows", forget, retain, retain, [], [], unseen,
-                     "rows given as unseen" if unseen else "none: no unseen rows are given")
-
-
-def sha256(path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def data_digests(folder) -> dict[str, str]:
-    """sha256 of every JSON file in a folder, by name: they decide whether a stage is stale."""
-    folder = Path(folder)
-    files = sorted(p for p in folder.rglob("*.json*") if p.is_file())
-    return {str(p.relative_to(folder)): sha256(p) for p in files}
 
 
 # -------------------------------------------------------------------------------------- tokenizers

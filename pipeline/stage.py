@@ -30,8 +30,9 @@ import torch
 
 import data
 import simu
-from model import UserError, has_types, read_json, write_json, write_text
+from model import UserError, read_json, write_json, write_text
 from pipeline import objectives
+from pipeline.files import has_types, sha256
 from pipeline.reach import code_digest
 from pipeline.resume import RESUME, Checkpoints
 from pipeline.settings import (TINY_MODELS, Making, Settings, Source, check_names, data_digests,
@@ -67,7 +68,7 @@ def seal(folder: Path) -> dict[str, list]:
 
 
 def seal_file(file: Path) -> list:
-    return [file.stat().st_size, data.sha256(file), file.stat().st_mtime_ns]
+    return [file.stat().st_size, sha256(file), file.stat().st_mtime_ns]
 
 
 def changed_file(file: Path, size: int, sha: str, when: int) -> bool:
@@ -75,7 +76,7 @@ def changed_file(file: Path, size: int, sha: str, when: int) -> bool:
     now = file.stat()
     if now.st_size != size:
         return True
-    return (size <= REHASHED or now.st_mtime_ns != when) and data.sha256(file) != sha
+    return (size <= REHASHED or now.st_mtime_ns != when) and sha256(file) != sha
 
 
 STAGE_JSON = dict(fingerprint=str, why=dict, settings=dict, seconds=float, files=dict)

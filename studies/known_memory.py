@@ -24,8 +24,9 @@ import torch
 import data
 import eval as evaluation
 import simu
-from model import Transformer, UserError, read_json, read_tensors, write_json
+from model import Transformer, UserError, read_json, write_json
 from pipeline import settings
+from pipeline.files import read_tensors
 from pipeline.original import original_stage
 from pipeline.stages import answer_losses, encoded_rows, forget_targets
 from studies import attack, common, plant, readings, sweep

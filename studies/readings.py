@@ -23,8 +23,9 @@ import torch.nn.functional as F
 import data
 import simu
 from data import IGNORE, collate
-from model import Transformer, read_tensors
+from model import Transformer
 from pipeline.columns import table
+from pipeline.files import read_tensors
 from pipeline.settings import read_settings, resolve
 from pipeline.stages import encoded_rows
 from studies import common, figures, sweep

@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data  # noqa: E402
 import eval as ev  # noqa: E402
 from model import Config, Transformer, UserError  # noqa: E402
+from pipeline import benchmarks  # noqa: E402
 
 GOLDEN = Path(__file__).parent / "golden" / "text_metrics.json"
 
@@ -763,7 +764,7 @@ def test_rows_of_ones_own_and_plain_texts(made):
     chat = [data.Example(e.question, e.answer, id=f"c{i}", turns=(("user", "Hi?"),
                                                                   ("assistant", "Yes.")))
             for i, e in enumerate(bench.retain)]
-    own = data.benchmark_of_rows(texts + bench.forget, chat, bench.nonmembers)
+    own = benchmarks.benchmark_of_rows(texts + bench.forget, chat, bench.nonmembers)
     metrics, rows = ev.evaluate_model(model, tokenizer, own, template="qa", limits=LIMITS)
     values = metrics["values"]
     assert metrics["counts"]["forget"] == 8 and sum("mia" in r for r in rows) == 12

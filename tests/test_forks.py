@@ -11,8 +11,9 @@ from test_simu import LLAMA, OLMO, recipe, rows, tiny
 
 import simu
 from data import collate
-from model import NEURONS, Config, read_tensors
+from model import NEURONS, Config
 from pipeline.__main__ import main
+from pipeline.files import read_tensors
 
 SCORES = {"output": 32, "inner": 48}
 

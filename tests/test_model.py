@@ -12,9 +12,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import model as module
-from model import (NEURONS, Architecture, Config, Transformer, UserError, generate, read_tensors,
+from model import (NEURONS, Architecture, Config, Transformer, UserError, generate,
                    save_tensors)
 from pipeline import checkpoint
+from pipeline.files import read_tensors
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden"
