@@ -317,7 +317,7 @@ def clean_pass(model: Transformer, ids: Tensor, pos: Tensor, labels: Tensor) -> 
     cos_sin = model.rope(torch.arange(ids.shape[1], device=ids.device))
     for block in model.layers:
         clean.prefixes.append(getattr(block, "prefixes", Prefixes)(pos))
-        h, beta = block.parts(h, *cos_sin, clean.prefixes[-1].keep)
+        h, beta = block.up_to_beta(h, *cos_sin, clean.prefixes[-1].keep)
         clean.mid.append(at_positions(h, pos))
         clean.beta.append(at_positions(beta, pos))
         h = block.add_beta(h, beta)
@@ -333,7 +333,7 @@ def prefix_parts(clean: Clean, l: int, x: Tensor) -> tuple[Tensor, Tensor]:
     """Rows x [B, R, D], the ends of A prefixes each R / A times, in layer l: the stream below its
     MLP's output, and that output, each [B, R, D]."""
     cos_sin = clean.model.rope(clean.pos.repeat(1, x.shape[1] // clean.pos.shape[1]))
-    return clean.model.layers[l].parts(x, *cos_sin, clean.prefixes[l].attend)
+    return clean.model.layers[l].up_to_beta(x, *cos_sin, clean.prefixes[l].attend)
 
 
 def upper_layers(clean: Clean, l: int, x: Tensor) -> Tensor:
