@@ -201,7 +201,7 @@ def scores_of(model, forget: list, retain: list, s, inner: bool) -> dict:
 
     def activation():
         return readings.summed(forget, lambda b: torch.stack(
-            [x.abs().sum((0, 1)) for x in simu.clean_run(model, b).beta]))
+            [x.abs().sum((0, 1)) for x in simu.clean_samples(model, b).beta]))
 
     weights = cache(lambda: of_weights(model, forget, inner))
     both = {

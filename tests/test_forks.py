@@ -90,7 +90,7 @@ def test_unlearn_equals_the_loop(model_kind, kind, neurons, method):
 
 def test_muon_gets_whole_matrices(monkeypatch):
     """However small the runs are that other optimisers take, the step of a matrix is one."""
-    monkeypatch.setattr(simu, "PART", {"cpu": 100})
+    monkeypatch.setattr(simu, "UPDATED_AT_ONCE", {"cpu": 100})
     s, shapes = recipe(method="simu-muon", epochs=1, weight_decay=0.0), []
     own = muon.orthogonal
     monkeypatch.setattr(muon, "orthogonal", lambda x: shapes.append(tuple(x.shape)) or own(x))
