@@ -21,6 +21,7 @@ import data  # noqa: E402
 import eval as ev  # noqa: E402
 from model import Config, Transformer, UserError  # noqa: E402
 from pipeline import benchmarks  # noqa: E402
+from pipeline.tokenizers import train_tokenizer  # noqa: E402
 
 GOLDEN = Path(__file__).parent / "golden" / "text_metrics.json"
 
@@ -577,14 +578,14 @@ LIMITS = ev.Limits(max_total_tokens=48)
 
 
 def micro_bench(folder: Path) -> data.Benchmark:
-    return data.load_benchmark(folder / "tofu", data.Slice(), layout="tofu", made_here=False)
+    return benchmarks.load_benchmark(folder / "tofu", data.Slice(), layout="tofu", made_here=False)
 
 
 def teach(folder: Path, known: list, *, steps: int = 120):
     """A trained micro model in HF layout in folder, with its tokenizer."""
     texts = [f"{name} collects gathers {thing}." for name, thing in zip(PEOPLE, THINGS)]
-    data.train_tokenizer(texts + [known[0].question, "Question: \nAnswer:"], folder, llama=True,
-                         vocab=400)
+    train_tokenizer(texts + [known[0].question, "Question: \nAnswer:"], folder, llama=True,
+                    vocab=400)
     tokenizer = data.load_tokenizer(folder)
     torch.manual_seed(0)
     model = Transformer(Config(
