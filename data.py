@@ -91,11 +91,11 @@ class Slice:
 
 @dataclass(frozen=True)
 class Example:
-    """One row: a question and its answer, or a text all of which counts (kind "text")."""
+    """One row: a question and its answer, or (kind "text") a text whose every token counts."""
 
     question: str
     answer: str
-    id: str = ""     # "forget10:12" (file:row), or LUME's own
+    id: str = ""     # "forget10:12" (file:row), or the id that LUME gives it
     task: str = ""   # "Task1".."Task3" for LUME
     kind: str = "qa"  # "sc": LUME's completions; "text", "verbatim": put in no template
     group: str = ""  # author or document: the unit of slicing
@@ -392,7 +392,7 @@ def load_lume(folder, split: str) -> list[Example]:
 
 
 def load_rows(file) -> list[Example]:
-    """The rows of a user's own file, each of one of ROW_SHAPES; null is absence."""
+    """The rows of a user's file, each of one of ROW_SHAPES; a null value counts as absent."""
     return examples_of(Path(file), lambda row, where, n: user_row(
         {k: v for k, v in row.items() if v is not None}, where, f"{Path(file).stem}:{n}"))
 

@@ -112,11 +112,12 @@ UNSPACED = ("CJK", "IDEOGRAPHIC", "HIRAGANA", "KATAKANA", "HALFWIDTH KATAKANA", 
 
 @lru_cache(maxsize=1 << 16)
 def letter_class(char: str) -> str:
-    """w: part of a word, a: a word alone, m: a mark on what precedes it, s: space, else a dot."""
-    kind = unicodedata.category(char)[0]
-    if kind in "LN":
+    """w: part of a word; a: a word alone (unspaced scripts); m: a mark on what precedes it; s:
+    space; else a dot."""
+    category = unicodedata.category(char)[0]
+    if category in "LN":
         return "a" if unicodedata.name(char, "").startswith(UNSPACED) else "w"
-    return "m" if kind == "M" or char in "\u200c\u200d" else "s" if char.isspace() else "."
+    return "m" if category == "M" or char in "\u200c\u200d" else "s" if char.isspace() else "."
 
 
 def pieces(text: str, pattern: str) -> list[str]:
@@ -227,7 +228,7 @@ def auc(members: list[float], nonmembers: list[float]) -> float:
 
 
 def soul_auc(members: list[float], nonmembers: list[float]) -> float:
-    """The AUC that SOUL's code gives: of labels that stand in another order than the scores."""
+    """The AUC that SOUL's code gives: its labels are in another order than its scores."""
     scores = [*members, *nonmembers]
     return auc(scores[:len(nonmembers)], scores[len(nonmembers):])
 
@@ -583,14 +584,15 @@ def forget_ratios(rows: list[dict]) -> dict[str, float]:
 
 
 def add_aggregates(out: Summary, benchmark: str):
+    """Table 1's and Table 2's last row, and the benchmarks' overall scores."""
     tofu = benchmark == "tofu"
-    kinds = {"aggregate": ("accuracy" if tofu else "exact_match", "mia.auc")}  # [D11], [D13]
+    sources = {"aggregate": ("accuracy" if tofu else "exact_match", "mia.auc")}  # [D11], [D13]
     if tofu:
-        kinds |= dict(aggregate_exact_match=("exact_match", "mia.auc"),
-                      aggregate_soul=("accuracy", "mia.soul"))
-        for name in ("", "_arithmetic"):
-            add_model_utility(out, f"model_utility{name}", f"truth_ratio{name}")
-    for name, (em, mia) in kinds.items():
+        sources |= dict(aggregate_exact_match=("exact_match", "mia.auc"),
+                        aggregate_soul=("accuracy", "mia.soul"))
+        for suffix in ("", "_arithmetic"):
+            add_model_utility(out, f"model_utility{suffix}", f"truth_ratio{suffix}")
+    for name, (em, mia) in sources.items():
         out.derive(name, lambda *x: aggregate(**dict(zip(AGGREGATED, x))), f"forget.{em}",
                    "forget.rouge_l", mia, f"retain.{em}", "retain.rouge_l")
     if benchmark == "lume":
@@ -605,7 +607,7 @@ def add_model_utility(out: Summary, name: str, ratio: str):
     if all(out.values[x] is None for x in factors["real_authors"]):  # the demo has none
         del factors["real_authors"]
         out.notes[name] = "harmonic mean of six: there are no real authors"
-    out.derive(name, lambda *x: harmonic_mean(x), *(x for some in factors.values() for x in some))
+    out.derive(name, lambda *x: harmonic_mean(x), *sum(factors.values(), []))
 
 
 # --------------------------------------------------------------------------- what a model is asked
@@ -676,7 +678,7 @@ def spread(examples: list, limit: int) -> list:
 
 
 def example_of(row: dict, question: str, answer: str) -> Example:
-    """A row's question and answer, or others in their place, as they are put to the model."""
+    """The Example that puts a question and an answer of a row to the model."""
     return Example(question, answer, id=row["id"], kind=row["kind"],
                    turns=tuple(map(tuple, row.get("turns", ()))))
 

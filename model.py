@@ -104,7 +104,7 @@ def attention(q, k, v, mask=None):
 
 def causal_attention(q, k, v):
     """The attention of every layer that is not handed another; shapes as `attention`'s."""
-    if q.dtype == torch.bfloat16 and q.device.type == "cpu":  # its own backward is 3 times slower
+    if q.dtype == torch.bfloat16 and q.device.type == "cpu":  # bfloat16's backward is 3x slower
         return attention(q.float(), k.float(), v.float()).to(q.dtype)
     return attention(q, k, v)
 
@@ -121,8 +121,8 @@ def attention_of_rows(slots, shape, q, k, v, *, attend):
 
 
 class Attention(nn.Module):
-    """The projections of one layer; `qkv` and `o_proj` stand apart so that callers (the key/value
-    cache, SIMU's second stream [D2]) can put their own attention between them."""
+    """The projections of one layer, before (`qkv`) and after (`o_proj`) attention. The attention
+    between them is the caller's: causal, on a cache, or SIMU's second stream [D2]."""
 
     def __init__(self, c: "Config"):
         super().__init__()
@@ -409,12 +409,12 @@ def rope_fields(content: dict) -> dict:
         given = content.get(key, {})
         if not isinstance(given, dict):
             raise UserError(f"{key} = {reprlib.repr(given)}: must be null or an object")
-        kind = given.get("rope_type", given.get("type", "default"))
-        if kind not in ("default", "llama3") or given.get("partial_rotary_factor", 1) != 1:
+        rope_type = given.get("rope_type", given.get("type", "default"))
+        if rope_type not in ("default", "llama3") or given.get("partial_rotary_factor", 1) != 1:
             raise UserError(f"{key} = {reprlib.repr(given)} is not supported; only plain RoPE and "
                             "llama3's are")
-        if kind == "llama3":
-            values["rope_scaling"] = {"rope_type": kind} | {k: given.get(k) for k in LLAMA3}
+        if rope_type == "llama3":
+            values["rope_scaling"] = dict(rope_type="llama3", **{k: given.get(k) for k in LLAMA3})
         values["rope_theta"] = given.get("rope_theta", values["rope_theta"])
     return values
 
@@ -497,7 +497,7 @@ class Transformer(nn.Module):
         return name if name.startswith("lm_head.") else f"model.{name}"
 
     def rope(self, positions):
-        """int64 [...] -> what the layers are told of positions: cos, sin float32 [..., hd]"""
+        """positions int64 [...] -> cos, sin float32 [..., hd]: the `cos_sin` that layers take"""
         return rope(self.config, positions)
 
     def embed(self, ids):
@@ -578,7 +578,7 @@ def generate(model, prompts, *, max_new_tokens=None, eos_id, max_total_tokens=No
     A row ends at eos_id (an id, several, or None: never), after max_new_tokens, at max_total_tokens
     with its prompt, or at the model's context. A batch holds at most batch_tokens cached positions;
     `progress` names a tqdm bar. `drafts` are for the fast twin, pipeline.reading.generate, which
-    says the same tokens (tests/test_reading.py). UserError: a prompt that cannot be continued."""
+    gives the same tokens (tests/test_reading.py). UserError: a prompt that cannot be continued."""
     room = [new_tokens(model.config, i, prompt, max_new_tokens, max_total_tokens, batch_tokens)
             for i, prompt in enumerate(prompts)]
     size = [len(prompt) + n for prompt, n in zip(prompts, room)]
@@ -652,8 +652,8 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16,
 
 
 def load_weights(model, folder: Path, dtype, device, contents: dict | None = None):
-    """Fill a model on the meta device. contents: tensor of the checkpoint -> the parameters of ours
-    whose rows it holds, one after another; None: HF's, each its own."""
+    """Fill a model on the meta device. contents: tensor of the checkpoint -> our parameters whose
+    rows it holds, one after another; None: HF's layout, one tensor for each parameter."""
     contents = contents or {model.stored_name(n): [n] for n, _ in model.named_parameters()}
     files = find_tensors(model, folder, contents)
     for name, parameters in contents.items():
@@ -817,7 +817,7 @@ def atomic_file(path):
 
 
 def write_text(path, text: str):
-    """Whole or not at all, in UTF-8; folders on the way are made."""
+    """In UTF-8, all of it or nothing; missing folders are made."""
     with atomic_file(path) as file:
         file.write(text.encode("utf-8"))
 
@@ -841,9 +841,9 @@ def tensor_bytes(t: torch.Tensor):
 
 
 def save_tensors(path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None):
-    """Write a safetensors file, one tensor at a time and whole or not at all. (The safetensors
-    package would copy each shard and needs numpy: the format is 8 bytes of header length, a JSON
-    header, raw little-endian data.)"""
+    """Write a safetensors file tensor by tensor, all of it or nothing. Not by the package, which
+    copies each shard and needs numpy. The format: 8 bytes of header length, a JSON header, the
+    tensors' little-endian bytes."""
     names = {dtype: name for name, dtype in DTYPES.items()}
     ordered = sorted(tensors.items(), key=lambda item: -item[1].element_size())  # keeps alignment
     header, end = {"__metadata__": metadata} if metadata else {}, 0

@@ -52,7 +52,7 @@ def attribute_loop(model: Transformer, encoded: Encoded, *, steps: int = 5,
     """Att(w_l^k) of Eq. 2 for one pair, as the paper writes it: float32 [L, D].
 
     One sample per answer token [D2], one layer (or neuron [D4]), one node of the path at a time,
-    each with a forward and a backward pass of its own. `attribute` gives the same numbers fast."""
+    each in a separate forward and backward pass. `attribute` gives the same numbers fast."""
     check_path(steps, path)
     D = model.config.neuron_count
     scores = torch.zeros(len(model.layers), D, device=model.embed_tokens.weight.device)
@@ -542,7 +542,7 @@ def backward_head(model: Transformer, h: Tensor, labels: Tensor, sizes: list[int
         term.of(answers, [numbers[i] for i in group]).backward()
         grads.append(states.grad)
         total += answers.nll.detach().sum()
-        del answers  # or the next ones would stand beside them
+        del answers  # or two groups' logits would be in memory at once
     return total, torch.cat(grads)
 
 
@@ -958,7 +958,7 @@ def adamw_moments(grad: Tensor, m: Tensor, h: Tensor, *, beta1: float, beta2: fl
 
 def adamw_step(param: Tensor, m: Tensor, h: Tensor, *, lr: float, beta1: float, beta2: float,
                eps: float, weight_decay: float, step: int):
-    """AdamW, step counted from 1; it has no clip of its own."""
+    """AdamW, step counted from 1; it clips nothing, so its count is 0."""
     root = (h / (1 - beta2 ** step)).sqrt().add(eps)
     new = (param * (1 - lr * weight_decay)).addcdiv(m, root, value=-lr / (1 - beta1 ** step))
     return new, torch.zeros((), dtype=torch.int64, device=param.device)
@@ -988,7 +988,7 @@ OPTIMISERS = {"sophia": Optimiser(sophia), "adamw": Optimiser(adamw)}
 
 # ------------------------------------------------------------------- methods, what moves [D9]
 
-# Which weights move whole, by name. A method with a mask moves the rows of down_proj beside them.
+# Which weights all of whose values move, by name. A masked method moves rows of down_proj too.
 MOVES = {
     "all": lambda name: True,
     "attention": lambda name: ".self_attn." in name and "_proj." in name,  # biases too, no norm
