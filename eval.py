@@ -63,6 +63,9 @@ mmlu            share of multiple-choice questions (--mmlu) whose     0..1   hig
                 answer is the likeliest choice; ties share the point
 final_score     mean(task_aggregate, mia.score, mmlu)                 0..1   high          SemEval
 
+Table 1: Exact Match is accuracy (forget, retain, world_facts), ROUGE-L is rouge_l, MIA is mia.soul,
+where ours is mia.auc. Table 2: Regurgitation and Knowledge are rouge_l and exact_match by task.
+
 Words: where most letters of a are a-z, the runs of a-z and 0-9, as rouge_score has them (an
 accented letter parts a word: published numbers do). Elsewhere Unicode's: letters, digits and the
 marks on them; a letter of a script without spaces (Chinese, Japanese, Thai, Lao, Khmer, Burmese)
@@ -584,7 +587,7 @@ def forget_ratios(rows: list[dict]) -> dict[str, float]:
 
 
 def add_aggregates(out: Summary, benchmark: str):
-    """Table 1's and Table 2's last row, and the benchmarks' overall scores."""
+    """The aggregate score of Tables 1-2 and the benchmarks' overall scores."""
     tofu = benchmark == "tofu"
     sources = {"aggregate": ("accuracy" if tofu else "exact_match", "mia.auc")}  # [D11], [D13]
     if tofu:
