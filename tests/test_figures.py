@@ -15,7 +15,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import data
 import simu
 from data import IGNORE, collate
 from model import UserError, read_json, write_json
