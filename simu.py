@@ -250,7 +250,7 @@ def attribute(model: Transformer, batch: Batch, *, steps: int = 5, path: str = "
         if steps > 1:
             for l in range(len(model.layers)):
                 scores[l] += lower_nodes(clean, l, steps)
-    return scores / steps
+    return scores / steps  # the 1/m of Eq. 2
 
 
 class Prefixes:
@@ -344,8 +344,8 @@ def upper_layers(clean: Clean, l: int, x: Tensor) -> Tensor:
 
 
 def log_p_gradient(clean: Clean, x: Tensor, labels: Tensor, of):
-    """Gradients, with respect to activations `of`, of the sum of log P(label) [D3] over rows
-    x [B, R, D] that left the last layer."""
+    """Gradients, with respect to activations `of`, of the sum of log P(label) (Eq. 1b) [D3] over
+    rows x [B, R, D] that left the last layer."""
     h = clean.model.norm(x)
     return torch.autograd.grad(h, of, head_gradient(clean.model, h.detach(), labels))
 
@@ -378,7 +378,7 @@ def last_node(clean: Clean) -> Tensor:
             activations.append(a)
             x = block.add_beta(x, a)
         grads = log_p_gradient(clean, x, clean.labels, activations)
-    return torch.stack([(beta.float() * g.float()).sum((0, 1))
+    return torch.stack([(beta.float() * g.float()).sum((0, 1))  # Eq. 2
                         for beta, g in zip(clean.beta, grads)])
 
 
@@ -391,7 +391,7 @@ def layer_path(clean: Clean, l: int, steps: int) -> Tensor:
         x = clean.model.layers[l].add_beta(clean.mid[l][:, None], a).flatten(1, 2)  # [B, R, D]
         x = upper_layers(clean, l, x)
         grad, = log_p_gradient(clean, x, clean.labels.repeat(1, J), a)
-    return (beta.float()[:, None] * grad.float()).sum((0, 1, 2))
+    return (beta.float()[:, None] * grad.float()).sum((0, 1, 2))  # Eq. 2
 
 
 def neuron_path(clean: Clean, l: int, steps: int, *, rows: int = 4096) -> Tensor:
@@ -404,13 +404,13 @@ def neuron_path(clean: Clean, l: int, steps: int, *, rows: int = 4096) -> Tensor
         C = len(neurons)
         b = beta[..., neurons].movedim(-1, 1)[:, :, None]  # [B, C, 1, A]
         with torch.enable_grad():
-            a = (share[:, None] * b).requires_grad_()  # [B, C, J, A]
+            a = (share[:, None] * b).requires_grad_()  # [B, C, J, A], Eq. 1a
             unit = F.one_hot(neurons, D).to(beta.dtype)[:, None, None]  # [C, 1, 1, D]
             scaled = beta[:, None, None] + (a - b)[..., None] * unit  # [B, C, J, A, D]
             x = clean.model.layers[l].add_beta(clean.mid[l][:, None, None], scaled)
             x = upper_layers(clean, l, x.flatten(1, 3))
             grad, = log_p_gradient(clean, x, clean.labels.repeat(1, C * J), a)
-        scores[neurons] += (b.float() * grad.float()).sum((0, 2, 3))
+        scores[neurons] += (b.float() * grad.float()).sum((0, 2, 3))  # Eq. 2
     return scores
 
 
@@ -834,11 +834,11 @@ def gradient_norm(moving: list[Moving]) -> float:
 def unlearn(model: Transformer, forget: list[Encoded], retain: list[Encoded],
             mask: Tensor | None, recipe: "Unlearning", *, targets=None, title: str = "unlearn",
             loop=None, record=None, apply=None, backward=None) -> list[dict]:
-    """Step 2 on model, in place: recipe.method with recipe.objective; returns the log, a row per
-    update. mask [L, D]: for masked methods. targets: for objectives with an end, the loss to reach,
-    or for each forget row a loss or one per token. UserError where a loss is not finite or the rows
-    do not fill a batch. Equal to `unlearn_loop` (test_unlearn_equals_the_loop). apply, backward:
-    replace apply_updates and backward_apart (pipeline/fused.py)."""
+    """Step 2 (Section 2.2) on model, in place: recipe.method with recipe.objective; returns the
+    log, a row per update. mask [L, D]: for masked methods. targets: for objectives with an end, the
+    loss to reach, or for each forget row a loss or one per token. UserError where a loss is not
+    finite or the rows do not fill a batch. Equal to `unlearn_loop` (test_unlearn_equals_the_loop).
+    apply, backward: replace apply_updates and backward_apart (pipeline/fused.py)."""
     order = unlearning_order(len(forget), len(retain), recipe)
     objective = OBJECTIVES[recipe.objective]
     if objective.targeted and targets is None:
