@@ -668,18 +668,12 @@ def json_text(path: Path, config: dict) -> str:
         if "added_tokens_decoder" in config:
             spec["added_tokens"] = []
     else:
-        sp, spec = sentencepiece_model(path, config), {}
-        vocab = {sp.id_to_piece(i): i for i in range(sp.get_piece_size())}
-        # transformers' LlamaTokenizer ranks merges by id, and it alone.
-        rank = vocab.get if config["is_llama"] else lambda x: (-sp.get_score(vocab[x]), vocab[x])
-        merges = [(rank(piece), n, len(piece) - n, piece) for piece in vocab
-                  for n in range(1, len(piece)) if piece[:n] in vocab and piece[n:] in vocab]
-        model = dict(vocab=vocab, merges=[[piece[:n], piece[n:]] for _, n, _, piece in
-                                          sorted(merges)])
-        spec["added_tokens"] = [dict(id=i, content=sp.id_to_piece(i), special=True, lstrip=False,
-                                     rstrip=False, single_word=False, normalized=False)
-                                for i in range(len(vocab)) if sp.is_control(i)
-                                and not config["extra"]]  # as transformers does
+        sp = sentencepiece_model(path, config)
+        model = vocab_and_merges(sp, config["is_llama"])
+        flags = dict(special=True, lstrip=False, rstrip=False, single_word=False, normalized=False)
+        control = [i for i in range(sp.get_piece_size()) if sp.is_control(i)]
+        spec = dict(added_tokens=[dict(id=i, content=sp.id_to_piece(i), **flags) for i in control
+                                  if not config["extra"]])  # as transformers does
     scheme = ("never" if config.get("add_prefix_space") is False else
               "always" if config.get("legacy") else "first")
     decoders = [dict(type="Replace", pattern=dict(String="\u2581"), content=" "),
@@ -694,6 +688,16 @@ def json_text(path: Path, config: dict) -> str:
         pre_tokenizer=dict(type="Metaspace", replacement="\u2581", prepend_scheme=scheme,
                            split=False),
         decoder=dict(type="Sequence", decoders=decoders[:3 + (scheme != "never")])))
+
+
+def vocab_and_merges(sp, is_llama: bool) -> dict:
+    """The BPE model that merges to the pieces of a sentencepiece model."""
+    vocab = {sp.id_to_piece(i): i for i in range(sp.get_piece_size())}
+    # transformers' LlamaTokenizer ranks merges by id, and it alone.
+    rank = vocab.get if is_llama else lambda x: (-sp.get_score(vocab[x]), vocab[x])
+    merges = sorted((rank(piece), n, len(piece) - n, piece) for piece in vocab
+                    for n in range(1, len(piece)) if piece[:n] in vocab and piece[n:] in vocab)
+    return dict(vocab=vocab, merges=[[piece[:n], piece[n:]] for _, n, _, piece in merges])
 
 
 @contextlib.contextmanager
