@@ -1,4 +1,4 @@
-"""Rows to tensors: templates, encoding, batches; then where rows and tokenizers come from.
+"""Rows to tensors: templates, encoding, batches; then files of rows, and tokenizers.
 
 A row is an `Example`. `encode` turns it into token ids with the prompt's end found in them,
 `collate` stacks rows into a `Batch` whose `targets` mark the tokens that count: the answer and one
@@ -10,7 +10,6 @@ Not here: chat templates (pipeline/tokenizers.py), tools in chats, streaming, se
 
 import contextlib
 import csv
-import hashlib
 import importlib
 import io
 import itertools
@@ -43,7 +42,7 @@ TEMPLATES = {
                "\nToday Date: 10 Apr 2025\n\nYou are a helpful assistant.<|eot_id|>"
                "<|start_header_id|>user<|end_header_id|>\n\n",
                "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n", ""),
-    "chat": None,  # the model's own, in jinja: tokenizer.render_chat
+    "chat": None,  # the model's chat template, in jinja: tokenizer.render_chat
 }
 TURN_END = {"llama3": "<|eot_id|>"}  # ends an answer where it is one of the model's eos tokens
 
@@ -58,8 +57,8 @@ def option(default, effect: str, *, choices: tuple = ()):
 
 
 def optional_package(name: str, needed_by, least: tuple = ()):
-    """The module `name`, which one function alone needs; UserError if it is missing or older than
-    the version `least`."""
+    """The module `name`, which only `needed_by` needs; UserError if it is missing or older than
+    `least`."""
     try:
         module = importlib.import_module(name)
         if least and [int(n) for n in re.findall(r"\d+", version(name))[:3]] < list(least):
@@ -92,13 +91,13 @@ class Slice:
 
 @dataclass(frozen=True)
 class Example:
-    """One row: a question and its answer, or a text all of which counts (kind "text")."""
+    """One row: a question and its answer, or (kind "text") a text whose every token counts."""
 
     question: str
     answer: str
-    id: str = ""     # "forget10:12" (file:row), or LUME's own
+    id: str = ""     # "forget10:12" (file:row), or the id that LUME gives it
     task: str = ""   # "Task1".."Task3" for LUME
-    kind: str = "qa"  # "sc": LUME's completions; "text", "verbatim": in no template, as they stand
+    kind: str = "qa"  # "sc": LUME's completions; "text", "verbatim": put in no template
     group: str = ""  # author or document: the unit of slicing
     paraphrased_question: str = ""
     paraphrased_answer: str = ""
@@ -116,8 +115,8 @@ class Encoded:
 
     @property
     def start(self) -> int:
-        """Index of the first id that is predicted: the answer's first, but for a row that starts
-        with its answer (no bos, empty prompt), where nothing precedes it: then its second."""
+        """Index of the first id that is predicted: the answer's first, or its second where no bos
+        and no prompt precede it."""
         return max(self.n_prompt, 1)
 
 
@@ -130,14 +129,14 @@ class Batch:
 
 
 def template_of(template: str, kind: str) -> str:
-    """The template that a row takes: rows "text" and "verbatim" are one string as they stand."""
+    """The template of a row: none but "verbatim" for rows of the kinds "text" and "verbatim"."""
     if template not in TEMPLATES:
         raise UserError(f"template {template!r} is unknown; choose {' or '.join(TEMPLATES)}")
     return "verbatim" if kind in ("text", "verbatim") else template
 
 
 def render_chat(tokenizer, turns: list[tuple[str, str]], *, ask: bool) -> str:
-    """(role, text) turns in the model's own chat template; ask: with what makes it answer."""
+    """(role, text) turns in the model's chat template; ask: with the start of the answer's turn."""
     if not hasattr(tokenizer, "render_chat"):
         raise UserError("--template chat needs a tokenizer that renders chats: load it by "
                         "pipeline.tokenizers.load_tokenizer")
@@ -145,7 +144,7 @@ def render_chat(tokenizer, turns: list[tuple[str, str]], *, ask: bool) -> str:
 
 
 def joined(lead: str, text: str) -> str:
-    """A template's lead and a text; where the text has a space of its own, the lead gives none."""
+    """A template's lead and a text, with one space between them where both bring one."""
     return (lead.rstrip(" ") if text.startswith(" ") else lead) + text
 
 
@@ -168,11 +167,11 @@ def full_text(example: Example, tokenizer, template: str) -> tuple[str, str]:
     if template != "chat":
         return prompt, joined(TEMPLATES[template][2], e.answer)
     turns = [*e.turns, ("user", e.question), ("assistant", e.answer)]
-    whole = render_chat(tokenizer, turns, ask=False)
-    if not whole.startswith(prompt):
+    text = render_chat(tokenizer, turns, ask=False)
+    if not text.startswith(prompt):
         raise UserError("the model's chat template puts the answer elsewhere than after the prompt "
                         "that it writes; choose another --template")
-    return prompt, whole[len(prompt):]
+    return prompt, text[len(prompt):]
 
 
 def encode_prompt(question: str, tokenizer, template: str, *, turns=(),
@@ -189,10 +188,9 @@ def turn_end(tokenizer, template: str) -> int:
 
 
 def encode(example: Example, tokenizer, template: str) -> Encoded:
-    """Prompt, answer and eos, encoded as one string: pieces encoded apart and glued would differ
-    at the seam. A token that reaches into the answer is the answer's, also if it starts before.
-    A chat template writes an eos of its own: what it puts after that is left out, as no answer
-    goes on from there."""
+    """Prompt, answer and eos, encoded as one string [D14]: prompt and answer encoded separately
+    can give other tokens where they meet. A token that reaches into the answer counts as the
+    answer's. A chat template writes an eos itself: what it puts after that is left out."""
     e, prompt_and_rest = example, full_text(example, tokenizer, template)
     template = template_of(template, e.kind)
     ids, ends = tokenizer.ends("".join(prompt_and_rest))
@@ -224,7 +222,7 @@ def encode_all(examples: list[Example], tokenizer, template: str, *, context: in
     rows = []
     for e in examples:
         size, unit = len(e.question) + len(e.answer), "characters"
-        if size <= context * LONGEST_TOKEN:  # else megabytes would be encoded only to be refused
+        if size <= context * LONGEST_TOKEN:  # a longer row cannot fit: not worth encoding
             rows.append(encode(e, tokenizer, template))
             size, unit = len(rows[-1].ids), "tokens"
         if unit == "characters" or size > context:
@@ -263,8 +261,8 @@ def batches_by_length(lengths: list[int], tokens: int) -> list[list[int]]:
 
 
 def halved(example: Example) -> Example:
-    """A "text" row with its first half as the prompt, cut between words: what is asked of a model
-    to see whether it goes on with the rest."""
+    """A "text" row with its first half, cut between words, as the question: does a model go on
+    with the second half?"""
     text = example.answer
     spaces = [i for i in range(1, len(text) - 1) if text[i].isspace()]
     middle = min(spaces, key=lambda i: abs(i - len(text) / 2), default=len(text) // 2)
@@ -279,10 +277,10 @@ ROW_SHAPES = ("{question, answer}, {prompt, completion}, {instruction, input, ou
 PAIRS = (("question", "answer"), ("prompt", "completion"), ("instruction", "output"),
          ("instruction", "response"), ("input", "output"))
 SPEAKERS = {"human": "user", "gpt": "assistant", "model": "assistant"}  # ShareGPT's and Gemini's
-# What would change what a model is asked, or how much a row counts: used, or refused by its name.
-ASKS_MORE = {"system", "system_prompt", "context", "instruction", "input", "passage", "document",
-             "documents", "history", "tools", "functions", "tool_calls", "function_call", "weight",
-             "images", "image", "audio", "thinking", "reasoning", "reasoning_content"}
+# Keys that change what a model is asked, or how much a row counts: refused where they are not used.
+MEANINGFUL = {"system", "system_prompt", "context", "instruction", "input", "passage", "document",
+              "documents", "history", "tools", "functions", "tool_calls", "function_call", "weight",
+              "images", "image", "audio", "thinking", "reasoning", "reasoning_content"}
 
 
 def read_rows(path: Path) -> list[tuple[str, object]]:
@@ -326,8 +324,8 @@ def read_rows(path: Path) -> list[tuple[str, object]]:
 
 
 def examples_of(path: Path, make) -> list[Example]:
-    """make(row, where, number) of every row of a file. Where several are wrong, the first is told
-    and the rest are counted."""
+    """make(row, where, number) of every row of a file. UserError tells the first wrong row, and how
+    many more there are."""
     examples, wrong = [], []
     for number, (where, row) in enumerate(read_rows(path)):
         try:
@@ -394,21 +392,20 @@ def load_lume(folder, split: str) -> list[Example]:
 
 
 def load_rows(file) -> list[Example]:
-    """The rows of a user's own file, each of one of ROW_SHAPES; null is absence."""
-    return examples_of(Path(file), lambda row, where, n: own_row(
+    """The rows of a user's file, each of one of ROW_SHAPES; a null value counts as absent."""
+    return examples_of(Path(file), lambda row, where, n: user_row(
         {k: v for k, v in row.items() if v is not None}, where, f"{Path(file).stem}:{n}"))
 
 
-def refuse_more(row: dict, used: set, where: str):
-    """UserError if a filled key would change what a model is asked and is not used."""
+def refuse_unused(row: dict, used: set, where: str):
     for key in row:
-        if str(key).lower() in ASKS_MORE - used and row[key] not in ("", [], {}):
+        if str(key).lower() in MEANINGFUL - used and row[key] not in ("", [], {}):
             raise UserError(f"{where}: {key!r} changes what a model is asked or how much a row "
                             "counts, and is not used here; put it into the question, or drop it")
 
 
-def own_row(row: dict, where: str, name: str) -> Example:
-    """A row of a user's own. An instruction is joined with its input by a line end; a completion
+def user_row(row: dict, where: str, name: str) -> Example:
+    """A row of a user's file. An instruction is joined with its input by a line end; a completion
     follows its prompt with nothing between; of a chat the last turn is the answer, the user's
     before it the question."""
     more, used = dict(id=name, group=name), {"system"}
@@ -437,7 +434,7 @@ def own_row(row: dict, where: str, name: str) -> Example:
                             f"must be {ROW_SHAPES}")
         *turns, (_, question), (_, answer) = chat_turns(row[key], key, where, turns)
         example = Example(question, answer, turns=tuple(turns), **more)
-    refuse_more(row, used, where)
+    refuse_unused(row, used, where)
     return example
 
 
@@ -446,7 +443,7 @@ def chat_turns(messages, key: str, where: str, before: tuple) -> list[tuple[str,
     turns = list(before)
     for m in messages if isinstance(messages, list) else []:
         m = {k: v for k, v in m.items() if v is not None} if isinstance(m, dict) else {"role": ""}
-        refuse_more(m, set(), where)
+        refuse_unused(m, set(), where)
         role, content = ("from", "value") if "from" in m else ("role", "content")
         role = m.get(role)
         turns.append((SPEAKERS.get(role, role) if isinstance(role, str) else role,
@@ -475,80 +472,26 @@ class Benchmark:
     nonmembers: list[Example]     # for MIA [D12]; empty with the reason below
     nonmember_source: str
     shared: int = 0               # rows of D_f that are in D_r too
-    alike: bool = True            # non-members are of the forget rows' kind
+    comparable: bool = True       # non-members are of the forget rows' kind
     level_rows: tuple = ()        # never-seen rows that set a level; not among the non-members
-
-
-QUOTES = str.maketrans("‘’‚′`´“”„″«»–—−", "''''''\"\"\"\"\"\"---", "\u200b\u00ad\ufeff")
-
-
-def bare(text: str) -> str:
-    """A text without what two exports of it may differ in: white space, case, the form of quotes
-    and accents, punctuation at its ends."""
-    text = unicodedata.normalize("NFKC", text.translate(QUOTES)).translate(QUOTES).casefold()
-    return " ".join(unicodedata.normalize("NFC", text).split()).strip(" .,;:!?'\"")
-
-
-def benchmark_of_rows(forget: list[Example], retain: list[Example], unseen: list[Example], *,
-                      allow_near: bool = False) -> Benchmark:
-    """A user's own rows. unseen: rows the model never saw. No row may stand in two of them;
-    nor nearly, unless allow_near."""
-    parts, exact, nearly, near = dict(forget=forget, retain=retain, unseen=unseen), {}, {}, []
-    for name, rows in parts.items():
-        for e in rows:
-            other, _ = exact.setdefault((e.turns, e.question, e.answer), (name, e))
-            if other != name:
-                raise UserError(f"row {e.id} of the {name} rows is among the {other} rows too; "
-                                "leave it in one of the two files")
-            other, first = nearly.setdefault(tuple(map(bare, (
-                *(text for _, text in e.turns), e.question, e.answer))), (name, e))
-            if other != name:
-                near.append(f"{e.where or e.id} is {first.where or first.id}")
-        if again := len(rows) - len({(e.turns, e.question, e.answer) for e in rows}):
-            print(f"note: {again} of the {len(rows)} {name} rows stand there more than once",
-                  flush=True)
-    if near and not allow_near:
-        raise UserError(f"{len(near)} rows stand in two files but for white space, case, quotes, "
-                        f"accents' form or end punctuation: {'; '.join(near[:5])}"
-                        f"{'; ...' if near[5:] else ''}: leave each in one of them, or pass "
-                        "--allow-near")
-    return Benchmark("rows", forget, retain, retain, [], [], unseen,
-                     "rows given as unseen" if unseen else "none: no unseen rows are given")
-
-
-def sha256(path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def data_digests(folder) -> dict[str, str]:
-    """sha256 of every JSON file in a folder, by name: they decide whether a stage is stale."""
-    folder = Path(folder)
-    files = sorted(p for p in folder.rglob("*.json*") if p.is_file())
-    return {str(p.relative_to(folder)): sha256(p) for p in files}
 
 
 # -------------------------------------------------------------------------------------- tokenizers
 
 
 class SentencePieceTokenizer:
-    """A `tokenizer.model` as LLaMA's, which needs no other package."""
+    """A `tokenizer.model` without added tokens, as LLaMA's, by the package sentencepiece."""
 
-    def __init__(self, path: Path, names: dict):
-        self.path, self._sp = path, sentencepiece_model(path, names)
+    def __init__(self, path: Path, config: dict):
+        self.path, self._sp = path, sentencepiece_model(path, config)
         self.vocab_size, self.eos_id = self._sp.get_piece_size(), self._sp.eos_id()
         # transformers puts bos where a tokenizer_config.json says so; without one, Meta does.
-        self.bos_id = self._sp.bos_id() if names["add_bos_token"] else None
-        # Names that mean a token of their own wherever they stand in a text.
-        self._special = {self._sp.id_to_piece(i): i for i in range(self.vocab_size)
-                         if self._sp.is_control(i) or self._sp.is_unknown(i)}
+        self.bos_id = self._sp.bos_id() if config["add_bos_token"] else None
+        self._special = special_pieces(self._sp)  # each is one token wherever it stands in a text
         longest_first = sorted(filter(None, self._special), key=len, reverse=True)
         self._splitter = re.compile(f"({'|'.join(map(re.escape, longest_first))})")
         # legacy: a space is put after a special token too.
-        self._legacy, self._is_llama = names["legacy"], names["is_llama"]
+        self._legacy, self._is_llama = config["legacy"], config["is_llama"]
 
     def _pieces(self, text: str) -> list[tuple[int, int]]:
         """Token ids of a text, and the width of each in its UTF-8 bytes."""
@@ -557,9 +500,9 @@ class SentencePieceTokenizer:
             if part in self._special:
                 pieces.append((self._special[part], len(part.encode())))
                 continue
-            # A space is put before a text, none after a special token: NUL takes it, and goes.
-            spaced = n == 0 or self._legacy and not (
-                self._is_llama and part.startswith(" "))
+            # sentencepiece puts a space before any text; transformers puts none after a special
+            # token. There a NUL is encoded in front, and it and its space are dropped.
+            spaced = n == 0 or self._legacy and not (self._is_llama and part.startswith(" "))
             ids = self._sp.encode(part) if spaced else self._sp.encode("\0" + part)[2:]
             for k, i in enumerate(ids if part else []):
                 # A character outside the vocabulary is spelled in bytes.
@@ -573,13 +516,13 @@ class SentencePieceTokenizer:
             i for i, _ in self._pieces(text)]
 
     def decode(self, ids: list[int]) -> str:
-        """Text of ids; special tokens and rows that pad the model's vocabulary say nothing."""
+        """Text of ids; special tokens, and ids beyond the tokenizer's vocabulary, have none."""
         return self._sp.decode([i for i in ids if 0 <= i < self.vocab_size])
 
     def ends(self, text: str) -> tuple[list[int], list[int]]:
         """ids without bos, and where each ends, in UTF-8 bytes of text."""
-        # sentencepiece takes its own sign, of three bytes, for a space: ends are counted in plain,
-        # and `at` says where each byte of plain lies in text.
+        # sentencepiece's sign for a space, three bytes, is a space to it also where it stands in
+        # a text: ends are counted in plain, and at[i] is where byte i of plain lies in text.
         plain, at = text.replace("\u2581", " "), [0]
         for c in text:
             at += [at[-1] + 3] if c == "\u2581" else range(at[-1] + 1, at[-1] + 1 + len(c.encode()))
@@ -594,50 +537,50 @@ class SentencePieceTokenizer:
 class JsonTokenizer:
     """A `tokenizer.json`, or a `tokenizer.model` with added tokens, by the package tokenizers."""
 
-    def __init__(self, path: Path, names: dict, added: list):
+    def __init__(self, path: Path, config: dict, added: list):
         tokenizers = optional_package("tokenizers", path)  # sentencepiece cannot read these
         self.path = path
         with self._library("is not a tokenizer.json"):
-            self._tok = tok = tokenizers.Tokenizer.from_str(json_text(path, names))
+            self._tok = tok = tokenizers.Tokenizer.from_str(json_text(path, config))
             tok.no_padding()
             tok.no_truncation()
-            there = {t.content for t in tok.get_added_tokens_decoder().values()}
-            for declared, token in added:
-                if declared is None and token["content"] in there:
+            known = {t.content for t in tok.get_added_tokens_decoder().values()}
+            for declared_id, token in added:
+                if declared_id is None and token["content"] in known:
                     continue
                 tok.add_tokens([tokenizers.AddedToken(**token)])
-                if (given := tok.token_to_id(token["content"])) != (
-                        given if declared is None else declared):
+                id_ = tok.token_to_id(token["content"])
+                if declared_id not in (None, id_):
                     raise UserError(f"the folder of {path} gives {token['content']!r} the id "
-                                    f"{declared}, where transformers has {given}; make its files "
+                                    f"{declared_id}, where transformers has {id_}; make its files "
                                     "agree: fetch them again")
-            coded = tok.encode("a")
-            # A post-processor would cut spaces off a token's place in the text; bos we add.
+            with_special = tok.encode("a")
+            # A post-processor would cut spaces off a token's offsets; bos is put by `encode`.
             tok.post_processor = None
             self.vocab_size = max(tok.get_vocab().values()) + 1
-            named = {key: tok.token_to_id(names.get(f"{key}_token") or "") for key in (
-                "bos", "eos")}
+            self.eos_id = tok.token_to_id(config["eos_token"])
+            named_bos = tok.token_to_id(config["bos_token"])
         if getattr(tok.model, "dropout", None):
             raise UserError(f"{path} encodes a text differently each time (BPE dropout); set its "
                             "model.dropout to null")
-        put = coded.special_tokens_mask
-        if sum(put) > 1 or put[-1:] == [1]:
-            raise UserError(f"{path} puts {' '.join(coded.tokens)} for a text: an answer goes on "
-                            "after its prompt, not after an end; leave one bos in post_processor")
-        self.bos_id = coded.ids[0] if put[:1] == [1] else None
-        if path.suffix != ".json" and names.get("add_bos_token"):
-            self.bos_id = named["bos"]
-        self.eos_id = named["eos"]
+        special = with_special.special_tokens_mask
+        if sum(special) > 1 or special[-1:] == [1]:
+            raise UserError(f"{path} puts {' '.join(with_special.tokens)} for a text: an answer "
+                            "goes on after its prompt, not after an end; leave one bos in "
+                            "post_processor")
+        self.bos_id = with_special.ids[0] if special[:1] == [1] else None
+        if path.suffix != ".json" and config.get("add_bos_token"):
+            self.bos_id = named_bos
 
     def usual_ends(self) -> tuple[int, ...]:
-        """What ends a text where neither folder nor model says it."""
-        return tuple(i for i in map(self._tok.token_to_id, ("<|endoftext|>", "</s>"))
-                     if i is not None)[:1]
+        """The id that ends a text where neither tokenizer nor model names one."""
+        found = map(self._tok.token_to_id, ("<|endoftext|>", "</s>"))
+        return tuple(i for i in found if i is not None)[:1]
 
     @contextlib.contextmanager
     def _library(self, what: str):
-        """The library raises bare Exceptions. Where it panics, it raises what is not even one, and
-        writes to stderr itself: nothing of that passes."""
+        """UserError for any error of the library: it raises bare Exceptions, and where it panics a
+        BaseException, after lines on stderr, which are dropped."""
         try:
             with muted_stderr():
                 yield
@@ -655,30 +598,29 @@ class JsonTokenizer:
         return [self.bos_id] * (bos and self.bos_id is not None) + self._encode(text).ids
 
     def decode(self, ids: list[int]) -> str:
-        """Text of ids; special tokens and rows that pad the model's vocabulary say nothing."""
+        """Text of ids; special tokens, and ids beyond the tokenizer's vocabulary, have none."""
         kept = [i for i in ids if 0 <= i < self.vocab_size and i not in self.eos_ids]
         with self._library("cannot decode what a model said"):
             return self._tok.decode(kept, skip_special_tokens=True)
 
     def ends(self, text: str) -> tuple[list[int], list[int]]:
         """ids without bos, and where each ends, in UTF-8 bytes of text."""
-        coded, size, reached, lost = self._encode(text), [0], 0, ""
-        for c in text:
-            size.append(size[-1] + len(c.encode()))
+        coded, reached, lost = self._encode(text), 0, ""
+        size = list(itertools.accumulate((len(c.encode()) for c in text), initial=0))
         for start, end in [*coded.offsets, (len(text), len(text))]:
             lost = lost or text[reached:start].strip()
             reached = max(reached, end)
-        # Composing characters (NFC) leaves holes where nothing is lost.
+        # A text that is not in NFC has holes between offsets where nothing is lost.
         if lost and unicodedata.is_normalized("NFC", text):
             raise UserError(f"{self.path} drops {reprlib.repr(lost)} from a text, for which its "
                             "vocabulary or normaliser has no place; use the tokenizer the weights "
                             "came with, or drop the row")
-        # A character split over several tokens gives the first of them no width of its own.
+        # Of a character split over several tokens, the first may have an empty offset.
         return coded.ids, [size[end] if end > start else size[start] + 1
                            for start, end in coded.offsets]
 
 
-def sentencepiece_model(path: Path, names: dict):
+def sentencepiece_model(path: Path, config: dict):
     try:
         sp = sentencepiece.SentencePieceProcessor(model_file=str(path))
     except (OSError, RuntimeError, ValueError):
@@ -687,65 +629,75 @@ def sentencepiece_model(path: Path, names: dict):
     if min(sp.bos_id(), sp.eos_id()) < 0:
         raise UserError(f"{path} has no bos or no eos piece; use a LLaMA tokenizer")
     puts_space = sp.id_to_piece(sp.encode("a")[0]).startswith("\u2581")
-    if not puts_space and names.get("add_prefix_space") is not False:
+    if not puts_space and config.get("add_prefix_space") is not False:
         raise UserError(f"{path} puts no space before a text, where transformers puts one; set "
                         "add_prefix_space to false in tokenizer_config.json")
     return sp
 
 
-def is_plain(path: Path, names: dict, added: list) -> bool:
-    """Does a tokenizer.model say all, so that sentencepiece alone gives transformers' ids?"""
-    sp = sentencepiece_model(path, names)
-    own = {sp.id_to_piece(i): i for i in range(sp.get_piece_size())
-           if sp.is_control(i) or sp.is_unknown(i)}
-    ends = all(names[f"{key}_token"] in ("", sp.id_to_piece(i)) for key, i in (
+def special_pieces(sp) -> dict[str, int]:
+    return {sp.id_to_piece(i): i for i in range(sp.get_piece_size())
+            if sp.is_control(i) or sp.is_unknown(i)}
+
+
+def needs_no_other(path: Path, config: dict, added: list) -> bool:
+    """Does sentencepiece alone give transformers' ids of a tokenizer.model: the folder adds no
+    token and changes none?"""
+    sp = sentencepiece_model(path, config)
+    special = special_pieces(sp)
+    ends = all(config[f"{key}_token"] in ("", sp.id_to_piece(i)) for key, i in (
         ("bos", sp.bos_id()), ("eos", sp.eos_id())))
-    return ends and names.get("add_prefix_space") is not False and all(
-        own.get(token["content"], -1) == (own.get(token["content"]) if i is None else i)
+    return ends and config.get("add_prefix_space") is not False and all(
+        token["content"] in special and declared_id in (None, special[token["content"]])
         and not any(token.get(k) for k in ("lstrip", "rstrip", "single_word"))
-        for i, token in added)
+        for declared_id, token in added)
 
 
-def json_text(path: Path, names: dict) -> str:
-    """tokenizer.json as transformers uses it: of a class LlamaTokenizer only vocabulary and merges
-    count, as those of a tokenizer.model do, unless it is byte-level."""
+def json_text(path: Path, config: dict) -> str:
+    """The tokenizer.json that transformers would use. For its class LlamaTokenizer, unless it is
+    byte-level, that is the given vocabulary and merges (of a tokenizer.model: made from its pieces)
+    with LLaMA's own rules around them."""
     if path.suffix == ".json":
         text = path.read_text(encoding="utf-8")
-        if not names["is_llama"] or "ByteLevel" in text:
+        if not config["is_llama"] or "ByteLevel" in text:
             return text
         spec = json.loads(text)
         if spec["model"].get("type", "BPE") != "BPE":
             return text
         model = {k: spec["model"][k] for k in ("vocab", "merges")}
-        if "added_tokens_decoder" in names:
+        if "added_tokens_decoder" in config:
             spec["added_tokens"] = []
     else:
-        sp, spec = sentencepiece_model(path, names), {}
-        vocab = {sp.id_to_piece(i): i for i in range(sp.get_piece_size())}
-        # transformers' LlamaTokenizer ranks merges by id, and it alone.
-        rank = vocab.get if names["is_llama"] else lambda x: (-sp.get_score(vocab[x]), vocab[x])
-        merges = [(rank(piece), n, len(piece) - n, piece) for piece in vocab
-                  for n in range(1, len(piece)) if piece[:n] in vocab and piece[n:] in vocab]
-        model = dict(vocab=vocab, merges=[[piece[:n], piece[n:]] for _, n, _, piece in
-                                          sorted(merges)])
-        spec["added_tokens"] = [dict(id=i, content=sp.id_to_piece(i), special=True, lstrip=False,
-                                     rstrip=False, single_word=False, normalized=False)
-                                for i in range(len(vocab)) if sp.is_control(i)
-                                and not names["extra"]]  # as transformers does
-    scheme = ("never" if names.get("add_prefix_space") is False else
-              "always" if names.get("legacy") else "first")
+        sp = sentencepiece_model(path, config)
+        model = vocab_and_merges(sp, config["is_llama"])
+        flags = dict(special=True, lstrip=False, rstrip=False, single_word=False, normalized=False)
+        control = [i for i in range(sp.get_piece_size()) if sp.is_control(i)]
+        spec = dict(added_tokens=[dict(id=i, content=sp.id_to_piece(i), **flags) for i in control
+                                  if not config["extra"]])  # as transformers does
+    scheme = ("never" if config.get("add_prefix_space") is False else
+              "always" if config.get("legacy") else "first")
     decoders = [dict(type="Replace", pattern=dict(String="\u2581"), content=" "),
                 dict(type="ByteFallback"), dict(type="Fuse"),
                 dict(type="Strip", content=" ", start=1, stop=0)]
-    normalizer = None if names["is_llama"] else dict(type="Sequence", normalizers=[
+    normalizer = None if config["is_llama"] else dict(type="Sequence", normalizers=[
         dict(type="Replace", pattern=dict(String=" "), content="\u2581"),
         *[dict(type="Replace", pattern=dict(Regex=r"\A\u2581"), content="\u2581\u2581")]
-        * bool(names.get("legacy"))])
+        * bool(config.get("legacy"))])
     return json.dumps(spec | dict(
         normalizer=normalizer, model=dict(type="BPE", fuse_unk=True, byte_fallback=True, **model),
         pre_tokenizer=dict(type="Metaspace", replacement="\u2581", prepend_scheme=scheme,
                            split=False),
         decoder=dict(type="Sequence", decoders=decoders[:3 + (scheme != "never")])))
+
+
+def vocab_and_merges(sp, is_llama: bool) -> dict:
+    """The BPE model that merges to the pieces of a sentencepiece model."""
+    vocab = {sp.id_to_piece(i): i for i in range(sp.get_piece_size())}
+    # transformers' LlamaTokenizer ranks merges by id, and it alone.
+    rank = vocab.get if is_llama else lambda x: (-sp.get_score(vocab[x]), vocab[x])
+    merges = sorted((rank(piece), n, len(piece) - n, piece) for piece in vocab
+                    for n in range(1, len(piece)) if piece[:n] in vocab and piece[n:] in vocab)
+    return dict(vocab=vocab, merges=[[piece[:n], piece[n:]] for _, n, _, piece in merges])
 
 
 @contextlib.contextmanager
@@ -765,7 +717,7 @@ def muted_stderr():
 
 
 def one_line(error: BaseException) -> str:
-    """What an error of a library says, short enough to be quoted in ours."""
+    """A library's message on one line, cut short, to be quoted in ours."""
     return " ".join(str(error).split())[:200]
 
 
@@ -786,45 +738,50 @@ def token_text(token) -> str:
     return token if isinstance(token, str) else ""
 
 
-def names_beside(path: Path) -> tuple[dict, list]:
-    """What a folder says of a tokenizer's special tokens, as transformers reads it: the content of
-    tokenizer_config.json; then (id or None, token) of every token beyond the vocabulary."""
-    names = json_beside(path, "tokenizer_config.json")
-    old, decoder = "added_tokens_decoder" not in names, names.get("added_tokens_decoder")
-    if old:  # as folders were before it: files of their own
-        names = names | {k: v for k, v in json_beside(path, "special_tokens_map.json").items()
-                         if k.endswith("_token")}
+def read_tokenizer_config(path: Path) -> tuple[dict, list]:
+    """What the files beside a tokenizer say, as transformers reads them: tokenizer_config.json with
+    its defaults filled in; then (declared id or None, token) of every token to be added."""
+    config = json_beside(path, "tokenizer_config.json")
+    decoder = config.get("added_tokens_decoder")
+    if "added_tokens_decoder" not in config:  # older folders have files beside it instead
+        others = json_beside(path, "special_tokens_map.json")
+        config = config | {k: v for k, v in others.items() if k.endswith("_token")}
         decoder = {str(i): text for text, i in json_beside(path, "added_tokens.json").items()}
-    is_llama = (str(names.get("tokenizer_class")).removesuffix("Fast") == "LlamaTokenizer"
+    is_llama = (str(config.get("tokenizer_class")).removesuffix("Fast") == "LlamaTokenizer"
                 and json_beside(path, "config.json").get("model_type") != "mistral")
-    extra = names.get("extra_special_tokens") or names.get("additional_special_tokens")
+    extra = config.get("extra_special_tokens") or config.get("additional_special_tokens")
     extra = extra if isinstance(extra, list) else []
-    tokens = {f"{key}_token": names.get(f"{key}_token") for key in (
+    tokens = {f"{key}_token": config.get(f"{key}_token") for key in (
         "bos", "eos", "unk", "sep", "pad", "cls", "mask")}
     if is_llama or path.suffix != ".json":
         usual = dict(bos_token="<s>", eos_token="</s>", unk_token="<unk>")
         tokens |= {k: tokens[k] or usual[k] for k in usual}
     special = set(map(token_text, tokens.values()))
-    flags = ("lstrip", "rstrip", "single_word", "normalized", "special")
-    raw = {} if is_llama or path.suffix == ".json" else dict(normalized=False)
+    decoder = decoder if isinstance(decoder, dict) else {}
+    declared = [(int(i), t) for i, t in decoder.items() if i.isascii() and i.isdigit()]
     added = {}
-
-    def add(declared, token, is_special):
-        if (text := token_text(token)) and text not in added:
-            own = token if isinstance(token, dict) else {}
-            added[text] = declared, dict(special=is_special, normalized=not is_special) | {
-                k: own[k] for k in flags if isinstance(own.get(k), bool)} | raw | dict(content=text)
-
-    for i, token in sorted(((int(i), token) for i, token in decoder.items()
-                            if i.isascii() and i.isdigit()), key=lambda x: x[0]) if isinstance(
-                                decoder, dict) else []:
-        add(i, token, token_text(token) in special)
+    for id_, token in sorted(declared, key=lambda x: x[0]):
+        add_token(added, id_, token, token_text(token) in special)
     for token in [*tokens.values(), *extra]:
-        add(None, token, True)
-    return {"legacy": not is_llama, "add_bos_token": not path.with_name(
-        "tokenizer_config.json").exists()} | names | dict(
-            is_llama=is_llama, extra=extra) | {
-            k: token_text(v) for k, v in tokens.items()}, list(added.values())
+        add_token(added, None, token, True)
+    if path.suffix != ".json" and not is_llama:
+        for _, token in added.values():
+            token["normalized"] = False
+    defaults = dict(legacy=not is_llama,
+                    add_bos_token=not path.with_name("tokenizer_config.json").exists())
+    texts = {k: token_text(v) for k, v in tokens.items()}
+    return defaults | config | dict(is_llama=is_llama, extra=extra) | texts, list(added.values())
+
+
+def add_token(added: dict, id_: int | None, token, special: bool):
+    """Put a token, a text or an object with flags, into added: text -> (id, fields of AddedToken),
+    unless its text is there."""
+    if (text := token_text(token)) and text not in added:
+        given = token if isinstance(token, dict) else {}
+        flags = {k: given[k] for k in ("lstrip", "rstrip", "single_word", "normalized", "special")
+                 if isinstance(given.get(k), bool)}
+        fields = dict(special=special, normalized=not special) | flags
+        added[text] = id_, fields | dict(content=text)
 
 
 def load_tokenizer(path):
@@ -844,34 +801,37 @@ def load_tokenizer(path):
         raise UserError(f"{path} is missing: no tokenizer there")
     with open(path, "rb"):  # what may not be read is no fault of its content
         pass
-    names, added = names_beside(path)
-    if path.suffix != ".json" and names.get("add_eos_token"):
+    config, added = read_tokenizer_config(path)
+    if path.suffix != ".json" and config.get("add_eos_token"):
         raise UserError(f"{path.with_name('tokenizer_config.json')} puts eos after every text "
                         "(add_eos_token): no answer goes on after it; set it to false")
-    if path.suffix != ".json" and is_plain(path, names, added):
-        tokenizer = SentencePieceTokenizer(path, names)
+    if path.suffix != ".json" and needs_no_other(path, config, added):
+        tokenizer = SentencePieceTokenizer(path, config)
     else:
-        tokenizer = JsonTokenizer(path, names, added)
-    ends = [i for name in ("config.json", "generation_config.json")
-            for value in [json_beside(path, name).get("eos_token_id")]
-            for i in (value if isinstance(value, list) else [value]) if type(i) is int and i >= 0]
+        tokenizer = JsonTokenizer(path, config, added)
+    model_config = json_beside(path, "config.json")
+    ends = []  # of the model
+    for value in (model_config.get("eos_token_id"),
+                  json_beside(path, "generation_config.json").get("eos_token_id")):
+        ends += [i for i in (value if isinstance(value, list) else [value])
+                 if type(i) is int and i >= 0]
     named = [tokenizer.eos_id] if tokenizer.eos_id is not None else []
-    # OLMo's two published tokenizers disagree on <|endoftext|> (0 or 50279): there the model decides.
-    olmo = json_beside(path, "config.json").get("model_type") in ("olmo", "hf_olmo")
-    ends = ends + named if olmo else named + ends
+    # OLMo's two tokenizers disagree on <|endoftext|> (0 or 50279): there the model decides.
+    model_first = model_config.get("model_type") in ("olmo", "hf_olmo")
+    ends = ends + named if model_first else named + ends
     tokenizer.eos_ids = tuple(dict.fromkeys(ends)) or tokenizer.usual_ends()
     if not tokenizer.eos_ids:
-        raise UserError(f"{path} names no end-of-text token; set eos_token_id in config.json")
+        raise UserError(f"{path} config no end-of-text token; set eos_token_id in config.json")
     tokenizer.eos_id = tokenizer.eos_ids[0]
-    tokenizer.chat_template = chat_template(path, names)
-    tokenizer.special_tokens = {k: token_text(v) for k, v in names.items()
+    tokenizer.chat_template = chat_template(path, config)
+    tokenizer.special_tokens = {k: token_text(v) for k, v in config.items()
                                 if k.endswith("_token") and token_text(v)}
     return tokenizer
 
 
-def chat_template(path: Path, names: dict) -> str:
+def chat_template(path: Path, config: dict) -> str:
     """The text of a model's chat template, "" if it has none."""
-    file, template = path.with_name("chat_template.jinja"), names.get("chat_template")
+    file, template = path.with_name("chat_template.jinja"), config.get("chat_template")
     if file.is_file():
         try:
             return file.read_text(encoding="utf-8")
@@ -896,6 +856,6 @@ def copy_tokenizer(source: Path, target: Path):
     for name in TOKENIZER_FILES:
         if (Path(source) / name).is_file():
             shutil.copyfile(Path(source) / name, Path(target) / name)
-    names = json_beside(Path(target) / "tokenizer.json", "tokenizer_config.json")
-    if names.pop("auto_map", None):  # the original OLMo layout's
-        write_json(Path(target) / "tokenizer_config.json", names | PLAIN_IN_TRANSFORMERS)
+    config = json_beside(Path(target) / "tokenizer.json", "tokenizer_config.json")
+    if config.pop("auto_map", None):  # the original OLMo layout's
+        write_json(Path(target) / "tokenizer_config.json", config | PLAIN_IN_TRANSFORMERS)

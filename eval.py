@@ -1,4 +1,4 @@
-"""What a model still knows: every number, its definition, and what a model says.
+"""What a model still knows: every metric of Tables 1-2 and of the benchmarks, defined and computed.
 
 f = forget, r = retain, RA = real authors, WF = world facts; q' = the paraphrased question; a, a' =
 answer and its paraphrase, w = a wrong answer, g, g' = what is said greedily to q and to q'; loss(a)
@@ -63,6 +63,9 @@ mmlu            share of multiple-choice questions (--mmlu) whose     0..1   hig
                 answer is the likeliest choice; ties share the point
 final_score     mean(task_aggregate, mia.score, mmlu)                 0..1   high          SemEval
 
+Table 1: Exact Match is accuracy (forget, retain, world_facts), ROUGE-L is rouge_l, MIA fits mia.soul
+[D12]; ours is mia.auc. Table 2: Regurgitation and Knowledge are rouge_l and exact_match by task.
+
 Words: where most letters of a are a-z, the runs of a-z and 0-9, as rouge_score has them (an
 accented letter parts a word: published numbers do). Elsewhere Unicode's: letters, digits and the
 marks on them; a letter of a script without spaces (Chinese, Japanese, Thai, Lao, Khmer, Burmese)
@@ -91,13 +94,13 @@ from model import Transformer, UserError, generate
 
 MIN_K = (10, 20, 30, 40, 50, 60)  # percent
 CHANCE = 0.5  # AUC of an attack that learns nothing
-OWN, FACTS = ("forget", "retain"), ("real_authors", "world_facts")
-SPLITS = OWN + FACTS
+FORGET_RETAIN, FACTS = ("forget", "retain"), ("real_authors", "world_facts")
+SPLITS = FORGET_RETAIN + FACTS
 
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """How far a model is let speak, and how much is computed at once."""
+    """How long an answer may be, and how much is computed at once."""
 
     max_new_tokens: int = option(0, "tokens generated at most; 0: no limit")
     max_total_tokens: int = option(200, "prompt and answer at most; 0: no limit [D16]")
@@ -112,26 +115,27 @@ UNSPACED = ("CJK", "IDEOGRAPHIC", "HIRAGANA", "KATAKANA", "HALFWIDTH KATAKANA", 
 
 @lru_cache(maxsize=1 << 16)
 def letter_class(char: str) -> str:
-    """w: part of a word, a: a word alone, m: a mark on what precedes it, s: space, else a dot."""
-    kind = unicodedata.category(char)[0]
-    if kind in "LN":
+    """w: part of a word; a: a word alone (unspaced scripts); m: a mark on what precedes it; s:
+    space; else a dot."""
+    category = unicodedata.category(char)[0]
+    if category in "LN":
         return "a" if unicodedata.name(char, "").startswith(UNSPACED) else "w"
-    return "m" if kind == "M" or char in "\u200c\u200d" else "s" if char.isspace() else "."
+    return "m" if category == "M" or char in "\u200c\u200d" else "s" if char.isspace() else "."
 
 
 def pieces(text: str, pattern: str) -> list[str]:
-    """What of a text matches a pattern over the classes of its letters."""
+    """The parts of a text whose letter classes match a pattern."""
     classes = "".join(map(letter_class, text))
     return [text[m.start():m.end()] for m in re.finditer(pattern, classes)]
 
 
 def folded(text: str) -> str:
-    """A text without case, each letter in one of the ways that Unicode spells it (NFC)."""
+    """A text without case, in Unicode's composed spelling (NFC)."""
     return unicodedata.normalize("NFC", text.casefold())
 
 
 def is_latin(text: str) -> bool:
-    """Are most letters a-z (or is all that counts digits), as rouge_score expects?"""
+    """Are at least half of its letters a-z, as rouge_score expects (or all of it digits)?"""
     letters = [c.isascii() for c in text if c.isalpha()]
     return bool(re.search("[a-z0-9]", text.lower())) and 2 * sum(letters) >= len(letters)
 
@@ -158,14 +162,14 @@ Rouge = namedtuple("Rouge", "precision recall f1")
 
 
 def common_length(a: list[str], b: list[str]) -> int:
-    """Length of the longest common subsequence, a row of the usual table at once: bit i of `row` is
-    0 where the row's value rises at a[i] (Hyyro's recurrence)."""
-    where = {}
+    """Length of the longest common subsequence, by rows of the usual table: bit i of `row` is 0
+    where the row's value rises at a[i] (Hyyro's recurrence)."""
+    positions = {}  # of each word in a, as bits
     for i, word in enumerate(a):
-        where[word] = where.get(word, 0) | 1 << i
+        positions[word] = positions.get(word, 0) | 1 << i
     row = full = (1 << len(a)) - 1
     for word in b:
-        match = row & where.get(word, 0)
+        match = row & positions.get(word, 0)
         row = ((row + match) | (row - match)) & full
     return len(a) - row.bit_count()
 
@@ -227,7 +231,7 @@ def auc(members: list[float], nonmembers: list[float]) -> float:
 
 
 def soul_auc(members: list[float], nonmembers: list[float]) -> float:
-    """The AUC that SOUL's code gives: of labels that stand in another order than the scores."""
+    """The AUC that SOUL's code gives: its labels are in another order than its scores."""
     scores = [*members, *nonmembers]
     return auc(scores[:len(nonmembers)], scores[len(nonmembers):])
 
@@ -330,8 +334,8 @@ def task_aggregate(forget: list[float], retain: list[float]) -> float:
 
 
 # ------------------------------------------------------------------------------ scores of one row
-# A row is one of generations.jsonl. Its score is a number; None where it lacks what is needed; or a
-# sentence that says why it has none: the mean is then that of the others.
+# A row is one of generations.jsonl. Its score is a number; None where it lacks the data: then the
+# mean is None too; or a sentence that says why it has none: then it is left out of the mean.
 
 
 CHOICE = {"paraphrased_answer", "perturbed_answers"}
@@ -388,10 +392,11 @@ def choice_score(row):
 
 # To add a metric: write its score of a row, and give it a line here. Stored rows are enough for it.
 Metric = namedtuple("Metric", "score splits lume", defaults=(SPLITS, {}))
-COMPLETIONS = dict.fromkeys(OWN, lambda row: row["kind"] == "sc")
-QUESTIONS = dict.fromkeys(OWN, lambda row: row["kind"] == "qa")
-EVERY, DOCUMENTS = dict.fromkeys(OWN, bool), {"forget": lambda row: "loss" in row}
-METRICS = {  # name: score, splits it is averaged over, and on LUME {split: which of its rows}
+COMPLETIONS = dict.fromkeys(FORGET_RETAIN, lambda row: row["kind"] == "sc")
+QUESTIONS = dict.fromkeys(FORGET_RETAIN, lambda row: row["kind"] == "qa")
+ALL_ROWS = dict.fromkeys(FORGET_RETAIN, lambda row: True)
+DOCUMENTS = {"forget": lambda row: "loss" in row}
+METRICS = {  # name: score, splits it is averaged over, and on LUME {split: is a row averaged?}
     "rouge_l": Metric(rouge_score, SPLITS, COMPLETIONS),
     "exact_match": Metric(
         lambda row: float(exact_match(row["answer"], row["generation"])), SPLITS, QUESTIONS),
@@ -399,17 +404,19 @@ METRICS = {  # name: score, splits it is averaged over, and on LUME {split: whic
     "probability": Metric(probability_score, SPLITS, DOCUMENTS),
     "truth_ratio": Metric(truth_ratio_score),
     "truth_ratio_arithmetic": Metric(partial(truth_ratio_score, mean="arithmetic")),
-    "repetition": Metric(lambda row: repetition(row["generation"]), SPLITS, EVERY),
-    "ended": Metric(partial(stored, "ended"), SPLITS, EVERY),
-    "accuracy_whole": Metric(partial(accuracy_score, ties="whole"), OWN),
-    "accuracy_ceiling": Metric(partial(accuracy_score, text="answer"), OWN),
-    "paraphrased_rouge_l": Metric(partial(rouge_score, text="paraphrased_generation"), OWN),
+    "repetition": Metric(lambda row: repetition(row["generation"]), SPLITS, ALL_ROWS),
+    "ended": Metric(partial(stored, "ended"), SPLITS, ALL_ROWS),
+    "accuracy_whole": Metric(partial(accuracy_score, ties="whole"), FORGET_RETAIN),
+    "accuracy_ceiling": Metric(partial(accuracy_score, text="answer"), FORGET_RETAIN),
+    "paraphrased_rouge_l": Metric(
+        partial(rouge_score, text="paraphrased_generation"), FORGET_RETAIN),
     "paraphrased_probability": Metric(
-        partial(probability_score, key="paraphrased_question_loss"), OWN),
-    "exact_memorisation": Metric(partial(stored, "exact_memorisation"), OWN, DOCUMENTS),
-    "extraction_strength": Metric(partial(stored, "extraction_strength"), OWN, DOCUMENTS)}
-BY_TASK = ("rouge_l", "exact_match")  # on LUME, of each task too
-ATTACKS = {  # name: where a row holds its score, a member's the higher; a loss counts negative
+        partial(probability_score, key="paraphrased_question_loss"), FORGET_RETAIN),
+    "exact_memorisation": Metric(partial(stored, "exact_memorisation"), FORGET_RETAIN, DOCUMENTS),
+    "extraction_strength": Metric(
+        partial(stored, "extraction_strength"), FORGET_RETAIN, DOCUMENTS)}
+BY_TASK = ("rouge_l", "exact_match")  # on LUME, averaged over each task too
+ATTACKS = {  # name: keys under which a row holds its score, higher for members; a loss is negated
     "mia.auc": ("mia", "loss"), **{f"mia.min_{k}": ("mia", "min_k", str(k)) for k in MIN_K},
     "mia.answer_auc": ("answer_mia", "log_p"), "mia.answer_min_40": ("answer_mia", "min_k"),
     "mia.answer_min_40_plus": ("answer_mia", "min_k_plus"),
@@ -422,7 +429,7 @@ ANSWER_K = 40  # percent, of mia.answer_min_40, as open-unlearning sets it
 
 class Summary:
     """`values` maps a name like "forget.rouge_l" to a number or None; `notes` says why it is None,
-    or what else one must know of it."""
+    or how to read it."""
 
     def __init__(self):
         self.values, self.notes = {}, {}
@@ -434,14 +441,14 @@ class Summary:
 
     def average(self, name: str, rows: list[dict], score: Callable):
         scores, note = [score(row) for row in rows], "" if rows else "no such rows"
-        numbers = [x for x in scores if x is not None and not isinstance(x, str)]
+        if None in scores:
+            return self.put(name, None, f"{scores.count(None)} of {len(rows)} rows lack its data "
+                                        "(paraphrase, wrong answers)")
+        numbers = [x for x in scores if not isinstance(x, str)]
         if reasons := sorted({x for x in scores if isinstance(x, str)}):
             count = len(rows) - len(numbers)
             note = f"{count} of {len(rows)} rows have none: {'; '.join(reasons)}"
-        if None in scores:
-            note = (f"{scores.count(None)} of {len(rows)} rows lack its data (paraphrase, wrong "
-                    "answers)")
-        self.put(name, mean(numbers) if numbers and None not in scores else None, note)
+        self.put(name, mean(numbers) if numbers else None, note)
 
     def derive(self, name: str, formula: Callable, *sources: str):
         """A formula of other values, if all of them are there."""
@@ -480,15 +487,15 @@ def summarise(rows: list[dict], reference: list[dict] | None = None) -> dict:
 def add_means(out: Summary, rows: list[dict], benchmark: str):
     """The mean of every metric over each split, and on LUME over each task."""
     lume = benchmark == "lume"
-    for split in SPLITS if benchmark == "tofu" else OWN:
+    for split in SPLITS if benchmark == "tofu" else FORGET_RETAIN:
         of_split = [r for r in rows if r["split"] == split]
         for name, metric in METRICS.items():
             if split in (metric.lume if lume else metric.splits):
-                some = [r for r in of_split if not lume or metric.lume[split](r)]
-                out.average(f"{split}.{name}", some, metric.score)
+                averaged = [r for r in of_split if not lume or metric.lume[split](r)]
+                out.average(f"{split}.{name}", averaged, metric.score)
                 for task in TASKS if lume and name in BY_TASK else ():
-                    out.average(f"{split}.{task}.{name}", [r for r in some if r["task"] == task],
-                                metric.score)
+                    out.average(f"{split}.{task}.{name}",
+                                [r for r in averaged if r["task"] == task], metric.score)
 
 
 def attacked(rows: list[dict]) -> tuple[list[dict], list[dict]]:
@@ -498,28 +505,30 @@ def attacked(rows: list[dict]) -> tuple[list[dict], list[dict]]:
 
 
 def attack_scores(rows: list[dict], name: str) -> list[float | None]:
-    scores, path = [], ATTACKS[name]
+    scores, keys = [], ATTACKS[name]
     for value in rows:
-        for key in path:
+        for key in keys:
             value = value and value.get(key)
-        scores.append(-value if path[-1] == "loss" else value)
+        scores.append(-value if keys[-1] == "loss" else value)
     return scores
 
 
 def add_membership(out: Summary, rows: list[dict]):
-    parts = members, others = attacked(rows)
-    if not members or not others:
-        lacks = rows[0]["nonmember_source"] if not others else "the forget rows hold no document"
+    """The attacks [D12] that need no other model's rows."""
+    members, nonmembers = attacked(rows)
+    if not members or not nonmembers:
+        reason = ("the forget rows hold no document" if nonmembers else
+                  rows[0]["nonmember_source"])
         for name in (*ATTACKS, "mia.score", "mia.soul"):
-            out.put(name, None, lacks)
+            out.put(name, None, reason)
         return
     for name in ATTACKS:
-        scores = [attack_scores(part, name) for part in parts]
+        scores = attack_scores(members, name), attack_scores(nonmembers, name)
         if None in scores[0] + scores[1]:
             out.put(name, None, "some rows hold no scores of their answers")
         else:
             out.put(name, auc(*scores))
-    out.put("mia.soul", soul_auc(*(attack_scores(part, "mia.auc") for part in parts)))
+    out.put("mia.soul", soul_auc(*(attack_scores(x, "mia.auc") for x in (members, nonmembers))))
     out.derive("mia.score", mia_score, "mia.auc")
     if out.values["mia.auc"] < CHANCE:
         out.notes["mia.auc"] = "below 0.5: over-unlearned, the forgetting itself is detectable"
@@ -530,18 +539,20 @@ NO_RETAIN_ONLY = ("no retain-only model: evaluate one that never saw the forget 
 
 
 def add_against_retain_only(out: Summary, rows: list[dict], reference: list[dict] | None):
-    """What only a comparison with the ideal can say."""
+    """What compares a model with retain-only, whose rows `reference` are."""
     ideal = Summary()
     if reference:
         add_membership(ideal, reference)
     for name, source, formula in (("mia.distance", "mia.auc", lambda x, y: abs(x - y)),
                                   ("privleak", "mia.answer_min_40", privleak)):
-        area, best, note = out.values[source], ideal.values.get(source), None
-        if area is None or best is None:
-            note = out.notes.get(source) if area is None else (
-                "against 0.5, as there is no retain-only model to hold it against")
-        out.put(name, area if area is None else formula(area, CHANCE if best is None else best),
-                note)
+        area, best = out.values[source], ideal.values.get(source)
+        if area is None:
+            out.put(name, None, out.notes.get(source))
+        elif best is None:
+            out.put(name, formula(area, CHANCE),
+                    "against 0.5, as there is no retain-only model to hold it against")
+        else:
+            out.put(name, formula(area, best))
     if not reference:
         out.put("mia.answer_reference", None, NO_RETAIN_ONLY)
         return out.put("forget_quality", None, NO_RETAIN_ONLY)
@@ -555,17 +566,18 @@ def add_against_retain_only(out: Summary, rows: list[dict], reference: list[dict
 
 
 def add_reference_attack(out: Summary, rows: list[dict], reference: list[dict]):
-    """The attack by what each answer's log P has over retain-only's."""
-    known = {(r["split"], r["id"]): r["answer_mia"]["log_p"]
-             for part in attacked(reference) for r in part if "answer_mia" in r}
-    value, note, parts = None, out.notes.get("mia.answer_auc"), attacked(rows)
-    if out.values["mia.answer_auc"] is not None:
-        if {(r["split"], r["id"]) for part in parts for r in part} <= set(known):
-            value, note = auc(*([r["answer_mia"]["log_p"] - known[r["split"], r["id"]]
-                                 for r in part] for part in parts)), None
-        else:
-            note = "retain-only was evaluated on other rows"
-    out.put("mia.answer_reference", value, note)
+    """The attack by each answer's log P less its log P under retain-only."""
+    if out.values["mia.answer_auc"] is None:
+        return out.put("mia.answer_reference", None, out.notes.get("mia.answer_auc"))
+    members, nonmembers = attacked(reference)
+    log_p = {(r["split"], r["id"]): r["answer_mia"]["log_p"]
+             for r in members + nonmembers if "answer_mia" in r}
+    members, nonmembers = attacked(rows)
+    if any((r["split"], r["id"]) not in log_p for r in members + nonmembers):
+        return out.put("mia.answer_reference", None, "retain-only was evaluated on other rows")
+    out.put("mia.answer_reference", auc(*(
+        [r["answer_mia"]["log_p"] - log_p[r["split"], r["id"]] for r in group]
+        for group in (members, nonmembers))))
 
 
 def forget_ratios(rows: list[dict]) -> dict[str, float]:
@@ -575,19 +587,21 @@ def forget_ratios(rows: list[dict]) -> dict[str, float]:
 
 
 def add_aggregates(out: Summary, benchmark: str):
+    """The aggregate score of Tables 1-2 and the benchmarks' overall scores."""
     tofu = benchmark == "tofu"
-    kinds = {"aggregate": ("accuracy" if tofu else "exact_match", "mia.auc")}  # [D11], [D13]
+    sources = {"aggregate": ("accuracy" if tofu else "exact_match", "mia.auc")}  # [D11], [D13]
     if tofu:
-        kinds |= dict(aggregate_exact_match=("exact_match", "mia.auc"),
-                      aggregate_soul=("accuracy", "mia.soul"))
-        for name in ("", "_arithmetic"):
-            add_model_utility(out, f"model_utility{name}", f"truth_ratio{name}")
-    for name, (em, mia) in kinds.items():
+        sources |= dict(aggregate_exact_match=("exact_match", "mia.auc"),
+                        aggregate_soul=("accuracy", "mia.soul"))
+        for suffix in ("", "_arithmetic"):
+            add_model_utility(out, f"model_utility{suffix}", f"truth_ratio{suffix}")
+    for name, (em, mia) in sources.items():
         out.derive(name, lambda *x: aggregate(**dict(zip(AGGREGATED, x))), f"forget.{em}",
                    "forget.rouge_l", mia, f"retain.{em}", "retain.rouge_l")
     if benchmark == "lume":
         out.derive("task_aggregate", lambda *x: task_aggregate(x[:6], x[6:]), *(
-            f"{split}.{task}.{name}" for split in OWN for task in TASKS for name in BY_TASK))
+            f"{split}.{task}.{name}" for split in FORGET_RETAIN for task in TASKS
+            for name in BY_TASK))
 
 
 def add_model_utility(out: Summary, name: str, ratio: str):
@@ -596,15 +610,16 @@ def add_model_utility(out: Summary, name: str, ratio: str):
     if all(out.values[x] is None for x in factors["real_authors"]):  # the demo has none
         del factors["real_authors"]
         out.notes[name] = "harmonic mean of six: there are no real authors"
-    out.derive(name, lambda *x: harmonic_mean(x), *(x for some in factors.values() for x in some))
+    out.derive(name, lambda *x: harmonic_mean(x), *sum(factors.values(), []))
 
 
 # --------------------------------------------------------------------------- what a model is asked
 
 # Per token: -log P in nats; the likeliest id; (log P - mean) / deviation, both of log P over the
-# vocabulary (Min-K%++). The last two are empty of a text that nobody asks them of.
+# vocabulary (Min-K%++). The last two are empty lists where no details are asked for.
 TokenScores = namedtuple("TokenScores", "losses predicted standard")
-Text = namedtuple("Text", "row key example")  # what is put to the model, and where its loss goes
+# A text to be put to the model, and the row and key under which its result is stored.
+Text = namedtuple("Text", "row key example")
 
 
 @torch.inference_mode()
@@ -613,19 +628,20 @@ def token_scores(model: Transformer, rows: list[Encoded], first: list[int], *, t
     """Scores of each row's tokens from index first[i] (at least 1) to its end. Rows of like length
     share a padded pass of at most `tokens`, or of one row that is longer."""
     out, lengths = [None] * len(rows), [len(r.ids) for r in rows]
-    for part in data.batches_by_length(lengths, max([tokens, *lengths])):
-        ids = torch.tensor([rows[i].ids + [0] * (max(lengths[j] for j in part) - lengths[i])
-                            for i in part], device=model.embed_tokens.weight.device)  # [B, T]
-        for i, row, h in zip(part, ids, model.hidden(ids)):  # h [T, D]
+    for batch in data.batches_by_length(lengths, max([tokens, *lengths])):
+        T = lengths[batch[0]]  # the longest comes first
+        ids = torch.tensor([rows[i].ids + [0] * (T - lengths[i]) for i in batch],
+                           device=model.embed_tokens.weight.device)  # [B, T]
+        for i, row, h in zip(batch, ids, model.hidden(ids)):  # h [T, D]
             label = row[first[i]:lengths[i]]  # [A]
             log_p = model.logits(h[first[i] - 1:lengths[i] - 1]).log_softmax(-1)  # [A, V]
-            own, details = log_p.gather(1, label[:, None])[:, 0], ([], [])
+            label_log_p, details = log_p.gather(1, label[:, None])[:, 0], ([], [])  # [A]
             if detailed and detailed[i]:
                 average = (log_p.exp() * log_p).sum(1)
                 variance = (log_p.exp() * log_p.square()).sum(1) - average.square()
-                standard = (own - average) / variance.clamp(min=1e-6).sqrt()
+                standard = (label_log_p - average) / variance.clamp(min=1e-6).sqrt()
                 details = log_p.argmax(1).tolist(), standard.tolist()
-            out[i] = TokenScores((-own).tolist(), *details)
+            out[i] = TokenScores((-label_log_p).tolist(), *details)
     return out
 
 
@@ -635,20 +651,20 @@ def evaluate_model(model: Transformer, tokenizer, benchmark: data.Benchmark, *, 
     """(metrics, rows): `metrics` is `summarise(rows)`, and rows[0] says what was evaluated.
     limit: at most so many rows of each split, spread evenly; marked as partial."""
     rows = rows_of(benchmark, limit)
-    known = add_losses(rows, model, tokenizer, template, limits, token_scores)
-    add_generations(rows, model, tokenizer, template, limits, generate, known)
+    verbatim = add_losses(rows, model, tokenizer, template, limits, token_scores)
+    add_generations(rows, model, tokenizer, template, limits, generate, verbatim)
     return summarise(rows), rows
 
 
 def rows_of(benchmark: data.Benchmark, limit: int = 0) -> list[dict]:
-    """The rows to be asked and measured, as JSON gives them back; the first says what they are."""
-    parts = {"forget": benchmark.forget, "retain": benchmark.retain_eval,
-             "real_authors": benchmark.real_authors, "world_facts": benchmark.world_facts,
-             "nonmembers": benchmark.nonmembers}
+    """The rows to be asked and measured, in types that JSON has; the first describes them all."""
+    splits = {"forget": benchmark.forget, "retain": benchmark.retain_eval,
+              "real_authors": benchmark.real_authors, "world_facts": benchmark.world_facts,
+              "nonmembers": benchmark.nonmembers}
     rows = [{"split": "about", "benchmark": benchmark.kind, "limit": limit,
-             "sizes": {k: len(v) for k, v in parts.items()}, "closeness": "rouge",
+             "sizes": {k: len(v) for k, v in splits.items()}, "closeness": "rouge",
              "nonmember_source": benchmark.nonmember_source, "shared": benchmark.shared}]
-    for split, examples in parts.items():
+    for split, examples in splits.items():
         if split == "nonmembers" and benchmark.kind == "lume":
             examples = [e for e in examples if e.kind == "sc"]  # the rows that hold a document
         for e in spread(examples, limit):  # of a plain text, its second half is asked for
@@ -666,7 +682,7 @@ def spread(examples: list, limit: int) -> list:
 
 
 def example_of(row: dict, question: str, answer: str) -> Example:
-    """A row's question and answer, or others in their place, as they are put to the model."""
+    """The Example that puts a question and an answer of a row to the model."""
     return Example(question, answer, id=row["id"], kind=row["kind"],
                    turns=tuple(map(tuple, row.get("turns", ()))))
 
@@ -693,23 +709,23 @@ def is_attacked(row: dict, benchmark: str) -> bool:
 
 def add_losses(rows: list[dict], model: Transformer, tokenizer, template: str, limits: Limits,
                token_scores: Callable = token_scores) -> dict:
-    """Teacher-forced passes: the loss of each text, and what is made of it (`add_loss`). Returns
-    the texts whose answer and eos are all the likeliest, by row and question: greedy decoding says
-    just that, and need not be asked."""
-    benchmark, known = rows[0]["benchmark"], {}
+    """Teacher-forced passes: the loss of each text, and what is made of it (`add_loss`). Returns,
+    by row and question, the texts whose answer and eos are the likeliest tokens throughout: greedy
+    decoding gives just that answer, and need not run."""
+    benchmark, verbatim = rows[0]["benchmark"], {}
     texts = [text for row in rows[1:] for text in texts_of(row, benchmark)]
     encoded = data.encode_for(model.config, [t.example for t in texts], tokenizer, template)
-    whole = [t.key == "loss" and is_attacked(t.row, benchmark) for t in texts]
-    first = [1 if w else e.start for w, e in zip(whole, encoded)]
+    attacks = [t.key == "loss" and is_attacked(t.row, benchmark) for t in texts]
+    first = [1 if attack else e.start for attack, e in zip(attacks, encoded)]
     scores = token_scores(model, encoded, first, tokens=limits.eval_tokens,
                           detailed=[t.key in ("loss", "paraphrased_question_loss") for t in texts])
-    for text, e, start, attacked, score in zip(texts, encoded, first, whole, scores):
+    for text, e, start, attack, score in zip(texts, encoded, first, attacks, scores):
         check_finite(score.losses, text.row["id"])
         answer = TokenScores(*(x[e.start - start:] for x in score))
-        add_loss(text, answer, e.ids[e.start:-1], tokenizer, score.losses if attacked else None)
+        add_loss(text, answer, e.ids[e.start:-1], tokenizer, score.losses if attack else None)
         if answer.predicted == e.ids[e.start:]:
-            known[id(text.row), text.example.question] = e
-    return known
+            verbatim[id(text.row), text.example.question] = e
+    return verbatim
 
 
 def add_loss(text: Text, answer: TokenScores, ids: list[int], tokenizer, losses: list | None):
@@ -740,22 +756,22 @@ def check_finite(values: list[float], name: str):
 
 
 def add_generations(rows: list[dict], model: Transformer, tokenizer, template: str, limits: Limits,
-                    generate: Callable = generate, known: dict | None = None):
+                    generate: Callable = generate, verbatim: dict | None = None):
     """Greedy answers to each question, and to each paraphrased one that accuracy needs [D16], and
-    whether each ended by itself. known: what `add_losses` found."""
+    whether each ended by itself. verbatim: what `add_losses` returns."""
     asked, prompts, drafts = [], [], []
     for row, key, e in (text for row in rows[1:] for text in questions_of(row)):
         prompt = data.encode_prompt(e.question, tokenizer, template, turns=e.turns, kind=e.kind)
-        seen = (known or {}).get((id(row), e.question))
-        encoded = seen or data.encode(e, tokenizer, template)
+        known = (verbatim or {}).get((id(row), e.question))
+        encoded = known or data.encode(e, tokenizer, template)
         answer = encoded.ids[encoded.n_prompt:]
-        if (seen and encoded.ids[:encoded.n_prompt] == prompt
+        if (known and encoded.ids[:encoded.n_prompt] == prompt
                 and len(answer) <= room(model, prompt, limits)):
             row |= answer_of(key, tokenizer.decode(answer[:-1]), True)
         else:
             asked.append((row, key))
             prompts.append(prompt)
-            drafts.append(answer)  # a guess at what is said: it only saves time
+            drafts.append(answer)  # a guess at the generation: it only saves time
     texts = generate(model, prompts, eos_id=tokenizer.eos_ids, drafts=drafts, progress="generate",
                      max_new_tokens=limits.max_new_tokens or None, batch_tokens=limits.eval_tokens,
                      max_total_tokens=limits.max_total_tokens or None)
@@ -768,9 +784,9 @@ def answer_of(key: str, text: str, ended: bool) -> dict:
 
 
 def questions_of(row: dict) -> list[Text]:
-    """What a row is asked, and where the answer goes."""
+    """The questions that a row puts to a model, and the keys for their answers."""
     keys = {"generation": "question"} if row["split"] in SPLITS else {}
-    if row["split"] in OWN and CHOICE | {"paraphrased_question"} <= row.keys():
+    if row["split"] in FORGET_RETAIN and CHOICE | {"paraphrased_question"} <= row.keys():
         keys["paraphrased_generation"] = "paraphrased_question"
     return [Text(row, key, example_of(row, row[question], row["answer"]))
             for key, question in keys.items()]

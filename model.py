@@ -1,9 +1,10 @@
 """The transformer SIMU looks into: LLaMA, Mistral, OLMo, OLMo-2 and Qwen2.5 in one class, told
 apart by their config alone.
 
-Letters: B batch, T time, L layers, D d_model, H heads, K key/value heads, hd head size, F d_ff,
-V vocabulary, S cached columns. A SIMU neuron [D1] is one of the D output channels of a layer's
-down_proj; a function put in `model.layers[l].mlp.intervene` sees and may change exactly those.
+Letters: B batch, T time, L layers, D width, H heads, K key/value heads, hd head size, F d_ff,
+V vocabulary, S cached columns, N tokens of several rows side by side. A SIMU neuron [D1] is one of
+the D output channels of a layer's down_proj; a function put in `model.layers[l].mlp.intervene`
+sees and may change exactly those.
 
 Not here: dropout, sliding windows, quantised weights, sampling, padding masks (training rows are
 padded on the right, where causal attention cannot see them); fast decoding (pipeline/reading.py),
@@ -68,13 +69,13 @@ def rope(c: "Config", positions):
     """int64 [...] -> cos, sin float32 [..., hd], each frequency standing twice: j, j + hd/2."""
     hd, scaling = c.head_dim, c.rope_scaling
     j = torch.arange(0, hd, 2, dtype=torch.float32, device=positions.device)  # [hd/2]
-    inverse = 1.0 / c.rope_theta ** (j / hd)
-    if scaling is not None:  # Llama 3.1: what turns seldom in its first context turns slower
+    frequency = 1.0 / c.rope_theta ** (j / hd)
+    if scaling is not None:  # Llama 3.1: `factor` slower where the trained context has few turns
         factor, low, high, context = (scaling[k] for k in LLAMA3)
-        turns = context * inverse / (2 * math.pi)
+        turns = context * frequency / (2 * math.pi)
         keep = ((turns - low) / (high - low)).clamp(0, 1)
-        inverse = inverse * (keep + (1 - keep) / factor)
-    angle = positions[..., None].float() * inverse  # [..., hd/2]
+        frequency = frequency * (keep + (1 - keep) / factor)
+    angle = positions[..., None].float() * frequency  # [..., hd/2]
     angle = torch.cat((angle, angle), dim=-1)  # [..., hd]
     return angle.cos(), angle.sin()
 
@@ -102,8 +103,8 @@ def attention(q, k, v, mask=None):
 
 
 def causal_attention(q, k, v):
-    """What a layer does unless it is handed something else in place of this."""
-    if q.dtype == torch.bfloat16 and q.device.type == "cpu":  # its own backward is 3 times slower
+    """The attention of every layer that is not handed another; shapes as `attention`'s."""
+    if q.dtype == torch.bfloat16 and q.device.type == "cpu":  # bfloat16's backward is 3x slower
         return attention(q.float(), k.float(), v.float()).to(q.dtype)
     return attention(q, k, v)
 
@@ -120,21 +121,21 @@ def attention_of_rows(slots, shape, q, k, v, *, attend):
 
 
 class Attention(nn.Module):
-    """The projections of one layer; `qkv` and `o_proj` stand apart so that callers (the key/value
-    cache, SIMU's second stream [D2]) can put their own attention between them."""
+    """The projections of one layer, before (`qkv`) and after (`o_proj`) attention. The attention
+    between them is the caller's: causal, on a cache, or SIMU's second stream [D2]."""
 
     def __init__(self, c: "Config"):
         super().__init__()
-        self.head_dim, self.clip, kind = c.head_dim, c.clip_qkv, c.architecture
-        wide, narrow = (n * c.head_dim for n in (c.num_attention_heads, c.num_key_value_heads))
-        self.q_proj = nn.Linear(c.hidden_size, wide, bias=kind.biases)
-        self.k_proj = nn.Linear(c.hidden_size, narrow, bias=kind.biases)
-        self.v_proj = nn.Linear(c.hidden_size, narrow, bias=kind.biases)
-        self.o_proj = nn.Linear(wide, c.hidden_size, bias=False)
+        self.head_dim, self.clip, arch = c.head_dim, c.clip_qkv, c.architecture
+        q_size, kv_size = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+        self.q_proj = nn.Linear(c.hidden_size, q_size, bias=arch.biases)
+        self.k_proj = nn.Linear(c.hidden_size, kv_size, bias=arch.biases)
+        self.v_proj = nn.Linear(c.hidden_size, kv_size, bias=arch.biases)
+        self.o_proj = nn.Linear(q_size, c.hidden_size, bias=False)
         self.q_norm = self.k_norm = None
-        if kind.norms_qk:
-            self.q_norm, self.k_norm = (RMSNorm(c.head_dim if kind.norms_qk == "head" else n,
-                                                c.norm_eps) for n in (wide, narrow))
+        if arch.norms_qk:
+            self.q_norm, self.k_norm = (RMSNorm(c.head_dim if arch.norms_qk == "head" else n,
+                                                c.norm_eps) for n in (q_size, kv_size))
 
     def qkv(self, x, cos, sin):
         """x [B, T, D], cos and sin [T, hd] or [B, T, hd] -> q [B, H, T, hd], k, v [B, K, T, hd],
@@ -152,8 +153,8 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """SwiGLU, cut in two at SIMU's neurons (NEURONS): `neurons` gives their activations, which
-    `intervene` may change, and `write` what these add to the stream."""
+    """SwiGLU in two steps: `neurons` gives the activations of SIMU's neurons (NEURONS), which
+    `intervene` may change; `write` gives what they add to the residual stream."""
 
     def __init__(self, c: "Config"):
         super().__init__()
@@ -161,7 +162,7 @@ class MLP(nn.Module):
         self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
         self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=False)
         self.inner = c.neurons == "inner"
-        self.intervene = None  # or a function of the activations, which are beta in Eq. 1
+        self.intervene = None  # or a function of the activations, the beta of Eq. 1
 
     def neurons(self, x):
         """x [.., D] -> [.., D], what down_proj gives; of inner neurons [.., F], what it reads"""
@@ -170,7 +171,7 @@ class MLP(nn.Module):
         return a if self.intervene is None else self.intervene(a)
 
     def write(self, a):
-        """The neurons' activations -> what they add to the stream [.., D]"""
+        """The neurons' activations [.., D] or [.., F] -> what they add to the stream [.., D]"""
         return self.down_proj(a) if self.inner else a
 
     def forward(self, x):
@@ -178,8 +179,8 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer. How attention and MLP join the residual stream stands here alone: most models norm
-    what the two read, OLMo-2 what they write. SIMU's beta is what the MLP's neurons are."""
+    """One layer: how attention and MLP read the residual stream and add to it. Most models norm
+    what the two read, OLMo-2 what they write. beta: the neurons' activations (Eq. 1)."""
 
     def __init__(self, c: "Config"):
         super().__init__()
@@ -193,30 +194,31 @@ class Block(nn.Module):
         self.mlp = MLP(c)
 
     def qkv(self, x, cos, sin):
-        """Queries, keys and values of the stream x [B, T, D], as Attention.qkv gives them."""
+        """The stream x [B, T, D] -> q, k, v, as Attention.qkv"""
         return self.self_attn.qkv(x if self.norms_output else self.input_layernorm(x), cos, sin)
 
     def add_attention(self, x, mixed):
-        """The stream x [B, T, D] with what attention mixed [B, T, H*hd] -> [B, T, D]"""
+        """The stream x [B, T, D] and attention's output `mixed` [B, T, H*hd] -> [B, T, D]"""
         y = self.self_attn.o_proj(mixed)
         return x + (self.post_attention_layernorm(y) if self.norms_output else y)
 
     def beta(self, x):
-        """The neurons' activations on the stream x [B, T, D], attention already in it."""
+        """The stream x [B, T, D] after attention -> the neurons' activations"""
         return self.mlp.neurons(x if self.norms_output else self.post_attention_layernorm(x))
 
     def add_beta(self, x, beta):
-        """The stream that leaves the layer: x with what beta writes, which broadcast -> [..., D]"""
+        """The stream x after attention and the neurons' activations, which broadcast against each
+        other -> the stream that leaves the layer [..., D]"""
         y = self.mlp.write(beta)
         return x + (self.post_feedforward_layernorm(y) if self.norms_output else y)
 
-    def parts(self, x, cos, sin, attend):
-        """The stream that the MLP reads [B, T, D], and beta, its neurons' activations."""
+    def up_to_beta(self, x, cos, sin, attend):
+        """The stream after attention [B, T, D], and beta: all of a layer but its last step."""
         x = self.add_attention(x, attend(*self.qkv(x, cos, sin)))
         return x, self.beta(x)
 
     def forward(self, x, cos, sin, attend=causal_attention):
-        return self.add_beta(*self.parts(x, cos, sin, attend))
+        return self.add_beta(*self.up_to_beta(x, cos, sin, attend))
 
 
 # ---------------------------------------------------------------------------------------- config
@@ -291,7 +293,7 @@ class Config:
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
-    neurons: str = "output"  # a row of NEURONS; no matter of the weights, and not in config.json
+    neurons: str = "output"  # a row of NEURONS; SIMU's setting, not part of config.json
 
     def __post_init__(self):
         for name, table in (("model_type", ARCHITECTURES), ("neurons", NEURONS)):
@@ -321,7 +323,7 @@ class Config:
 
     @property
     def neuron_count(self) -> int:
-        """Neurons of a layer: every [L, D] of scores and masks is so wide."""
+        """Neurons of a layer: the D of every [L, D] of scores and masks."""
         return getattr(self, NEURONS[self.neurons].size)
 
     @classmethod
@@ -333,9 +335,9 @@ class Config:
         content = read_json(file)
         if not isinstance(content, dict):
             raise UserError(f"{file}: must hold a JSON object; fetch it again")
-        kind = Transformer.kinds.get(str(content.get("model_type")), Transformer)
+        cls = Transformer.subclasses.get(str(content.get("model_type")), Transformer).config_class
         try:
-            return kind.config_class.from_hf(content, **changes)
+            return cls.from_hf(content, **changes)
         except UserError as e:
             raise UserError(f"{file}: {e}") from None
 
@@ -344,20 +346,20 @@ class Config:
         """From the content of a config.json."""
         present = {key: value for key, value in content.items() if value is not None}
         check_supported(present, SUPPORTED)
-        kinds = present.get("layer_types", [])
-        if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
-            raise UserError(f"layer_types = {reprlib.repr(kinds)} is not supported; only "
+        types = present.get("layer_types", [])
+        if not isinstance(types, list) or any(x != "full_attention" for x in types):
+            raise UserError(f"layer_types = {reprlib.repr(types)} is not supported; only "
                             '"full_attention" is')
         values = {f.name: present[f.name] for f in fields(cls) if f.name in present}
         values |= rope_fields(present) | dict(norm_eps=present.get("rms_norm_eps"),
                                               neurons="output")
-        kind = ARCHITECTURES.get(str(values.get("model_type")), Architecture(name=""))
-        if kind.plain_norm:
+        arch = ARCHITECTURES.get(str(values.get("model_type")), Architecture(name=""))
+        if arch.plain_norm:
             values["norm_eps"] = OLMO_EPS
-        if not kind.clips:
-            values.pop("clip_qkv", None)  # transformers' others know no such key either
-        if kind.window is not None:
-            check_window(content.get("sliding_window", kind.window),
+        if not arch.clips:
+            values.pop("clip_qkv", None)  # transformers' other classes ignore it too
+        if arch.window is not None:
+            check_window(content.get("sliding_window", arch.window),
                          values.get("max_position_embeddings"))
         if values.get("pad_token_id") == -1:  # how old LLaMA exports say "none"
             del values["pad_token_id"]
@@ -392,7 +394,7 @@ def check_supported(content: dict, supported: dict):
 
 
 def check_window(window, context):
-    """A window as wide as the context hides nothing; a narrower one is not computed here."""
+    """UserError if the window is narrower than the context: only full attention is computed."""
     if window is not None and not (type(window) is type(context) is int and window >= context):
         raise UserError(f"sliding_window = {reprlib.repr(window)} is below max_position_embeddings "
                         f"= {reprlib.repr(context)} and not computed here; lower the latter to it "
@@ -400,19 +402,19 @@ def check_window(window, context):
 
 
 def rope_fields(content: dict) -> dict:
-    """RoPE's base (absent: 10000) and scaling, from their old place or from transformers 5's
-    rope_parameters."""
+    """RoPE's base (absent: 10000) and scaling, as transformers 4 writes them or, inside
+    rope_parameters, transformers 5."""
     values = {"rope_theta": content.get("rope_theta", 10000.0), "rope_scaling": None}
     for key in ("rope_scaling", "rope_parameters"):
         given = content.get(key, {})
         if not isinstance(given, dict):
             raise UserError(f"{key} = {reprlib.repr(given)}: must be null or an object")
-        kind = given.get("rope_type", given.get("type", "default"))
-        if kind not in ("default", "llama3") or given.get("partial_rotary_factor", 1) != 1:
+        rope_type = given.get("rope_type", given.get("type", "default"))
+        if rope_type not in ("default", "llama3") or given.get("partial_rotary_factor", 1) != 1:
             raise UserError(f"{key} = {reprlib.repr(given)} is not supported; only plain RoPE and "
                             "llama3's are")
-        if kind == "llama3":
-            values["rope_scaling"] = {"rope_type": kind} | {k: given.get(k) for k in LLAMA3}
+        if rope_type == "llama3":
+            values["rope_scaling"] = dict(rope_type="llama3", **{k: given.get(k) for k in LLAMA3})
         values["rope_theta"] = given.get("rope_theta", values["rope_theta"])
     return values
 
@@ -421,17 +423,19 @@ def rope_fields(content: dict) -> dict:
 
 
 class KVCache:
-    """Keys and values of B rows of at most S columns: `input_pos` alone says where they stand."""
+    """Keys and values [L, B, K, S, hd] of B rows. A token's column is its position (input_pos)."""
 
     def __init__(self, c: Config, B: int, columns: int, like):
         shape = (c.num_hidden_layers, B, c.num_key_value_heads, columns, c.head_dim)
-        self.k, self.v = like.new_zeros(shape), like.new_zeros(shape)  # a NaN would leak through
+        # Zeros, not empty: a masked column still counts with weight 0, and 0 * NaN is NaN.
+        self.k, self.v = like.new_zeros(shape), like.new_zeros(shape)
         self.columns, self.rows = (torch.arange(n, device=like.device) for n in (columns, B))
         self.sharing = c.num_attention_heads // c.num_key_value_heads  # H/K
 
     def attends(self, input_pos, counts):
-        """For each layer, attention of tokens at input_pos [B, T] on all up to there; what pads a
-        row past counts [B] is overwritten before any token sees it."""
+        """For each layer, attention of tokens at input_pos [B, T] on all columns up to their own.
+        counts [B], tokens of each row, is for other caches: what pads a row here is overwritten
+        before any token sees it."""
         unseen = (self.columns > input_pos[..., None]).repeat(1, self.sharing, 1)[:, None]
         mask = self.k.new_zeros(unseen.shape).masked_fill_(unseen, -math.inf)
         return [partial(self.update, k, v, input_pos, mask) for k, v in zip(self.k, self.v)]
@@ -447,16 +451,16 @@ class Transformer(nn.Module):
     `torch.manual_seed` decides them. A model whose layers are others is a subclass that names its
     model_type (pipeline/mixers): then Transformer(config) is one of those."""
 
-    kinds: dict[str, type] = {}  # model_type -> subclass
+    subclasses: dict[str, type] = {}  # model_type -> its class
     config_class, cache_class = Config, KVCache
     packs = True  # a mask can keep texts apart that stand side by side
-    attend = staticmethod(causal_attention)  # over whole texts
+    attend = staticmethod(causal_attention)
 
     def __init_subclass__(cls, model_type: str):
-        Transformer.kinds[model_type] = cls
+        Transformer.subclasses[model_type] = cls
 
     def __new__(cls, config=None):
-        return super().__new__(Transformer.kinds.get(getattr(config, "model_type", ""), cls))
+        return super().__new__(Transformer.subclasses.get(getattr(config, "model_type", ""), cls))
 
     def __init__(self, config: Config):
         super().__init__()
@@ -493,7 +497,7 @@ class Transformer(nn.Module):
         return name if name.startswith("lm_head.") else f"model.{name}"
 
     def rope(self, positions):
-        """int64 [...] -> what the layers are told of positions: cos, sin float32 [..., hd]"""
+        """positions int64 [...] -> cos, sin float32 [..., hd]: the `cos_sin` that layers take"""
         return rope(self.config, positions)
 
     def embed(self, ids):
@@ -574,7 +578,7 @@ def generate(model, prompts, *, max_new_tokens=None, eos_id, max_total_tokens=No
     A row ends at eos_id (an id, several, or None: never), after max_new_tokens, at max_total_tokens
     with its prompt, or at the model's context. A batch holds at most batch_tokens cached positions;
     `progress` names a tqdm bar. `drafts` are for the fast twin, pipeline.reading.generate, which
-    says the same tokens (tests/test_reading.py). UserError: a prompt that cannot be continued."""
+    gives the same tokens (tests/test_reading.py). UserError: a prompt that cannot be continued."""
     room = [new_tokens(model.config, i, prompt, max_new_tokens, max_total_tokens, batch_tokens)
             for i, prompt in enumerate(prompts)]
     size = [len(prompt) + n for prompt, n in zip(prompts, room)]
@@ -592,7 +596,7 @@ def generate(model, prompts, *, max_new_tokens=None, eos_id, max_total_tokens=No
 
 
 def decode(model, prompts, room, texts, ends, columns):
-    """Append to each of the texts what its prompt is continued by, at most room[b] ids."""
+    """Append its continuation to each of the texts, at most room[b] ids and none of `ends`."""
     device, B, T = model.embed_tokens.weight.device, len(prompts), max(map(len, prompts))
     cache = model.cache_class(model.config, B, columns, model.embed_tokens.weight)
     lengths = torch.tensor([len(p) for p in prompts], device=device)
@@ -602,7 +606,7 @@ def decode(model, prompts, room, texts, ends, columns):
     while alive:
         h = model.hidden(ids, cache.attends(input_pos, counts), cos_sin=model.rope(input_pos))
         ids = model.logits(h[torch.arange(B, device=device), counts - 1]).argmax(-1)[:, None]
-        for b, token in enumerate(ids[:, 0].tolist()):  # [B, 1]; ended rows read on, unheard
+        for b, token in enumerate(ids[:, 0].tolist()):  # what an ended row goes on with is dropped
             if b in alive and token not in ends:
                 texts[b].append(token)
             if token in ends or len(texts[b]) == room[b]:
@@ -648,8 +652,8 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16,
 
 
 def load_weights(model, folder: Path, dtype, device, contents: dict | None = None):
-    """Fill a model on the meta device. contents: tensor of the checkpoint -> the parameters of ours
-    whose rows it holds, one after another; None: HF's, each its own."""
+    """Fill a model on the meta device. contents: tensor of the checkpoint -> our parameters whose
+    rows it holds, one after another; None: HF's layout, one tensor for each parameter."""
     contents = contents or {model.stored_name(n): [n] for n, _ in model.named_parameters()}
     files = find_tensors(model, folder, contents)
     for name, parameters in contents.items():
@@ -679,10 +683,10 @@ def load_weights(model, folder: Path, dtype, device, contents: dict | None = Non
 
 
 def find_tensors(model, folder: Path, contents: dict) -> dict[str, Path]:
-    """Tensor -> its file, once the headers promise exactly what the config asks for."""
-    want = {name: [sum(model.get_parameter(p).shape[0] for p in parameters),
-                   *model.get_parameter(parameters[0]).shape[1:]]
-            for name, parameters in contents.items()}
+    """Tensor -> its file; UserError unless the headers name just what the config asks for."""
+    wanted = {name: [sum(model.get_parameter(p).shape[0] for p in parameters),
+                     *model.get_parameter(parameters[0]).shape[1:]]
+              for name, parameters in contents.items()}
     optional = {} if model.lm_head else dict.fromkeys(TIED_HEADS, list(model.head.shape))
     files, faults = {}, {kind: [] for kind in ("missing", "unexpected", "misshapen", "not float")}
     for file in shard_files(folder):
@@ -691,14 +695,14 @@ def find_tensors(model, folder: Path, contents: dict) -> dict[str, Path]:
                 if name.endswith("rotary_emb.inv_freq"):
                     continue  # old exports store RoPE's frequencies, which the config decides
                 header, files[name] = shard.get_slice(name), file
-                shape, right = list(header.get_shape()), (want | optional).get(name)
-                if right is None:
+                shape, expected = list(header.get_shape()), (wanted | optional).get(name)
+                if expected is None:
                     faults["unexpected"].append(name)
-                elif shape != right:
-                    faults["misshapen"].append(f"{name} {shape}, not {right}")
+                elif shape != expected:
+                    faults["misshapen"].append(f"{name} {shape}, not {expected}")
                 elif not DTYPES.get(header.get_dtype(), torch.int8).is_floating_point:
                     faults["not float"].append(f"{name} ({header.get_dtype()})")
-    faults["missing"] = [name for name in want if name not in files]
+    faults["missing"] = [name for name in wanted if name not in files]
     found = [f"{kind}: {first_names(names)}" for kind, names in faults.items() if names]
     if found:
         raise UserError(f"{folder}: weights do not fit config.json; {'; '.join(found)}; "
@@ -730,19 +734,14 @@ def shard_files(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def tensor_shapes(config: Config) -> dict[str, torch.Size]:
-    """Name and shape of every tensor that a HF checkpoint of this config holds."""
-    with torch.device("meta"):
-        model = Transformer(config)
-    return {model.stored_name(name): p.shape for name, p in model.named_parameters()}
-
-
 def save_weights(model, folder: Path, shard_bytes: int):
     """What Transformer.save_pretrained writes; an older save in other shards is removed."""
     c = model.config
-    tensors = {model.stored_name(name): p.detach() for name, p in model.named_parameters()}
-    if {n: t.shape for n, t in tensors.items()} != tensor_shapes(c):
+    with torch.device("meta"):
+        expected = {name: p.shape for name, p in Transformer(c).named_parameters()}
+    if {name: p.shape for name, p in model.named_parameters()} != expected:
         raise ValueError("parameters differ from the config's: undo replaced modules first")
+    tensors = {model.stored_name(name): p.detach() for name, p in model.named_parameters()}
     shards = split_shards(tensors, shard_bytes)
     names = ["model.safetensors"] if len(shards) == 1 else [
         f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
@@ -792,23 +791,16 @@ def read_json(path):
         raise UserError(f"{path} is not valid JSON ({what}); fetch or make it again") from None
 
 
-def has_types(value, types: dict[str, type]) -> bool:
-    """Is a JSON value an object with fields of these types?"""
-    return isinstance(value, dict) and all(type(value.get(k)) is t for k, t in types.items())
-
-
 @contextlib.contextmanager
-def whole_file(path):
+def atomic_file(path):
     """A binary file to write to, which gets its name `path` once all of it is on the disk."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.simu-partial")
     if beside.is_file() and not beside.is_symlink():
         beside.unlink()  # a killed process left it
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL  # never through a link that someone put there
-    flags |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)  # not on every system
     try:
-        file = open(os.open(beside, flags, 0o666), "wb")
+        file = open(beside, "xb")  # only a new file: never through a link that someone put there
     except FileExistsError:
         raise UserError(f"{beside} is in the way of {path.name}; delete it") from None
     try:
@@ -825,8 +817,8 @@ def whole_file(path):
 
 
 def write_text(path, text: str):
-    """Whole or not at all, in UTF-8; folders on the way are made."""
-    with whole_file(path) as file:
+    """In UTF-8, all of it or nothing; missing folders are made."""
+    with atomic_file(path) as file:
         file.write(text.encode("utf-8"))
 
 
@@ -843,25 +835,15 @@ def open_tensors(file: Path):
                         "download it again") from None
 
 
-def read_tensors(path, names) -> list[torch.Tensor]:
-    """The named tensors of a safetensors file of our own; UserError if it lacks one."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            return [file.get_tensor(name) for name in names]
-    except (OSError, SafetensorError):
-        raise UserError(f"{path} is missing or damaged; delete {Path(path).parent} and make it "
-                        "again") from None
-
-
-def raw(t: torch.Tensor):
+def tensor_bytes(t: torch.Tensor):
     """The bytes of a contiguous CPU tensor, not copied: the caller must keep the tensor."""
     return (ctypes.c_ubyte * t.nbytes).from_address(t.data_ptr()) if t.nbytes else b""
 
 
 def save_tensors(path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None):
-    """Write a safetensors file, one tensor at a time and whole or not at all. (The safetensors
-    package would copy each shard and needs numpy: the format is 8 bytes of header length, a JSON
-    header, raw little-endian data.)"""
+    """Write a safetensors file tensor by tensor, all of it or nothing. Not by the package, which
+    copies each shard and needs numpy. The format: 8 bytes of header length, a JSON header, the
+    tensors' little-endian bytes."""
     names = {dtype: name for name, dtype in DTYPES.items()}
     ordered = sorted(tensors.items(), key=lambda item: -item[1].element_size())  # keeps alignment
     header, end = {"__metadata__": metadata} if metadata else {}, 0
@@ -871,8 +853,8 @@ def save_tensors(path, tensors: dict[str, torch.Tensor], metadata: dict[str, str
         end += t.nbytes
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    with whole_file(path) as file:
+    with atomic_file(path) as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for _, t in ordered:
             t = t.detach().to("cpu").contiguous()
-            file.write(raw(t))
+            file.write(tensor_bytes(t))

@@ -18,13 +18,13 @@ loop with everything moving: FO-GradDiff under AdamW, SO-GradDiff under Sophia.
     gamma, eps   damping, floor                      Eq. 3
     lam          lambda: weight of the retain loss   Table 4
 
-Letters: B batch, T time, L layers, D width, H heads, K kv heads, F d_ff, V vocabulary, N samples,
-A answer tokens of the longest answer in a batch, J path nodes run at once, R = J * A rows.
-[D#] tags are the readings of the paper listed in the README.
+Letters: B batch, T time, L layers, D neurons of a layer (its width), H heads, K kv heads, hd head
+size, F d_ff, V vocabulary, N answer tokens of a batch, A of its longest answer, J path nodes run at
+once, R = J * A, C neurons chosen of D. [D#]: the readings of the paper listed in the README.
 
 Part 1 is the method to the letter. Part 2 gives each of its steps a fast twin, with the reason why
 the two are equal and the test that holds them so. Then come the tables that a fork edits, and the
-settings with Tables 3 and 4.
+settings with Tables 3 and 4. Tables 1-2 are eval.py's; Table 5 counts what `critical_mask` selects.
 
 Not here: several GPUs, quantised training, adapters.
 """
@@ -52,14 +52,14 @@ def attribute_loop(model: Transformer, encoded: Encoded, *, steps: int = 5,
     """Att(w_l^k) of Eq. 2 for one pair, as the paper writes it: float32 [L, D].
 
     One sample per answer token [D2], one layer (or neuron [D4]), one node of the path at a time,
-    each with a forward and a backward pass of its own. `attribute` gives the same numbers fast."""
+    each in a separate forward and backward pass. `attribute` gives the same numbers fast."""
     check_path(steps, path)
     D = model.config.neuron_count
     scores = torch.zeros(len(model.layers), D, device=model.embed_tokens.weight.device)
     scaled_together = [slice(0, D)] if path == "layer" else [slice(k, k + 1) for k in range(D)]
     with frozen(model):
-        for end in range(encoded.start, len(encoded.ids)):
-            prefix, label = encoded.ids[:end], encoded.ids[end]
+        for i in range(encoded.start, len(encoded.ids)):  # sample i: predict token i
+            prefix, label = encoded.ids[:i], encoded.ids[i]
             for l in range(len(model.layers)):
                 for k in scaled_together:
                     for j in range(1, steps + 1):
@@ -70,26 +70,26 @@ def attribute_loop(model: Transformer, encoded: Encoded, *, steps: int = 5,
 
 def path_node(model: Transformer, prefix: list[int], label: int, l: int, k: slice,
               share: float) -> tuple[Tensor, Tensor]:
-    """beta [D] of layer l at the prefix's last position, and d log P(label | prefix) / da [D] with
-    its outputs k at a = share * beta (Eq. 1) [D3]."""
-    mlp, seen = model.layers[l].mlp, {}
+    """beta [D] of layer l at the prefix's last position, and d log P(label | prefix) / da [D] where
+    its neurons k are scaled to a = share * beta, share = j / m (Eq. 1) [D3]."""
+    mlp, activations = model.layers[l].mlp, {}
 
     def scale(y):  # [1, T, D]
-        seen["beta"] = y[0, -1].detach()
-        a = seen["beta"].clone()
+        activations["beta"] = y[0, -1].detach()
+        a = activations["beta"].clone()
         a[k] *= share  # Eq. 1a
-        seen["a"] = a.requires_grad_()
-        return torch.cat([y[:, :-1], seen["a"][None, None]], dim=1)  # only the last position
+        activations["a"] = a.requires_grad_()
+        return torch.cat([y[:, :-1], a[None, None]], dim=1)  # only the last position
 
     mlp.intervene = scale
     try:
         with torch.enable_grad():
             ids = torch.tensor([prefix], device=model.embed_tokens.weight.device)
             log_p = model(ids)[0, -1].log_softmax(-1)[label]  # Eq. 1b without its minus [D3]
-            grad, = torch.autograd.grad(log_p, seen["a"])
+            grad, = torch.autograd.grad(log_p, activations["a"])
     finally:
         mlp.intervene = None
-    return seen["beta"].float(), grad.float()
+    return activations["beta"].float(), grad.float()
 
 
 # ------------------------------------------------- Step 1: critical neurons (Section 2.1)
@@ -117,7 +117,7 @@ def mean_nll(model: Transformer, batch: Batch) -> Tensor:
 
 
 def graddiff_loss(model: Transformer, forget: Batch, retain: Batch, lam: float) -> Tensor:
-    """GradDiff as one loss: ascent on forget rows, descent on retain rows [D8]."""
+    """GradDiff as one loss (A.1): ascent on forget rows, descent on retain rows [D8]."""
     return -mean_nll(model, forget) + lam * mean_nll(model, retain)
 
 
@@ -131,23 +131,22 @@ def sophia_moments(grad: Tensor, m: Tensor, h: Tensor, *, beta1: float, beta2: f
 
 def sophia_step(param: Tensor, m: Tensor, h: Tensor, *, lr: float, gamma: float, eps: float,
                 weight_decay: float):
-    """Eq. 3 with decoupled decay: the new weights, and how many coordinates its clip bound."""
+    """Eq. 3 with decoupled decay: the new weights, and how many coordinates its clip held."""
     ratio = m / (gamma * h).clamp_min(eps)
     return param * (1 - lr * weight_decay) - lr * ratio.clamp(-1, 1), (ratio.abs() >= 1).sum()
 
 
 def blend(mask: Tensor | None, new: Tensor, old: Tensor) -> Tensor:
-    """M * new + (1 - M) * old, in the bits of old where M is 0: 0 * new cannot promise that once
-    new is not finite."""
+    """M * new + (1 - M) * old. Where M is 0 it is old itself: 0 * new is not 0 if new overflows."""
     if mask is None:
         return new
     mask = mask.to(new.dtype)
     return torch.where(mask == 0, old, mask * new + (1 - mask) * old)
 
 
-def masked_update(param: Tensor, grad: Tensor, m: Tensor, h: Tensor, *, moments, step,
-                  mask: Tensor | None) -> Tensor:
-    """One step of any optimiser in place, the mask at the three points of Eq. 5-7.
+def masked_update(param: Tensor, grad: Tensor, m: Tensor, h: Tensor, *, moments: Callable,
+                  step: Callable, mask: Tensor | None) -> Tensor:
+    """One update by any optimiser, in place, the mask at the three points of Eq. 5-7.
 
     moments(grad, m, h) -> new m, h; step(param, m, h) -> new param, clipped count, which is
     returned. All tensors have one shape; mask broadcasts to it, with real values in [0, 1]."""
@@ -162,8 +161,7 @@ def masked_update(param: Tensor, grad: Tensor, m: Tensor, h: Tensor, *, moments,
 def sophia_update(param: Tensor, grad: Tensor, m: Tensor, h: Tensor, *, lr: float, beta1: float,
                   beta2: float, gamma: float, eps: float, weight_decay: float,
                   mask: Tensor | None = None) -> Tensor:
-    """One Sophia step in place, Eq. 3-7, on float32 param, grad, m, h of one shape; returns how
-    many coordinates the clip of Eq. 3 bound."""
+    """`masked_update` by Sophia, Eq. 3-7, on float32 param, grad, m, h of one shape."""
     return masked_update(
         param, grad, m, h, mask=mask, moments=partial(sophia_moments, beta1=beta1, beta2=beta2),
         step=partial(sophia_step, lr=lr, gamma=gamma, eps=eps, weight_decay=weight_decay))
@@ -180,53 +178,54 @@ def learning_rate(step: int, total: int, peak: float, warmup: float) -> float:
 
 def unlearning_order(n_forget: int, n_retain: int, recipe: "Unlearning"
                      ) -> list[tuple[list, list]]:
-    """For each update, the forget rows and the retain rows drawn to go with them [D8]. Epochs of
-    permutations laid end to end and cut into whole batches, as SOUL counts them."""
+    """For each update, the indices of its forget rows and of the retain rows drawn to go with them
+    [D8]. Epochs are permutations laid end to end and cut into full batches, as SOUL does."""
     rng = random.Random(recipe.seed)
     forget = [i for _ in range(recipe.epochs) for i in rng.sample(range(n_forget), n_forget)]
-    whole = len(forget) // recipe.batch * recipe.batch
-    if not whole:
+    count = len(forget) // recipe.batch * recipe.batch
+    if not count:
         raise UserError(f"{n_forget} forget rows times {recipe.epochs} epochs do not fill one "
                         f"batch of {recipe.batch}; lower --batch")
-    pairs = [(i, rng.randrange(n_retain) if n_retain else None) for i in forget[:whole]]
-    return [tuple(zip(*pairs[i:i + recipe.batch])) for i in range(0, whole, recipe.batch)]
+    pairs = [(i, rng.randrange(n_retain) if n_retain else None) for i in forget[:count]]
+    return [tuple(zip(*pairs[i:i + recipe.batch])) for i in range(0, count, recipe.batch)]
 
 
 def mask_of_weights(model: Transformer, mask: Tensor | None, recipe: "Unlearning") -> dict:
-    """What moves [D9]: weight -> M in a shape that broadcasts to it, or None if all of it moves."""
+    """What moves (Section 2.2) [D9]: weight -> M in a shape that broadcasts to it, or None if all
+    of it moves."""
     moving = {p: None for name, p in model.named_parameters() if MOVES[moves_of(recipe)](name)}
     if METHODS[recipe.method].masked:
         need_mask(model, recipe, mask)
-        where = NEURONS[model.config.neurons]  # rows of down_proj [D1]
+        neurons = NEURONS[model.config.neurons]  # by default the rows of down_proj [D1]
         for block, M in zip(model.layers, mask.to(model.embed_tokens.weight.device)):
-            moving |= {getattr(block.mlp, name).weight: M[:, None] for name in where.rows}
-            moving |= {getattr(block.mlp, name).weight: M[None] for name in where.columns}
+            moving |= {getattr(block.mlp, name).weight: M[:, None] for name in neurons.rows}
+            moving |= {getattr(block.mlp, name).weight: M[None] for name in neurons.columns}
     return moving
 
 
 def unlearn_loop(model: Transformer, forget: list[Encoded], retain: list[Encoded],
                  mask: Tensor | None, recipe: "Unlearning") -> list[dict]:
-    """Step 2 with GradDiff on a float32 model, in place, as the paper writes it: one loss, dense
-    m and H, M at its three points. Returns a log row per update. `unlearn` does the same fast."""
+    """Step 2 (Section 2.2) with GradDiff on a float32 model, in place, as the paper writes it: one
+    loss, dense m and H, M at its three points. Returns a log row per update. `unlearn` is fast."""
     moving = mask_of_weights(model, mask, recipe)
     state = {p: (torch.zeros_like(p), torch.zeros_like(p)) for p in moving}
     order = unlearning_order(len(forget), len(retain), recipe)
     optimiser, log = OPTIMISERS[METHODS[recipe.method].optimiser], []
     device = model.embed_tokens.weight.device
-    for step, (f, r) in enumerate(order, 1):
+    for t, (f, r) in enumerate(order, 1):
         loss = graddiff_loss(model, collate([forget[i] for i in f], device),
                              collate([retain[i] for i in r], device), recipe.lam)
-        grads = torch.autograd.grad(loss, list(moving))
+        grads = torch.autograd.grad(loss, list(moving))  # g_t of Eq. 4
         # The clip is over what moves: the gradient of a frozen row must not shorten the step.
         norm = torch.stack([(g if M is None else g * (M != 0)).norm()
                             for g, M in zip(grads, moving.values())]).norm()
         scale = (recipe.clip / (norm + 1e-6)).clamp(max=1)
-        lr = learning_rate(step, len(order), recipe.lr, recipe.warmup)
+        lr = learning_rate(t, len(order), recipe.lr, recipe.warmup)
         for (p, M), grad in zip(moving.items(), grads):
             decay = recipe.weight_decay if p.dim() == 2 else 0.0  # none on norms and biases [D7]
-            moments, move = optimiser.rules(recipe, lr, decay, step)
-            masked_update(p.detach(), scale * grad, *state[p], moments=moments, step=move, mask=M)
-        log.append(dict(step=step, loss=loss.item(), lr=lr, grad_norm=norm.item()))
+            moments, step = optimiser.rules(recipe, lr, decay, t)
+            masked_update(p.detach(), scale * grad, *state[p], moments=moments, step=step, mask=M)
+        log.append(dict(step=t, loss=loss.item(), lr=lr, grad_norm=norm.item()))
     return log
 
 
@@ -245,30 +244,31 @@ def attribute(model: Transformer, batch: Batch, *, steps: int = 5, path: str = "
     path="neuron" costs D times that: for tiny models."""
     check_path(steps, path)
     with frozen(model):
-        clean = clean_run(model, batch)
+        clean = clean_samples(model, batch)
         scores = last_node(clean)  # j = m: nothing is scaled, so one pass serves every layer
-        lower_nodes = layer_path if path == "layer" else neuron_path
+        lower_nodes = layer_path if path == "layer" else neuron_path  # j = 1..m-1
         if steps > 1:
             for l in range(len(model.layers)):
                 scores[l] += lower_nodes(clean, l, steps)
-    return scores / steps
+    return scores / steps  # the 1/m of Eq. 2
 
 
 class Prefixes:
-    """Keys and values of a layer's clean pass, and attention on them from the ends of prefixes. A
-    block whose layers hand on a state instead brings its own class of this shape (mixers)."""
+    """Attention from the ends of prefixes on a layer's clean keys and values. A block that passes a
+    recurrent state on instead of them names another class with these methods (pipeline/mixers)."""
 
     def __init__(self, pos: Tensor):  # [B, A], where the prefixes end
         self.pos = pos
 
     def keep(self, q, k, v):
-        """The clean pass: causal attention."""
+        """The attention of the clean pass, which keeps its keys and values."""
         self.keys, self.values = k, v  # [B, K, T, hd]
         return causal_attention(q, k, v)
 
     def attend(self, q, k, v):
-        """Rows q [B, H, R, hd], k, v [B, K, R, hd], the ends of A prefixes each R / A times: a row
-        sees the clean keys and values of earlier positions and its own, nobody else's."""
+        """q [B, H, R, hd], k, v [B, K, R, hd] of R rows, the ends of A prefixes each R / A times.
+        A row attends to the clean keys of earlier positions and to its own key, not to the key of
+        any other row -> [B, R, H*hd]"""
         B, K, T, hd = self.keys.shape
         R = q.shape[2]
         q = q.reshape(B, K, -1, R, hd) * hd ** -0.5  # [B, K, H/K, R, hd]
@@ -287,19 +287,19 @@ class Prefixes:
 
 @dataclass
 class Clean:
-    """One unscaled pass over a batch of B pairs, and what the second stream needs of it."""
+    """What the second stream needs of the clean pass over a batch of B pairs."""
 
     model: Transformer
-    pos: Tensor  # [B, A], answer positions: where a sample's prefix ends
+    pos: Tensor  # [B, A], where the prefix of each sample ends
     labels: Tensor  # [B, A], the token that follows; IGNORE where an answer is shorter than A
     x0: Tensor  # [B, A, D], embeddings at pos
     prefixes: list[Prefixes]  # per layer
-    mid: list[Tensor]  # per layer [B, A, D], residual stream below the MLP's output
-    beta: list[Tensor]  # per layer [B, A, D]
+    mid: list[Tensor]  # per layer [B, A, D], the residual stream after attention
+    beta: list[Tensor]  # per layer [B, A, D], the neurons' activations
 
 
-def clean_run(model: Transformer, batch: Batch) -> Clean:
-    """The clean pass of a batch; UserError if it holds no answer token."""
+def clean_samples(model: Transformer, batch: Batch) -> Clean:
+    """The clean pass of a batch at the ends of its samples' prefixes; UserError if it has none."""
     answer = batch.targets != IGNORE  # [B, T]
     if not answer.any():
         raise UserError("a batch without answer tokens has nothing to attribute")
@@ -311,13 +311,13 @@ def clean_run(model: Transformer, batch: Batch) -> Clean:
 
 @torch.no_grad()
 def clean_pass(model: Transformer, ids: Tensor, pos: Tensor, labels: Tensor) -> Clean:
-    """The clean pass of ids [B, T], seen at positions pos [B, A]."""
+    """The clean pass of ids [B, T], recorded at positions pos [B, A]."""
     h = model.embed(ids)  # [B, T, D]
     clean = Clean(model, pos, labels, at_positions(h, pos), [], [], [])
     cos_sin = model.rope(torch.arange(ids.shape[1], device=ids.device))
     for block in model.layers:
         clean.prefixes.append(getattr(block, "prefixes", Prefixes)(pos))
-        h, beta = block.parts(h, *cos_sin, clean.prefixes[-1].keep)
+        h, beta = block.up_to_beta(h, *cos_sin, clean.prefixes[-1].keep)
         clean.mid.append(at_positions(h, pos))
         clean.beta.append(at_positions(beta, pos))
         h = block.add_beta(h, beta)
@@ -329,40 +329,40 @@ def at_positions(x: Tensor, pos: Tensor) -> Tensor:
     return x.gather(1, pos[..., None].expand(-1, -1, x.shape[-1]))
 
 
-def prefix_parts(clean: Clean, l: int, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows x [B, R, D], the ends of A prefixes each R / A times, in layer l: the stream below its
-    MLP's output, and that output, each [B, R, D]."""
+def rows_up_to_beta(clean: Clean, l: int, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Block.up_to_beta of layer l for rows x [B, R, D], the ends of A prefixes each R / A times:
+    the stream after attention, and beta, each [B, R, D]."""
     cos_sin = clean.model.rope(clean.pos.repeat(1, x.shape[1] // clean.pos.shape[1]))
-    return clean.model.layers[l].parts(x, *cos_sin, clean.prefixes[l].attend)
+    return clean.model.layers[l].up_to_beta(x, *cos_sin, clean.prefixes[l].attend)
 
 
 def upper_layers(clean: Clean, l: int, x: Tensor) -> Tensor:
     """Rows x [B, R, D] that left layer l, through the layers above it: [B, R, D]."""
     for u in range(l + 1, len(clean.model.layers)):
-        x = clean.model.layers[u].add_beta(*prefix_parts(clean, u, x))
+        x = clean.model.layers[u].add_beta(*rows_up_to_beta(clean, u, x))
     return x
 
 
 def log_p_gradient(clean: Clean, x: Tensor, labels: Tensor, of):
-    """Gradients, with respect to activations `of`, of the sum of log P(label) [D3] over rows
-    x [B, R, D] that left the last layer."""
+    """Gradients, with respect to activations `of`, of the sum of log P(label) (Eq. 1b) [D3] over
+    rows x [B, R, D] that left the last layer."""
     h = clean.model.norm(x)
     return torch.autograd.grad(h, of, head_gradient(clean.model, h.detach(), labels))
 
 
 @torch.no_grad()
 def head_gradient(model: Transformer, h: Tensor, labels: Tensor) -> Tensor:
-    """d log P(label) / dh = W_label - sum_v P(v) W_v, for final states h [B, R, D]. In closed form
-    and in place: autograd, as in `backward_head`, which serves any objective, would read and write
-    logits three times, and they are the largest tensors here."""
+    """d log P(label) / dh = W_label - sum_v P(v) W_v, for final states h [B, R, D]. The closed form
+    reads and writes the logits, the largest tensors here, once; autograd, as in `backward_head`,
+    three times."""
     grads, count = [], labels.numel()
-    # No more than 64 chunks, for the memory plan runs this too, at settings of any size.
+    # At most 64 chunks: pipeline/plan.py runs this at any size to find the memory it takes.
     rows = max(1, LOGITS // model.config.vocab_size, count // 64)
     for h, y in zip(h.flatten(0, 1).split(rows), labels.flatten().split(rows)):
         p = model.logits(h)  # [rows, V]
-        p.sub_(p.amax(-1, keepdim=True)).exp_()  # P times its sum, at most 1
+        p.sub_(p.amax(-1, keepdim=True)).exp_()  # P but for its normalising sum
         mean = (p.to(h.dtype) @ model.head).float() / p.sum(-1, keepdim=True)
-        grad = model.head[y.clamp_min(0)].float() - mean  # IGNORE is below 0
+        grad = model.head[y.clamp_min(0)].float() - mean  # IGNORE, below 0, is dropped next
         grads.append(torch.where((y != IGNORE)[:, None], grad, 0).to(h.dtype))
     return torch.cat(grads).view(*labels.shape, -1)
 
@@ -372,13 +372,13 @@ def last_node(clean: Clean) -> Tensor:
     with torch.enable_grad():
         x, activations = clean.x0, []
         for l, block in enumerate(clean.model.layers):
-            x, a = prefix_parts(clean, l, x)
-            if not a.requires_grad:  # the lowest layer: nothing below it is differentiated
+            x, a = rows_up_to_beta(clean, l, x)
+            if not a.requires_grad:  # the lowest layer: nothing before it needs a gradient
                 a.requires_grad_()
             activations.append(a)
             x = block.add_beta(x, a)
         grads = log_p_gradient(clean, x, clean.labels, activations)
-    return torch.stack([(beta.float() * g.float()).sum((0, 1))
+    return torch.stack([(beta.float() * g.float()).sum((0, 1))  # Eq. 2
                         for beta, g in zip(clean.beta, grads)])
 
 
@@ -391,11 +391,11 @@ def layer_path(clean: Clean, l: int, steps: int) -> Tensor:
         x = clean.model.layers[l].add_beta(clean.mid[l][:, None], a).flatten(1, 2)  # [B, R, D]
         x = upper_layers(clean, l, x)
         grad, = log_p_gradient(clean, x, clean.labels.repeat(1, J), a)
-    return (beta.float()[:, None] * grad.float()).sum((0, 1, 2))
+    return (beta.float()[:, None] * grad.float()).sum((0, 1, 2))  # Eq. 2
 
 
 def neuron_path(clean: Clean, l: int, steps: int, *, rows: int = 4096) -> Tensor:
-    """Nodes j = 1..m-1 of layer l with one neuron scaled and all others at beta: float32 [D]."""
+    """Nodes j = 1..m-1 of layer l, one neuron scaled and all others at beta: float32 [D] [D4]."""
     beta, J = clean.beta[l], steps - 1
     B, A, D = beta.shape
     share = torch.arange(1, steps, device=beta.device, dtype=beta.dtype) / steps
@@ -404,22 +404,23 @@ def neuron_path(clean: Clean, l: int, steps: int, *, rows: int = 4096) -> Tensor
         C = len(neurons)
         b = beta[..., neurons].movedim(-1, 1)[:, :, None]  # [B, C, 1, A]
         with torch.enable_grad():
-            a = (share[:, None] * b).requires_grad_()  # [B, C, J, A]
+            a = (share[:, None] * b).requires_grad_()  # [B, C, J, A], Eq. 1a
             unit = F.one_hot(neurons, D).to(beta.dtype)[:, None, None]  # [C, 1, 1, D]
-            whole = beta[:, None, None] + (a - b)[..., None] * unit  # [B, C, J, A, D]
-            x = clean.model.layers[l].add_beta(clean.mid[l][:, None, None], whole)
+            scaled = beta[:, None, None] + (a - b)[..., None] * unit  # [B, C, J, A, D]
+            x = clean.model.layers[l].add_beta(clean.mid[l][:, None, None], scaled)
             x = upper_layers(clean, l, x.flatten(1, 3))
             grad, = log_p_gradient(clean, x, clean.labels.repeat(1, C * J), a)
-        scores[neurons] += (b.float() * grad.float()).sum((0, 2, 3))
+        scores[neurons] += (b.float() * grad.float()).sum((0, 2, 3))  # Eq. 2
     return scores
 
 
 def attribute_rows(model: Transformer, rows: list[Encoded], recipe: "Attribution", *,
                    title: str = "attribute", loop=None) -> Tensor:
-    """Att summed over rows, in batches of like length: float32 [L, D]. loop: as in `train`."""
+    """Att of Eq. 2 summed over rows, in batches of like length: float32 [L, D]. loop: as in
+    `train`."""
     device = model.embed_tokens.weight.device
     total = torch.zeros(len(model.layers), model.config.neuron_count, device=device)
-    # Every path node but the last is a row of the second stream.
+    # Of m nodes, m - 1 run at once; the last is cheaper.
     batches = batches_by_length([len(r.ids) for r in rows],
                                 recipe.attribution_tokens // max(1, recipe.steps - 1))
     with tqdm(total=len(rows), desc=title, unit="pair") as bar:
@@ -447,13 +448,13 @@ def need_finite_scores(scores: Tensor):
 @contextmanager
 def frozen(model: Transformer):
     """No gradients of weights while the block runs: only activations need them in step 1."""
-    moving = [p for p in model.parameters() if p.requires_grad]
+    trainable = [p for p in model.parameters() if p.requires_grad]
     try:
-        for p in moving:
+        for p in trainable:
             p.requires_grad_(False)
         yield
     finally:
-        for p in moving:
+        for p in trainable:
             p.requires_grad_(True)
 
 
@@ -492,17 +493,17 @@ def answer_tokens(rows: list[Encoded]) -> int:
 @dataclass(frozen=True)
 class Term:
     """weight / count * function(answers, known, recipe): one of the two terms of an objective, over
-    the rows of one update. known: what is known of each of them."""
+    the rows of one update."""
 
     function: Callable
-    known: list
+    known: list  # of each row, what `known_of_rows` gives
     recipe: "Unlearning"
     weight: float
-    count: int
-    read: Callable | None = None  # a row of OBJECTIVES' own reading of the model
+    count: int  # rows or tokens that the function is the sum over
+    read: Callable | None = None  # Objective.read
 
     def of(self, answers, rows: list[int]) -> Tensor:
-        """The share of some of the update's rows in the term; answers: what was read of them."""
+        """What these of the update's rows add to the term; answers: what was read of them."""
         known = [self.known[i] for i in rows]
         return self.weight * (self.function(answers, known, self.recipe) / self.count)
 
@@ -541,7 +542,7 @@ def backward_head(model: Transformer, h: Tensor, labels: Tensor, sizes: list[int
         term.of(answers, [numbers[i] for i in group]).backward()
         grads.append(states.grad)
         total += answers.nll.detach().sum()
-        del answers  # or the next ones would stand beside them
+        del answers  # or two groups' logits would be in memory at once
     return total, torch.cat(grads)
 
 
@@ -565,7 +566,7 @@ def backward_mean_nll(model: Transformer, rows: list[Encoded], weight: float, to
 
 def term_of(function: Callable, rows: list[Encoded], known: list, weight: float,
             recipe: "Unlearning") -> Term:
-    """weight * the mean of an objective's term `function` over the tokens of rows, or over rows."""
+    """The Term of an objective's function: its mean over the tokens of rows, or over rows."""
     objective = OBJECTIVES[recipe.objective]
     per_row = objective.per == "row" and function is objective.forget
     count = len(rows) if per_row else answer_tokens(rows)
@@ -591,7 +592,8 @@ def backward_apart(model: Transformer, forget: list[Encoded], retain: list[Encod
 @torch.no_grad()
 def known_of_rows(model: Transformer, rows: list[Encoded], recipe: "Unlearning", known: Callable,
                   targets=None) -> list:
-    """known(a row's answers, its target, recipe) of each row, before the model moves."""
+    """known(a row's answers, its target, recipe) of each row under the original, before it moves:
+    what an objective compares with later, as a reference loss. None of each if it needs nothing."""
     objective, device = OBJECTIVES[recipe.objective], model.embed_tokens.weight.device
     if known is None:
         return [None] * len(rows)
@@ -601,15 +603,15 @@ def known_of_rows(model: Transformer, rows: list[Encoded], recipe: "Unlearning",
             for row, target in zip(rows, targets, strict=True)]
 
 
-# --------------------------------------------- what moves, alone [D9], for the dense masked update
+# ------------------------------------------ only what moves [D9], for the masked update of it all
 # Why it is the same: where M is 0, Eq. 5-7 leave weight and moments as they are, and where it is 1
-# they are the plain step. So the critical rows can be weights of their own, and neither gradient
-# nor optimiser state of the frozen rows need ever exist (test_unlearn_equals_the_loop).
+# they are the plain step. So the critical rows can be separate weights, and neither gradient nor
+# optimiser state of the frozen rows need ever exist (test_unlearn_equals_the_loop).
 
 
 class CriticalLinear(torch.autograd.Function):
-    """y = x W^T where only some rows (dim 0) or columns (dim 1) of W move: forms their gradient
-    and no other."""
+    """y = x W^T where only some rows (dim 0) or columns (dim 1) of W move: the backward pass forms
+    their gradient alone."""
 
     @staticmethod
     def forward(ctx, x, weight, moving, index, dim):
@@ -627,12 +629,12 @@ class CriticalLinear(torch.autograd.Function):
 
 class CriticalRows(nn.Module):
     """Stands in for a matrix [O, I] of an MLP while the rows (dim 0) or columns (dim 1) of its
-    layer's critical neurons move. `rows` [C, I] or [O, C] is a parameter of its own. critical: M of
-    the layer; of a soft one, `mask` is left, which broadcasts to `rows`."""
+    layer's critical neurons move: `rows` [C, I] or [O, C] is the parameter. critical: M of the
+    layer; a soft one leaves `mask`, its values for `rows`."""
 
     def __init__(self, linear: nn.Linear, critical: Tensor, dim: int = 0):
         super().__init__()
-        self.linear = [linear]  # in a list: not a submodule, its weight is not a parameter of ours
+        self.linear = [linear]  # in a list: no submodule, so that its weight is no parameter here
         index, self.dim = critical.nonzero().squeeze(1), dim
         self.index = index.to(linear.weight.device)  # [C]
         soft = critical[index].to(linear.weight.device) if critical.is_floating_point() else None
@@ -645,7 +647,7 @@ class CriticalRows(nn.Module):
 
     @torch.no_grad()
     def refresh(self):
-        """Put the moved rows where the forward pass reads them."""
+        """Write the moved rows into the matrix that the forward pass reads."""
         self.linear[0].weight.index_copy_(self.dim, self.index, self.rows)
 
 
@@ -693,10 +695,10 @@ def moving_weights(model: Transformer, recipe: "Unlearning", mask: Tensor | None
 
 
 def critical_rows(model: Transformer, recipe: "Unlearning", mask: Tensor | None) -> list[tuple]:
-    """(mlp, name of a matrix, that matrix, its CriticalRows) of every layer with critical ones."""
+    """(mlp, name of a matrix, that matrix, its CriticalRows) of every layer with a critical one."""
     need_mask(model, recipe, mask)
-    where = NEURONS[model.config.neurons]
-    names = [(name, 0) for name in where.rows] + [(name, 1) for name in where.columns]
+    neurons = NEURONS[model.config.neurons]
+    names = [(name, 0) for name in neurons.rows] + [(name, 1) for name in neurons.columns]
     return [(block.mlp, name, linear, CriticalRows(linear, critical, dim))
             for block, critical in zip(model.layers, mask) if critical.any()
             for name, dim in names for linear in [getattr(block.mlp, name)]]
@@ -723,13 +725,15 @@ def stochastic_round(x: Tensor, generator: torch.Generator) -> Tensor:
     return ((x.view(torch.int32) + noise) & -(1 << 16)).view(torch.float32).bfloat16()
 
 
-PART = {"cpu": 1 << 17}  # weights updated at once: an update's temporaries fit a CPU's cache
-LARGE_PART = 1 << 24  # elsewhere: few kernels, and temporaries smaller than an embedding
+# Weights updated at once: on a CPU an update's temporaries fit its cache; on a card (1 << 24) there
+# are few kernels, and temporaries smaller than an embedding.
+UPDATED_AT_ONCE = {"cpu": 1 << 17}
 
 
 def row_slices(w: Moving, optimiser: "Optimiser") -> list[slice]:
     """The rows of a weight, as many at once as an update should take."""
-    most = w.weight.numel() if optimiser.whole else PART.get(w.weight.device.type, LARGE_PART)
+    most = UPDATED_AT_ONCE.get(w.weight.device.type, 1 << 24)
+    most = w.weight.numel() if optimiser.whole_matrix else most
     rows = max(1, most * len(w.weight) // w.weight.numel())
     return [slice(i, i + rows) for i in range(0, len(w.weight), rows)]
 
@@ -741,21 +745,21 @@ def apply_updates(moving: list[Moving], optimiser: "Optimiser", recipe: "Unlearn
     freed on the way. Returns the number of clipped coordinates."""
     clipped = 0
     for w in moving:
-        decay = recipe.weight_decay if w.decays else 0.0
-        moments, move = optimiser.rules(recipe, lr, decay, step)
+        rules = optimiser.rules(recipe, lr, recipe.weight_decay if w.decays else 0.0, step)
         for rows in row_slices(w, optimiser):
             grad = w.weight.grad[rows].float() * scale
-            clipped = clipped + update_rows(w, rows, grad, moments, move, generator)
+            clipped = clipped + update_rows(w, rows, grad, *rules, generator)
         w.weight.grad = None
     return clipped
 
 
-def update_rows(w: Moving, rows: slice, grad: Tensor, moments, move, generator) -> Tensor:
+def update_rows(w: Moving, rows: slice, grad: Tensor, moments: Callable, step: Callable,
+                generator) -> Tensor:
     """masked_update of some rows in float32, and its result rounded to what is stored."""
     stored = w.master[rows], w.m[rows], w.h[rows]
     master, m, h = (t.float() for t in stored)  # the stored tensors themselves if they are float32
     mask = None if w.mask is None else w.mask.expand(w.weight.shape)[rows]
-    clipped = masked_update(master, grad, m, h, moments=moments, step=move, mask=mask)
+    clipped = masked_update(master, grad, m, h, moments=moments, step=step, mask=mask)
     if w.m.dtype != torch.float32:
         for narrow, wide in zip(stored, (master, m, h)):
             narrow.copy_(stochastic_round(wide, generator)
@@ -765,22 +769,12 @@ def update_rows(w: Moving, rows: slice, grad: Tensor, moments, move, generator) 
     return clipped
 
 
-@torch.no_grad()
-def read_masters(moving: list[Moving], rows: list[CriticalRows]):
-    """Bring what the model computes with up to its masters."""
-    for w in moving:
-        if w.master.dtype != w.weight.dtype:
-            w.weight.copy_(w.master)
-    for module in rows:
-        module.refresh()
-
-
 # ------------------------------------------------------------- `unlearn` for `unlearn_loop`
 
 
 def plain_loop(title: str, steps: int, tensors: dict[str, Tensor]):
-    """Step numbers from 1. Another loop may fill `tensors`, which are all that the steps change,
-    with those of an interrupted run, and go on from there; it must draw nothing at random."""
+    """Step numbers from 1. A loop that resumes (pipeline/resume.py) fills `tensors`, which are all
+    that the steps change, and starts at a later step; it must draw nothing at random."""
     yield from range(1, steps + 1)
 
 
@@ -790,8 +784,8 @@ def train(model: Transformer, moving: list[Moving], order: list, backward, recip
     """Run one update per item of `order`; returns a log row per update, also given to record(row).
 
     backward(item) leaves gradients and returns the losses by name; optimiser: a row of OPTIMISERS.
-    Items, rates and random bits depend on the step alone, so that `loop` may go on from any, and
-    may end early."""
+    Items, rates and random bits depend on the step alone, so that `loop` may start at any step, and
+    end early."""
     total, count = len(order), sum(w.master.numel() for w in moving)
     generator = torch.Generator(moving[0].master.device)
     rows = [module for module in model.modules() if isinstance(module, CriticalRows)]
@@ -800,7 +794,10 @@ def train(model: Transformer, moving: list[Moving], order: list, backward, recip
     with tqdm(total=total, desc=title) as bar:
         for step in (loop or plain_loop)(title, total, tensors):
             if not log:  # the loop may have filled the masters
-                read_masters(moving, rows)
+                for w in moving:
+                    w.weight.data.copy_(w.master)  # itself, where the master is the weight
+                for module in rows:
+                    module.refresh()
             losses = backward(order[step - 1])
             norm = gradient_norm(moving)
             if not all(abs(x) < float("inf") for x in (norm, *losses.values())):
@@ -826,7 +823,7 @@ def train(model: Transformer, moving: list[Moving], order: list, backward, recip
 
 
 def gradient_norm(moving: list[Moving]) -> float:
-    """Over all that moves. A weight that the loss does not reach has the gradient 0."""
+    """Norm over all that moves. A weight that the loss does not reach gets the gradient 0."""
     for w in moving:
         if w.weight.grad is None:
             w.weight.grad = torch.zeros_like(w.weight)
@@ -837,11 +834,11 @@ def gradient_norm(moving: list[Moving]) -> float:
 def unlearn(model: Transformer, forget: list[Encoded], retain: list[Encoded],
             mask: Tensor | None, recipe: "Unlearning", *, targets=None, title: str = "unlearn",
             loop=None, record=None, apply=None, backward=None) -> list[dict]:
-    """Step 2 on model, in place: recipe.method with recipe.objective; returns the log, a row per
-    update. mask [L, D]: of masked methods. targets: of objectives that end somewhere, a loss, or
-    for each forget row a loss or those of its tokens. UserError where a loss is not finite or the
-    rows do not fill a batch. Held equal to `unlearn_loop` by test_unlearn_equals_the_loop; apply,
-    backward: what stands in for apply_updates and backward_apart (pipeline/fused.py)."""
+    """Step 2 (Section 2.2) on model, in place: recipe.method with recipe.objective; returns the
+    log, a row per update. mask [L, D]: for masked methods. targets: for objectives with an end, the
+    loss to reach, or for each forget row a loss or one per token. UserError where a loss is not
+    finite or the rows do not fill a batch. Equal to `unlearn_loop` (test_unlearn_equals_the_loop).
+    apply, backward: replace apply_updates and backward_apart (pipeline/fused.py)."""
     order = unlearning_order(len(forget), len(retain), recipe)
     objective = OBJECTIVES[recipe.objective]
     if objective.targeted and targets is None:
@@ -870,8 +867,8 @@ def unlearn(model: Transformer, forget: list[Encoded], retain: list[Encoded],
 
 @torch.no_grad()
 def need_finite_losses(model: Transformer, rows: list[Encoded], recipe: "Unlearning", title: str):
-    """Weights can be finite and what they compute not. An update's loss tells of the one before it;
-    of the last one, at most eight rows spread over all of them do."""
+    """Finite weights can compute infinite losses. Each update's loss checks the update before it;
+    here at most eight rows, spread over all, check the last one."""
     for row in rows[::-(-len(rows) // 8)]:
         if not mean_nll(model, collate([row], model.embed_tokens.weight.device)).isfinite():
             raise UserError(f"{title}: the model's losses are not finite after the last update; "
@@ -883,7 +880,8 @@ def need_finite_losses(model: Transformer, rows: list[Encoded], recipe: "Unlearn
 
 
 def soft_mask(forget: Tensor, retain: Tensor, threshold: float, seed: int) -> Tensor:
-    """float32 [L, D]: of a critical neuron the share that is the forget set's, 1 if all of it."""
+    """float32 [L, D]: for a critical neuron f / (f + r), f and r its forget and retain scores as
+    shares of the layer's largest; else 0."""
     f, r = (x.clamp_min(0) / x.amax(1, keepdim=True).clamp_min(1e-30) for x in (forget, retain))
     return torch.where(critical_mask(forget, threshold), f / (f + r), 0.0)
 
@@ -914,8 +912,8 @@ def make_mask(kind: str, forget: Tensor, retain: Tensor, *, threshold: float, se
 
 
 # -------------------------------------------------------------------------- objectives
-# A term is a function (answers, known, recipe) -> scalar, summed over tokens or rows. known: what
-# its row of the table says must be known of each row before the model moves.
+# A term is a function (answers, known, recipe) -> scalar, summed over tokens or rows. known: for
+# each row, what Objective.known computed of it before the model moved.
 
 
 def ascent(answers: Answers, known: list, recipe: "Unlearning") -> Tensor:
@@ -935,9 +933,10 @@ class Objective:
     per: str = "token"  # or "row": what `forget` is summed over, and divided by
     retain: Callable = descent
     weight: float | None = None  # of the retain term; None: recipe.lam
-    known: Callable | None = None  # (a row's answers, its target, recipe) -> what is known of it
-    known_retain: Callable | None = None  # the same of a retain row; its target is None
-    read: Callable | None = None  # (model, batch) -> what the terms see in place of Answers
+    # (a row's answers under the original, its target, recipe) -> what `forget` needs of that row
+    known: Callable | None = None
+    known_retain: Callable | None = None  # the same for `retain`; the target is None
+    read: Callable | None = None  # (model, batch) -> what the terms get in place of Answers
     answers: tuple[str, ...] = ()  # forget rows come with these in place of their answers
     targeted: bool = False  # needs the `targets` of unlearn
     about: str = ""
@@ -959,7 +958,7 @@ def adamw_moments(grad: Tensor, m: Tensor, h: Tensor, *, beta1: float, beta2: fl
 
 def adamw_step(param: Tensor, m: Tensor, h: Tensor, *, lr: float, beta1: float, beta2: float,
                eps: float, weight_decay: float, step: int):
-    """AdamW, step counted from 1; it has no clip of its own."""
+    """AdamW, step counted from 1; it clips nothing, so its count is 0."""
     root = (h / (1 - beta2 ** step)).sqrt().add(eps)
     new = (param * (1 - lr * weight_decay)).addcdiv(m, root, value=-lr / (1 - beta1 ** step))
     return new, torch.zeros((), dtype=torch.int64, device=param.device)
@@ -981,7 +980,7 @@ def adamw(recipe: "Unlearning", lr: float, weight_decay: float, step: int):
 @dataclass(frozen=True)
 class Optimiser:
     rules: Callable  # (recipe, lr, weight_decay, step from 1) -> moments, step of `masked_update`
-    whole: bool = False  # it must see whole matrices, as Muon does, not runs of their rows
+    whole_matrix: bool = False  # it must get matrices uncut, as Muon, not some rows at a time
 
 
 OPTIMISERS = {"sophia": Optimiser(sophia), "adamw": Optimiser(adamw)}
@@ -989,7 +988,7 @@ OPTIMISERS = {"sophia": Optimiser(sophia), "adamw": Optimiser(adamw)}
 
 # ------------------------------------------------------------------- methods, what moves [D9]
 
-# Which weights move whole, by name. A method with a mask moves the rows of down_proj beside them.
+# Which weights all of whose values move, by name. A masked method moves rows of down_proj too.
 MOVES = {
     "all": lambda name: True,
     "attention": lambda name: ".self_attn." in name and "_proj." in name,  # biases too, no norm

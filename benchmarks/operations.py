@@ -70,7 +70,7 @@ def main():
     a = p.parse_args()
     describe(a)
     operations = Operations()
-    simu.PART = {}  # as on a card
+    simu.UPDATED_AT_ONCE = {}  # as on a card
     for name in PARTS:
         operations.watch(name)
     for method in ("fo", "so", "simu"):

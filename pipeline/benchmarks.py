@@ -2,6 +2,7 @@
 kept, and what the model has never seen."""
 
 import random
+import unicodedata
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +21,7 @@ def set_aside(bench: Benchmark, share: float, seed: int) -> Benchmark:
     """With this share of the non-members, whole groups drawn by seed, as level_rows instead: what
     decides how far a model forgets must not also judge whether it forgot as far as that."""
     groups = list(dict.fromkeys(r.group for r in bench.nonmembers))
-    count = round(share * len(groups)) if bench.alike else 0
+    count = round(share * len(groups)) if bench.comparable else 0
     drawn = set(random.Random(seed).sample(groups, count))
     return replace(bench, nonmembers=[r for r in bench.nonmembers if r.group not in drawn],
                    level_rows=tuple(r for r in bench.nonmembers if r.group in drawn))
@@ -72,7 +73,7 @@ def tofu_benchmark(folder: Path, cut: Slice, made_here: bool) -> Benchmark:
     else:
         nonmembers, source = real + world, "real authors and world facts, as SOUL"
     return Benchmark("tofu", forget, retain, retain_eval, world, real, nonmembers, source, shared,
-                     alike=bool(held_out) or made_here)
+                     comparable=bool(held_out) or made_here)
 
 
 def count_shared(forget: list[Example], retain: list[Example]) -> int:
@@ -113,3 +114,42 @@ def lume_benchmark(folder: Path, cut: Slice, made_here: bool) -> Benchmark:
                                 "gated SemEval non-members are needed")
     return Benchmark("lume", sampled["forget"], sampled["retain"], sampled["retain"], [], [],
                      held_out, source, count_shared(sampled["forget"], sampled["retain"]))
+
+
+# ------------------------------------------------------------------------------- rows of a user
+
+QUOTES = str.maketrans("‘’‚′`´“”„″«»–—−", "''''''\"\"\"\"\"\"---", "\u200b\u00ad\ufeff")
+
+
+def normalised(text: str) -> str:
+    """A text without what two exports of it may differ in: white space, case, the form of quotes
+    and accents, punctuation at its ends."""
+    text = unicodedata.normalize("NFKC", text.translate(QUOTES)).translate(QUOTES).casefold()
+    return " ".join(unicodedata.normalize("NFC", text).split()).strip(" .,;:!?'\"")
+
+
+def benchmark_of_rows(forget: list[Example], retain: list[Example], unseen: list[Example], *,
+                      allow_near: bool = False) -> Benchmark:
+    """A user's rows. unseen: rows the model never saw. No row may stand in two of the files; nor
+    nearly, unless allow_near."""
+    files, first, similar, near = dict(forget=forget, retain=retain, unseen=unseen), {}, {}, []
+    for name, rows in files.items():
+        for e in rows:
+            other, _ = first.setdefault((e.turns, e.question, e.answer), (name, e))
+            if other != name:
+                raise UserError(f"row {e.id} of the {name} rows is among the {other} rows too; "
+                                "leave it in one of the two files")
+            texts = (*(text for _, text in e.turns), e.question, e.answer)
+            other, earlier = similar.setdefault(tuple(map(normalised, texts)), (name, e))
+            if other != name:
+                near.append(f"{e.where or e.id} is {earlier.where or earlier.id}")
+        if again := len(rows) - len({(e.turns, e.question, e.answer) for e in rows}):
+            print(f"note: {again} of the {len(rows)} {name} rows stand there more than once",
+                  flush=True)
+    if near and not allow_near:
+        raise UserError(f"{len(near)} rows stand in two files but for white space, case, quotes, "
+                        f"accents' form or end punctuation: {'; '.join(near[:5])}"
+                        f"{'; ...' if near[5:] else ''}: leave each in one of them, or pass "
+                        "--allow-near")
+    return Benchmark("rows", forget, retain, retain, [], [], unseen,
+                     "rows given as unseen" if unseen else "none: no unseen rows are given")

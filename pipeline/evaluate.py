@@ -19,6 +19,7 @@ from eval import CHOICE, choice_texts
 from model import Transformer, UserError, read_json, write_json, write_text
 from pipeline import checkpoint
 from pipeline.choices import add_choice_scores, load_choices
+from pipeline.files import sha256
 from pipeline.reach import code_digest
 from pipeline.reading import generate, token_scores
 from pipeline.resume import RESUME
@@ -148,7 +149,7 @@ def evaluated_stages(s: Settings) -> list[str]:
 def folder_inputs(name: str, folder: str) -> dict[str, str]:
     """The files of a folder that an evaluation reads, if it is one."""
     files = sorted(p for p in Path(folder).rglob("*") if p.is_file()) if folder else []
-    return {f"{name}/{p.relative_to(folder)}": data.sha256(p) for p in files}
+    return {f"{name}/{p.relative_to(folder)}": sha256(p) for p in files}
 
 
 def make_evaluation(s: Settings, model_folder: Path, job: Stage, folder: Path, limit: int):

@@ -19,6 +19,7 @@ from data import Encoded
 from model import Transformer, UserError, write_json
 from pipeline import checkpoint, fused, hub
 from pipeline.before import fitted, outlook
+from pipeline.files import sha256
 from pipeline.plan import check_memory
 from pipeline.request import written_rows
 from pipeline.settings import (Making, Placement, Settings, Source, choose_device, load_benchmark,
@@ -203,7 +204,7 @@ def link_model(s: Settings, name: str, source: Path, origin: dict, inputs: dict)
              and p.suffix in (".json", ".safetensors", ".model", ".jinja")]
     known = origin.get("sha256", {})
     job = Stage(s.run / name, settings=s, code=(), takes=(data.Slice, Source), inputs=inputs
-                | {f"weights/{p.name}": known.get(p.name) or data.sha256(p) for p in names})
+                | {f"weights/{p.name}": known.get(p.name) or sha256(p) for p in names})
     job.notes["source"] = origin or dict(folder=str(source))
     if not job.is_made():
         with job as folder:

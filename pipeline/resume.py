@@ -16,7 +16,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from model import raw, save_tensors
+from model import save_tensors, tensor_bytes
 
 RESUME = "resume"  # folder in an unfinished stage that holds them; not part of the result
 DISK_RATE = 5e8  # bytes digested and written in a second, until the first checkpoint is timed
@@ -99,5 +99,5 @@ def _digest(about: str, tensors: dict[str, Tensor]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name].detach().to("cpu").contiguous()
         digest.update(name.encode())
-        digest.update(raw(tensor))
+        digest.update(tensor_bytes(tensor))
     return digest.hexdigest()

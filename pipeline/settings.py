@@ -19,6 +19,7 @@ import simu
 from data import option
 from model import NO_TEXT, Config, Transformer, UserError, read_json
 from pipeline import benchmarks, checkpoint, mixers, objectives
+from pipeline.files import json_digests, sha256
 
 HERE = Path(__file__).resolve().parent.parent  # the repository
 BENCHMARKS = ("demo", "tofu", "lume", "rows")  # rows: files of the user's own
@@ -262,8 +263,8 @@ def load_benchmark(s: Settings) -> data.Benchmark:
     """The forget and retain sets of a run."""
     if s.layout == "rows":
         parts = {name: data.load_rows(file) for name, file in row_files(s).items()}
-        bench = data.benchmark_of_rows(*(parts.get(k, []) for k in ("forget", "retain", "unseen")),
-                                       allow_near=s.allow_near)
+        bench = benchmarks.benchmark_of_rows(
+            *(parts.get(k, []) for k in ("forget", "retain", "unseen")), allow_near=s.allow_near)
         bench = replace(bench, retain_eval=evaluation.spread(bench.retain_eval, s.judge))
     else:
         bench = benchmarks.load_benchmark(s.data_folder, s, layout=s.layout, made_here=made_here(s))
@@ -273,8 +274,8 @@ def load_benchmark(s: Settings) -> data.Benchmark:
 def data_digests(s: Settings) -> dict[str, str]:
     """sha256 of every file that the rows come from."""
     if s.layout == "rows":
-        return {name: data.sha256(file) for name, file in row_files(s).items()}
-    return data.data_digests(s.data_folder)
+        return {name: sha256(file) for name, file in row_files(s).items()}
+    return json_digests(s.data_folder)
 
 
 def made_here(s: Settings) -> bool:

@@ -31,8 +31,9 @@ from safetensors import safe_open
 
 import data
 import simu
-from model import UserError, has_types, read_json, write_json, write_text
+from model import UserError, read_json, write_json, write_text
 from pipeline import objectives
+from pipeline.files import has_types, sha256
 from pipeline.reach import code_digest
 from pipeline.resume import RESUME, Checkpoints
 from pipeline.settings import (TINY_MODELS, Making, Settings, Source, check_names, data_digests,
@@ -68,7 +69,7 @@ def seal(folder: Path) -> dict[str, list]:
 
 
 def seal_file(file: Path) -> list:
-    return [file.stat().st_size, data.sha256(file), file.stat().st_mtime_ns]
+    return [file.stat().st_size, sha256(file), file.stat().st_mtime_ns]
 
 
 def changed_file(file: Path, size: int, sha: str, when: int) -> bool:
@@ -76,7 +77,7 @@ def changed_file(file: Path, size: int, sha: str, when: int) -> bool:
     now = file.stat()
     if now.st_size != size:
         return True
-    return (size <= REHASHED or now.st_mtime_ns != when) and data.sha256(file) != sha
+    return (size <= REHASHED or now.st_mtime_ns != when) and sha256(file) != sha
 
 
 STAGE_JSON = dict(fingerprint=str, why=dict, settings=dict, seconds=float, files=dict)

@@ -9,11 +9,12 @@ import torch
 import data
 import eval as evaluation
 import simu
-from model import Transformer, UserError, read_tensors, save_tensors
+from model import Transformer, UserError, save_tensors
 from pipeline import checkpoint, fused, hub, objectives, reading, unseen
 from pipeline.before import GIVE_FILE, fitted
 from pipeline.card import write_card, write_generation_config
 from pipeline.evaluate import measured_rows
+from pipeline.files import read_tensors
 from pipeline.plan import check_memory
 from pipeline.settings import (Judging, Level, Placement, Settings, Source, flag, load_benchmark,
                                placement, read_settings, taken)

@@ -17,7 +17,7 @@ import sentencepiece
 
 import data
 from data import PLAIN_IN_TRANSFORMERS, TEMPLATES, one_line, optional_package
-from model import UserError, whole_file, write_text
+from model import UserError, atomic_file, write_text
 
 CHAT_SECONDS, CHAT_BYTES = 5, 1 << 28  # that a chat template may take for one row
 LLAMA_IN_TRANSFORMERS = dict(tokenizer_class="LlamaTokenizer", add_bos_token=True,
@@ -139,7 +139,7 @@ def train_llama(texts: list[str], folder: Path, vocab: int):
             num_threads=1, minloglevel=2)
     except RuntimeError as e:
         raise UserError(f"--vocab {vocab} does not suit this text ({e}); raise it") from None
-    with whole_file(folder / "tokenizer.model") as file:
+    with atomic_file(folder / "tokenizer.model") as file:
         file.write(model.getvalue())
     write_text(folder / "tokenizer_config.json", json.dumps(LLAMA_IN_TRANSFORMERS))
 

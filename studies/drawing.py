@@ -6,7 +6,7 @@ import io
 import itertools
 from pathlib import Path
 
-from model import UserError, whole_file, write_text
+from model import UserError, atomic_file, write_text
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart; markers say the same again.
 BLACK, ORANGE, SKY, GREEN, BLUE, RED, PINK = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2",
@@ -39,7 +39,7 @@ def canvas(rows: int, columns: int, size: tuple[float, float], **how):
 def save(figure, path: Path):
     """PNG without the date and version that would make equal pictures differ."""
     from matplotlib import pyplot
-    with whole_file(path) as file:
+    with atomic_file(path) as file:
         figure.savefig(file, format="png", dpi=150, metadata={"Software": None})
     pyplot.close(figure)
     print(f"wrote {path}")

@@ -32,9 +32,9 @@ from pathlib import Path
 import torch
 
 import simu
-from data import sha256
-from model import UserError, read_json, read_tensors
+from model import UserError, read_json
 from pipeline.columns import PUBLISHED_CRITICAL, table
+from pipeline.files import read_tensors, sha256
 from pipeline.settings import HERE, Parser, read_settings
 from pipeline.stage import data_inputs, differences, digest, read_stage
 from studies import run_figures

@@ -24,8 +24,9 @@ import torch
 import data
 import eval as evaluation
 import simu
-from model import Transformer, UserError, read_json, read_tensors, write_json
+from model import Transformer, UserError, read_json, write_json
 from pipeline import settings
+from pipeline.files import read_tensors
 from pipeline.original import original_stage
 from pipeline.stages import answer_losses, encoded_rows, forget_targets
 from studies import attack, common, plant, readings, sweep
@@ -200,7 +201,7 @@ def scores_of(model, forget: list, retain: list, s, inner: bool) -> dict:
 
     def activation():
         return readings.summed(forget, lambda b: torch.stack(
-            [x.abs().sum((0, 1)) for x in simu.clean_run(model, b).beta]))
+            [x.abs().sum((0, 1)) for x in simu.clean_samples(model, b).beta]))
 
     weights = cache(lambda: of_weights(model, forget, inner))
     both = {

@@ -23,8 +23,9 @@ import torch.nn.functional as F
 import data
 import simu
 from data import IGNORE, collate
-from model import Transformer, read_tensors
+from model import Transformer
 from pipeline.columns import table
+from pipeline.files import read_tensors
 from pipeline.settings import read_settings, resolve
 from pipeline.stages import encoded_rows
 from studies import common, figures, sweep
@@ -38,7 +39,7 @@ LEFT_OUT = (0, 1, 2, 5, 10)  # largest scores of each layer
 def by_sample(model, batch, nodes, *, probability=False, absolute=False):
     """Att [L, D] from one row per sample: our reading, written for comparison and not for speed."""
     with simu.frozen(model):
-        clean = simu.clean_run(model, batch)
+        clean = simu.clean_samples(model, batch)
         rows = []
         for l, beta in enumerate(clean.beta):
             att = torch.zeros_like(beta)  # [B, A, D]: one row per sample

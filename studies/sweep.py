@@ -35,9 +35,10 @@ import torch
 import data
 import eval as evaluation
 import simu
-from model import Transformer, UserError, has_types, read_tensors, write_json
+from model import Transformer, UserError, write_json
 from pipeline import objectives, reading, settings
 from pipeline.columns import table
+from pipeline.files import has_types, read_tensors, sha256
 from pipeline.original import original_stage
 from pipeline.reach import code_digest
 from pipeline.settings import (Aside, Level, Making, Placement, Settings, Source, load_benchmark,
@@ -411,7 +412,7 @@ def write_tables(out: Path, points: list[Point], made: dict[str, dict], first: S
     own = {"seed", "lr", "lam", *OF_ARMS, *settings.PLACES}.union(*(p.varied for p in points))
     of_scores = ("threshold", "steps")  # of the first run, varied or not: masks are drawn with them
     common = {k: v for k, v in dataclasses.asdict(first).items() if k not in own or k in of_scores}
-    tables = {name: data.sha256(out / name) for name in ("sweep.csv", "scores.csv")}
+    tables = {name: sha256(out / name) for name in ("sweep.csv", "scores.csv")}
     write_json(out / "settings.json", common | dict(sha256=tables | dict(settings=digest(common))))
     print_means(rows)
 

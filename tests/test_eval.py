@@ -484,7 +484,7 @@ def first_letter(row):
 def test_a_metric_is_one_function_and_one_row(monkeypatch):
     """As the README says it is added: rows that were stored before give its means."""
     before = ev.summarise(tofu_rows())["values"]
-    monkeypatch.setitem(ev.METRICS, "first_letter", ev.Metric(first_letter, ev.OWN))
+    monkeypatch.setitem(ev.METRICS, "first_letter", ev.Metric(first_letter, ev.FORGET_RETAIN))
     after = ev.summarise(tofu_rows())["values"]
     assert after.pop("forget.first_letter") == 0 and after.pop("retain.first_letter") == 0
     assert after == before
@@ -765,7 +765,7 @@ def test_rows_of_ones_own_and_plain_texts(made):
     chat = [data.Example(e.question, e.answer, id=f"c{i}", turns=(("user", "Hi?"),
                                                                   ("assistant", "Yes.")))
             for i, e in enumerate(bench.retain)]
-    own = data.benchmark_of_rows(texts + bench.forget, chat, bench.nonmembers)
+    own = benchmarks.benchmark_of_rows(texts + bench.forget, chat, bench.nonmembers)
     metrics, rows = ev.evaluate_model(model, tokenizer, own, template="qa", limits=LIMITS)
     values = metrics["values"]
     assert metrics["counts"]["forget"] == 8 and sum("mia" in r for r in rows) == 12

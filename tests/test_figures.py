@@ -15,13 +15,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import data
 import simu
 from data import IGNORE, collate
 from model import UserError, read_json, write_json
 from pipeline import settings, stage, workers
 from pipeline import objectives
 from pipeline.__main__ import main
+from pipeline.files import sha256
 from pipeline.report import report
 from pipeline.stages import encoded_rows
 from studies import common, figures, sweep
@@ -524,7 +524,7 @@ def stored(folder, D=40):
 
 def seal(folder):
     about = dict(benchmark="tofu", model="tiny-llama", threshold=0.6, steps=5)
-    sums = {name: data.sha256(folder / name) for name in ("sweep.csv", "scores.csv")}
+    sums = {name: sha256(folder / name) for name in ("sweep.csv", "scores.csv")}
     write_json(folder / "settings.json", about | dict(
         sha256=sums | dict(settings=stage.digest(about))))
 

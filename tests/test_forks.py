@@ -11,8 +11,9 @@ from test_simu import LLAMA, OLMO, recipe, rows, tiny
 
 import simu
 from data import collate
-from model import NEURONS, Config, read_tensors
+from model import NEURONS, Config
 from pipeline.__main__ import main
+from pipeline.files import read_tensors
 
 SCORES = {"output": 32, "inner": 48}
 
@@ -89,7 +90,7 @@ def test_unlearn_equals_the_loop(model_kind, kind, neurons, method):
 
 def test_muon_gets_whole_matrices(monkeypatch):
     """However small the runs are that other optimisers take, the step of a matrix is one."""
-    monkeypatch.setattr(simu, "PART", {"cpu": 100})
+    monkeypatch.setattr(simu, "UPDATED_AT_ONCE", {"cpu": 100})
     s, shapes = recipe(method="simu-muon", epochs=1, weight_decay=0.0), []
     own = muon.orthogonal
     monkeypatch.setattr(muon, "orthogonal", lambda x: shapes.append(tuple(x.shape)) or own(x))

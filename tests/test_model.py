@@ -12,9 +12,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import model as module
-from model import (NEURONS, Architecture, Config, Transformer, UserError, generate, read_tensors,
+from model import (NEURONS, Architecture, Config, Transformer, UserError, generate,
                    save_tensors)
 from pipeline import checkpoint
+from pipeline.files import read_tensors
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden"
@@ -544,7 +545,7 @@ def test_inner_neurons_are_what_down_proj_reads(tmp_path):
             block, mlp = m.layers[1], m.layers[1].mlp
             a = mlp.neurons(x)
             assert a.shape == (1, 3, width) and torch.equal(mlp.write(a), mlp(x))
-            stream, beta = block.parts(x, *m.rope(torch.arange(3)), module.causal_attention)
+            stream, beta = block.up_to_beta(x, *m.rope(torch.arange(3)), module.causal_attention)
             assert beta.shape == a.shape
             assert torch.equal(block.add_beta(stream, beta), block(x, *m.rope(torch.arange(3))))
             for name in NEURONS[m.config.neurons].rows:  # row k of it is neuron k's

@@ -18,9 +18,10 @@ from safetensors import safe_open
 
 import data
 import simu
-from model import UserError, read_json, read_tensors
+from model import UserError, read_json
 from pipeline import objectives, settings, stage
 from pipeline.__main__ import main
+from pipeline.files import read_tensors
 
 ROOT = Path(simu.__file__).parent
 DEMO = ROOT / "pipeline" / "demo"

@@ -9,10 +9,11 @@ import torch
 import eval as evaluation
 import simu
 from data import Encoded
-from model import Config, Transformer, read_json, read_tensors
+from model import Config, Transformer, read_json
 from pipeline import stage
 from studies import plant
 from pipeline.__main__ import main
+from pipeline.files import read_tensors
 
 DEMO = Path(simu.__file__).parent / "pipeline" / "demo"
 CELL = ("demo", "tiny-llama", "--data", str(DEMO), *(

@@ -269,7 +269,7 @@ def test_no_pass_reads_padding_or_holds_the_logits_of_all_rows(monkeypatch):
 @pytest.mark.parametrize("method", ["fo", "so"])
 def test_weights_updated_in_parts_are_the_same_to_the_bit(monkeypatch, method):
     whole = run(tiny(), recipe(method=method), None)
-    monkeypatch.setattr(simu, "PART", {"cpu": 100})  # two or three rows of 32 or 48
+    monkeypatch.setattr(simu, "UPDATED_AT_ONCE", {"cpu": 100})  # two or three rows of 32 or 48
     parts = run(tiny(), recipe(method=method), None)
     assert all(torch.equal(whole[n], parts[n]) for n in whole)
 

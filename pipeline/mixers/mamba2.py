@@ -185,7 +185,7 @@ class Mamba2Block(nn.Module):
         self.norm = StreamNorm(c.hidden_size, c.norm_eps)
         self.mixer, self.mlp = Mixer(c), Neurons(c)
 
-    def parts(self, x, attend):
+    def up_to_beta(self, x, attend):
         """The stream that beta is added to, and beta, each [B, T, D]"""
         gate, xbc, dt = self.mixer.in_proj(self.norm(x)).split(self.mixer.sizes, dim=-1)
         return x, self.mlp(attend(self.mixer.scan, xbc, dt), gate)
@@ -194,7 +194,7 @@ class Mamba2Block(nn.Module):
         return (x.float() if self.wide else x) + beta
 
     def forward(self, x, attend):
-        return self.add_beta(*self.parts(x, attend))
+        return self.add_beta(*self.up_to_beta(x, attend))
 
 
 NAMES = {"embed_tokens.": "embeddings.", "norm.": "norm_f."}  # of what is outside the layers

@@ -209,7 +209,7 @@ class RWKV7Block(nn.Module):
         self.attn_norm, self.ffn_norm = norms[1:]
         self.self_attn, self.mlp = TimeMix(c, layer), ChannelMix(c)
 
-    def parts(self, x, attend):
+    def up_to_beta(self, x, attend):
         """The stream below beta [B, T, 2 D], and beta [B, T, D]"""
         x, first = (self.pre_norm(x), None) if self.pre_norm else x.chunk(2, dim=-1)
         y, first = self.self_attn(self.attn_norm(x), first, attend)
@@ -222,7 +222,7 @@ class RWKV7Block(nn.Module):
         return torch.cat((x, first.expand_as(x)), dim=-1)
 
     def forward(self, x, attend):
-        return self.add_beta(*self.parts(x, attend))
+        return self.add_beta(*self.up_to_beta(x, attend))
 
 
 class LastNorm(nn.LayerNorm):

@@ -37,5 +37,5 @@ def muon(recipe: simu.Unlearning, lr: float, weight_decay: float, count: int):
     return (partial(moments, beta1=recipe.beta1), partial(step, lr=lr, weight_decay=weight_decay))
 
 
-simu.OPTIMISERS["muon"] = simu.Optimiser(muon, whole=True)
+simu.OPTIMISERS["muon"] = simu.Optimiser(muon, whole_matrix=True)
 simu.METHODS["simu-muon"] = simu.Method("attention", "muon", masked=True)
