@@ -19,7 +19,7 @@ from functools import lru_cache
 from data import Encoded, Example, encode_for, full_text, template_of
 from eval import mean, rouge_words, spread
 
-LARGEST = 1.2  # of a uniform guess's loss: more says only how sure of itself a model is
+LARGEST = 1.15  # of a uniform guess's loss: more says only how sure of itself a model is
 COPIES = 6  # exchanged versions of each row, whose losses are averaged
 LENDERS = 2000  # rows to keep whose words are borrowed, at most
 LETTERS = 3  # a rare word of fewer says little
