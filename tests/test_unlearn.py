@@ -16,6 +16,7 @@ import data
 import simu
 from model import Config, Transformer, UserError, read_json
 from pipeline.__main__ import main
+from pipeline.files import read_tensors
 from pipeline.tokenizers import train_tokenizer
 
 ROOT = Path(simu.__file__).parent
@@ -154,12 +155,13 @@ def test_the_readmes_script_and_its_literal_twins_agree(place, tmp_path):
     assert changed.count("_loop(") == 2
     short = "forget, retain, recipe = forget[:4], retain[:8], simu.Recipe(" \
             "lr=2e-4, epochs=3, batch=4, threshold=0.3)\n"
-    keep = "import torch; torch.save(mask, 'mask.pt')\n"
+    keep = "from model import save_tensors; save_tensors('mask.safetensors', dict(mask=mask))\n"
     model = strangers_model(place, tmp_path / "stranger")
     for name, code in (("fast", script), ("literal", changed)):
         at = code.index("mask = ")
         run_alone(code[:at] + short + code[at:] + keep, tmp_path / name, place, model)
-    fast, slow = (torch.load(tmp_path / x / "mask.pt") for x in ("fast", "literal"))
+    fast, slow = (read_tensors(tmp_path / x / "mask.safetensors", ("mask",))[0]
+                  for x in ("fast", "literal"))
     assert torch.equal(fast, slow) and 0 < fast.sum() < fast.numel()
     before, fast, slow = (Transformer.from_pretrained(tmp_path / x).state_dict() for x in (
         "stranger", "fast/unlearned", "literal/unlearned"))
