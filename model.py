@@ -518,12 +518,16 @@ class Transformer(nn.Module):
 
     def hidden_at(self, ids, wanted):
         """Final normed states [N, D] where wanted [B, T] is true. No padding is read, nor anything
-        else right of a row's last wanted position: what is left of all rows stands side by side."""
+        else right of a row's last wanted position: what is left of all rows stands side by side.
+        ids and wanted may lie on the host: then nothing here waits for the model's device."""
         positions = torch.arange(ids.shape[1], device=ids.device)
         last = positions.where(wanted, -1).amax(1)  # [B]
         slots = (positions <= last[:, None]).flatten().nonzero()[:, 0]
-        h = self.hidden_of_rows(ids.flatten()[slots], slots, ids.shape, slots % ids.shape[1])
-        return h[wanted.flatten()[slots]]
+        which = wanted.flatten()[slots].nonzero()[:, 0]  # [N]
+        read, slots, positions, which = (
+            x.to(self.embed_tokens.weight.device)
+            for x in (ids.flatten()[slots], slots, slots % ids.shape[1], which))
+        return self.hidden_of_rows(read, slots, ids.shape, positions).index_select(0, which)
 
     def hidden_of_rows(self, ids, slots, shape, positions, attend=causal_attention):
         """Final normed states [N, D] of the ids [N] of B rows, side by side: id n stands in slot
@@ -661,9 +665,9 @@ def load_weights(model, folder: Path, dtype, device, contents: dict | None = Non
             for parameter, source in zip(parameters, mapped.split(sizes)):
                 # A copy even where dtype and device agree: the file may change or go away.
                 tensor = torch.empty(source.shape, dtype=dtype, device=device)
-                tensor.copy_(source)
-                low, high = tensor.aminmax()  # NaN passes; no temporary of the tensor's size
-                if not (low.isfinite() and high.isfinite()):
+                tensor.copy_(source.to(device))  # moved first: a card rounds faster
+                # aminmax hands NaN on, and needs no temporary of the tensor's size.
+                if not torch.stack(tensor.aminmax()).isfinite().all():
                     raise UserError(f"{files[name]}: {name} holds NaN or infinity in {dtype}; "
                                     "the checkpoint is damaged, or needs a wider dtype")
                 module, _, leaf = parameter.rpartition(".")

@@ -17,11 +17,11 @@ import simu
 from data import Encoded
 from model import Transformer, UserError, write_json
 from pipeline import checkpoint, fused, hub
-from pipeline.plan import check_memory
+from pipeline.plan import fit_memory
 from pipeline.request import written_rows
 from pipeline.settings import (Making, Placement, Settings, Source, choose_device, load_benchmark,
                                placement, tiny_config)
-from pipeline.stage import Stage, claim, content, data_inputs
+from pipeline.stage import Stage, claim, content, data_inputs, digests_of
 from pipeline.tokenizers import load_tokenizer, train_tokenizer
 
 # ------------------------------------------------------------------------------------ tiny ones
@@ -78,7 +78,7 @@ def make_retain_only(s: Settings, bench: data.Benchmark, job: Stage, folder: Pat
     rng = random.Random(s.seed)
     epochs = [rng.sample(rows, len(rows)) for _ in range(s.learn_epochs)]
     learn(model, epochs, learning(s, s.learn_lr), job, title="learn the retain set")
-    model.save_pretrained(folder)
+    checkpoint.save_model(model, folder)
 
 
 def make_original(s: Settings, bench: data.Benchmark, job: Stage, folder: Path):
@@ -96,7 +96,7 @@ def make_original(s: Settings, bench: data.Benchmark, job: Stage, folder: Path):
         rows = forget + rng.sample(known, beside)
         epochs.append(rng.sample(rows, len(rows)))
     learn(model, epochs, learning(s, s.light_lr), job, title="learn the forget set")
-    model.save_pretrained(folder)
+    checkpoint.save_model(model, folder)
     data.copy_tokenizer(retain_only, folder)
 
 
@@ -117,12 +117,13 @@ def fine_tune_retain_only(s: Settings, bench: data.Benchmark, job: Stage, base: 
 def teach(s: Settings, examples: list[data.Example], job: Stage, base: Path, folder: Path):
     tokenizer, config = load_tokenizer(base), checkpoint.read_config(base)
     rows = data.encode_for(config, examples, tokenizer, s.template)
-    job.notes["predicted_bytes"] = check_memory(s, config, "learn", rows=rows)
+    s, notes = fit_memory(s, config, "learn", rows=rows)
+    job.notes.update(notes)
     model = checkpoint.load_model(base, **placement(s))
     rng = random.Random(s.seed)
     epochs = [rng.sample(rows, len(rows)) for _ in range(s.learn_epochs)]
     learn(model, epochs, learning(s, s.learn_lr), job, title=f"learn {job.name}")
-    model.save_pretrained(folder)
+    checkpoint.save_model(model, folder)
     data.copy_tokenizer(base, folder)
 
 
@@ -195,8 +196,9 @@ def link_model(s: Settings, name: str, source: Path, origin: dict, inputs: dict)
     names = [p for p in sorted(source.iterdir()) if p.is_file()
              and p.suffix in (".json", ".safetensors", ".model", ".jinja")]
     known = origin.get("sha256", {})
+    known = digests_of([p for p in names if p.name not in known]) | known
     job = Stage(s.run / name, settings=s, code=(), takes=(data.Slice, Source), inputs=inputs
-                | {f"weights/{p.name}": known.get(p.name) or data.sha256(p) for p in names})
+                | {f"weights/{p.name}": known[p.name] for p in names})
     job.notes["source"] = origin or dict(folder=str(source))
     if not job.is_made():
         with job as folder:

@@ -13,7 +13,7 @@ from model import Transformer, UserError, read_tensors, save_tensors
 from pipeline import checkpoint, fused, objectives, reading
 from pipeline.card import write_card, write_generation_config
 from pipeline.evaluate import measured_rows
-from pipeline.plan import check_memory
+from pipeline.plan import fit_memory
 from pipeline.settings import (Judging, Level, Placement, Settings, Source, flag, load_benchmark,
                                placement, read_settings, taken)
 from pipeline.stage import (Stage, attribution_name, content, data_inputs, mask_name, read_stage,
@@ -47,12 +47,13 @@ def encoded_rows(s: Settings, objective: str = "graddiff") -> tuple[data.Benchma
 
 
 def load_original(s: Settings, job: Stage, name: str, encoded: dict, method: str | None = None
-                  ) -> Transformer:
-    """The original model, once the plan says that this stage will fit."""
+                  ) -> tuple[Transformer, Settings]:
+    """The original model, once the plan says that this stage will fit, and with which settings."""
     folder = s.run / "original"
-    job.notes["predicted_bytes"] = check_memory(s, checkpoint.read_config(folder), name, method,
-                                                rows=encoded["forget"] + encoded["retain"])
-    return checkpoint.load_model(folder, **placement(s))
+    s, notes = fit_memory(s, checkpoint.read_config(folder), name, method,
+                          rows=encoded["forget"] + encoded["retain"])
+    job.notes.update(notes)
+    return checkpoint.load_model(folder, **placement(s)), s
 
 
 # --------------------------------------------------------------------------------------- step 1
@@ -69,7 +70,7 @@ def make_attribution(s: Settings, job: Stage, folder: Path):
     # As many retain rows as forget rows: scores only matter relative to their layer's maximum.
     count = min(len(encoded["retain"]), len(encoded["forget"]))
     encoded["retain"] = random.Random(s.seed).sample(encoded["retain"], count)
-    model = load_original(s, job, "attribute", encoded)
+    model, s = load_original(s, job, "attribute", encoded)
     scores = {name: simu.attribute_rows(model, rows, s, title=f"attribute {name}",
                                         loop=job.loop).cpu() for name, rows in encoded.items()}
     save_tensors(folder / "scores.safetensors", scores)
@@ -192,7 +193,7 @@ def make_unlearned(s: Settings, job: Stage, folder: Path, *, aim=None, watch=Non
     if simu.METHODS[s.method].masked:
         mask, = read_tensors(s.run / mask_name(s) / "mask.safetensors", ("mask",))
     bench, encoded = encoded_rows(s, s.objective)
-    model = load_original(s, job, "unlearn", encoded, s.method)
+    model, s = load_original(s, job, "unlearn", encoded, s.method)
     record, targets = watch(model, bench, s, job) if watch else job.record("log.jsonl"), None
     if aim:
         targets, job.notes["level_from"] = aim(s, bench, encoded["forget"], model)
@@ -202,7 +203,7 @@ def make_unlearned(s: Settings, job: Stage, folder: Path, *, aim=None, watch=Non
                      **fused.on(model.embed_tokens.weight.device))
     except UserError as e:
         raise UserError(f"{e}{put_back(s)}") from None
-    model.save_pretrained(folder)
+    checkpoint.save_model(model, folder)
     data.copy_tokenizer(s.run / "original", folder)
 
 
