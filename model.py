@@ -38,7 +38,8 @@ class UserError(Exception):
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight; the division in float32, as the models were trained."""
+    """x / rms(x) * weight; torch divides in float32, as the models were trained, and rounds before
+    the weight, as they did."""
 
     def __init__(self, dim: int, eps: float):
         super().__init__()
@@ -46,7 +47,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        return F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype) * self.weight
+        return F.rms_norm(x, x.shape[-1:], eps=self.eps) * self.weight
 
 
 class LayerNorm(nn.Module):
@@ -65,7 +66,8 @@ def make_norm(c: "Config") -> nn.Module:
 
 
 def rope(c: "Config", positions):
-    """int64 [...] -> cos, sin float32 [..., hd], each frequency standing twice: j, j + hd/2."""
+    """int64 [...] -> cos, sin float32 [..., hd], each frequency standing twice: j, j + hd/2, the
+    sine below hd/2 with the sign that `rotate` wants."""
     hd, scaling = c.head_dim, c.rope_scaling
     j = torch.arange(0, hd, 2, dtype=torch.float32, device=positions.device)  # [hd/2]
     inverse = 1.0 / c.rope_theta ** (j / hd)
@@ -75,15 +77,14 @@ def rope(c: "Config", positions):
         keep = ((turns - low) / (high - low)).clamp(0, 1)
         inverse = inverse * (keep + (1 - keep) / factor)
     angle = positions[..., None].float() * inverse  # [..., hd/2]
-    angle = torch.cat((angle, angle), dim=-1)  # [..., hd]
-    return angle.cos(), angle.sin()
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)  # [..., hd]
 
 
 def rotate(x, cos, sin):
-    """RoPE in float32 on x [B, heads, T, hd]: channels j and j + hd/2 turn together (the
-    "rotate half" layout of HF checkpoints, not Meta's interleaved one)."""
-    first, second = x.float().chunk(2, dim=-1)
-    return (x * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
+    """RoPE in float32, as cos and sin are, on x [B, heads, T, hd]: channels j and j + hd/2 turn
+    together (the "rotate half" layout of HF checkpoints, not Meta's interleaved one)."""
+    return (x * cos + x.roll(x.shape[-1] // 2, -1) * sin).to(x.dtype)
 
 
 def attention(q, k, v, mask=None):
@@ -148,7 +149,8 @@ class Attention(nn.Module):
         split = (*x.shape[:2], -1, self.head_dim)
         q, k, v = (y.view(split).transpose(1, 2) for y in (q, k, v))  # [B, heads, T, hd]
         cos, sin = cos.unsqueeze(-3), sin.unsqueeze(-3)  # [.., 1, T, hd]
-        return rotate(q, cos, sin), rotate(k, cos, sin), v
+        q, k = rotate(torch.cat((q, k), dim=1), cos, sin).split((q.shape[1], k.shape[1]), dim=1)
+        return q, k, v
 
 
 class MLP(nn.Module):

@@ -1,5 +1,6 @@
 """The plan against what is really alive, its goals, its refusals; and the cost of attribution."""
 
+import re
 import shutil
 from dataclasses import replace
 from types import SimpleNamespace
@@ -89,7 +90,7 @@ def test_joined_passes_need_what_was_planned_for_a_gpu(method):
                       for x in (s, replace(s, device="cpu")))
     # The pass of 3 comes first, and finds no gradients yet, which the plan holds to be there.
     real = alive(config(), s, method, torch.float32, backward=fused.backward_together)
-    assert planned.activations - planned.gradients <= real.activations <= planned.activations
+    assert real.activations == pytest.approx(planned.activations - planned.gradients, rel=0.1)
     assert planned.activations > 1.25 * apart.activations
 
 
@@ -284,14 +285,16 @@ def test_passes_that_were_given_stay_and_a_cpu_takes_the_recipes():
     assert resolve(tiny).micro_tokens == resolve(tiny | dict(device="cpu")).micro_tokens
 
 
-def test_the_plan_names_what_each_card_would_take(tmp_path):
+def test_the_plan_names_what_each_card_would_take(tmp_path, monkeypatch):
     s = resolve(dict(benchmark="tofu", model="llama3.2-1b", out=str(tmp_path)))
     given = dict(dtype=torch.bfloat16, critical=9999, longest=164, answer=105)
-    c = replace(plan.config_of(s), num_hidden_layers=6)
+    c = replace(plan.CONFIGS["llama2-7b"], num_hidden_layers=8)
     lines = dict(zip(plan.CARDS, plan._cards(s, c, given, False)))
     assert all(line.startswith(f"a card of {gb} GB: attribute ") for gb, line in lines.items())
     assert "; fo --micro-tokens 8192; " in lines[80] and "evaluate as it is" in lines[80]
-    assert "fo does not fit" in lines[24] or "--state bfloat16" in lines[24]
+    assert re.search("; fo --micro-tokens [0-9]+ --state bfloat16", lines[24])
+    monkeypatch.setattr(plan, "CARDS", (4,))
+    assert "; so does not fit; " in plan._cards(s, c, given, False)[0]
 
 
 def test_a_stages_own_rows_replace_the_known_lengths(tmp_path):
