@@ -292,14 +292,25 @@ def _trace_attribution(model, s, longest, answer) -> int:
 
 @torch.no_grad()
 def _trace_evaluation(model, s, longest, answer) -> int:
-    """Bytes beside the weights of a pass of `eval_tokens`, with the cache and the logits to be had
-    beside it."""
+    """Bytes beside the weights of scoring, a pass of `eval_tokens`, or of decoding, a cache of so
+    many and the largest pass beside it, whichever takes more (reading.py)."""
+    tokens = s.eval_tokens if is_on_gpu(s) else min(s.eval_tokens, max(reading.CPU_PASS, longest))
+    scored = _widest(tokens, longest, most=ANY_NUMBER)
     B, T = _widest(s.eval_tokens, longest, most=ANY_NUMBER)
+    asked = B * min(answer, reading.new_cache(model, 1, 1).most_ids)  # every row's guess is read
+    cache = max(_cache(model, 1, s.eval_tokens), _cache(model, B, 1))
+    prompts, step = (min(B, reading.PROMPTS_AT_ONCE), T), (1, asked)
+    return max(_hidden_bytes(model, s, *scored),
+               cache + max(_hidden_bytes(model, s, *ids) for ids in (prompts, step)))
+
+
+def _hidden_bytes(model, s, B: int, T: int) -> int:
+    """Of a pass over ids [B, T], its logits or their log-softmax counted in."""
     with LiveBytes(*model.parameters()) as live, _fused_attention(s):
-        model.hidden(_ids(B, T))
-    peak = live.peak - sum(p.nbytes for p in model.parameters())
-    logits = 2 * LOGITS * torch.float32.itemsize  # and their log-softmax
-    return peak + logits + max(_cache(model, 1, s.eval_tokens), _cache(model, B, 1))
+        held = live.now
+        h = model.hidden(_ids(B, T)).flatten(0, 1)
+        model.logits(h[:max(1, LOGITS // model.config.vocab_size)]).log_softmax(-1)
+    return live.peak - held
 
 
 def _cache(model, B: int, columns: int) -> int:
