@@ -1,5 +1,5 @@
-"""Operations that an update and a decoding step dispatch, a kernel each on a card: 32 layers, TOFU's
-lengths.
+"""Operations that an update and a decoding step dispatch, a kernel each on a card: 32 layers, rows
+of TOFU's lengths.
 
     python benchmarks/operations.py [--layers 32] [--state bfloat16 --dtype bfloat16]
 
