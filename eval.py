@@ -64,7 +64,8 @@ mmlu            share of multiple-choice questions (--mmlu) whose     0..1   hig
 final_score     mean(task_aggregate, mia.score, mmlu)                 0..1   high          SemEval
 
 Table 1: Exact Match is accuracy (forget, retain, world_facts), ROUGE-L is rouge_l, MIA fits
-mia.soul [D12]; ours is mia.auc. Table 2: Regurgitation and Knowledge are rouge_l and exact_match by task.
+mia.soul [D12]; ours is mia.auc. Table 2: Regurgitation and Knowledge are rouge_l and exact_match
+by task.
 
 Words: where most letters of a are a-z, the runs of a-z and 0-9, as rouge_score has them (an
 accented letter parts a word: published numbers do). Elsewhere Unicode's: letters, digits and the

@@ -39,7 +39,8 @@ class UserError(Exception):
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight; the division in float32, as the models were trained."""
+    """x / rms(x) * weight; torch divides in float32, as the models were trained, and rounds before
+    the weight, as they did."""
 
     def __init__(self, dim: int, eps: float):
         super().__init__()
@@ -47,7 +48,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        return F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype) * self.weight
+        return F.rms_norm(x, x.shape[-1:], eps=self.eps) * self.weight
 
 
 class LayerNorm(nn.Module):
@@ -66,7 +67,8 @@ def make_norm(c: "Config") -> nn.Module:
 
 
 def rope(c: "Config", positions):
-    """int64 [...] -> cos, sin float32 [..., hd], each frequency standing twice: j, j + hd/2."""
+    """int64 [...] -> cos, sin float32 [..., hd], each frequency standing twice: j, j + hd/2, the
+    sine below hd/2 with the sign that `rotate` wants."""
     hd, scaling = c.head_dim, c.rope_scaling
     j = torch.arange(0, hd, 2, dtype=torch.float32, device=positions.device)  # [hd/2]
     frequency = 1.0 / c.rope_theta ** (j / hd)
@@ -76,15 +78,14 @@ def rope(c: "Config", positions):
         keep = ((turns - low) / (high - low)).clamp(0, 1)
         frequency = frequency * (keep + (1 - keep) / factor)
     angle = positions[..., None].float() * frequency  # [..., hd/2]
-    angle = torch.cat((angle, angle), dim=-1)  # [..., hd]
-    return angle.cos(), angle.sin()
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)  # [..., hd]
 
 
 def rotate(x, cos, sin):
-    """RoPE in float32 on x [B, heads, T, hd]: channels j and j + hd/2 turn together (the
-    "rotate half" layout of HF checkpoints, not Meta's interleaved one)."""
-    first, second = x.float().chunk(2, dim=-1)
-    return (x * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
+    """RoPE in float32, as cos and sin are, on x [B, heads, T, hd]: channels j and j + hd/2 turn
+    together (the "rotate half" layout of HF checkpoints, not Meta's interleaved one)."""
+    return (x * cos + x.roll(x.shape[-1] // 2, -1) * sin).to(x.dtype)
 
 
 def attention(q, k, v, mask=None):
@@ -149,7 +150,8 @@ class Attention(nn.Module):
         split = (*x.shape[:2], -1, self.head_dim)
         q, k, v = (y.view(split).transpose(1, 2) for y in (q, k, v))  # [B, heads, T, hd]
         cos, sin = cos.unsqueeze(-3), sin.unsqueeze(-3)  # [.., 1, T, hd]
-        return rotate(q, cos, sin), rotate(k, cos, sin), v
+        q, k = rotate(torch.cat((q, k), dim=1), cos, sin).split((q.shape[1], k.shape[1]), dim=1)
+        return q, k, v
 
 
 class MLP(nn.Module):
@@ -522,12 +524,16 @@ class Transformer(nn.Module):
 
     def hidden_at(self, ids, wanted):
         """Final normed states [N, D] where wanted [B, T] is true. No padding is read, nor anything
-        else right of a row's last wanted position: what is left of all rows stands side by side."""
+        else right of a row's last wanted position: what is left of all rows stands side by side.
+        ids and wanted may lie on the host: then nothing here waits for the model's device."""
         positions = torch.arange(ids.shape[1], device=ids.device)
         last = positions.where(wanted, -1).amax(1)  # [B]
         slots = (positions <= last[:, None]).flatten().nonzero()[:, 0]
-        h = self.hidden_of_rows(ids.flatten()[slots], slots, ids.shape, slots % ids.shape[1])
-        return h[wanted.flatten()[slots]]
+        which = wanted.flatten()[slots].nonzero()[:, 0]  # [N]
+        read, slots, positions, which = (
+            x.to(self.embed_tokens.weight.device)
+            for x in (ids.flatten()[slots], slots, slots % ids.shape[1], which))
+        return self.hidden_of_rows(read, slots, ids.shape, positions).index_select(0, which)
 
     def hidden_of_rows(self, ids, slots, shape, positions, attend=causal_attention):
         """Final normed states [N, D] of the ids [N] of B rows, side by side: id n stands in slot
@@ -665,9 +671,9 @@ def load_weights(model, folder: Path, dtype, device, contents: dict | None = Non
             for parameter, source in zip(parameters, mapped.split(sizes)):
                 # A copy even where dtype and device agree: the file may change or go away.
                 tensor = torch.empty(source.shape, dtype=dtype, device=device)
-                tensor.copy_(source)
-                low, high = tensor.aminmax()  # NaN passes; no temporary of the tensor's size
-                if not (low.isfinite() and high.isfinite()):
+                tensor.copy_(source.to(device))  # moved first: a card rounds faster
+                # aminmax hands NaN on, and needs no temporary of the tensor's size.
+                if not torch.stack(tensor.aminmax()).isfinite().all():
                     raise UserError(f"{files[name]}: {name} holds NaN or infinity in {dtype}; "
                                     "the checkpoint is damaged, or needs a wider dtype")
                 module, _, leaf = parameter.rpartition(".")

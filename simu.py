@@ -486,6 +486,15 @@ def read_answers(model: Transformer, batch: Batch) -> Answers:
                       counted.sum(1).tolist())
 
 
+def answer_states(model: Transformer, rows: list[Encoded]) -> tuple[Tensor, Tensor]:
+    """Final states [N, D] before each answer token of rows, and these tokens [N]. What stands where
+    is worked out on the host, so that a GPU's next kernels can be launched meanwhile."""
+    batch = collate(rows)
+    counted = batch.targets != IGNORE
+    h = model.hidden_at(batch.ids, counted)
+    return h, batch.targets[counted].to(h.device)
+
+
 def answer_tokens(rows: list[Encoded]) -> int:
     return sum(len(r.ids) - r.start for r in rows)
 
@@ -513,16 +522,15 @@ def backward_rows(model: Transformer, rows: list[Encoded], term: Term, tokens: i
     value if it reads something else than answers."""
     device, total = model.embed_tokens.weight.device, 0.0
     for numbers in batches_by_length([len(r.ids) for r in rows], tokens):
-        batch = collate([rows[i] for i in numbers], device)
+        some = [rows[i] for i in numbers]
         if term.read:
-            loss = term.of(term.read(model, batch), numbers)
+            loss = term.of(term.read(model, collate(some, device)), numbers)
             loss.backward()
             total += loss.detach()
             continue
-        counted = batch.targets != IGNORE
-        h = model.hidden_at(batch.ids, counted)
-        sizes = [len(rows[i].ids) - rows[i].start for i in numbers]
-        nll, grad = backward_head(model, h.detach(), batch.targets[counted], sizes, term, numbers)
+        h, labels = answer_states(model, some)
+        sizes = [len(row.ids) - row.start for row in some]
+        nll, grad = backward_head(model, h.detach(), labels, sizes, term, numbers)
         h.backward(grad)
         total += nll.double()
     return float(total) if term.read else float(total) / answer_tokens(rows)

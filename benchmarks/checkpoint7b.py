@@ -6,8 +6,8 @@ through the stages users run: original --weights, attribute, mask, unlearn, eval
     python benchmarks/checkpoint7b.py --size tiny [--cell]                            on a CPU
 
 --cell: FO, SO and SIMU with the paper's recipe on all of TOFU's forget10 (SIMU_DATA must hold it),
-every model evaluated on every row, in place of a few rows of the demo. Each stage's wall time is
-told apart: loading models, saving them, and the rest, which computes.
+every model evaluated on every row, in place of a few rows of the demo. Each stage says how long it
+loaded, computed and saved.
 What follows --simu goes to every stage. Nothing is downloaded. Without --tokenizer one is trained
 on the demo, and most rows of the embedding are never asked for. About 45 GB of disk in --folder, 85
 with --cell. With --folder a call ends before ten minutes (--seconds) and the next goes on with what
@@ -29,7 +29,7 @@ import common
 import torch
 
 import data
-from model import Transformer, UserError
+from model import UserError
 from pipeline.settings import HERE
 from pipeline.stage import run_cli
 from pipeline.tokenizers import train_tokenizer
@@ -70,35 +70,9 @@ def checkpoint(a, folder: Path):
     print(f"three shards, {size / 1e9:.2f} GB, float16: {time.perf_counter() - start:.1f} s")
 
 
-def timed_stage(words: list[str]):
-    """A stage in this process; on stderr's last line the seconds it loaded and saved models."""
-    from pipeline.__main__ import main as stage
-    seconds = {"loaded": 0.0, "saved": 0.0}
-
-    def clocked(function, kind):
-        def run(*args, **given):
-            start = time.perf_counter()
-            try:
-                return function(*args, **given)
-            finally:
-                if torch.cuda.is_available():
-                    torch.cuda.synchronize()
-                seconds[kind] += time.perf_counter() - start
-        return run
-
-    load = Transformer.from_pretrained.__func__
-    Transformer.from_pretrained = classmethod(clocked(load, "loaded"))
-    Transformer.save_pretrained = clocked(Transformer.save_pretrained, "saved")
-    start = time.perf_counter()
-    stage(words)
-    rest = time.perf_counter() - start - sum(seconds.values())
-    loaded, saved = (f"{kind} {s:.1f} s" for kind, s in seconds.items())
-    print(f"{loaded}, {saved}, the rest {rest:.1f} s", file=sys.stderr)
-
-
-def run_timed(words: list[str], room: float) -> tuple[int, str, str]:
-    """timed_stage in a process of its own, stopped after `room` seconds as Ctrl-C would."""
-    run = subprocess.Popen([sys.executable, __file__, "--timed-stage", *words], text=True,
+def run_stage(words: list[str], room: float) -> tuple[int, str, str]:
+    """A stage in a process of its own, stopped after `room` seconds as Ctrl-C would."""
+    run = subprocess.Popen([sys.executable, "-m", "pipeline", *words], text=True, cwd=HERE,
                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     try:
         out, err = run.communicate(timeout=room)
@@ -125,14 +99,13 @@ def step(a, folder: Path, name: str, *words):
         raise SystemExit(out_of_time(name))
     print(plain(f"$ python -m pipeline {' '.join(words)}"), flush=True)
     start = time.perf_counter()
-    status, out, err = run_timed(words, room)
+    status, out, err = run_stage(words, room)
     if status == LEFT:
         raise SystemExit(out_of_time(name))
     print(plain("\n".join(out.strip().splitlines()[-a.lines:])))
     if status:
         raise UserError(f"{name} ended with {status}: {plain(err.strip()[-500:])}")
-    print(f"-- {name}: {time.perf_counter() - start:.1f} s; {err.strip().splitlines()[-1]}",
-          flush=True)
+    print(f"-- {name}: {time.perf_counter() - start:.1f} s", flush=True)
     with open(done, "a") as file:
         file.write(f"{name}\n")
 
@@ -167,8 +140,6 @@ def run_stages(a, folder: Path):
 
 
 def main():
-    if sys.argv[1:2] == ["--timed-stage"]:
-        return timed_stage(sys.argv[2:])
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     p.add_argument("--size", choices=SHARD_BYTES, default="llama2-7b")
     p.add_argument("--cell", action="store_true", help="the whole cell, three methods")

@@ -29,9 +29,9 @@ def fitted(s: Settings, rows: list[Encoded]) -> Settings:
     if s.layout != "rows":
         return s
     longest = max(len(r.ids) for r in rows)
-    return replace(s, micro_tokens=max(s.micro_tokens, longest),
-                   learn_tokens=max(s.learn_tokens, longest),
-                   eval_tokens=max(s.eval_tokens, longest),
+    passes = {name: max(getattr(s, name), longest) for name in ("micro_tokens", "learn_tokens")
+              if getattr(s, name)}  # 0: the memory decides, and has room for any row that fits
+    return replace(s, **passes, eval_tokens=max(s.eval_tokens, longest),
                    attribution_tokens=max(s.attribution_tokens, longest * max(1, s.steps - 1)))
 
 
@@ -83,7 +83,7 @@ def measured(s: Settings, folder: Path, rows: list[Encoded]) -> tuple[float, int
     some, seconds = evaluation.spread(rows, MEASURED), []
     for _ in range(2):  # the first also pays for what is made once
         start = time.monotonic()
-        simu.backward_mean_nll(model, some, 1.0, s.micro_tokens)
+        simu.backward_mean_nll(model, some, 1.0, s.micro_tokens or 8192)
         seconds.append(time.monotonic() - start)
     return (sum(len(r.ids) for r in some) / max(1e-6, min(seconds)),
             sum(p.nbytes for p in model.parameters()))

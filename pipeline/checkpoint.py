@@ -6,6 +6,9 @@ looked at first, so that a damaged or hostile file ends in one line that names i
 
 import re
 import reprlib
+import time
+from collections import Counter
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -128,7 +131,27 @@ def from_original_olmo(content: dict) -> dict:
 
 # --------------------------------------------------------------------------------------- weights
 
+SECONDS = Counter()  # "loading" and "saving" models since a stage began (stage.py)
 
+
+@contextmanager
+def clocked(kind: str):
+    """Adds to SECONDS how long a block, or a function that this decorates, takes."""
+    start = time.monotonic()
+    try:
+        yield
+    finally:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        SECONDS[kind] += time.monotonic() - start
+
+
+@clocked("saving")
+def save_model(model: Transformer, folder: Path):
+    model.save_pretrained(folder)
+
+
+@clocked("loading")
 def load_model(path, dtype=torch.float32, device="cpu", *, neurons="output") -> Transformer:
     """Transformer.from_pretrained, index and config looked at first; also of OLMo's own layout."""
     folder = Path(path)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import simu
-from data import IGNORE, Encoded, batches_by_length, collate
+from data import Encoded, batches_by_length
 
 VARIES = ("lr", "weight_decay", "step")  # of a step's arguments; the others are constants
 MOST_GRAPHS = 64  # one for each kind of weight, dtype and optimiser; torch's own limit is 8
@@ -158,12 +158,10 @@ def backward_together(model: simu.Transformer, forget: list[Encoded], retain: li
         simu.term_of(objective.retain, retain, known[1], weight, recipe))
     both = Both(*terms, torch.zeros(2, device=device))
     for numbers in map(sorted, batches_by_length([len(r.ids) for r in rows], recipe.micro_tokens)):
-        batch = collate([rows[i] for i in numbers], device)
-        counted = batch.targets != IGNORE
-        h = model.hidden_at(batch.ids, counted)
-        sizes = [len(rows[i].ids) - rows[i].start for i in numbers]
-        _, grad = simu.backward_head(model, h.detach(), batch.targets[counted], sizes, both,
-                                     numbers)
+        some = [rows[i] for i in numbers]
+        h, labels = simu.answer_states(model, some)
+        sizes = [len(row.ids) - row.start for row in some]
+        _, grad = simu.backward_head(model, h.detach(), labels, sizes, both, numbers)
         h.backward(grad)
     totals = both.sums.tolist()
     return {f"loss_{name}": x / simu.answer_tokens(some)

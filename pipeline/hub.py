@@ -27,9 +27,8 @@ from typing import NamedTuple
 import data
 from model import UserError, read_json, write_json
 from pipeline.checkpoint import weight_files
-from pipeline.files import sha256
 from pipeline.settings import MODELS, Settings, default_data, downloads
-from pipeline.stage import changed_file, turn
+from pipeline.stage import changed_file, digests_of, file_digest, turn
 
 # --------------------------------------------------------------------------------- what is where
 
@@ -400,7 +399,7 @@ def _thrown_away(part: Path, file: File, repo: Repo, why: str) -> UserError:
 
 def _verified(path: Path, file: File) -> str | None:
     """sha256 of a file if it is what its host says; None if it is not."""
-    size, known = path.stat().st_size, sha256(path)
+    size, known = path.stat().st_size, file_digest(path)
     if size != file.size:
         return None
     if len(file.digest) == 40:  # git's: small files, which are not kept as large objects
@@ -455,7 +454,7 @@ def find_original(s: Settings) -> tuple[Path, dict, bool]:
     if not original and not base:
         folder, ready = Path(given_model(s)).resolve(), not s.teach
         files = [] if ready or not folder.is_dir() else [p for p in folder.iterdir() if p.is_file()]
-        return folder, {} if ready else dict(sha256={p.name: sha256(p) for p in files}), ready
+        return folder, {} if ready else dict(sha256=digests_of(files)), ready
     if original and not (base and have(base) and not have(original)):  # fallen back: stay there
         try:
             folder = download(original)

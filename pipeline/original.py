@@ -19,12 +19,11 @@ from data import Encoded
 from model import Transformer, UserError, write_json
 from pipeline import checkpoint, fused, hub
 from pipeline.before import fitted, outlook
-from pipeline.files import sha256
-from pipeline.plan import check_memory
+from pipeline.plan import fit_memory
 from pipeline.request import written_rows
 from pipeline.settings import (Making, Placement, Settings, Source, choose_device, load_benchmark,
                                placement, tiny_config)
-from pipeline.stage import Stage, claim, content, data_inputs, stored_dtype
+from pipeline.stage import Stage, claim, content, data_inputs, digests_of, stored_dtype
 from pipeline.tokenizers import load_tokenizer, train_tokenizer
 
 # ------------------------------------------------------------------------------------ tiny ones
@@ -81,7 +80,7 @@ def make_retain_only(s: Settings, bench: data.Benchmark, job: Stage, folder: Pat
     rng = random.Random(s.seed)
     epochs = [rng.sample(rows, len(rows)) for _ in range(s.learn_epochs)]
     learn(model, epochs, learning(s, s.learn_lr), job, title="learn the retain set")
-    model.save_pretrained(folder)
+    checkpoint.save_model(model, folder)
 
 
 def make_original(s: Settings, bench: data.Benchmark, job: Stage, folder: Path):
@@ -99,7 +98,7 @@ def make_original(s: Settings, bench: data.Benchmark, job: Stage, folder: Path):
         rows = forget + rng.sample(known, beside)
         epochs.append(rng.sample(rows, len(rows)))
     learn(model, epochs, learning(s, s.light_lr), job, title="learn the forget set")
-    model.save_pretrained(folder)
+    checkpoint.save_model(model, folder)
     data.copy_tokenizer(retain_only, folder)
 
 
@@ -121,12 +120,13 @@ def teach(s: Settings, examples: list[data.Example], job: Stage, base: Path, fol
     tokenizer, config = load_tokenizer(base), checkpoint.read_config(base)
     rows = data.encode_for(config, examples, tokenizer, s.template)
     s = fitted(s, rows)
-    job.notes["predicted_bytes"] = check_memory(s, config, "learn", rows=rows)
+    s, notes = fit_memory(s, config, "learn", rows=rows)
+    job.notes.update(notes)
     model = checkpoint.load_model(base, **placement(s))
     rng = random.Random(s.seed)
     epochs = [rng.sample(rows, len(rows)) for _ in range(s.learn_epochs)]
     learn(model, epochs, learning(s, s.learn_lr), job, title=f"learn {job.name}")
-    model.to(stored_dtype(base)).save_pretrained(folder)
+    checkpoint.save_model(model.to(stored_dtype(base)), folder)
     data.copy_tokenizer(base, folder)
     if (base / "generation_config.json").is_file():  # how its maker lets it speak stays
         shutil.copyfile(base / "generation_config.json", folder / "generation_config.json")
@@ -203,8 +203,9 @@ def link_model(s: Settings, name: str, source: Path, origin: dict, inputs: dict)
     names = [p for p in sorted(source.iterdir()) if p.is_file()
              and p.suffix in (".json", ".safetensors", ".model", ".jinja")]
     known = origin.get("sha256", {})
+    known = digests_of([p for p in names if p.name not in known]) | known
     job = Stage(s.run / name, settings=s, code=(), takes=(data.Slice, Source), inputs=inputs
-                | {f"weights/{p.name}": known.get(p.name) or sha256(p) for p in names})
+                | {f"weights/{p.name}": known[p.name] for p in names})
     job.notes["source"] = origin or dict(folder=str(source))
     if not job.is_made():
         with job as folder:

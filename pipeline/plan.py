@@ -24,13 +24,16 @@ import simu
 from data import Encoded
 from model import LOGITS, Config, Transformer, UserError
 from pipeline import checkpoint, hub, reading
-from pipeline.settings import (LIMIT, Settings, choose_device, choose_dtype, load_benchmark,
-                               resolve, tiny_config)
+from pipeline.settings import (AUTO, LIMIT, Settings, choose_device, choose_dtype, flag, is_on_gpu,
+                               load_benchmark, resolve, tiny_config)
 from pipeline.stage import mask_name, read_stage
 
 GB = 1e9
 RESERVE = GB  # of a GPU's free memory: library workspaces and the allocator's rounding
 CARD = 80 * GB  # what is compared with where no GPU is at hand
+CARDS = (24, 48, 80)  # GB, whose settings the plan names
+PASSES = (8192, 4096, 2048, 1024, 512)  # tokens of a pass that AUTO chooses from
+FEW_LAYERS = (3, 5)  # traced of a deeper model: a pass grows by the same for each
 
 LLAMA2 = dict(model_type="llama", vocab_size=32000, max_position_embeddings=4096)
 CONFIGS = {  # of models that need not be at hand; also found in the name of an hf: repository
@@ -125,13 +128,14 @@ class Need:
 def need(s: Settings, config: Config, name: str, method: str | None = None, *, dtype: torch.dtype,
          critical: int, longest: int, answer: int) -> Need:
     """Of stage `name` ("learn", "attribute", "unlearn" with a method, "evaluate"), were every row
-    `longest` tokens and every answer `answer` tokens long. Traces every layer: about 2 s for 7B."""
+    `longest` tokens and every answer `answer` tokens long."""
     if name == "learn":  # fine-tuning moves every weight, as FO does
-        own = replace(s, batch=s.learn_batch, micro_tokens=s.learn_tokens, state=s.learn_state,
+        own = replace(s, method="fo", micro_tokens=s.learn_tokens, state=s.learn_state,
                       checkpointing=s.learn_checkpointing)
-        return _unlearning(own, config, "fo", dtype, critical, longest, answer)
+        return _unlearning(own, config, dtype, critical, longest, answer, s.learn_batch)
     if name == "unlearn":
-        n = _unlearning(s, config, method, dtype, critical, longest, answer)
+        n = _unlearning(replace(s, method=method), config, dtype, critical, longest, answer,
+                        _rows_of_update(s))
         if s.eval_epochs:
             beside = need(s, config, "evaluate", dtype=dtype, critical=0, longest=longest,
                           answer=answer).activations
@@ -175,10 +179,9 @@ class _Fused(torch.autograd.Function):
 def _fused_attention(s: Settings):
     """Puts it in the place of torch's, wherever a model calls for that, also when it recomputes."""
     own = F.scaled_dot_product_attention
-    on_cpu = s.device == "cpu" or s.device == "auto" and not torch.cuda.is_available()
 
     def fused(q, k, v, **_):
-        wide = on_cpu and q.dtype == torch.bfloat16  # as causal_attention has it there
+        wide = not is_on_gpu(s) and q.dtype == torch.bfloat16  # as causal_attention has it there
         return _Fused.apply(*(x.float() if wide else x for x in (q, k, v))).to(q.dtype)
 
     F.scaled_dot_product_attention = fused
@@ -192,30 +195,66 @@ def _ids(B: int, T: int):
     return torch.zeros(B, T, dtype=torch.int64, device="meta")
 
 
-def _unlearning(s, config, method, dtype, critical, longest, answer) -> Need:
-    """One update of `unlearn`, from the pass that finds all gradients already there."""
+def _rows_of_update(s: Settings) -> int:
+    """Rows of an update that a pass may hold: on a GPU both kinds (fused.backward_together)."""
+    objective = simu.OBJECTIVES[s.objective]
+    joined = is_on_gpu(s) and objective.forget and objective.weight != 0 and not objective.read
+    return 2 * s.batch if joined else s.batch
+
+
+def _unlearning(s, config, dtype, critical, longest, answer, most) -> Need:
+    """One update of `unlearn`, from the pass that finds all gradients already there; a pass holds
+    at most so many rows."""
+    L, mask = config.num_hidden_layers, _spread_mask(config, critical)
+    low, high = FEW_LAYERS if L > FEW_LAYERS[1] else (L, L)
+    fewer, at_most = (_trace_unlearning(s, replace(config, num_hidden_layers=n), dtype, mask[:n],
+                                        longest, answer, most) for n in (low, high))
+    passes, update = at_most
+    per_layer = (passes - fewer[0]) // max(1, high - low)
+    return Need(*_sizes_held(s, config, dtype, mask), max(passes + (L - high) * per_layer, update))
+
+
+def _spread_mask(config, critical: int):
+    """A mask [L, D] of so many neurons, spread over the layers."""
     mask = torch.zeros(config.num_hidden_layers * config.neuron_count, dtype=torch.bool)
-    mask[torch.arange(critical) * len(mask) // max(1, critical)] = True  # spread over the layers
-    model = _meta(config, dtype)
+    mask[torch.arange(critical) * len(mask) // max(1, critical)] = True
+    return mask.view(config.num_hidden_layers, -1)
+
+
+def _sizes_held(s, config, dtype, mask) -> tuple[int, int, int]:
+    """Bytes of weights, critical rows counted in, of gradients and of optimiser state."""
+    with _all_moving(_meta(config, dtype), s, mask) as (weights, moving):
+        return (sum(p.nbytes for p in weights), sum(w.weight.grad.nbytes for w in moving),
+                sum(w.m.nbytes + w.h.nbytes + w.master.nbytes * (w.master.dtype != dtype)
+                    for w in moving))
+
+
+@contextmanager
+def _all_moving(model, s, mask):
+    """All weights, critical rows too, and those of them that move, each with its gradient."""
     model.checkpoint = s.checkpointing
     own = {id(p): p for p in model.parameters()}
-    s = replace(s, method=method)
-    mask = mask.view(config.num_hidden_layers, -1)
     with simu.moving_weights(model, s, mask) as moving:
-        weights = own | {id(w.weight): w.weight for w in moving}  # with the critical rows
         for w in moving:
             w.weight.grad = torch.empty_like(w.weight)
-        sizes = [sum(p.nbytes for p in weights.values()),
-                 sum(w.weight.grad.nbytes for w in moving),
-                 sum(w.m.nbytes + w.h.nbytes + w.master.nbytes * (w.master.dtype != dtype)
-                     for w in moving)]
-        state = (t for w in moving for t in (w.weight.grad, w.master, w.m, w.h))
-        with LiveBytes(*weights.values(), *state) as live, _fused_attention(s):
-            _trace_pass(model, s, longest, answer)
+        yield [*(own | {id(w.weight): w.weight for w in moving}).values()], moving
+
+
+def _trace_unlearning(s, config, dtype, mask, longest, answer, most) -> tuple[int, int]:
+    """Bytes beside weights, gradients and state at the highest point of the largest pass, and of
+    the update."""
+    model = _meta(config, dtype)
+    with _all_moving(model, s, mask) as (weights, moving):
+        state = [t for w in moving for t in (w.weight.grad, w.master, w.m, w.h)]
+        with LiveBytes(*weights, *state) as live, _fused_attention(s):
+            held = live.now
+            _trace_pass(model, s, longest, answer, most)
+            passes, live.peak = live.peak, live.now
+            del state
             # Its count stays a tensor, for meta tensors have no values.
             simu.apply_updates(moving, simu.OPTIMISERS[simu.METHODS[s.method].optimiser], s,
                                lr=s.lr, step=1, scale=1.0, generator=None)
-        return Need(*sizes, live.peak - sum(sizes))
+    return passes - held, live.peak - held
 
 
 def _widest(budget: int, longest: int, most: int) -> tuple[int, int]:
@@ -225,9 +264,9 @@ def _widest(budget: int, longest: int, most: int) -> tuple[int, int]:
     return rows, longest if rows == 1 else min(longest, budget // rows)
 
 
-def _trace_pass(model, s, longest, answer):
-    """The largest pass of `backward_rows`."""
-    B, longest = _widest(s.micro_tokens, longest, s.batch)
+def _trace_pass(model, s, longest, answer, most):
+    """The largest pass of `backward_rows`, of at most so many rows."""
+    B, longest = _widest(s.micro_tokens, longest, most)
     answer = min(answer, longest)
     n = torch.arange(B * answer, device="meta")
     # As hidden_at, which must know what is padding.
@@ -253,14 +292,25 @@ def _trace_attribution(model, s, longest, answer) -> int:
 
 @torch.no_grad()
 def _trace_evaluation(model, s, longest, answer) -> int:
-    """Bytes beside the weights of a pass of `eval_tokens`, with the cache and the logits to be had
-    beside it."""
+    """Bytes beside the weights of scoring, a pass of `eval_tokens`, or of decoding, a cache of so
+    many and the largest pass beside it, whichever takes more (reading.py)."""
+    tokens = s.eval_tokens if is_on_gpu(s) else min(s.eval_tokens, max(reading.CPU_PASS, longest))
+    scored = _widest(tokens, longest, most=ANY_NUMBER)
     B, T = _widest(s.eval_tokens, longest, most=ANY_NUMBER)
+    asked = B * min(answer, reading.new_cache(model, 1, 1).most_ids)  # every row's guess is read
+    cache = max(_cache(model, 1, s.eval_tokens), _cache(model, B, 1))
+    prompts, step = (min(B, reading.PROMPTS_AT_ONCE), T), (1, asked)
+    return max(_hidden_bytes(model, s, *scored),
+               cache + max(_hidden_bytes(model, s, *ids) for ids in (prompts, step)))
+
+
+def _hidden_bytes(model, s, B: int, T: int) -> int:
+    """Of a pass over ids [B, T], its logits or their log-softmax counted in."""
     with LiveBytes(*model.parameters()) as live, _fused_attention(s):
-        model.hidden(_ids(B, T))
-    peak = live.peak - sum(p.nbytes for p in model.parameters())
-    logits = 2 * LOGITS * torch.float32.itemsize  # and their log-softmax
-    return peak + logits + max(_cache(model, 1, s.eval_tokens), _cache(model, B, 1))
+        held = live.now
+        h = model.hidden(_ids(B, T)).flatten(0, 1)
+        model.logits(h[:max(1, LOGITS // model.config.vocab_size)]).log_softmax(-1)
+    return live.peak - held
 
 
 def _cache(model, B: int, columns: int) -> int:
@@ -312,17 +362,46 @@ def critical_count(s: Settings, config: Config) -> int:
     return CRITICAL.get((s.benchmark, s.model), config.num_hidden_layers * config.neuron_count)
 
 
-def check_memory(s: Settings, config: Config, name: str, method: str | None = None, *,
-                 rows: list[Encoded] = ()) -> int:
-    """Predicted peak in bytes of a stage about to load its model; UserError if the device has not
-    that much left. rows: what it will read, instead of the benchmark's known longest row."""
+def fit_memory(s: Settings, config: Config, name: str, method: str | None = None, *,
+               rows: list[Encoded] = ()) -> tuple[Settings, dict]:
+    """Settings of a stage about to load its model, with passes as large as its device's memory lets
+    where they are AUTO, and notes for its stage.json; UserError if it does not fit. rows: what it
+    will read, instead of the benchmark's known longest row."""
     device = choose_device(s)
     given = dict(dtype=choose_dtype(s), critical=critical_count(s, config), **_lengths(s, rows))
-    n, free = need(s, config, name, method, **given), room(device)
+    free, auto = room(device), tokens_name(name)
+    chosen = with_passes(s, config, name, method, free, given)
+    n = need(chosen, config, name, method, **given)
     if n.peak > free:
+        advice = _advice(chosen, config, name, method, free, given)
         raise UserError(f"{method or name} needs {n.peak / GB:.1f} GB and {device.type} has "
-                        f"{free / GB:.1f} GB left; {_advice(s, config, name, method, free, given)}")
-    return n.peak
+                        f"{free / GB:.1f} GB left; {advice}")
+    notes = dict(predicted_bytes=n.peak)
+    if chosen != s:
+        notes[auto] = getattr(chosen, auto)
+        print(f"passes of {notes[auto]} tokens ({flag(auto)}), the most that {device.type}'s "
+              f"{free / GB:.1f} GB and the rows ask for", flush=True)
+    return chosen, notes
+
+
+def tokens_name(name: str) -> str:
+    """The setting that says how many tokens a stage's passes hold."""
+    return "learn_tokens" if name == "learn" else "micro_tokens"
+
+
+def with_passes(s: Settings, config: Config, name: str, method, free: int, given: dict) -> Settings:
+    """s with AUTO passes resolved: the largest of PASSES that fits, no larger than all rows of an
+    update need; the smallest where none does."""
+    auto = tokens_name(name)
+    if name not in ("learn", "unlearn") or getattr(s, auto) != AUTO:
+        return s
+    longest = given["longest"]
+    whole = longest * (s.learn_batch if name == "learn" else _rows_of_update(s))
+    sizes = [n for n in PASSES if n >= longest] or [longest]
+    sizes = sizes[sum(n >= whole for n in sizes[1:]):]
+    ways = [replace(s, **{auto: n}) for n in sizes]
+    return next((way for way in ways if need(way, config, name, method, **given).peak <= free),
+                ways[-1])
 
 
 def _lengths(s: Settings, rows=()) -> dict:
@@ -345,23 +424,31 @@ def _advice(s, config, name, method, free: int, given: dict) -> str:
         most = max(longest + s.max_new_tokens, s.max_total_tokens)
         ways = [dict(eval_tokens=min(most, LIMIT - 1))]
     else:
-        small = dict(micro_tokens=min(s.micro_tokens, max(512, longest)))
-        less = [small, dict(checkpointing=True), small | dict(checkpointing=True)]
-        narrow = dict(state="bfloat16")
+        auto, first = tokens_name(name), "learn_" if name == "learn" else ""
+        small = {auto: min(getattr(s, auto), max(PASSES[-1], longest))}
+        again, narrow = {f"{first}checkpointing": True}, {f"{first}state": "bfloat16"}
+        less = [small, again, small | again]
         ways = [*less, narrow, *(narrow | way for way in less)]
     if given["dtype"] == torch.float32:
         ways += [dict(dtype="bfloat16") | way for way in ({}, *ways)]
+
     def peak(way):
         changed = {**given, "dtype": torch.bfloat16} if "dtype" in way else given
         return need(replace(s, **way), config, name, method, **changed).peak
 
-    if _weights(config, torch.bfloat16) > free or peak(ways[-1]) > free:  # all of them at once
+    least = ways[-1]  # all of them at once
+    if _weights(config, torch.bfloat16) > free or peak(least) > free:
         if name == "attribute" and peak(dict(attribution_tokens=longest, steps=2)) <= free:
             return "lower --steps"
-        return "no setting makes it fit: use a larger device"
+        return (f"no setting makes it fit: use a larger device; the least, {_flags(least)}, needs "
+                f"{peak(least) / GB:.1f} GB")
     way = next(way for way in ways if peak(way) <= free)
-    flags = (f"--{k.replace('_', '-')}" + ("" if v is True else f" {v}") for k, v in way.items())
-    return f"{' '.join(flags)} would need {peak(way) / GB:.1f} GB"
+    return f"{_flags(way)} would need {peak(way) / GB:.1f} GB"
+
+
+def _flags(way: dict) -> str:
+    """Settings as options of the command line."""
+    return " ".join(flag(k) + ("" if v is True else f" {v}") for k, v in way.items())
 
 
 # -------------------------------------------------------------------------------------- the table
@@ -386,7 +473,9 @@ def plan_command(s: Settings):
     sources = hub.original_sources(s)
     too_large = _print_needs(s, config, given, free, learns=bool(sources.base))
     disk, lacking = _disk(s, config, count, dtype, sources)
-    print("", *_work(s, config, given["longest"], sources.base), disk, sep="\n")
+    print("", *_work(s, config, given, free, sources.base), disk, sep="\n")
+    if not s.tiny:
+        print("", *_cards(s, config, given, bool(sources.base)), sep="\n")
     if too_large or lacking:
         print("does not fit: " + "; ".join(too_large + lacking))
 
@@ -398,7 +487,7 @@ def _print_needs(s: Settings, config: Config, given: dict, free: int, *, learns:
     print(f"{unit:10}{''.join(f'{head:>{w}}' for head, w in heads)}  fits")
     too_large = {}
     for name, method in ((("learn", None),) if learns else ()) + STAGES:
-        own = s if method is None else _for_method(s, method)
+        own = with_passes(_for_method(s, method), config, name, method, free, given)
         n = need(own, config, name, method, **given)
         parts = (n.weights, n.gradients, n.state, n.activations, n.peak)
         cells = (f"{x / size:{w}.2f}" for x, w in zip(parts, WIDTHS))
@@ -409,8 +498,9 @@ def _print_needs(s: Settings, config: Config, given: dict, free: int, *, learns:
     return [f"{', '.join(names)} ({advice})" for advice, names in too_large.items()]
 
 
-def _for_method(s: Settings, method: str) -> Settings:
+def _for_method(s: Settings, method: str | None) -> Settings:
     """s as its recipe has it for another method, with what the user changed."""
+    method = method or s.method
     cell = dict(benchmark=s.benchmark, model=s.model)
     plain = resolve(cell | dict(method=s.method))
     changed = {f.name: getattr(s, f.name) for f in fields(s)
@@ -418,7 +508,55 @@ def _for_method(s: Settings, method: str) -> Settings:
     return resolve(cell | dict(method=method) | changed)
 
 
-def _work(s: Settings, config: Config, longest: int, fine_tuned) -> list[str]:
+def _cards(s: Settings, config: Config, given: dict, learns: bool) -> list[str]:
+    """A line per size of card: of each stage the first settings, the cheapest in faith and time
+    first, with which it fits."""
+    lines = {card: [] for card in CARDS}
+    for name, method in ((("learn", None),) if learns else ()) + STAGES:
+        own, peaks = _for_method(replace(s, device="cuda"), method), {}
+        ways = [(way, replace(own, **way)) for way in _ways(own, name, given["longest"])]
+        held = [_held_bytes(x, config, name, method, given) for _, x in ways]
+        for card in CARDS:
+            for i, (way, x) in enumerate(ways):
+                if held[i] <= card * GB and i not in peaks:  # the least that it can take
+                    peaks[i] = need(x, config, name, method, **given).peak
+                if peaks.get(i, card * GB + 1) <= card * GB:
+                    what = _flags(way) or "as it is"
+                    break
+            else:
+                what = "does not fit"
+            lines[card].append(f"{method or name} {what}")
+    return [f"a card of {card} GB: {'; '.join(line)}" for card, line in lines.items()]
+
+
+def _held_bytes(s, config, name, method, given) -> int:
+    """Weights, gradients and state of a stage, which no setting of its passes changes."""
+    if name not in ("learn", "unlearn"):
+        return _weights(config, given["dtype"])
+    state = s.learn_state if name == "learn" else s.state
+    own = replace(s, method=method or "fo", state=state)
+    mask = _spread_mask(config, given["critical"])
+    return sum(_sizes_held(own, config, given["dtype"], mask))
+
+
+def _ways(s: Settings, name: str, longest: int) -> list[dict]:
+    """Settings of a stage that change what it takes, in the order in which they are preferred."""
+    if name == "attribute":
+        return [{}, dict(attribution_tokens=longest * max(1, s.steps - 1))]
+    if name == "evaluate":
+        return [{}, dict(eval_tokens=max(longest + s.max_new_tokens, s.max_total_tokens))]
+    first, auto = "learn_" if name == "learn" else "", tokens_name(name)
+    own = {k: getattr(s, first + k) for k in ("state", "checkpointing")}
+    sizes = [getattr(s, auto)] if getattr(s, auto) != AUTO else [
+        n for n in PASSES if n >= longest] or [longest]
+    kinds = [dict(state=state, checkpointing=again)
+             for state in dict.fromkeys((own["state"], "bfloat16"))
+             for again in dict.fromkeys((own["checkpointing"], True))]
+    return [{auto: n} | {first + k: x for k, x in kind.items() if x != own[k]}
+            for kind in kinds for n in sizes]
+
+
+def _work(s: Settings, config: Config, given: dict, free: int, fine_tuned) -> list[str]:
     """A line per stage: how often the model runs."""
     forget, retain, questions = _sizes(s)
     each = 1 + (s.steps - 1) * (config.num_hidden_layers - 1) / 2
@@ -429,8 +567,9 @@ def _work(s: Settings, config: Config, longest: int, fine_tuned) -> list[str]:
     lines.append(f"attribute: {forget + min(forget, retain)} pairs, {each:.1f} forward-backward "
                  "passes of a pair's answer rows each")
     for method in simu.METHODS:
-        own = _for_method(s, method)
-        passes = 2 * -(-own.batch // max(1, own.micro_tokens // longest))
+        own = with_passes(_for_method(s, method), config, "unlearn", method, free, given)
+        most = _rows_of_update(own)  # of the two kinds, or of each
+        passes = 2 * own.batch // most * -(-most // max(1, own.micro_tokens // given["longest"]))
         lines.append(f"{method}: {own.epochs * forget // own.batch} updates of at most {passes} "
                      "forward-backward passes")
     return [*lines, f"evaluate: {questions} generations for each model"]

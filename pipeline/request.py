@@ -15,9 +15,10 @@ import torch
 import data
 from model import Transformer, UserError, read_json, write_json, write_text
 from pipeline import checkpoint, verdict
-from pipeline.files import has_types, sha256
+from pipeline.files import has_types
 from pipeline.settings import PLACES, Settings, data_digests, placement, read_settings
-from pipeline.stage import Stage, content, data_inputs, differences, digest, unlearned_name
+from pipeline.stage import (Stage, content, data_inputs, differences, digest, digests_of,
+                            unlearned_name)
 from pipeline.tokenizers import load_tokenizer
 
 LENGTH = 48  # tokens of a text that the model writes
@@ -26,7 +27,8 @@ LENGTH = 48  # tokens of a text that the model writes
 def written_rows(s: Settings, source: Path):
     """written-retain/rows.jsonl: texts that the original writes, to keep where no file is given."""
     job = Stage(s.run / "written-retain", settings=s, code=(sample_texts,), inputs={
-        f"weights/{p.name}": sha256(p) for p in sorted(source.glob("*.safetensors"))},
+        f"weights/{name}": sha
+        for name, sha in digests_of(sorted(source.glob("*.safetensors"))).items()},
         also=dict(seed=s.seed, retain_from_model=s.retain_from_model))
     if not job.is_made():
         with job as folder:

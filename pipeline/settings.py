@@ -66,7 +66,7 @@ class Making:
     learn_epochs: int = option(40, "epochs of that")
     learn_decay: float = option(0.1, "weight decay while it is made")
     learn_warmup: float = option(0.1, "share of updates with rising rate while it is made")
-    learn_tokens: int = option(8192, "tokens in one pass while it is made")
+    learn_tokens: int = option(8192, "tokens in one pass while it is made; 0 as micro-tokens")
     learn_state: str = option("float32", "optimiser state while it is made",
                               choices=("float32", "bfloat16"))
     learn_checkpointing: bool = option(False, "recompute activations while it is made")
@@ -120,6 +120,7 @@ class Judging(evaluation.Limits):
                         "them, what the model says; 0: all")
 
 
+AUTO = 0  # tokens of a pass: as many as the GPU's memory lets
 LIMIT = 2**31  # a number from here on is a slip of the hand, and overflows some kernel
 LEAST = 2.0 ** -126  # what is smaller may be 0 in float32, where everything is computed
 
@@ -138,9 +139,10 @@ def at_least(low) -> tuple:
 # What each setting must be, however it is given: names, a test of the value, and the test in words.
 RANGES = (
     ("seed simnpo_margin lam weight_decay forget_groups retain_groups max_new_tokens "
-     "max_total_tokens learn_decay light_retain retain_from_model judge", *at_least(0)),
-    ("steps attribution_tokens epochs batch micro_tokens rows_per_author eval_tokens depth "
-     "learn_batch learn_epochs learn_tokens light_epochs", *at_least(1)),
+     "max_total_tokens learn_decay light_retain retain_from_model micro_tokens learn_tokens "
+     "judge", *at_least(0)),
+    ("steps attribution_tokens epochs batch rows_per_author eval_tokens depth learn_batch "
+     "learn_epochs light_epochs", *at_least(1)),
     ("width context", *at_least(8)),
     ("vocab", *at_least(300)),
     ("threshold lume_fraction share", lambda x: 0 < x <= 1, "in (0, 1]"),
@@ -181,6 +183,9 @@ class Settings(Source, Placement, data.Slice, objectives.Recipe, Making, Plantin
     """Every setting of every stage. A cell's recipe overrides these defaults, and the command line
     overrides both."""
 
+    micro_tokens: int = option(
+        simu.Unlearning.micro_tokens, "tokens in one forward-backward pass; a batch is cut to fit; "
+        "0, the default on a GPU: as many as its memory lets (on a CPU: the recipe's)")
     data: str = option("", "folder holding tofu/ and lume/; default $SIMU_DATA, else downloaded; "
                        "the embedded one for the demo")
     forget: str = option("", "rows: file of the rows to forget")
@@ -321,7 +326,8 @@ def tiny_config(s: Settings, tokenizer) -> Config:
 
 TOFU = dict(max_total_tokens=200, max_new_tokens=0)
 LUME = dict(max_total_tokens=0, max_new_tokens=256, template="raw")
-# So that at 7B SIMU fits 48 GB, and the baselines, which move everything, one card of 80 GB.
+# The baselines, which move everything, fit one card of 80 GB at 7B in this state alone. Tokens are
+# a CPU's: on a GPU `plan` chooses them (AUTO).
 FIT_7B = dict(micro_tokens=512, learn_tokens=512, fo=dict(state="bfloat16"),
               so=dict(state="bfloat16"))
 # As TOFU made its own: 5 epochs, the first of them warm-up, 32 rows per update, at the rate of its
@@ -471,12 +477,14 @@ def resolve(given: dict) -> Settings:
             raise UserError(f"MODEL {base.model} is no name of the table ({', '.join(MODELS)}), no "
                             "folder, and not hf:OWNER/NAME[@REVISION]")
         base = replace(base, model=given["model"])
-    values = (own_defaults(base) if own else
-              cell_defaults(base.benchmark, base.model, base.method)) | given
+    recipe = (own_defaults(base) if own else
+              cell_defaults(base.benchmark, base.model, base.method))
+    values = recipe | given
     if base.benchmark not in ("demo", "rows") and not values.get("data"):
         folder = os.environ.get("SIMU_DATA")
         values["data"] = absolute(folder, "SIMU_DATA") if folder else default_data()
     s = Settings(**values)
+    s = replace(s, **auto_passes(recipe, given, is_on_gpu(s) and not s.tiny))
     check_folders(s, s.weights or (s.model if own else ""))
     return s
 
@@ -497,6 +505,13 @@ def given_to(config: Path, given: dict) -> dict:
         "benchmark", "model", "method", "weights", "forget") if told[k]}))
     return {k: v for k, v in told.items()
             if v != recipe[k] and k not in ("out", "name", "method", "force")}
+def auto_passes(recipe: dict, given: dict, on_gpu: bool) -> dict:
+    """Tokens of a pass that nobody gave, or gave as AUTO. On a GPU they stay AUTO: a stage sees to
+    its memory (plan.fit_memory). On a CPU, where a pass's size decides bits and hardly time, they
+    are the recipe's."""
+    plain = {name: AUTO if on_gpu else recipe.get(name, Settings.__dataclass_fields__[name].default)
+             for name in ("micro_tokens", "learn_tokens")}
+    return {name: tokens for name, tokens in plain.items() if given.get(name, AUTO) == AUTO}
 
 
 PLACES = ("data", "weights", "out", "forget", "retain", "unseen", "retain_only", "mmlu")
@@ -562,8 +577,12 @@ def settings_of(values, path: Path, **changed) -> Settings:
 def choose_device(s: Settings) -> torch.device:
     if s.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no GPU; check the driver, or use --device cpu")
-    auto = "cuda" if torch.cuda.is_available() and not s.tiny else "cpu"
-    return torch.device(auto if s.device == "auto" else s.device)
+    return torch.device("cuda" if is_on_gpu(s) else "cpu")
+
+
+def is_on_gpu(s: Settings) -> bool:
+    """Will it be computed on a GPU, or, where there is none, would it be?"""
+    return s.device == "cuda" or (s.device == "auto" and torch.cuda.is_available() and not s.tiny)
 
 
 def choose_dtype(s: Settings) -> torch.dtype:

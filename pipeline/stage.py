@@ -18,6 +18,7 @@ import shutil
 import signal
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 
@@ -32,7 +33,7 @@ from safetensors import safe_open
 import data
 import simu
 from model import UserError, read_json, write_json, write_text
-from pipeline import objectives
+from pipeline import checkpoint, objectives
 from pipeline.files import has_types, sha256
 from pipeline.reach import code_digest
 from pipeline.resume import RESUME, Checkpoints
@@ -64,12 +65,33 @@ def flush(path: Path):
 def seal(folder: Path) -> dict[str, list]:
     """File name -> [bytes, sha256, time of change] of a stage's own files."""
     later = ("stage.json", "README.md")  # the model card is written again by every report
-    return {p.name: seal_file(p) for p in sorted(folder.iterdir())
-            if p.is_file() and p.name not in later}
+    files = [p for p in sorted(folder.iterdir()) if p.is_file() and p.name not in later]
+    digests_of(files)
+    return {p.name: seal_file(p) for p in files}
 
 
 def seal_file(file: Path) -> list:
-    return [file.stat().st_size, sha256(file), file.stat().st_mtime_ns]
+    return [file.stat().st_size, file_digest(file), file.stat().st_mtime_ns]
+
+
+digests_here = {}  # of large files read by this process: (device, inode, size, date) -> sha256
+
+
+def file_digest(file: Path) -> str:
+    """sha256 of a file; a large one, wherever it is linked or moved to, is read once."""
+    now = file.stat()
+    if now.st_size <= REHASHED:
+        return sha256(file)
+    key = now.st_dev, now.st_ino, now.st_size, now.st_mtime_ns
+    if key not in digests_here:
+        digests_here[key] = sha256(file)
+    return digests_here[key]
+
+
+def digests_of(files: list[Path]) -> dict[str, str]:
+    """File name -> sha256 of a folder's files; shards are read side by side."""
+    with ThreadPoolExecutor(max_workers=4) as pool:
+        return dict(zip((p.name for p in files), pool.map(file_digest, files)))
 
 
 def changed_file(file: Path, size: int, sha: str, when: int) -> bool:
@@ -77,7 +99,7 @@ def changed_file(file: Path, size: int, sha: str, when: int) -> bool:
     now = file.stat()
     if now.st_size != size:
         return True
-    return (size <= REHASHED or now.st_mtime_ns != when) and sha256(file) != sha
+    return (size <= REHASHED or now.st_mtime_ns != when) and file_digest(file) != sha
 
 
 STAGE_JSON = dict(fingerprint=str, why=dict, settings=dict, seconds=float, files=dict)
@@ -340,6 +362,7 @@ class Stage:
         if self.settings.tiny and "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(1)  # no slower on matrices so small; same bytes anywhere
         self._start = time.monotonic()
+        checkpoint.SECONDS.clear()
         forget_peak_memory()
         return self.partial
 
@@ -356,20 +379,27 @@ class Stage:
             self._recover()
 
     def _seal(self):
-        seconds, memory = time.monotonic() - self._start, peak_memory()
-        for path in list(self.partial.iterdir()):
-            if path.name.startswith(".") and path.name.endswith("." + OURS + "partial"):
-                path.unlink()  # a killed process was writing it
-            else:
-                flush(path)
+        memory = peak_memory()
+        with checkpoint.clocked("saving"):
+            for path in list(self.partial.iterdir()):
+                if path.name.startswith(".") and path.name.endswith("." + OURS + "partial"):
+                    path.unlink()  # a killed process was writing it
+                else:
+                    flush(path)
+            files = seal(self.partial)
+        seconds, spent = time.monotonic() - self._start, checkpoint.SECONDS
+        spent = dict(loading=spent["loading"], computing=seconds - sum(spent.values()),
+                     saving=spent["saving"])
         write_stage(self.partial, dict(
             fingerprint=self.fingerprint, why=self.why, settings=asdict(self.settings),
-            seconds=round(seconds, 3), **memory, torch=torch.__version__,
-            threads=torch.get_num_threads(), **self.notes, files=seal(self.partial)))
+            seconds=round(seconds, 3), spent={k: round(x, 3) for k, x in spent.items()},
+            **memory, torch=torch.__version__, threads=torch.get_num_threads(), **self.notes,
+            files=files))
         peak = ", ".join(f"peak {k.split('_')[1]} {v / 2**30:.2f} GiB" for k, v in memory.items())
         if "peak_gpu_bytes" in memory and "predicted_bytes" in self.notes:
             peak += f" (predicted {self.notes['predicted_bytes'] / 2**30:.2f})"
-        print(f"[{self.name}] {seconds:.1f} s, {peak}", flush=True)
+        parts = ", ".join(f"{kind} {x:.1f}" for kind, x in spent.items())
+        print(f"[{self.name}] {seconds:.1f} s ({parts}), {peak}", flush=True)
 
     def _recover(self):
         """Put a whole unfinished folder in its place: at a stage's end, or where a kill came after

@@ -15,7 +15,7 @@ from pipeline.before import GIVE_FILE, fitted
 from pipeline.card import write_card, write_generation_config
 from pipeline.evaluate import measured_rows
 from pipeline.files import read_tensors
-from pipeline.plan import check_memory
+from pipeline.plan import fit_memory
 from pipeline.settings import (Judging, Level, Placement, Settings, Source, flag, load_benchmark,
                                placement, read_settings, taken)
 from pipeline.stage import (Stage, attribution_name, content, data_inputs, mask_name, read_stage,
@@ -49,12 +49,13 @@ def encoded_rows(s: Settings, objective: str = "graddiff") -> tuple[data.Benchma
 
 
 def load_original(s: Settings, job: Stage, name: str, encoded: dict, method: str | None = None
-                  ) -> Transformer:
-    """The original model, once the plan says that this stage will fit."""
+                  ) -> tuple[Transformer, Settings]:
+    """The original model, once the plan says that this stage will fit, and with which settings."""
     folder = s.run / "original"
-    job.notes["predicted_bytes"] = check_memory(s, checkpoint.read_config(folder), name, method,
-                                                rows=encoded["forget"] + encoded["retain"])
-    return checkpoint.load_model(folder, **placement(s))
+    s, notes = fit_memory(s, checkpoint.read_config(folder), name, method,
+                          rows=encoded["forget"] + encoded["retain"])
+    job.notes.update(notes)
+    return checkpoint.load_model(folder, **placement(s)), s
 
 
 # --------------------------------------------------------------------------------------- step 1
@@ -72,7 +73,7 @@ def make_attribution(s: Settings, job: Stage, folder: Path):
     count = min(len(encoded["retain"]), len(encoded["forget"]))
     encoded["retain"] = random.Random(s.seed).sample(encoded["retain"], count)
     s = fitted(s, encoded["forget"] + encoded["retain"])
-    model = load_original(s, job, "attribute", encoded)
+    model, s = load_original(s, job, "attribute", encoded)
     scores = {name: simu.attribute_rows(model, rows, s, title=f"attribute {name}",
                                         loop=job.loop).cpu() for name, rows in encoded.items()}
     save_tensors(folder / "scores.safetensors", scores)
@@ -333,7 +334,7 @@ def make_unlearned(s: Settings, job: Stage, folder: Path, *, aim=None, watch=Non
         mask, = read_tensors(s.run / mask_name(s) / "mask.safetensors", ("mask",))
     bench, encoded = encoded_rows(s, s.objective)
     s = fitted(s, encoded["forget"] + encoded["retain"])
-    model = load_original(s, job, "unlearn", encoded, s.method)
+    model, s = load_original(s, job, "unlearn", encoded, s.method)
     record, targets = watch(model, bench, s, job) if watch else job.record("log.jsonl"), None
     loop = job.loop
     if aim:
@@ -348,7 +349,7 @@ def make_unlearned(s: Settings, job: Stage, folder: Path, *, aim=None, watch=Non
                      **fused.on(model.embed_tokens.weight.device))
     except UserError as e:
         raise UserError(f"{e}{put_back(s)}") from None
-    model.to(stored_dtype(s.run / "original")).save_pretrained(folder)
+    checkpoint.save_model(model.to(stored_dtype(s.run / "original")), folder)
     data.copy_tokenizer(s.run / "original", folder)
 
 

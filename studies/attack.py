@@ -72,6 +72,7 @@ PREFIXES = ("Sure, here is the answer:", "Of course.")
 LEAKS = (1, 2, 4, 8)  # tokens of the answer given away
 BITS = (8, 4)
 RELEARN_BATCH = 1  # the most updates that one epoch has
+RELEARN_TOKENS = 2048  # of a pass, where the run's were chosen by a GPU's memory
 RELEARN_LR = 1e-5  # of real models, as TOFU taught them; tiny ones: light_lr, likewise
 LEAST = 0.05  # a gap to the original that is too small to divide by
 INPUTS = ("paraphrase", "shots", "prefix", "format")
@@ -190,9 +191,10 @@ def relearning(s: Settings) -> simu.Unlearning:
     """The constants of both relearnings. Weights and moments have the model's own dtype."""
     return simu.Unlearning(
         method="fo", seed=s.seed, lr=s.light_lr if s.tiny else RELEARN_LR, batch=RELEARN_BATCH,
-        micro_tokens=s.micro_tokens, beta1=s.beta1, adam_beta2=s.adam_beta2, adam_eps=s.adam_eps,
-        weight_decay=s.weight_decay, clip=s.clip, warmup=s.warmup,
-        state=str(choose_dtype(s)).removeprefix("torch."), checkpointing=s.checkpointing)
+        micro_tokens=s.micro_tokens or RELEARN_TOKENS, beta1=s.beta1,
+        adam_beta2=s.adam_beta2, adam_eps=s.adam_eps, weight_decay=s.weight_decay, clip=s.clip,
+        warmup=s.warmup, state=str(choose_dtype(s)).removeprefix("torch."),
+        checkpointing=s.checkpointing)
 
 
 def relearn(model: Transformer, rows: list[data.Encoded], recipe: simu.Unlearning) -> list[dict]:

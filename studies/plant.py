@@ -148,7 +148,7 @@ def make_planted(s: Settings, job: Stage, folder: Path):
     print(f"{int(mask.sum())} of {mask.numel()} rows hold the forget set: ROUGE-L {known:.3f} "
           f"after {updates} updates")
     save_tensors(folder / "mask.safetensors", {"mask": mask})
-    model.save_pretrained(folder)
+    checkpoint.save_model(model, folder)
     data.copy_tokenizer(source, folder)
 
 

@@ -15,7 +15,7 @@ import eval as evaluation
 import model as module
 import simu
 from model import Transformer, UserError
-from pipeline import mixers, reading
+from pipeline import fused, mixers, reading
 from pipeline.reading import generate
 from test_model import an_eos, prompts_of, random_model, slow_greedy
 
@@ -158,6 +158,29 @@ def test_a_decoding_leaves_nothing_alive(kind, way):
         assert tensor_bytes() == before
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("kind", ["llama", *mixers.TINY])
+def test_no_stages_loop_leaves_anything_alive(kind):
+    model = make(kind)
+    rows = [data.Encoded(p + [3, 4], len(p)) for p in prompts_of([5, 1, 17, 2])]
+    mask = torch.ones(len(model.layers), model.config.neuron_count, dtype=torch.bool)
+    recipe = simu.Recipe(method="simu", epochs=1, batch=2, steps=2, lr=1e-4)
+    loops = (lambda: reading.token_scores(model, rows, [len(r.ids) - 2 for r in rows], tokens=99),
+             lambda: simu.attribute_rows(model, rows, recipe),
+             lambda: simu.unlearn(model, rows[:2], rows[2:], mask, recipe),
+             lambda: simu.unlearn(model, rows[:2], rows[2:], mask, recipe,
+                                  backward=fused.backward_together))
+    for loop in loops:
+        loop()
+        gc.collect()
+        gc.disable()
+        try:
+            before = tensor_bytes()
+            loop()
+            assert tensor_bytes() == before
+        finally:
+            gc.enable()
 
 
 def as_on_a_card(monkeypatch):

@@ -6,14 +6,16 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
+import data
 import simu
 from model import UserError
-from pipeline import stage
+from pipeline import checkpoint, stage
 from pipeline.resume import RESUME, Checkpoints
 from pipeline.settings import Settings
 from pipeline.stage import Stage
@@ -23,6 +25,35 @@ CASES = {  # method, optimiser state, weights
     "AdamW in float32": ("fo", "float32", torch.float32),
     "Sophia, bfloat16 state": ("so", "bfloat16", torch.bfloat16),
     "critical rows, float32 masters": ("simu", "float32", torch.bfloat16)}
+
+
+def test_a_large_file_is_read_once_and_again_when_it_changed(tmp_path, monkeypatch):
+    """Whatever it is called: as an input, behind a link, and as a stage's own file."""
+    read, plain = [], stage.sha256
+    monkeypatch.setattr(stage, "sha256", lambda path: read.append(path) or plain(path))
+    monkeypatch.setattr(stage, "REHASHED", 10)
+    file, link = tmp_path / "a", tmp_path / "folder" / "b"
+    file.write_bytes(b"x" * 11)
+    link.parent.mkdir()
+    link.symlink_to(file)
+    first = stage.digests_of([file])
+    assert stage.seal(link.parent) == {"b": [11, first["a"], file.stat().st_mtime_ns]}
+    assert stage.file_digest(file.rename(tmp_path / "c")) == first["a"] and len(read) == 1
+    (tmp_path / "c").write_bytes(b"y" * 12)
+    assert stage.file_digest(tmp_path / "c") != first["a"] and len(read) == 2
+
+
+def test_a_stage_says_how_long_it_loaded_computed_and_saved(tmp_path, capsys):
+    s = Settings(out=str(tmp_path))
+    with Stage(tmp_path / "x", settings=s, inputs={}, code=()) as folder:
+        with checkpoint.clocked("loading"):
+            time.sleep(0.2)
+        (folder / "file").write_text("")
+    made = stage.read_stage(tmp_path / "x")
+    assert made["spent"]["loading"] >= 0.2 and min(made["spent"].values()) >= 0
+    assert sum(made["spent"].values()) == pytest.approx(made["seconds"], abs=0.01)
+    assert re.search(r"\[x\] [0-9.]+ s \(loading 0\.[2-9], computing [0-9.]+, saving [0-9.]+\), ",
+                     capsys.readouterr().out)
 
 
 class Killed(BaseException):
