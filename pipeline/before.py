@@ -13,7 +13,7 @@ import simu
 from data import Encoded
 from model import Config, UserError
 from pipeline import checkpoint, unseen
-from pipeline.plan import GB, check_memory
+from pipeline.plan import GB, fit_memory
 from pipeline.settings import Settings, placement
 from pipeline.tokenizers import load_tokenizer
 
@@ -64,9 +64,8 @@ def outlook(s: Settings, folder: Path, bench: data.Benchmark):
           f"{asked} rows are asked before and after"
           + (f" (--judge {s.judge}: a sample of those to keep)"
              if len(bench.retain_eval) < len(bench.retain) else ""))
-    peak = check_memory(s, config, "unlearn", s.method, rows=every)
-    if s.teach:
-        peak = max(peak, check_memory(s, config, "learn", rows=every))
+    stages = [("unlearn", s.method)] + [("learn", None)] * s.teach
+    peak = max(fit_memory(s, config, *stage, rows=every)[1]["predicted_bytes"] for stage in stages)
     rate, size = measured(s, folder, rows["to forget"])
     there = next(p for p in (s.run, *s.run.absolute().parents) if p.is_dir())
     made = size * (2 if s.teach else 1)

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 
-import data
 import simu
 from model import UserError
 from pipeline import checkpoint, stage
