@@ -14,6 +14,7 @@ from common import add_options, config, describe, matmul_rate, timed, tofu_lengt
 
 import simu
 from model import Transformer
+from pipeline import fused
 
 
 def copy_rate(a) -> float:
@@ -23,22 +24,20 @@ def copy_rate(a) -> float:
     return 2 * x.nbytes / min(timed(a, lambda: y.copy_(x))[0] for _ in range(10))
 
 
-def sophia_seconds(a, numel: int) -> float:
-    """Seconds for 1e9 weights of a Sophia step as it is written, bfloat16 state."""
-    w, m, h, g = (torch.zeros(numel, device=a.device, dtype=torch.bfloat16) for _ in range(4))
+def sophia_seconds(a, numel: int, apply) -> float:
+    """Seconds for 1e9 weights of Sophia's step on a square matrix, bfloat16 state. apply: the
+    written update or the fused one."""
+    side = int(numel ** 0.5)
+    w, m, h, g = (torch.zeros(side, side, device=a.device, dtype=torch.bfloat16) for _ in range(4))
     w.requires_grad_()
-    moving, generator = simu.Moving("w", w, w.detach(), m, h, True), torch.Generator(a.device)
-    recipe = simu.Recipe()
-
-    def update(p, grad, m, h, part):
-        moments, step = simu.OPTIMISERS["sophia"](recipe, 1e-5, 0.1, 1)
-        return simu.masked_update(p, grad, m, h, moments=moments, step=step, mask=None)
+    moving, generator = simu.Moving("w", w, w.detach(), m, h), torch.Generator(a.device)
 
     def run():
         w.grad = g
-        simu.apply_updates([moving], update, scale=1.0, generator=generator)
+        apply([moving], simu.OPTIMISERS["sophia"], simu.Recipe(), lr=1e-5, step=1, scale=1.0,
+              generator=generator)
 
-    return min(timed(a, run)[0] for _ in range(4)) / numel * 1e9
+    return min(timed(a, run)[0] for _ in range(4)) / side ** 2 * 1e9
 
 
 def main():
@@ -64,9 +63,10 @@ def main():
 
     print(f"{a.size}, 16 and 16 rows, {read} tokens read, {told} told; {whole:,} weights")
     print(f"  update at the least: FO, SO {update(whole):.3f} s, SIMU {update(attention):.3f} s")
-    took = sophia_seconds(a, 1 << (27 if a.device == "cuda" else 20))
-    print(f"  Sophia, 1e9 weights: {took:.4f} s"
-          f" as it runs; at the least {14e9 / memory:.4f} s")
+    written, compiled = (sophia_seconds(a, 1 << (27 if a.device == "cuda" else 20), apply)
+                         for apply in (simu.apply_updates, fused.apply_updates))
+    print(f"  Sophia, 1e9 weights: {written:.4f} s as written, {compiled:.4f} s fused; at the least "
+          f"{14e9 / memory:.4f} s")
     for rows in (32, 256):
         cached = 4 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * 100 * rows
         step = max((2 * (layers + head) + cached) / memory, 2 * (layers + head) * rows / flops)
