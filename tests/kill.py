@@ -10,7 +10,7 @@ be torn, which a clock would never hit. Odd runs are killed the other way round.
 command runs to its end.
 
 Compared: every file of the run. Wall times and memory differ from run to run, so these and nothing
-else are left out: `seconds` and `peak_*` in stage.json and in report.json's costs, `seconds` in
+else are left out: `seconds`, `spent` and `peak_*` in stage.json and in report.json's costs, `seconds` in
 points.jsonl, the digests of those lines and files of themselves, the dates of files in stage.json,
 and the rows of the table "Time and memory" in report.md. A file too many or too few counts as a
 difference.
@@ -165,7 +165,7 @@ def snapshot(run: Path) -> dict[str, object]:
             content = json.loads(content)
             content.pop("sha256", None)  # of the file's own content, wall times included
             for part in content.get("costs", [content]):
-                for key in [k for k in part if k == "seconds" or k.startswith("peak_")]:
+                for key in [k for k in part if k in ("seconds", "spent") or k.startswith("peak_")]:
                     del part[key]
             for sealed in content.get("files", {}).values() if path.name == "stage.json" else ():
                 del sealed[2]  # when the file was written

@@ -13,9 +13,10 @@ import eval as evaluation
 import model as core
 import simu
 from data import collate
+from pipeline import objectives
 
 KINDS = pytest.mark.parametrize("kind", [LLAMA, OLMO], ids=["llama", "olmo"])
-RECIPE = simu.Recipe(batch=2, epochs=1, lr=1e-3, steps=2)
+RECIPE = objectives.Recipe(batch=2, epochs=1, lr=1e-3, steps=2)
 PROMPTS = [[5, 9, 11, 4], [7, 3], [12, 40, 8, 21, 6, 33]]
 
 
