@@ -65,8 +65,8 @@ def main():
     print(f"  update at the least: FO, SO {update(whole):.3f} s, SIMU {update(attention):.3f} s")
     written, compiled = (sophia_seconds(a, 1 << (27 if a.device == "cuda" else 20), apply)
                          for apply in (simu.apply_updates, fused.apply_updates))
-    print(f"  Sophia, 1e9 weights: {written:.4f} s as written, {compiled:.4f} s fused; at the least "
-          f"{14e9 / memory:.4f} s")
+    print(f"  Sophia, 1e9 weights: {written:.4f} s as written, {compiled:.4f} s fused; at the "
+          f"least {14e9 / memory:.4f} s")
     for rows in (32, 256):
         cached = 4 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * 100 * rows
         step = max((2 * (layers + head) + cached) / memory, 2 * (layers + head) * rows / flops)
