@@ -5,8 +5,8 @@
 Three models: one that has memorised random answers to random questions, each ending at its own
 step; the same one collapsed by gradient ascent on them, so that it repeats itself; and random
 weights, which no draft ever fits. Lengths are those of TOFU's forget10. The drafts are the answers.
-`--learn 0` leaves out the first two: for large models. `--models RUN/original RUN/so-graddiff`: models
-of a run instead, asked its own forget and retain rows.
+`--learn 0` leaves out the first two: for large models. `--models RUN/original RUN/so-graddiff`:
+models of a run instead, asked its own forget and retain rows.
 
 transformers gets one batch, padded on the left, its key/value cache and sdpa attention. `--before`
 names an older checkout, whose generate takes its turn too. All take turns; times are the fastest of

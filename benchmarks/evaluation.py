@@ -94,16 +94,17 @@ def main():
               f"{sum(read[name])} tokens read")
     weights = sum(p.numel() for p in models["now"].layers.parameters() if p.dim() == 2)
     least = 2 * weights * len(seen) / matmul_rate(a)
-    print(f"  {len(seen)} tokens at least, the distinct prefixes of what is scored or said: {least:.1f} s "
-          f"at the matmul rate, at most {statistics.median(seconds['before']) / least:.1f} times faster")
+    print(f"  {len(seen)} tokens at least, the distinct prefixes of what is scored or said: "
+          f"{least:.1f} s at the matmul rate, at most "
+          f"{statistics.median(seconds['before']) / least:.1f} times faster")
     ratio = statistics.median(x / y for x, y in zip(seconds["before"], seconds["now"]))
     texts = [[r.get(k) for r in rows for k in ("generation", "paraphrased_generation")]
              for _, rows in found.values()]
     losses = [[x for r in rows for k in LOSSES if k in r
                for x in (r[k] if isinstance(r[k], list) else [r[k]])] for _, rows in found.values()]
     off = max(abs(x - y) for x, y in zip(*losses, strict=True))
-    print(f"  now {ratio:.2f} times faster; the same texts: {texts[0] == texts[1]}; {len(losses[0])} "
-          f"losses differ by at most {off:.1e}")
+    print(f"  now {ratio:.2f} times faster; the same texts: {texts[0] == texts[1]}; "
+          f"{len(losses[0])} losses differ by at most {off:.1e}")
 
 
 if __name__ == "__main__":

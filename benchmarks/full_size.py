@@ -3,8 +3,8 @@
     python benchmarks/full_size.py OUT --tokenizer FOLDER [--data FOLDER] [--layers 2]
 
 FOLDER holds OLMo's tokenizer.json. The rows are a few of TOFU's; weights and optimiser state are in
-bfloat16. Planned is what `python -m pipeline plan` counts, and what Python and torch take before any
-model is there, which no plan counts. What OUT holds already is kept.
+bfloat16. Planned is what `python -m pipeline plan` counts, and what Python and torch take before
+any model is there, which no plan counts. What OUT holds already is kept.
 """
 
 import argparse

@@ -10,10 +10,10 @@ be torn, which a clock would never hit. Odd runs are killed the other way round.
 command runs to its end.
 
 Compared: every file of the run. Wall times and memory differ from run to run, so these and nothing
-else are left out: `seconds`, `spent` and `peak_*` in stage.json and in report.json's costs, `seconds`
-in points.jsonl, the digests of those lines and files of themselves, the dates of files in stage.json,
-and the rows of the table "Time and memory" in report.md. A file too many or too few counts as a
-difference.
+else are left out: `seconds`, `spent` and `peak_*` in stage.json and in report.json's costs,
+`seconds` in points.jsonl, the digests of those lines and files of themselves, the dates of files in
+stage.json, and the rows of the table "Time and memory" in report.md. A file too many or too few
+counts as a difference.
 """
 
 import json

@@ -348,7 +348,8 @@ CHATML = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
 LLAMA3 = (
     "{{- bos_token }}\n{%- if not date_string is defined %}\n    {%- if strftime_now is defined "
-    "%}\n        {%- set date_string = strftime_now('%d %b %Y') %}\n    {%- endif %}\n{%- endif %}\n"
+    "%}\n        {%- set date_string = strftime_now('%d %b %Y') %}\n    {%- endif %}\n"
+    "{%- endif %}\n"
     "{%- if messages[0]['role'] == 'system' %}\n    {%- set system = messages[0]['content'] | trim "
     "%}\n    {%- set messages = messages[1:] %}\n{%- else %}\n    {%- set system = '' %}\n"
     "{%- endif %}\n{{- '<|head|>system<|/head|>\n\nToday Date: ' + date_string + '\n\n' + system + "
@@ -358,8 +359,9 @@ LLAMA3 = (
     "{%- endif %}\n")
 MISTRAL = (
     "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] "
-    "+ ' [/INST]' }}{% elif m['role'] == 'assistant' %}{{ ' ' + m['content'] + eos_token }}{% else %}"
-    "{{ raise_exception('Only user and assistant roles are supported!') }}{% endif %}{% endfor %}")
+    "+ ' [/INST]' }}{% elif m['role'] == 'assistant' %}{{ ' ' + m['content'] + eos_token }}"
+    "{% else %}{{ raise_exception('Only user and assistant roles are supported!') }}"
+    "{% endif %}{% endfor %}")
 
 
 @dataclass
@@ -730,7 +732,7 @@ def test_a_chats_answer_ends_as_its_template_ends_it(chat, tmp_path):
     assert row == data.encode(Example("Who?", "Me."), load_tokenizer(chat), "chat")
 
 
-# ---------------------------------------------------------------------------- rows as people have them
+# ------------------------------------------------------------------------ rows as people have them
 
 
 def test_a_prompt_and_its_completion_are_one_string(small, tmp_path):

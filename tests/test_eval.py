@@ -838,7 +838,7 @@ def check_rouge_l(folder: Path):
 
 
 def test_real_text_has_the_words_of_rouge_score():
-    """Of every text of TOFU and LUME, accents and all, so that published numbers hold to the bit."""
+    """Of every text of TOFU and LUME, accents too, so that published numbers hold to the bit."""
     if not os.environ.get("SIMU_DATA"):
         pytest.skip("SIMU_DATA is not set")
     tokenize, accented = pytest.importorskip("rouge_score.tokenize").tokenize, set()

@@ -327,7 +327,8 @@ FAULTS = {
     "more steps than any machine": (
         nothing, ["attribute run-tofu --steps 99999999999999999999"], "--steps is 9+; .*below"),
     "a path longer than any pass": (
-        nothing, ["attribute run-tofu --steps 2147483647"], "attribute needs .* left; lower --steps"),
+        nothing, ["attribute run-tofu --steps 2147483647"],
+        "attribute needs .* left; lower --steps"),
     "weights that overflow at the last update": (
         nothing, ["unlearn run-tofu --method so --lr 2e9"], "losses are not finite .*lower --lr"),
     "no UTF-8": (nothing, ["original new --weights \udcff"], "--weights is .*not UTF-8"),
@@ -340,7 +341,8 @@ FAULTS = {
     "encoder: a file's name": (put("e/0/\udcff", b""), ["original new --encoder @/e"], NAME),
     "MMLU: nowhere": (nothing, ["original new --mmlu @/no"], "--mmlu .*/no is not a folder"),
     "encoder: nowhere": (nothing, ["original new --encoder @/no"], "--encoder .* is not a folder"),
-    "encoder: nobody's": (nothing, ["original new --encoder ~no-one/e"], "no-one/e: .*no such user"),
+    "encoder: nobody's": (
+        nothing, ["original new --encoder ~no-one/e"], "no-one/e: .*no such user"),
     "weights: no folder": (nothing, [f"original {WHOLE}"], "is not a folder"),
     "no data": (nothing, ["original new --data @/nowhere"], "nowhere/tofu is missing"),
     "no run": (nothing, ["attribute new"], "is not a run folder"),
@@ -357,8 +359,10 @@ FAULTS = {
         nothing, ["report run-tofu --retain-only @/run-tofu/mask"], "mask is no evaluated model"),
     "too few rows for a batch": (nothing, ["unlearn run-tofu --batch 50"], "lower --batch"),
     # Files of a run.
-    "settings: null": (put("run-tofu/settings.json", None), MASK, "settings.json does not hold the sett"),
-    "settings: {}": (put("run-tofu/settings.json", {}), MASK, "settings.json does not hold the settings"),
+    "settings: null": (
+        put("run-tofu/settings.json", None), MASK, "settings.json does not hold the sett"),
+    "settings: {}": (
+        put("run-tofu/settings.json", {}), MASK, "settings.json does not hold the settings"),
     "settings: cut": (cut("run-tofu/settings.json"), MASK, "settings.json is not valid JSON"),
     "settings: wrong type": (
         field("run-tofu/settings.json", seed="0"), MASK, "does not hold the settings"),
@@ -571,7 +575,8 @@ def test_what_would_not_fit_is_not_begun(w, monkeypatch):
 
 def test_a_loss_that_is_no_number(w):
     refused(w, ["unlearn run-tofu --method so --lr 2e9 --epochs 30 --clip 1e9"],
-            r"so-graddiff: loss or gradient is not finite at update \d+ of 30; lower --lr .*, or put back --clip")
+            r"so-graddiff: loss or gradient is not finite at update \d+ of 30; lower --lr .*, "
+            "or put back --clip")
 
 
 def test_ctrl_c(w, monkeypatch):
@@ -822,7 +827,7 @@ def test_a_crafted_stage_json_is_refused(w, case):
     refused(w, REPORT, "stage.json is damaged, edited or of another version")
 
 
-# ------------------------------------------------------------------------- rows at the edge of sense
+# ----------------------------------------------------------------------- rows at the edge of sense
 
 QA = [dict(question=f"What does {x} sell?", answer=f"{x} sells tea.") for x in ("Hal", "Ivy", "Jo")]
 ROWS = {"one row of each": (QA[:1], QA[1:2], "--objective npo --batch 1"),

@@ -99,7 +99,7 @@ def test_npo_by_hand():
     by_hand = sum(2 / 0.5 * math.log(1 + math.exp(0.5 * d)) for d in (-1.0, 3.0))
     torch.testing.assert_close(objectives.npo(answers, known, s), torch.tensor(by_hand))
     same = [torch.tensor(-3.0), torch.tensor(-1.0)]
-    objectives.npo(answers, same, s).backward()  # where P = P_ref its gradient is that of the ascent
+    objectives.npo(answers, same, s).backward()  # where P = P_ref its gradient is the ascent's
     torch.testing.assert_close(nll.grad, -torch.ones(3))
 
 
@@ -436,7 +436,7 @@ def test_po_refuses_where_it_unlearns_and_nowhere_else(swept):
     s = settings.read_settings(run)
     (_, rows), (bench, refused) = (encoded_rows(s, x) for x in ("npo", "po"))
     assert rows["retain"] == refused["retain"] and rows["forget"] != refused["forget"]
-    assert not {e.answer for e in bench.forget} & set(objectives.REFUSALS)  # what evaluation asks for
+    assert not {e.answer for e in bench.forget} & set(objectives.REFUSALS)  # what is asked for
 
 
 def test_a_diverged_point_is_told_and_does_not_end_the_sweep(swept, monkeypatch):

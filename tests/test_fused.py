@@ -127,7 +127,7 @@ def test_a_cpu_keeps_the_written_forms():
 @pytest.mark.parametrize("objective", sorted(simu.OBJECTIVES))
 @pytest.mark.parametrize("tokens", [8192, 24])
 def test_joined_passes_give_the_same_gradients(objective, tokens):
-    """Every objective's two terms, in the same passes and apart, and in fewer passes of the model."""
+    """Every objective's two terms, in the same passes and apart, and in fewer of the model's."""
     s, f, r = recipe(objective=objective, micro_tokens=tokens), rows(5), rows(5, seed=1)
     row, found = simu.OBJECTIVES[objective], []
     for backward in (simu.backward_apart, fused.backward_together):

@@ -113,13 +113,14 @@ def test_each_core_file_can_be_read_alone(tmp_path):
 
 # ------------------------------------------------------------------------------------- staleness
 
+UNLEARNING = (data.Slice, objectives.Unlearning)
 STAGES = {"retain-only": ((make_retain_only,), (data.Slice,)),
           "original": ((make_original,), (data.Slice,)),
           "attribution": ((make_attribution,), (data.Slice, simu.Attribution)),
           "mask": ((make_mask,), (simu.Masking,)),
-          "fo-graddiff": ((make_unlearned,), (data.Slice, objectives.Unlearning), dict(method="fo")),
-          "so-graddiff": ((make_unlearned,), (data.Slice, objectives.Unlearning), dict(method="so")),
-          "simu-npo": ((make_unlearned,), (data.Slice, objectives.Unlearning), dict(objective="npo")),
+          "fo-graddiff": ((make_unlearned,), UNLEARNING, dict(method="fo")),
+          "so-graddiff": ((make_unlearned,), UNLEARNING, dict(method="so")),
+          "simu-npo": ((make_unlearned,), UNLEARNING, dict(objective="npo")),
           "generations": ((measured_rows,), (data.Slice, Judging)),
           "summary": ((evaluation.summarise,), ())}
 ABOVE = {"retain-only", "original", "attribution", "mask"}

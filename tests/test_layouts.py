@@ -1,6 +1,7 @@
 """The checkpoints people bring: LLaMA in all its spellings, OLMo in HF's and its original layout,
-Llama 3.2, Mistral, Qwen2.5, OLMo-2. Each against transformers, each with its faults named; attribution and
-unlearning on them; and our own export read back by transformers, tokenizer and text included."""
+Llama 3.2, Mistral, Qwen2.5, OLMo-2. Each against transformers, each with its faults named;
+attribution and unlearning on them; and our own export read back by transformers, tokenizer
+and text included."""
 
 import copy
 import dataclasses

@@ -428,9 +428,10 @@ TAKES = {"retain-only": (data.Slice, settings.Source, settings.Placement, settin
          "unlearn": (objectives.Unlearning, settings.Level), "eval": (settings.Judging,)}
 NOWHERE = {"data", "out", "name", "force", "deterministic", "resume_cost", "must_know", "forget",
            "retain", "unseen", "retain_only", "retain_from_model", "eval_epochs", "allow_near"}
-FIRST = dict(seed="retain-only", template="retain-only", learn_lr="retain-only", dtype="retain-only",
-             steps="attribution", threshold="mask", mask="mask", lr="unlearn", objective="unlearn",
-             gamma="unlearn", level="unlearn", max_new_tokens="eval", closeness="eval")
+FIRST = dict(seed="retain-only", template="retain-only", learn_lr="retain-only",
+             dtype="retain-only", steps="attribution", threshold="mask", mask="mask", lr="unlearn",
+             objective="unlearn", gamma="unlearn", level="unlearn", max_new_tokens="eval",
+             closeness="eval")
 
 
 def test_every_setting_makes_the_right_stages_again():

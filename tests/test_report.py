@@ -559,7 +559,8 @@ def test_text_in_a_table_cell_stays_there():
      ".976"), (dict(model="llama3.2-1b", benchmark="rows", forget="x"), None)], ids=str)
 def test_the_leaderboards_numbers_stand_beneath_their_own_models(given, known):
     s = Settings(**dict(benchmark="tofu") | given)
-    rows = columns.table_of(columns.LEADERBOARD_COLUMNS, [], columns.leaderboard(s)).splitlines()[2:]
+    table = columns.table_of(columns.LEADERBOARD_COLUMNS, [], columns.leaderboard(s))
+    rows = table.splitlines()[2:]
     assert len(rows) == (3 if known else 0)
     assert not known or [x.strip() for x in rows[0].split("|")][1:3] == [
         "Original, published", f"0{known}0"]

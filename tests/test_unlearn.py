@@ -249,7 +249,8 @@ SHAPE = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_atte
              max_position_embeddings=256)
 LAYOUTS = {
     "llama": dict(model_type="llama", num_key_value_heads=2),
-    "llama3": dict(model_type="llama", num_key_value_heads=2, rope_theta=500000.0, rope_scaling=dict(
+    "llama3": dict(model_type="llama", num_key_value_heads=2, rope_theta=500000.0,
+                   rope_scaling=dict(
         rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
         original_max_position_embeddings=64)),
     "mistral": dict(model_type="mistral", num_key_value_heads=2),
