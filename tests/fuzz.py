@@ -56,7 +56,8 @@ def cli(*words) -> tuple[int, str]:
         stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
         root = str(Path(__file__).resolve().parent.parent)
         for module in list(sys.modules.values()):  # bars go to stderr too
-            if (str(getattr(module, "__file__", "")).startswith(root)
+            origin = str(getattr(module, "__file__", ""))  # ours, not a package's of .venv
+            if (origin.startswith(root) and "site-packages" not in origin
                     and vars(module).get("tqdm") is tqdm.tqdm):
                 stack.enter_context(mock.patch.object(module, "tqdm", _quiet))
         saved = os.dup(2)
