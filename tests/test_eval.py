@@ -837,10 +837,9 @@ def check_rouge_l(folder: Path):
             assert ev.rouge_l(row.answer, candidate) == pytest.approx(tuple(expected), abs=1e-9)
 
 
+@pytest.mark.real_files("tofu", "lume")
 def test_real_text_has_the_words_of_rouge_score():
     """Of every text of TOFU and LUME, accents too, so that published numbers hold to the bit."""
-    if not os.environ.get("SIMU_DATA"):
-        pytest.skip("SIMU_DATA is not set")
     tokenize, accented = pytest.importorskip("rouge_score.tokenize").tokenize, set()
     for path in Path(os.environ["SIMU_DATA"]).glob("*/*.json*"):
         for line in path.read_text("utf-8").splitlines():
