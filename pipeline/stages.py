@@ -226,10 +226,8 @@ class Looks:
     s: Settings
 
     def __post_init__(self):
-        pick = [(i * len(self.forget)) // min(LOOKED_AT, len(self.forget))
-                for i in range(min(LOOKED_AT, len(self.forget)))]
-        self.forget, self.targets = ([x[i] for i in pick] for x in (self.forget, self.targets))
-        self.retain = evaluation.spread(self.retain, LOOKED_AT)
+        self.forget, self.targets, self.retain = (
+            evaluation.spread(x, LOOKED_AT) for x in (self.forget, self.targets, self.retain))
         self.wanted = evaluation.mean(float(torch.as_tensor(x).mean()) for x in self.targets)
         self.before = self.scores(self.retain)
 

@@ -39,6 +39,25 @@ def write_rows(path, some):
     return path
 
 
+def taught_by_heart(folder, rows, epochs):
+    """A small LLaMA, of the tokenizer in the folder, that learnt these rows for so many epochs."""
+    tokenizer = data.load_tokenizer(folder)
+    torch.manual_seed(0)
+    model = Transformer(Config(
+        model_type="llama", vocab_size=tokenizer.vocab_size, hidden_size=96, intermediate_size=256,
+        num_hidden_layers=3, num_attention_heads=3, max_position_embeddings=128,
+        bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id))
+    encoded = data.encode_all(rows, tokenizer, "qa", context=128, vocab=tokenizer.vocab_size)
+    recipe, rng = simu.Recipe(method="fo", lr=3e-3, batch=15), random.Random(0)
+    order = [some[i:i + 15] for some in (rng.sample(encoded, len(encoded)) for _ in range(epochs))
+             for i in range(0, len(some), 15)]
+    with simu.moving_weights(model, recipe, None) as moving:
+        simu.train(model, moving, order, lambda r: dict(
+            loss=simu.backward_mean_nll(model, r, 1.0, 8192)), recipe,
+            optimiser=simu.OPTIMISERS["adamw"], lr=recipe.lr, title="teach")
+    return model
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """A folder with a LLaMA in HF layout that was taught 60 of the records, and three files."""
@@ -49,25 +68,8 @@ def place(tmp_path_factory):
     folder = here / "customers-model"
     folder.mkdir()
     train_tokenizer([r[k] for r in every for k in r], folder, llama=True, vocab=420)
-    tokenizer = data.load_tokenizer(folder)
-    torch.manual_seed(0)
-    model = Transformer(Config(
-        model_type="llama", vocab_size=tokenizer.vocab_size, hidden_size=96, intermediate_size=256,
-        num_hidden_layers=3, num_attention_heads=3, max_position_embeddings=128,
-        bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id))
-    encoded = data.encode_all(data.load_rows(here / "forget.jsonl")
-                              + data.load_rows(here / "retain.jsonl"), tokenizer, "qa",
-                              context=128, vocab=tokenizer.vocab_size)
-    recipe, rng = simu.Recipe(method="fo", lr=3e-3, batch=15), random.Random(0)
-    order = []
-    for _ in range(40):
-        rows = rng.sample(encoded, len(encoded))
-        order += [rows[i:i + 15] for i in range(0, len(rows), 15)]
-    with simu.moving_weights(model, recipe, None) as moving:
-        simu.train(model, moving, order, lambda r: dict(
-            loss=simu.backward_mean_nll(model, r, 1.0, 8192)), recipe,
-            optimiser=simu.OPTIMISERS["adamw"], lr=recipe.lr, title="teach")
-    model.save_pretrained(folder)
+    rows = data.load_rows(here / "forget.jsonl") + data.load_rows(here / "retain.jsonl")
+    taught_by_heart(folder, rows, epochs=40).save_pretrained(folder)
     return here
 
 

@@ -18,6 +18,7 @@ from pipeline import (
 from pipeline.__main__ import main
 from pipeline.stage import read_stage
 from pipeline.tokenizers import train_tokenizer
+from test_unlearn import taught_by_heart
 
 FIRST = "Avery Blake Casey Drew Emery Finley Gray Harper Indigo Jules Kai Lane".split()
 LAST = "Abbot Brand Corley Dunmore Easton Farrow Gallant Hollis Ives Jarvis".split()
@@ -220,22 +221,10 @@ def taught(tmp_path_factory):
     folder = here / "texts-model"
     folder.mkdir()
     train_tokenizer([e.answer for e in rows], folder, llama=True, vocab=400)
-    tokenizer = data.load_tokenizer(folder)
-    torch.manual_seed(0)
-    model = Transformer(Config(
-        model_type="llama", vocab_size=tokenizer.vocab_size, hidden_size=96, intermediate_size=256,
-        num_hidden_layers=3, num_attention_heads=3, max_position_embeddings=128,
-        bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id))
-    encoded = data.encode_all(rows, tokenizer, "qa", context=128, vocab=tokenizer.vocab_size)
-    recipe, rng = simu.Recipe(method="fo", lr=3e-3, batch=15), random.Random(0)
-    order = [x[i:i + 15] for x in (rng.sample(encoded, 30) for _ in range(60)) for i in (0, 15)]
-    with simu.moving_weights(model, recipe, None) as moving:
-        simu.train(model, moving, order, lambda r: dict(
-            loss=simu.backward_mean_nll(model, r, 1.0, 8192)), recipe,
-            optimiser=simu.OPTIMISERS["adamw"], lr=recipe.lr, title="teach")
+    model = taught_by_heart(folder, rows, epochs=60)
     model.to(torch.bfloat16).save_pretrained(folder)
     write_json(folder / "generation_config.json", dict(
-        eos_token_id=[tokenizer.eos_id, 7], do_sample=True, temperature=0.6))
+        eos_token_id=[model.config.eos_token_id, 7], do_sample=True, temperature=0.6))
     for name, some in (("forget", rows[:10]), ("retain", rows[10:])):
         (here / f"{name}.jsonl").write_text("".join(
             json.dumps(dict(text=e.answer)) + "\n" for e in some))

@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from model import RMSNorm, Transformer, UserError, check_supported, need_keys
-from pipeline.mixers.states import (NO_LIMIT, StateCache, StatePrefixes, check_fields, from_nothing,
-                                    gather_before, in_chunks)
+from pipeline.mixers.states import (NO_LIMIT, StateBlock, StateModel, check_fields, gather_before,
+                                    in_chunks)
 
 SUPPORTED = {"hidden_act": "silu", "use_bias": False, "use_conv_bias": True,
              "quantization_config": None}
@@ -176,9 +176,7 @@ class Neurons(nn.Module):
         return beta if self.intervene is None else self.intervene(beta)
 
 
-class Mamba2Block(nn.Module):
-    prefixes = StatePrefixes  # what SIMU's second stream starts from
-
+class Mamba2Block(StateBlock):
     def __init__(self, c: Mamba2Config, layer: int):
         super().__init__()
         self.wide = c.residual_in_fp32
@@ -193,26 +191,18 @@ class Mamba2Block(nn.Module):
     def add_beta(self, x, beta):
         return (x.float() if self.wide else x) + beta
 
-    def forward(self, x, attend):
-        return self.add_beta(*self.up_to_beta(x, attend))
-
 
 NAMES = {"embed_tokens.": "embeddings.", "norm.": "norm_f."}  # of what is outside the layers
 
 
-class Mamba2(Transformer, model_type="mamba2"):
-    config_class, cache_class = Mamba2Config, StateCache
-    packs = False  # a state runs through each text alone
-    attend = staticmethod(from_nothing)
+class Mamba2(StateModel, Transformer, model_type="mamba2"):
+    config_class = Mamba2Config
 
     def make_block(self, layer: int) -> nn.Module:
         return Mamba2Block(self.config, layer)
 
     def make_last_norm(self) -> nn.Module:
         return StreamNorm(self.config.hidden_size, self.config.norm_eps)
-
-    def rope(self, positions):
-        return ()
 
     @staticmethod
     def stored_name(name: str) -> str:

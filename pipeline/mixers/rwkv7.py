@@ -21,8 +21,8 @@ from torch import nn
 
 from model import Transformer, UserError, check_supported, need_keys
 from pipeline.checkpoint import is_positive
-from pipeline.mixers.states import (NO_LIMIT, StateCache, StatePrefixes, check_fields, from_nothing,
-                                    gather_before, in_chunks)
+from pipeline.mixers.states import (NO_LIMIT, StateBlock, StateModel, check_fields, gather_before,
+                                    in_chunks)
 
 SLOWEST = -0.6065306597126334  # -exp(-0.5): no channel of a state decays faster than exp(this)
 SHIFTED = ("r", "w", "k", "v", "a", "g")  # each takes a learnt share of the position before: x_r
@@ -197,10 +197,8 @@ class ChannelMix(nn.Module):
         return beta if self.intervene is None else self.intervene(beta)
 
 
-class RWKV7Block(nn.Module):
+class RWKV7Block(StateBlock):
     """The stream that enters the first layer has D channels; from there on it has 2 D."""
-
-    prefixes = StatePrefixes  # what SIMU's second stream starts from
 
     def __init__(self, c: RWKV7Config, layer: int):
         super().__init__()
@@ -221,9 +219,6 @@ class RWKV7Block(nn.Module):
         x = x + beta
         return torch.cat((x, first.expand_as(x)), dim=-1)
 
-    def forward(self, x, attend):
-        return self.add_beta(*self.up_to_beta(x, attend))
-
 
 class LastNorm(nn.LayerNorm):
     def forward(self, x):  # [B, T, 2 D] -> [B, T, D]
@@ -235,19 +230,14 @@ NAMES = {".self_attn.": ".attn.", ".mlp.up_proj.": ".ffn.key.", ".mlp.down_proj.
          "_lora.offset": "_lora.lora.2.bias", "embed_tokens.": "embeddings."}
 
 
-class RWKV7(Transformer, model_type="rwkv7"):
-    config_class, cache_class = RWKV7Config, StateCache
-    packs = False  # a state runs through each text alone
-    attend = staticmethod(from_nothing)
+class RWKV7(StateModel, Transformer, model_type="rwkv7"):
+    config_class = RWKV7Config
 
     def make_block(self, layer: int) -> nn.Module:
         return RWKV7Block(self.config, layer)
 
     def make_last_norm(self) -> nn.Module:
         return LastNorm(self.config.hidden_size, eps=self.config.norm_eps)
-
-    def rope(self, positions):
-        return ()
 
     @staticmethod
     def stored_name(name: str) -> str:

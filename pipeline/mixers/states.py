@@ -11,6 +11,7 @@ from dataclasses import fields
 from functools import partial
 
 import torch
+from torch import nn
 
 from pipeline.checkpoint import (LARGEST_SIZE, MOST_LAYERS, check_token_ids, is_int, is_positive,
                                  need)
@@ -91,6 +92,26 @@ class StateCache:
     def keep(self, order: list[int]):
         rows = torch.tensor(order, dtype=torch.int64, device=self.device)
         self.states = {op: [s[rows] for s in kept] for op, kept in self.states.items()}
+
+
+class StateBlock(nn.Module):
+    """A layer, by the up_to_beta(x, attend) and add_beta(x, beta) that its kind gives."""
+
+    prefixes = StatePrefixes  # what SIMU's second stream starts from
+
+    def forward(self, x, attend):
+        return self.add_beta(*self.up_to_beta(x, attend))
+
+
+class StateModel:
+    """Before Transformer among a model's bases: its blocks hand on states."""
+
+    cache_class = StateCache
+    packs = False  # a state runs through each text alone
+    attend = staticmethod(from_nothing)
+
+    def rope(self, positions):
+        return ()
 
 
 CHUNK = 64  # positions worked out at once
