@@ -66,12 +66,12 @@ def seal(folder: Path) -> dict[str, list]:
     """File name -> [bytes, sha256, time of change] of a stage's own files."""
     later = ("stage.json", "README.md")  # the model card is written again by every report
     files = [p for p in sorted(folder.iterdir()) if p.is_file() and p.name not in later]
-    digests_of(files)
-    return {p.name: seal_file(p) for p in files}
+    return seal_files(files)
 
 
-def seal_file(file: Path) -> list:
-    return [file.stat().st_size, file_digest(file), file.stat().st_mtime_ns]
+def seal_files(files: list[Path]) -> dict[str, list]:
+    digests = digests_of(files)
+    return {p.name: [p.stat().st_size, digests[p.name], p.stat().st_mtime_ns] for p in files}
 
 
 digests_here = {}  # of large files read by this process: (device, inode, size, date) -> sha256
@@ -179,7 +179,7 @@ def rewrite_derived(folder: Path, name: str, value, code: str):
     others = {k: sealed for k, sealed in files.items() if k != name}
     write_stage(folder, made | dict(files=others, derived=derived | {name: ""}))
     write_json(folder / name, value)
-    write_stage(folder, made | dict(files=files | {name: seal_file(folder / name)},
+    write_stage(folder, made | dict(files=files | seal_files([folder / name]),
                                     derived=derived | {name: code}))
 
 

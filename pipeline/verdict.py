@@ -29,11 +29,13 @@ import eval as evaluation
 from data import Example
 from model import Transformer, UserError, read_json, write_json, write_text
 from pipeline import checkpoint, hub, unseen
+from pipeline.before import fitted
 from pipeline.evaluate import evaluations_of, read_rows
 from pipeline.reading import generate, token_scores
 from pipeline.settings import (Judging, Level, Placement, Settings, Source, load_benchmark,
                                placement, read_settings)
 from pipeline.stage import Stage, content, data_inputs, read_stage, unlearned_name
+from pipeline.stages import losses_of
 from pipeline.tokenizers import load_tokenizer
 
 MOST_SAID = 0.05  # share of the rows said word for word, or completed from a half
@@ -86,15 +88,14 @@ def measure(s: Settings, model: Transformer, bench: data.Benchmark, told: dict[s
             for row, text in zip(out, ask(model, tokenizer, rows, s, template)):
                 row["said"][template] = text
     encoded = data.encode_for(model.config, rows, tokenizer, s.template)
-    budget = max(s.eval_tokens, *(len(r.ids) for r in encoded))
-    scores = token_scores(model, encoded, [r.start for r in encoded], tokens=budget,
-                          detailed=[True] * len(encoded))
+    scores = token_scores(model, encoded, [r.start for r in encoded],
+                          detailed=[True] * len(encoded), tokens=fitted(s, encoded).eval_tokens)
     for row, r, score in zip(out, encoded, scores):
         ids = r.ids[r.start:-1]
         row["completed"] = evaluation.extraction_strength(score.predicted[:-1], ids)
         row["tokens"] = len(ids)
     whole = data.encode_for(model.config, bench.forget, tokenizer, s.template)
-    for row, loss in zip(out, mean_losses(model, whole, budget)):
+    for row, loss in zip(out, map(evaluation.mean, losses_of(model, whole, s))):
         row["loss"] = loss
     versions = unseen.exchanged_rows(bench.forget, bench.retain, s.seed + 1, 2, rename=False)
     for row, some in zip(out, versions):
@@ -111,25 +112,15 @@ def add_never_seen_losses(s: Settings, bench: data.Benchmark, rows: list[dict]):
     model = checkpoint.load_model(folder, **placement(s))
     encoded = data.encode_for(model.config, bench.forget, tokenizer, s.template)
     if s.teach:
-        found = mean_losses(model, encoded, s.eval_tokens)
+        found = losses_of(model, encoded, s)
     else:
         versions = unseen.exchanged_rows(bench.forget, bench.retain, s.seed + 1)
         if not any(versions):
             return
-        found = map(evaluation.mean, unseen.counterpart_losses(
-            model, bench.forget, encoded, versions, tokenizer, s.template,
-            partial(row_losses, model, tokens=s.eval_tokens)))
-    for row, loss in zip(rows, found):
-        row["never_seen_loss"] = loss
-
-
-def row_losses(model, rows, *, tokens: int) -> list[list[float]]:
-    tokens = max([tokens, *(len(r.ids) for r in rows)])
-    return [x.losses for x in token_scores(model, rows, [r.start for r in rows], tokens=tokens)]
-
-
-def mean_losses(model, rows, tokens: int) -> list[float]:
-    return list(map(evaluation.mean, row_losses(model, rows, tokens=tokens)))
+        found = unseen.counterpart_losses(model, bench.forget, encoded, versions, tokenizer,
+                                          s.template, lambda rows: losses_of(model, rows, s))
+    for row, losses in zip(rows, found):
+        row["never_seen_loss"] = evaluation.mean(losses)
 
 
 # --------------------------------------------------------------------------- from rows to a verdict
