@@ -13,7 +13,7 @@ import data
 import simu
 from model import TOKEN_IDS, read_json, write_json, write_text
 from pipeline import checkpoint, objectives
-from pipeline.columns import COLUMNS, label, mask_line, reading, table, table_of
+from pipeline.columns import COLUMNS, label, mask_line, reading, table, table_of, with_values
 from pipeline.settings import Settings
 from pipeline.stage import mask_name, read_stage, unlearned_name
 from pipeline.tokenizers import load_tokenizer
@@ -111,8 +111,7 @@ def write_card(folder: Path, s: Settings, used: dict, found: list[dict] = (), ve
     about, licence = provenance(s)
     metrics = "Not evaluated yet: `python -m pipeline evaluate` and `report`."
     if found:
-        columns = tuple(c for c in COLUMNS[kind] if kind != "rows" or any(
-            e["metrics"]["values"].get(name) is not None for e in found for name in c[2]))
+        columns = with_values(COLUMNS[kind], found)
         metrics = table_of(columns, found) + "\n\n" + reading(found[0]["metrics"])
     if verdict:
         metrics = f"```\n{verdict}\n```\n\n{metrics}"
@@ -140,10 +139,10 @@ def write_card(folder: Path, s: Settings, used: dict, found: list[dict] = (), ve
     write_text(folder / "README.md", "\n\n".join(parts) + "\n")
 
 
-def write_cards(s: Settings, found: list[dict], unlearned: list[str], verdict: str | None = None):
+def write_cards(s: Settings, found: list[dict], unlearned: list[str], verdict: str = ""):
     """Write the cards of a run's evaluated unlearned models again, now with metrics."""
     for name in unlearned:
         used = read_stage(s.run / name)["settings"]
         if used["method"] in simu.METHODS:  # else of a fork whose method is gone
             shown = [e for e in found if e["name"] in ("original", name)]
-            write_card(s.run / name, s, used, shown, verdict or "")
+            write_card(s.run / name, s, used, shown, verdict)

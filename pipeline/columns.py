@@ -191,6 +191,14 @@ def cells(columns, metrics: dict, footnotes: dict | None = None) -> list[str]:
     return [" / ".join(cell(n, style) for n in names) for _, style, names in columns]
 
 
+def with_values(columns: tuple, found: list[dict]) -> tuple:
+    """Of the columns of a user's own rows, those in which there is a number."""
+    if found[0]["metrics"]["benchmark"] != "rows":
+        return columns
+    return tuple(c for c in columns if any(
+        e["metrics"]["values"].get(name) is not None for e in found for name in c[2]))
+
+
 def table_of(columns, found: list[dict], published: dict | None = None,
              footnotes: dict | None = None) -> str:
     """Our rows, and the published ones beneath: label -> numbers, in the order of the columns."""

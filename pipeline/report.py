@@ -9,6 +9,7 @@ import dataclasses
 import glob
 import os
 import statistics
+from functools import partial
 from pathlib import Path
 
 import data
@@ -20,7 +21,8 @@ from pipeline import objectives, verdict
 from pipeline.card import write_cards
 from pipeline.columns import (ANSWER_MIA_COLUMNS, COLUMNS, LEADERBOARD_COLUMNS, MIA_COLUMNS,
                               MORE_COLUMNS, PUBLISHED, SOUL_COLUMNS, SOUL_READING, definitions,
-                              label, leaderboard, mask_line, optimiser_of, reading, table, table_of)
+                              label, leaderboard, mask_line, optimiser_of, reading, table, table_of,
+                              with_values)
 from pipeline.evaluate import (evaluated_stages, evaluations_of, newest_evaluation, read_metrics,
                                read_rows, stale_because)
 from pipeline.settings import Settings, read_settings, taken
@@ -69,8 +71,8 @@ def _read_evaluation(folder: Path, evaluation_folder: Path, recompute: bool) -> 
     if recompute and summarise(rows) != metrics:
         raise UserError(f"{evaluation_folder}: metrics.json does not follow from generations.jsonl;"
                         " one of them was changed; delete the folder and evaluate again")
-    partial = f" (partial: {metrics['partial']})" if metrics["partial"] else ""
-    return dict(name=folder.name, label=label(folder.name) + partial, metrics=metrics, rows=rows,
+    part = f" (partial: {metrics['partial']})" if metrics["partial"] else ""
+    return dict(name=folder.name, label=label(folder.name) + part, metrics=metrics, rows=rows,
                 made=_made_of(folder, evaluation_folder))
 
 
@@ -314,14 +316,6 @@ def main_columns(s: Settings, kind: str) -> tuple[tuple, dict]:
     return COLUMNS[kind] + (SOUL_COLUMNS if published and kind == "tofu" else ()), published
 
 
-def with_values(columns: tuple, found: list[dict]) -> tuple:
-    """Of the columns of a user's own rows, those in which there is a number."""
-    if found[0]["metrics"]["benchmark"] != "rows":
-        return columns
-    return tuple(c for c in columns if any(
-        e["metrics"]["values"].get(name) is not None for e in found for name in c[2]))
-
-
 def check_original(run: Path):
     """Print the evaluated original beside the paper's; UserError unless it knows the forget set,
     for then there is nothing to unlearn and every number after it means nothing."""
@@ -371,8 +365,9 @@ def report(run: Path, *, others: list[Path] = (), retain_only: Path | None = Non
     examples, costs, mask = qualitative(found), _costs(run), _mask_of(run, s)
     columns, published = main_columns(s, found[0]["metrics"]["benchmark"])
     columns, judged = with_values(columns, found), verdict.stored(s)
+    told = verdict.as_text(judged) if judged else ""
     kept = [{k: v for k, v in e.items() if k not in ("rows", "made")} for e in found]
-    compose = _compose_rows if s.layout == "rows" else _compose
+    compose = partial(_compose_rows, told) if s.layout == "rows" else _compose
     with turn(run):
         write_text(run / "report.md", compose(s, found, stale, seeds, examples, costs, mask))
         write_json(run / "report.json", dict(
@@ -380,7 +375,7 @@ def report(run: Path, *, others: list[Path] = (), retain_only: Path | None = Non
             settings=dataclasses.asdict(s), evaluations=kept, stale=stale, columns=columns,
             published=published or None, seeds=seeds, critical=mask, costs=costs,
             qualitative=examples))
-        write_cards(s, found, unlearned(run, found), judged and verdict.as_text(judged))
+        write_cards(s, found, unlearned(run, found), told)
     print(table_of(columns, found, published))
     if recompute:
         print("every number recomputed from generations.jsonl: equal")
@@ -430,12 +425,14 @@ def _compose(s: Settings, found, stale: dict, seeds, examples, costs, mask: str)
     return "\n\n".join(p for p in parts if p) + "\n"
 
 
-def _compose_rows(s: Settings, found, stale: dict, seeds, examples, costs, mask: str) -> str:
-    """report.md of a user's own rows: whether they are forgotten, and how that was found."""
-    judged, columns = verdict.stored(s), with_values(main_columns(s, "rows")[0], found)
+def _compose_rows(told: str, s: Settings, found, stale: dict, seeds, examples, costs, mask: str
+                  ) -> str:
+    """report.md of a user's own rows: whether they are forgotten (told: the verdict, if there is
+    one), and how that was found."""
+    columns = with_values(main_columns(s, "rows")[0], found)
     count = found[0]["metrics"]["counts"]["forget"]
     parts = [f"# {s.label}: {count} rows to forget",
-             f"```\n{verdict.as_text(judged)}\n```" if judged else
+             f"```\n{told}\n```" if told else
              "Not judged yet: `python -m pipeline verdict RUN`.",
              table_of(columns, found), reading(found[0]["metrics"])]
     if stale:
