@@ -370,8 +370,7 @@ def fit_memory(s: Settings, config: Config, name: str, method: str | None = None
     device = choose_device(s)
     given = dict(dtype=choose_dtype(s), critical=critical_count(s, config), **_lengths(s, rows))
     free, auto = room(device), tokens_name(name)
-    chosen = with_passes(s, config, name, method, free, given)
-    n = need(chosen, config, name, method, **given)
+    chosen, n = with_passes(s, config, name, method, free, given)
     if n.peak > free:
         advice = _advice(chosen, config, name, method, free, given)
         raise UserError(f"{method or name} needs {n.peak / GB:.1f} GB and {device.type} has "
@@ -389,19 +388,22 @@ def tokens_name(name: str) -> str:
     return "learn_tokens" if name == "learn" else "micro_tokens"
 
 
-def with_passes(s: Settings, config: Config, name: str, method, free: int, given: dict) -> Settings:
+def with_passes(s: Settings, config: Config, name: str, method, free: int, given: dict
+                ) -> tuple[Settings, Need]:
     """s with AUTO passes resolved: the largest of PASSES that fits, no larger than all rows of an
-    update need; the smallest where none does."""
+    update need; the smallest where none does. And what a stage then needs."""
     auto = tokens_name(name)
     if name not in ("learn", "unlearn") or getattr(s, auto) != AUTO:
-        return s
+        return s, need(s, config, name, method, **given)
     longest = given["longest"]
     whole = longest * (s.learn_batch if name == "learn" else _rows_of_update(s))
     sizes = [n for n in PASSES if n >= longest] or [longest]
     sizes = sizes[sum(n >= whole for n in sizes[1:]):]
-    ways = [replace(s, **{auto: n}) for n in sizes]
-    return next((way for way in ways if need(way, config, name, method, **given).peak <= free),
-                ways[-1])
+    for way in (replace(s, **{auto: n}) for n in sizes):
+        n = need(way, config, name, method, **given)
+        if n.peak <= free:
+            break
+    return way, n
 
 
 def _lengths(s: Settings, rows=()) -> dict:
@@ -471,31 +473,33 @@ def plan_command(s: Settings):
              f"{torch.cuda.get_device_name() if here.type == 'cuda' else 'CPU'}, room for")
     print(f"{where} {free / GB:.1f} GB\n")
     sources = hub.original_sources(s)
-    too_large = _print_needs(s, config, given, free, learns=bool(sources.base))
+    chosen, too_large = _print_needs(s, config, given, free, learns=bool(sources.base))
     disk, lacking = _disk(s, config, count, dtype, sources)
-    print("", *_work(s, config, given, free, sources.base), disk, sep="\n")
+    print("", *_work(s, config, given, chosen, sources.base), disk, sep="\n")
     if not s.tiny:
         print("", *_cards(s, config, given, bool(sources.base)), sep="\n")
     if too_large or lacking:
         print("does not fit: " + "; ".join(too_large + lacking))
 
 
-def _print_needs(s: Settings, config: Config, given: dict, free: int, *, learns: bool) -> list[str]:
-    """Print a row of bytes per stage. Returns those that do not fit, each with what would help."""
+def _print_needs(s: Settings, config: Config, given: dict, free: int, *, learns: bool
+                 ) -> tuple[dict, list[str]]:
+    """Print a row of bytes per stage. Returns each method's settings, its passes chosen, and the
+    stages that do not fit, each with what would help."""
     unit, size = ("MB", 1e6) if s.tiny else ("GB", GB)
     heads = zip(("weights", "gradients", "state", "activations", "peak"), WIDTHS)
     print(f"{unit:10}{''.join(f'{head:>{w}}' for head, w in heads)}  fits")
-    too_large = {}
+    chosen, too_large = {}, {}
     for name, method in ((("learn", None),) if learns else ()) + STAGES:
-        own = with_passes(_for_method(s, method), config, name, method, free, given)
-        n = need(own, config, name, method, **given)
+        own, n = with_passes(_for_method(s, method), config, name, method, free, given)
+        chosen[method] = own
         parts = (n.weights, n.gradients, n.state, n.activations, n.peak)
         cells = (f"{x / size:{w}.2f}" for x, w in zip(parts, WIDTHS))
         print(f"{method or name:10}{''.join(cells)}  {'yes' if n.peak <= free else 'no'}")
         if n.peak > free:
             advice = _advice(own, config, name, method, free, given)
             too_large.setdefault(advice, []).append(method or name)
-    return [f"{', '.join(names)} ({advice})" for advice, names in too_large.items()]
+    return chosen, [f"{', '.join(names)} ({advice})" for advice, names in too_large.items()]
 
 
 def _for_method(s: Settings, method: str | None) -> Settings:
@@ -556,8 +560,8 @@ def _ways(s: Settings, name: str, longest: int) -> list[dict]:
             for kind in kinds for n in sizes]
 
 
-def _work(s: Settings, config: Config, given: dict, free: int, fine_tuned) -> list[str]:
-    """A line per stage: how often the model runs."""
+def _work(s: Settings, config: Config, given: dict, chosen: dict, fine_tuned) -> list[str]:
+    """A line per stage: how often the model runs. chosen: each method's settings."""
     forget, retain, questions = _sizes(s)
     each = 1 + (s.steps - 1) * (config.num_hidden_layers - 1) / 2
     lines = []
@@ -567,7 +571,7 @@ def _work(s: Settings, config: Config, given: dict, free: int, fine_tuned) -> li
     lines.append(f"attribute: {forget + min(forget, retain)} pairs, {each:.1f} forward-backward "
                  "passes of a pair's answer rows each")
     for method in simu.METHODS:
-        own = with_passes(_for_method(s, method), config, "unlearn", method, free, given)
+        own = chosen[method]
         most = _rows_of_update(own)  # of the two kinds, or of each
         passes = 2 * own.batch // most * -(-most // max(1, own.micro_tokens // given["longest"]))
         lines.append(f"{method}: {own.epochs * forget // own.batch} updates of at most {passes} "

@@ -285,7 +285,8 @@ def test_a_gpu_chooses_passes_by_its_memory(monkeypatch, capsys):
         assert notes == dict(predicted_bytes=peak, micro_tokens=n)
         assert capsys.readouterr().out.startswith(f"passes of {n} tokens (--micro-tokens), ")
     few = replace(s, batch=2)  # 4 rows of 164
-    assert plan.with_passes(few, c, "unlearn", "simu", 1 << 60, given).micro_tokens == 1024
+    fits, _ = plan.with_passes(few, c, "unlearn", "simu", 1 << 60, given)
+    assert fits.micro_tokens == 1024
     monkeypatch.setattr(plan, "room", lambda device: by_size[512] - 1)
     with pytest.raises(UserError, match="--checkpointing would need"):
         plan.fit_memory(s, c, "unlearn", "simu")
