@@ -14,7 +14,7 @@
 #
 # Options are those of `python -m pipeline original --help`; --methods fo so simu and --objectives
 # graddiff to run others or several; --seeds N to run seeds 0 to N-1; --dry-run to see the downloads,
-# the stages and the memory plan only. Of a sweep, those of `python -m pipeline sweep --help`. A
+# the stages, memory and durations only. Of a sweep, those of `python -m pipeline sweep --help`. A
 # finished stage is skipped (--force: made again), a killed one goes on from where it was.
 set -euo pipefail
 here="$(cd "$(dirname "$(realpath "${BASH_SOURCE[0]}")")" && pwd)"

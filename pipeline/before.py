@@ -3,7 +3,6 @@ does not fit, updates, memory, files, and the time that each stage will take on 
 one measured pass. What can be refused in seconds is refused here."""
 
 import shutil
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,14 +11,11 @@ import eval as evaluation
 import simu
 from data import Encoded
 from model import Config, UserError
-from pipeline import checkpoint, unseen
+from pipeline import checkpoint, pace, unseen
 from pipeline.plan import GB, fit_memory
 from pipeline.settings import Settings, placement
 from pipeline.tokenizers import load_tokenizer
 
-MEASURED = 4  # rows of the measured pass
-FORWARD = 1 / 3  # of a pass forward and backward
-DECODING = 4  # times a token's forward pass, in small batches
 GIVE_FILE = ("give --unseen FILE, rows like them that the model never saw, or --level NUMBER, the "
              "loss at which they count as unknown")
 
@@ -71,42 +67,24 @@ def outlook(s: Settings, folder: Path, bench: data.Benchmark):
     made = size * (2 if s.teach else 1)
     print(f"memory: {peak / GB:.1f} GB at most; files: {made / GB:.2f} GB in {s.run.name}, "
           f"{shutil.disk_usage(there).free / GB:.0f} GB free")
-    print(f"time, at {rate:,.0f} tokens a second in a pass that was measured: " + ", ".join(
-        f"{name} {in_words(t)}" for name, t in times(s, config, rows, rate, updates, asked)),
+    print(f"time, at {rate.tokens:,.0f} tokens a second in a pass that was measured: " + ", ".join(
+        f"{name} {pace.in_words(t)}" for name, t in times(s, config, rows, rate, updates, asked)),
         flush=True)
 
 
-def measured(s: Settings, folder: Path, rows: list[Encoded]) -> tuple[float, int]:
-    """Tokens a second forward and backward, and the bytes of the weights."""
+def measured(s: Settings, folder: Path, rows: list[Encoded]) -> tuple[pace.Pace, int]:
+    """The pace of the model in a folder, and the bytes of its weights."""
     model = checkpoint.load_model(folder, **placement(s))
-    some, seconds = evaluation.spread(rows, MEASURED), []
-    for _ in range(2):  # the first also pays for what is made once
-        start = time.monotonic()
-        simu.backward_mean_nll(model, some, 1.0, s.micro_tokens or 8192)
-        seconds.append(time.monotonic() - start)
-    return (sum(len(r.ids) for r in some) / max(1e-6, min(seconds)),
+    some = evaluation.spread(rows, pace.MEASURED)
+    taken = pace.pass_seconds(model, some, s)
+    return (pace.Pace(sum(len(r.ids) for r in some) / taken),
             sum(p.nbytes for p in model.parameters()))
 
 
-def times(s: Settings, config: Config, rows: dict, rate: float, updates: int, asked: int):
-    """(stage, seconds): passes counted, at the measured rate."""
-    forget, keep = rows["to forget"], rows.get("to keep", [])
-
-    def mean_size(some):
-        return evaluation.mean(len(r.ids) for r in some) if some else 0.0
-    if s.teach:
-        both = forget + keep
-        yield "teach", s.learn_epochs * len(both) * mean_size(both) / rate
-    pairs = len(forget) + min(len(keep), len(forget))
-    passes = 1 + (s.steps - 1) * (config.num_hidden_layers - 1) / 2
-    answer = evaluation.mean(len(r.ids) - r.start for r in forget)
-    yield "attribute", pairs * answer * passes * 2 * FORWARD / rate
-    yield "unlearn", updates * s.batch * (mean_size(forget) + mean_size(keep)) / rate
-    said = min(s.max_new_tokens or config.max_position_embeddings, 2 * answer)
-    yield "evaluate twice", 2 * asked * said * DECODING * FORWARD / rate
-
-
-def in_words(seconds: float) -> str:
-    if seconds < 60:
-        return f"{max(1, round(seconds))} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+def times(s: Settings, config: Config, rows: dict, rate: pace.Pace, updates: int, asked: int):
+    """(stage, seconds)."""
+    given = [pace.rows_of(rows.get(name, [])) for name in ("to forget", "to keep")]
+    stages = (("teach", "learn"),) * s.teach + (("attribute",) * 2, ("unlearn",) * 2,
+                                                ("evaluate twice", "evaluate"))
+    for name, stage in stages:
+        yield name, pace.seconds(s, config, rate, stage, *given, asked=2 * asked, updates=updates)

@@ -12,6 +12,7 @@ import shutil
 import weakref
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
+from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 import simu
 from data import Encoded
 from model import LOGITS, Config, Transformer, UserError
-from pipeline import checkpoint, hub, reading
+from pipeline import checkpoint, hub, pace, reading
 from pipeline.settings import (AUTO, LIMIT, Settings, choose_device, choose_dtype, flag, is_on_gpu,
                                load_benchmark, resolve, tiny_config)
 from pipeline.stage import mask_name, read_stage
@@ -68,10 +69,16 @@ LONGEST = {("tofu", "llama2-7b"): (164, 105), ("tofu", "olmo-1b"): (142, 91),
            ("tofu", "tiny-llama"): (126, 95), ("tofu", "tiny-olmo"): (122, 94),
            ("lume", "tiny-llama"): (432, 108), ("lume", "tiny-olmo"): (413, 103)}
 UNKNOWN = (512, 256)  # of rows of one's own, until they are encoded
+MEAN = {("tofu", "llama2-7b"): (73, 45), ("tofu", "olmo-1b"): (61, 38),  # of the forget rows
+        ("lume", "llama2-7b"): (89, 26), ("lume", "olmo-1b"): (72, 20),
+        ("demo", "tiny-llama"): (52, 30), ("demo", "tiny-olmo"): (52, 31),
+        ("tofu", "tiny-llama"): (76, 44), ("tofu", "tiny-olmo"): (73, 43),
+        ("lume", "tiny-llama"): (87, 25), ("lume", "tiny-olmo"): (85, 25)}
 TOFU_ROWS = {"forget01": 40, "forget05": 200, "forget10": 400}
 TOFU_RETAIN_EVAL, TOFU_FACTS, LUME_ROWS = 400, 217, 2732  # rows asked about; forget rows
 STAGES = (("attribute", None), *(("unlearn", method) for method in simu.METHODS),
           ("evaluate", None))
+TIMED = 500_000_000  # weights up to which a pass is timed on a CPU: seconds, and a run that may be
 ANY_NUMBER = 1 << 30  # of rows, where only tokens limit a batch
 WIDTHS = (9, 11, 8, 13, 8)  # of the table's columns
 
@@ -125,6 +132,7 @@ class Need:
         return self.weights + self.gradients + self.state + self.activations
 
 
+@lru_cache(maxsize=256)  # the same is asked for the table, for advice and for each card
 def need(s: Settings, config: Config, name: str, method: str | None = None, *, dtype: torch.dtype,
          critical: int, longest: int, answer: int) -> Need:
     """Of stage `name` ("learn", "attribute", "unlearn" with a method, "evaluate"), were every row
@@ -458,9 +466,9 @@ def _flags(way: dict) -> str:
 
 def plan_command(s: Settings):
     """Print what each stage of a run needs, and whether it fits the device at hand."""
-    config, here = config_of(s), choose_device(s)
+    config, here, own_dtype = config_of(s), choose_device(s), choose_dtype(s)
     no_gpu = here.type == "cpu" and not s.tiny and s.device == "auto"
-    dtype = torch.bfloat16 if no_gpu and s.dtype == "auto" else choose_dtype(s)
+    dtype = torch.bfloat16 if no_gpu and s.dtype == "auto" else own_dtype
     if no_gpu:
         s = replace(s, device="cuda")  # whose attention keeps less
     given = dict(dtype=dtype, critical=critical_count(s, config), **_lengths(s))
@@ -475,7 +483,9 @@ def plan_command(s: Settings):
     sources = hub.original_sources(s)
     chosen, too_large = _print_needs(s, config, given, free, learns=bool(sources.base))
     disk, lacking = _disk(s, config, count, dtype, sources)
-    print("", *_work(s, config, given, chosen, sources.base), disk, sep="\n")
+    print("", *_work(s, config, given, chosen), disk, sep="\n")
+    if here.type != "cpu" or count <= TIMED:
+        print(_time(s, config, given, here, own_dtype, chosen))
     if not s.tiny:
         print("", *_cards(s, config, given, bool(sources.base)), sep="\n")
     if too_large or lacking:
@@ -484,15 +494,15 @@ def plan_command(s: Settings):
 
 def _print_needs(s: Settings, config: Config, given: dict, free: int, *, learns: bool
                  ) -> tuple[dict, list[str]]:
-    """Print a row of bytes per stage. Returns each method's settings, its passes chosen, and the
-    stages that do not fit, each with what would help."""
+    """Print a row of bytes per stage. Returns of each stage or method its settings, its passes
+    chosen, and its Need; and the stages that do not fit, each with what would help."""
     unit, size = ("MB", 1e6) if s.tiny else ("GB", GB)
     heads = zip(("weights", "gradients", "state", "activations", "peak"), WIDTHS)
     print(f"{unit:10}{''.join(f'{head:>{w}}' for head, w in heads)}  fits")
     chosen, too_large = {}, {}
     for name, method in ((("learn", None),) if learns else ()) + STAGES:
         own, n = with_passes(_for_method(s, method), config, name, method, free, given)
-        chosen[method] = own
+        chosen[method or name] = own, n
         parts = (n.weights, n.gradients, n.state, n.activations, n.peak)
         cells = (f"{x / size:{w}.2f}" for x, w in zip(parts, WIDTHS))
         print(f"{method or name:10}{''.join(cells)}  {'yes' if n.peak <= free else 'no'}")
@@ -560,23 +570,44 @@ def _ways(s: Settings, name: str, longest: int) -> list[dict]:
             for kind in kinds for n in sizes]
 
 
-def _work(s: Settings, config: Config, given: dict, chosen: dict, fine_tuned) -> list[str]:
-    """A line per stage: how often the model runs. chosen: each method's settings."""
+def _work(s: Settings, config: Config, given: dict, chosen: dict) -> list[str]:
+    """A line per stage: how often the model runs. chosen: as `_print_needs` has it."""
     forget, retain, questions = _sizes(s)
     each = 1 + (s.steps - 1) * (config.num_hidden_layers - 1) / 2
     lines = []
-    if fine_tuned:
+    if "learn" in chosen:
         updates = s.learn_epochs * -(-(forget + retain) // s.learn_batch)
         lines.append(f"learn: {updates} updates, {s.learn_batch} rows each")
     lines.append(f"attribute: {forget + min(forget, retain)} pairs, {each:.1f} forward-backward "
                  "passes of a pair's answer rows each")
     for method in simu.METHODS:
-        own = chosen[method]
+        own, _ = chosen[method]
         most = _rows_of_update(own)  # of the two kinds, or of each
         passes = 2 * own.batch // most * -(-most // max(1, own.micro_tokens // given["longest"]))
         lines.append(f"{method}: {own.epochs * forget // own.batch} updates of at most {passes} "
                      "forward-backward passes")
     return [*lines, f"evaluate: {questions} generations for each model"]
+
+
+def _time(s: Settings, config: Config, given: dict, device: torch.device, dtype: torch.dtype,
+          chosen: dict) -> str:
+    """How long each stage will take on a device. chosen: as `_print_needs` has it."""
+    forget, retain, questions = _sizes(s)
+    mean = MEAN.get((s.benchmark, s.model), (given["longest"] / 2, given["answer"] / 2))
+    rows, keep = pace.Rows(forget, *mean), pace.Rows(retain, *mean)
+    try:
+        here = pace.measured(s, config, device, dtype, rows)
+    except (torch.OutOfMemoryError, MemoryError):
+        return "time: not measured, for lack of memory"
+    told = []
+    for name, (own, n) in chosen.items():
+        moving = n.gradients // given["dtype"].itemsize
+        time = pace.seconds(own, config, here, name, rows, keep, asked=questions,
+                            updates=own.epochs * forget // own.batch, moving=moving)
+        told.append(f"{name} {pace.in_words(time)}" + " a model" * (name == "evaluate"))
+    return (f"time, at {here.tokens:,.0f} tokens a second in a pass measured on this "
+            f"{'GPU' if device.type == 'cuda' else 'CPU'}: "
+            + ", ".join(told))
 
 
 def _sizes(s: Settings) -> tuple[int, int, int]:

@@ -1,5 +1,6 @@
 """The plan against what is really alive, its goals, its refusals; and the cost of attribution."""
 
+import os
 import re
 import shutil
 from dataclasses import replace
@@ -10,11 +11,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import simu
-from data import Encoded, collate
+from data import Encoded, collate, encode_all
 from model import Config, Transformer, UserError
-from pipeline import fused, hub, plan, reading, stage
+from pipeline import fused, hub, original, pace, plan, reading, stage, tokenizers
 from pipeline.plan import LiveBytes, Need
-from pipeline.settings import Settings, resolve
+from pipeline.settings import Settings, load_benchmark, resolve
 
 LLAMA = dict(model_type="llama", num_key_value_heads=2, tie_word_embeddings=False)
 OLMO = dict(model_type="olmo", tie_word_embeddings=True, clip_qkv=8.0)
@@ -103,7 +104,7 @@ def test_few_layers_tell_of_all(kind, checkpointing, monkeypatch):
         few = plan.need(s, c, "unlearn", method, **given)
         with monkeypatch.context() as m:
             m.setattr(plan, "FEW_LAYERS", (9, 9))
-            every = plan.need(s, c, "unlearn", method, **given)
+            every = plan.need.__wrapped__(s, c, "unlearn", method, **given)
         assert replace(few, activations=0) == replace(every, activations=0)
         assert few.activations == pytest.approx(every.activations, rel=0.01)
 
@@ -304,11 +305,12 @@ def test_passes_that_were_given_stay_and_a_cpu_takes_the_recipes():
 def test_the_plan_names_what_each_card_would_take(tmp_path, monkeypatch):
     s = resolve(dict(benchmark="tofu", model="llama3.2-1b", out=str(tmp_path)))
     given = dict(dtype=torch.bfloat16, critical=9999, longest=164, answer=105)
-    c = replace(plan.CONFIGS["llama2-7b"], num_hidden_layers=8)
+    c = replace(plan.CONFIGS["llama2-7b"], num_hidden_layers=5)
+    monkeypatch.setattr(plan, "CARDS", (18, 80))
     lines = dict(zip(plan.CARDS, plan._cards(s, c, given, False)))
     assert all(line.startswith(f"a card of {gb} GB: attribute ") for gb, line in lines.items())
     assert "; fo --micro-tokens 8192; " in lines[80] and "evaluate as it is" in lines[80]
-    assert re.search("; fo --micro-tokens [0-9]+ --state bfloat16", lines[24])
+    assert re.search("; fo --micro-tokens [0-9]+ --state bfloat16", lines[18])
     monkeypatch.setattr(plan, "CARDS", (4,))
     assert "; so does not fit; " in plan._cards(s, c, given, False)[0]
 
@@ -323,6 +325,7 @@ def test_a_stages_own_rows_replace_the_known_lengths(tmp_path):
 
 def test_the_table_names_every_stage(capsys, monkeypatch, tmp_path):
     monkeypatch.delenv("SIMU_DATA", raising=False)
+    monkeypatch.setattr(plan, "CARDS", ())
     plan.plan_command(resolve(dict(benchmark="lume", model="olmo-1b", out=str(tmp_path))))
     out = capsys.readouterr().out
     for word in ("attribute", *simu.METHODS, "evaluate"):
@@ -330,6 +333,54 @@ def test_the_table_names_every_stage(capsys, monkeypatch, tmp_path):
     assert "1,279,787,008 weights" in out and "23089 of 32768" in out
     assert "fo: 341 updates" in out and "so: 682 updates" in out  # 5 and 10 epochs of 1092 rows
     assert "does not fit" not in out
+
+
+def test_the_plan_tells_how_long_each_stage_will_take(capsys, tmp_path):
+    plan.plan_command(resolve(dict(benchmark="demo", model="tiny-olmo", out=str(tmp_path))))
+    line, = (x for x in capsys.readouterr().out.splitlines() if x.startswith("time, at "))
+    told = re.findall(r"([\w-]+) \d[\d.]* (?:s|min|h)\b", line)
+    assert told == ["attribute", *simu.METHODS, "evaluate"]
+
+
+def test_seconds_are_passes_and_updates_at_the_pace_measured():
+    c, s = config(), settings(max_new_tokens=99)  # 4 layers, m = 4, batches of 6
+    forget, keep = pace.Rows(10, 20.0, 8.0), pace.Rows(30, 24.0, 9.0)
+    here = pace.Pace(100.0, dict(sophia=1000.0))
+    so, fo = (replace(s, method=x) for x in ("so", "fo"))
+
+    def seconds(name, s=so, **counted):
+        return pace.seconds(s, c, here, name, forget, keep, **counted)
+    assert seconds("so", updates=5, moving=200) == pytest.approx(5 * 6 * 44 / 100 + 5 * 200 / 1000)
+    assert seconds("fo", fo, updates=5, moving=200) == pytest.approx(5 * 6 * 44 / 100)
+    passes = 1 + 3 * 3 / 2  # as many layers' passes as `attribute` makes, and their gradients
+    assert seconds("attribute") == pytest.approx(20 * 8 * passes * 2 / 3 / 100)
+    assert seconds("evaluate", asked=7) == pytest.approx(7 * 16 * pace.DECODING / 3 / 100)
+    assert seconds("learn") == pytest.approx(s.learn_epochs * (200 + 720) / 100)
+
+
+def test_a_deep_models_pace_is_that_of_its_layers(monkeypatch):
+    """A pass of 9 layers costs what 1 and 2 layers say: here a second a layer, and 5 beside."""
+    monkeypatch.setattr(pace, "pass_seconds", lambda model, rows, s: 5.0 + len(model.layers))
+    found = pace.measured(settings(), config(num_hidden_layers=9), torch.device("cpu"),
+                          torch.float32, pace.Rows(10, 28.0, 9.0))
+    assert found.tokens == pytest.approx(pace.MEASURED * 28 / 14)
+    assert set(found.weights) == {x.optimiser for x in simu.METHODS.values()}
+
+
+@pytest.mark.real_files("tofu")
+def test_lengths_known_beforehand_are_those_of_the_rows(tmp_path):
+    s = resolve(dict(benchmark="tofu", model="tiny-llama", out=str(tmp_path),
+                     data=os.environ["SIMU_DATA"]))
+    bench = load_benchmark(s)
+    every = (original.known_rows(bench) + bench.forget + original.paraphrased(bench.forget)
+             + bench.nonmembers + list(bench.level_rows))
+    tokenizers.train_tokenizer([t for e in every for t in (e.question, e.answer)], tmp_path,
+                               llama=True, vocab=s.vocab)
+    encoded = encode_all(bench.forget, tokenizers.load_tokenizer(tmp_path), s.template,
+                         context=s.context, vocab=s.vocab)
+    found, cell = pace.rows_of(encoded), (s.benchmark, s.model)
+    assert plan.MEAN[cell] == (round(found.tokens), round(found.answer))
+    assert plan.LONGEST[cell][0] >= max(len(r.ids) for r in encoded)
 
 
 def test_what_does_not_fit_is_one_line(capsys, monkeypatch, tmp_path):
