@@ -49,7 +49,7 @@ from model import LOGITS, NEURONS, Transformer, UserError, causal_attention
 
 def attribute_loop(model: Transformer, encoded: Encoded, *, steps: int = 5,
                    path: str = "layer") -> Tensor:
-    """Att(w_l^k) of Eq. 2 for one pair, as the paper writes it: float32 [L, D].
+    """Att(w_l^k) of Eq. 1-2 for one pair, as the paper writes it: float32 [L, D].
 
     One sample per answer token [D2], one layer (or neuron [D4]), one node of the path at a time,
     each in a separate forward and backward pass. `attribute` gives the same numbers fast."""

@@ -104,9 +104,12 @@ FIRST = "What is left of the forget set"
 
 
 def frontier_table(folder: str) -> str:
-    return table([FIRST, *(ARMS[a] for a in ("fo", "so", "simu", "simu-random")), "SIMU - random",
-                  "SIMU - SO", "SIMU - FO"], frontier_lines(
-        folder, at_equal_forgetting(folder), tuple(ARMS), ("simu-random", "so", "fo")))
+    levels, against = at_equal_forgetting(folder), ("simu-random", "so", "fo")
+    made = table([FIRST, *ARMS.values(), *(f"SIMU - {x}" for x in ("random", "SO", "FO"))],
+                 frontier_lines(folder, levels, tuple(ARMS), against))
+    gaps = [tuple(float(own[a][x] or "nan") for x in ("simu_minus_arm", "difference_half_interval"))
+            for own in levels.values() for a in against]
+    return f"{made}\n\n{common.compared(gaps, 'seeds')}"
 
 
 def beyond_table() -> str:

@@ -5,10 +5,14 @@
 
 Tables stand between `<!-- table: NAME ... -->` and `<!-- end -->` (page_tables.py makes them). A
 number with its interval, anywhere else on a page, must stand so, or longer, in one of the page's
-made tables or in a log or table file that the page links. Any other decimal number must be part of
-a line of benchmarks/results/claims.csv: a text that stands on the page, a file (the page itself:
-its made tables), and a pattern, whose groups in that file must be the text's numbers, in order.
-Code spans hold settings and are not looked at.
+made tables or in a log or table file that the page links. Any other number, in digits or in words
+(two to a hundred; a third, a fifth), must be part of a line of benchmarks/results/claims.csv: a text
+that stands on the page, a file (the page itself: its made tables), and a pattern, whose groups in
+that file must be the text's numbers, in order.
+
+No numbers are what names and places are called: Mamba-2, 135M, Table 5, Section 2.1, [D4], 0e533ac,
+the items of a list, addresses; nor commands. The only code spans that are looked at are settings:
+`5e-5`, `t = 0.6`, `--must-know 0`.
 """
 
 import re
@@ -25,9 +29,22 @@ from studies.page_tables import TABLES, printed
 
 CLAIMS = common.RESULTS / "claims.csv"
 BLOCK = re.compile(r"(<!-- table: (.*?) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
-NUMBER = r"(?<![\w.])(\d*\.\d+)(?!\w|\.\d)"  # no part of a name, a version or an address
+IN_WORDS = {word: n for n, word in enumerate(
+    "two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
+    "seventeen eighteen nineteen twenty".split(), 2)} | dict(
+    thirty=30, forty=40, fifty=50, sixty=60, seventy=70, eighty=80, ninety=90, hundred=100,
+    third=3, quarter=4, fifth=5, tenth=10)
+WORD = rf"\b(?:{'|'.join(IN_WORDS)})s?\b"
+# No part of a name, a version or an address.
+NUMBER = (r"(?<![\w.])(?<![A-Za-z]-)(\d{1,3}(?:,\d{3})+|\d*\.?\d+(?:e-?\d+)?)"
+          r"(?!\w|\.\d|,\d{3})")
 PAIR = re.compile(rf"{NUMBER}\s*±\s*{NUMBER}")
-NO_NUMBER = re.compile(r"```.*?```|`[^`]*`|\]\([^)]*\)|Sections? \d[.\d]*|\d{4}\.\d{5}", re.DOTALL)
+FIGURE = re.compile(rf"{NUMBER}|({WORD})", re.IGNORECASE)
+SETTING = re.compile(r"`((?:[\w.-]+ (?:= )?)?[\d.,e-]+)`")
+NO_NUMBER = re.compile(
+    r"```.*?```|`[^`]*`|\]\([^)]*\)|\d{4}\.\d{5}|^ *\d+\. |"
+    r"(?:Eqs?\.|[Tt]ables?|[Ff]igures?|Sections?) \d[.\d]*(?:(?:-|, | and )\d[.\d]*)*",
+    re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"\]\(([^)#]+\.(?:txt|md|csv|json))\)")
 
 def whole_pages() -> dict[Path, str]:
@@ -58,8 +75,27 @@ def read(path: Path) -> str:
 
 
 def prose(text: str) -> str:
-    """A page without its made tables, code, links and numbers of sections."""
-    return NO_NUMBER.sub(" ", BLOCK.sub("", text))
+    """A page without its made tables, commands, links and names of places; settings stay."""
+    return NO_NUMBER.sub(" ", SETTING.sub(r" \1 ", BLOCK.sub("", text)))
+
+
+def in_digits(figure: str) -> str:
+    """A number of a text: `1,000` as 1000, `Five` as 5.
+
+    >>> in_digits("1,508,480"), in_digits("Five"), in_digits("thirds"), in_digits("5e-6")
+    ('1508480', '5', '3', '5e-6')
+    """
+    word = figure.lower()
+    return str(IN_WORDS.get(word) or IN_WORDS.get(word.removesuffix("s")) or word.replace(",", ""))
+
+
+def bare(number: str) -> str:
+    """A number as those of `roundings` are written.
+
+    >>> bare("0.50"), bare("5e-6"), bare("12")
+    ('.50', '.000005', '12')
+    """
+    return f"{float(number):.15f}".strip("0") if "e" in number else number.lstrip("0")
 
 
 def made_tables(text: str) -> str:
@@ -77,11 +113,13 @@ def sources(page: Path, text: str, read=read) -> str:
 
 
 def roundings(number: str) -> set[str]:
-    """A decimal number and every shorter one that it rounds to; halves round either way.
+    """A number and every shorter one that it rounds to; halves round either way.
 
     >>> sorted(roundings("0.5475"))
     ['.5', '.547', '.5475', '.548', '.55', '1']
     """
+    if "e" in number:
+        return {bare(number)}
     whole, _, digits = number.partition(".")
     value = Decimal(f"{whole or 0}.{digits}") if digits else Decimal(whole)
     return {f"{value.quantize(Decimal(1).scaleb(-n), rounding=how):f}".lstrip("0")
@@ -95,14 +133,15 @@ def pairs_of(source: str) -> set[tuple[str, str]]:
 
 
 def unfounded(page: Path, text: str, claims: list[dict], read=read) -> list[str]:
-    """The decimal numbers of a page that are no claim's, but for those with an interval that stand
-    so in its sources."""
+    """The numbers of a page that are no claim's, but for those with an interval that stand so in
+    its sources."""
     plain, source = " ".join(prose(text).split()), sources(page, text, read)
     for claim in claims_of(page, claims):
         plain = plain.replace(" ".join(prose(claim["text"]).split()), " ")
     return [" ± ".join(pair) for pair in PAIR.findall(plain)
-            if tuple(x.lstrip("0") for x in pair) not in pairs_of(source)] + [
-        x for x in re.findall(NUMBER, PAIR.sub(" ", plain))]
+            if tuple(map(bare, pair)) not in pairs_of(source)] + [
+        m[0] + " in: ..." + m.string[max(0, m.start() - 30):m.end() + 20]
+        for m in FIGURE.finditer(PAIR.sub(" ", plain))]
 
 
 # ----------------------------------------------------------------------------------------- claims
@@ -116,15 +155,14 @@ def broken(page: Path, text: str, claims: list[dict], read=read) -> list[str]:
     """The claims of a page that it does not make, or that their files do not bear out."""
     out, plain = [], " ".join(text.split())
     for claim in claims_of(page, claims):
-        said = re.findall(r"(?<![\w.])\d[\d,]*(?:\.\d+)?|(?<![\w.])\.\d+", claim["text"])
+        said = [in_digits(m[0]) for m in FIGURE.finditer(prose(claim["text"]))]
         file = HERE / claim["file"]
         source = made_tables(text) if file == page else read(file)
         found = re.search(claim["pattern"], source, re.DOTALL | re.MULTILINE)
         if " ".join(claim["text"].split()) not in plain:
             out.append(f"the page does not say: {claim['text']}")
         elif not found or len(found.groups()) != len(said) or not all(
-                a.replace(",", "").lstrip("0") in roundings(b.replace(",", ""))
-                for a, b in zip(said, found.groups())):
+                bare(a) in roundings(in_digits(b)) for a, b in zip(said, found.groups())):
             out.append(f"{claim['file']} does not say: {claim['text']}")
     return out
 

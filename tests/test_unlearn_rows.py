@@ -285,7 +285,8 @@ def test_rows_that_stay_known_end_in_status_3_and_no_request(taught, tmp_path):
 
 def test_a_killed_run_ends_at_the_same_update(taught, tmp_path, monkeypatch):
     one, two = tmp_path / "one", tmp_path / "two"
-    run(taught, one, "--resume-cost", "1", last="evaluate")
+    few = ("--resume-cost", "1", "--epochs", "16")
+    run(taught, one, *few, last="evaluate")
     look, seen = stages.Looks.look, []
 
     def killed(self):
@@ -296,8 +297,8 @@ def test_a_killed_run_ends_at_the_same_update(taught, tmp_path, monkeypatch):
 
     monkeypatch.setattr(stages.Looks, "look", killed)
     with pytest.raises(KeyboardInterrupt):
-        run(taught, two, "--resume-cost", "1", last="evaluate")
-    run(taught, two, "--resume-cost", "1", last="evaluate")
+        run(taught, two, *few, last="evaluate")
+    run(taught, two, *few, last="evaluate")
     same = [(x / "model" / "model.safetensors").read_bytes() for x in (one, two)]
     assert same[0] == same[1]
     same = [(x / "model" / "looks.jsonl").read_text() for x in (one, two)]
