@@ -289,8 +289,7 @@ class Config:
     max_position_embeddings: int
     norm_eps: float = OLMO_EPS
     rope_theta: float = 10000.0
-    # {"rope_type": "llama3"} with the numbers LLAMA3 names; compared, but no dict has a hash.
-    rope_scaling: dict | None = field(default=None, hash=False)
+    rope_scaling: dict | None = None  # or {"rope_type": "llama3"} with the numbers LLAMA3 names
     tie_word_embeddings: bool = False  # the head is the embedding
     clip_qkv: float | None = None  # q, k, v are clamped to [-clip, clip] before RoPE
     bos_token_id: int | None = None

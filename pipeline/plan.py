@@ -12,7 +12,6 @@ import shutil
 import weakref
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
-from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -80,6 +79,7 @@ STAGES = (("attribute", None), *(("unlearn", method) for method in simu.METHODS)
           ("evaluate", None))
 TIMED = 500_000_000  # weights up to which a pass is timed on a CPU: seconds, and a run that may be
 ANY_NUMBER = 1 << 30  # of rows, where only tokens limit a batch
+NEEDS = {}  # of what was asked before: for the table, for advice, for each card
 WIDTHS = (9, 11, 8, 13, 8)  # of the table's columns
 
 
@@ -132,11 +132,17 @@ class Need:
         return self.weights + self.gradients + self.state + self.activations
 
 
-@lru_cache(maxsize=256)  # the same is asked for the table, for advice and for each card
 def need(s: Settings, config: Config, name: str, method: str | None = None, *, dtype: torch.dtype,
          critical: int, longest: int, answer: int) -> Need:
     """Of stage `name` ("learn", "attribute", "unlearn" with a method, "evaluate"), were every row
     `longest` tokens and every answer `answer` tokens long."""
+    asked = repr((s, config, name, method, dtype, critical, longest, answer))
+    if asked not in NEEDS:
+        NEEDS[asked] = traced(s, config, name, method, dtype, critical, longest, answer)
+    return NEEDS[asked]
+
+
+def traced(s, config, name, method, dtype, critical, longest, answer) -> Need:
     if name == "learn":  # fine-tuning moves every weight, as FO does
         own = replace(s, method="fo", micro_tokens=s.learn_tokens, state=s.learn_state,
                       checkpointing=s.learn_checkpointing)

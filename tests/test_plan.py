@@ -104,7 +104,7 @@ def test_few_layers_tell_of_all(kind, checkpointing, monkeypatch):
         few = plan.need(s, c, "unlearn", method, **given)
         with monkeypatch.context() as m:
             m.setattr(plan, "FEW_LAYERS", (9, 9))
-            every = plan.need.__wrapped__(s, c, "unlearn", method, **given)
+            every = plan.traced(s, c, "unlearn", method, **given)
         assert replace(few, activations=0) == replace(every, activations=0)
         assert few.activations == pytest.approx(every.activations, rel=0.01)
 
