@@ -70,8 +70,14 @@ def pages() -> list[Path]:
             *sorted(common.RESULTS.rglob("README.md"))]
 
 
+@cache
 def read(path: Path) -> str:
     return path.read_text()
+
+
+@cache
+def search(pattern: str, text: str) -> re.Match | None:
+    return re.search(pattern, text, re.DOTALL | re.MULTILINE)
 
 
 def prose(text: str) -> str:
@@ -158,7 +164,7 @@ def broken(page: Path, text: str, claims: list[dict], read=read) -> list[str]:
         said = [in_digits(m[0]) for m in FIGURE.finditer(prose(claim["text"]))]
         file = HERE / claim["file"]
         source = made_tables(text) if file == page else read(file)
-        found = re.search(claim["pattern"], source, re.DOTALL | re.MULTILINE)
+        found = search(claim["pattern"], source)
         if " ".join(claim["text"].split()) not in plain:
             out.append(f"the page does not say: {claim['text']}")
         elif not found or len(found.groups()) != len(said) or not all(
