@@ -2,6 +2,7 @@
 
 import dataclasses
 import random
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -150,39 +151,50 @@ def losses_of(model: Transformer, rows: list[data.Encoded], s: Settings) -> list
 def forget_targets(s: Settings, bench: data.Benchmark, forget: list[data.Encoded],
                    model: Transformer) -> tuple[object, str]:
     """What `simu.unlearn` takes as targets, and where they are from: for each token of the forget
-    rows the loss it would have, had the model never seen them. Nearest to that is a model that
-    never did: retain-only, or the base of an original taught here. Else the rows' own words are
-    exchanged (unseen.py), and where rows never seen are given they say how much in the mean."""
+    rows the loss it would have, had the model never seen them. Retain-only never did. Else the
+    user's rows tell it themselves (never_seen_losses), and where rows never seen are given these
+    say how much in the mean."""
     if s.level not in ("unseen", "retain-only"):
         return float(s.level), f"--level {s.level}"
     if s.level == "retain-only":
         return ignorant_losses(s.run / "retain-only", forget, s), "retain-only's loss of each row"
-    tokenizer = load_tokenizer(s.run / "original")
     examples, source = level_examples(s, bench)
+    pattern, by = (never_seen_losses(s, bench, forget, model, s.seed)
+                   if s.layout == "rows" or not examples else ([], ""))
+    if not examples:
+        if not pattern:
+            raise UserError("no forget row has words of its own to exchange; " + GIVE_FILE)
+        return pattern, by
+    tokenizer = load_tokenizer(s.run / "original")
     rows = data.encode_for(model.config, examples, tokenizer, s.template)
-    if s.layout != "rows" and examples:
+    if not pattern:
         return drawn_losses(s, forget, answer_losses(model, rows, s.eval_tokens),
                             model.config.vocab_size), source
+    wanted = evaluation.mean(map(evaluation.mean, losses_of(model, rows, s)))
+    have = evaluation.mean(x.mean().item() for x in pattern)
+    return ([x * (wanted / max(have, 1e-6)) for x in pattern],
+            f"as likely as {source}; token by token, {by}")
+
+
+def never_seen_losses(s: Settings, bench: data.Benchmark, forget: list[data.Encoded],
+                      model: Transformer, seed: int) -> tuple[list[torch.Tensor], str]:
+    """The losses that the forget rows' tokens would have under the original, had it never seen
+    them, and how that is told; [] if nothing tells it. A token's is that of its counterpart where
+    the row's own words are exchanged (unseen.py), and no higher than under the base of an original
+    taught here, which has learnt nothing of these rows, nor of what other rows say about them."""
+    found, by = [], []
+    versions = unseen.exchanged_rows(bench.forget, bench.retain, seed,
+                                     max(1, min(unseen.COPIES, 600 // len(forget))))
+    if any(versions):
+        losses = unseen.counterpart_losses(
+            model, bench.forget, forget, versions, load_tokenizer(s.run / "original"), s.template,
+            partial(losses_of, model, s=s))
+        found.append([torch.tensor(x) for x in losses])
+        by.append("each row with its own words exchanged for other rows'")
     if s.teach and s.layout == "rows":
-        pattern, by = ignorant_losses(hub.find_original(s)[0], forget, s), "the base's loss of each"
-    else:
-        versions = unseen.exchanged_rows(bench.forget, bench.retain, s.seed,
-                                         max(1, min(unseen.COPIES, 600 // len(forget))))
-        if not any(versions):
-            if not examples:
-                raise UserError("no forget row has words of its own to exchange; " + GIVE_FILE)
-            return drawn_losses(s, forget, answer_losses(model, rows, s.eval_tokens),
-                                model.config.vocab_size), source
-        pattern, by = unseen.counterpart_losses(
-            model, bench.forget, forget, versions, tokenizer, s.template,
-            lambda rows: losses_of(model, rows, s)), "its own words exchanged for other rows'"
-        pattern = [torch.tensor(x) for x in pattern]
-    if examples:
-        wanted = evaluation.mean(map(evaluation.mean, losses_of(model, rows, s)))
-        have = evaluation.mean(x.mean().item() for x in pattern)
-        pattern = [x * (wanted / max(have, 1e-6)) for x in pattern]
-        return pattern, f"{source}, laid over {by} row"
-    return pattern, f"each row {'under' if s.teach else 'with'} {by.replace(' of each', '')}"
+        found.append(ignorant_losses(hub.find_original(s)[0], forget, s))
+        by.append("no token less likely than to the base" if by else "the base's loss of each row")
+    return [torch.stack(x).amin(0) for x in zip(*found)], ", ".join(by)
 
 
 def ignorant_losses(folder: Path, forget: list[data.Encoded], s: Settings) -> list[torch.Tensor]:

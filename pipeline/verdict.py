@@ -14,8 +14,8 @@ FORGOTTEN, of questions with their answers as of texts (asked with their first h
 and DONE if beside that the rows to keep are still said: ROUGE-L at least .9 of the original's.
 
 Rows never seen are those of --unseen that did not set the level. Without them each row stands for
-itself, at the loss it would have had: the base's with --teach, else that of its own words exchanged
-under the original (unseen.py), drawn anew. RUN/verdict/ keeps what was said, row by row;
+itself, at the loss it would have had: that of its own words exchanged under the original
+(unseen.py), drawn anew; with --teach no token's loss is above the base's. RUN/verdict/ keeps what was said, row by row;
 verdict.json holds numbers alone.
 """
 
@@ -28,14 +28,14 @@ import data
 import eval as evaluation
 from data import Example
 from model import Transformer, UserError, read_json, write_json, write_text
-from pipeline import checkpoint, hub, unseen
+from pipeline import checkpoint, unseen
 from pipeline.before import fitted
 from pipeline.evaluate import evaluations_of, read_rows
 from pipeline.reading import generate, token_scores
 from pipeline.settings import (Judging, Level, Placement, Settings, Source, load_benchmark,
                                placement, read_settings)
 from pipeline.stage import Stage, content, data_inputs, read_stage, unlearned_name
-from pipeline.stages import losses_of
+from pipeline.stages import losses_of, never_seen_losses
 from pipeline.tokenizers import load_tokenizer
 
 MOST_SAID = 0.05  # share of the rows said word for word, or completed from a half
@@ -105,22 +105,13 @@ def measure(s: Settings, model: Transformer, bench: data.Benchmark, told: dict[s
 
 
 def add_never_seen_losses(s: Settings, bench: data.Benchmark, rows: list[dict]):
-    """To each row, the mean loss that it would have had it never been seen: the base's own where
-    the original was taught here; else the original's of its own words exchanged, drawn anew."""
+    """To each row, the mean loss that it would have had it never been seen, drawn anew."""
     tokenizer = load_tokenizer(s.run / "original")
-    folder = hub.find_original(s)[0] if s.teach else s.run / "original"
-    model = checkpoint.load_model(folder, **placement(s))
+    model = checkpoint.load_model(s.run / "original", **placement(s))
     encoded = data.encode_for(model.config, bench.forget, tokenizer, s.template)
-    if s.teach:
-        found = losses_of(model, encoded, s)
-    else:
-        versions = unseen.exchanged_rows(bench.forget, bench.retain, s.seed + 1)
-        if not any(versions):
-            return
-        found = unseen.counterpart_losses(model, bench.forget, encoded, versions, tokenizer,
-                                          s.template, lambda rows: losses_of(model, rows, s))
+    found, _ = never_seen_losses(s, bench, encoded, model, s.seed + 1)
     for row, losses in zip(rows, found):
-        row["never_seen_loss"] = evaluation.mean(losses)
+        row["never_seen_loss"] = losses.mean().item()
 
 
 # --------------------------------------------------------------------------- from rows to a verdict

@@ -306,17 +306,29 @@ def test_a_killed_run_ends_at_the_same_update(taught, tmp_path, monkeypatch):
     assert read_stage(one / "model")["stood"]["ended"] in ("there", "")
 
 
-def test_a_taught_model_takes_its_bases_losses(taught, tmp_path):
+def test_no_token_of_a_taught_model_is_to_be_less_likely_than_to_its_base(taught, tmp_path,
+                                                                          monkeypatch):
     s = settings.resolve(dict(
         benchmark="rows", model=str(taught / "texts-model"), forget=str(taught / "forget.jsonl"),
         retain=str(taught / "retain.jsonl"), teach=True, out=str(tmp_path)))
     (tmp_path / "original").symlink_to(taught / "texts-model")
     bench, encoded = stages.encoded_rows(s)
     model = Transformer.from_pretrained(taught / "texts-model")
-    targets, source = stages.forget_targets(s, bench, encoded["forget"], model)
-    assert "base" in source
-    torch.testing.assert_close(torch.cat(targets), torch.tensor(
-        [x for own in stages.losses_of(model, encoded["forget"], s) for x in own]))
+
+    def targets(s):
+        return stages.forget_targets(s, bench, encoded["forget"], model)
+    exchanged, source = targets(replace(s, teach=False))
+    assert "exchanged" in source and "base" not in source
+    base = [torch.rand(len(x)) * 8 for x in exchanged]
+    monkeypatch.setattr(stages, "ignorant_losses", lambda *_: base)
+    both, source = targets(s)
+    assert "exchanged" in source and "base" in source
+    for low, one, other in zip(both, exchanged, base):
+        torch.testing.assert_close(low, torch.minimum(one, other), rtol=0, atol=0)
+    monkeypatch.setattr(stages.unseen, "exchanged_rows", lambda *_: [[]] * len(bench.forget))
+    alone, source = targets(s)
+    assert source.startswith("the base's loss")
+    torch.testing.assert_close(torch.cat(alone), torch.cat(base), rtol=0, atol=0)
 
 
 def test_paths_are_left_out_of_a_request():
