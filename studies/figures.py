@@ -180,7 +180,7 @@ def layers(folder: Path, about: dict, forget, retain):
         bars = ax.bar(range(L), count.tolist(), 0.75, under.tolist(), color=colour,
                       label=f"{name} ({int(mask.sum())})")
         if L <= 8:
-            ax.bar_label(bars, label_type="center", fontsize=9,
+            ax.bar_label(bars, [n or "" for n in count.tolist()], label_type="center", fontsize=9,
                          color="white" if colour == BLACK else BLACK)
         under += count
     ax.set_xticks(range(0, L, max(1, L // 16)))
