@@ -3,12 +3,10 @@
     python -m studies pages            writes every table between its marks, and names faults
     python -m studies pages --check    the same, and writes nothing
 
-Tables stand between `<!-- table: NAME ... -->` and `<!-- end -->` (page_tables.py makes them). A
-number with its interval, anywhere else on a page, must stand so, or longer, in one of the page's
-made tables or in a log or table file that the page links. Any other number, in digits or in words
-(two to a hundred; a third, a fifth), must be part of a line of benchmarks/results/claims.csv: a text
-that stands on the page, a file (the page itself: its made tables), and a pattern, whose groups in
-that file must be the text's numbers, in order.
+Tables stand between `<!-- table: NAME ... -->` and `<!-- end -->` (page_tables.py makes them). Any
+other number of a page, in digits or in words (two to a hundred; a third, a fifth), must be part of
+a line of benchmarks/results/claims.csv: a text that stands on the page, a file (the page itself:
+its made tables), and a pattern, whose groups in that file must be the text's numbers, in order.
 
 No numbers are what names and places are called: Mamba-2, 135M, Table 5, Section 2.1, [D4], 0e533ac,
 the items of a list, addresses; nor commands. The only code spans that are looked at are settings:
@@ -18,7 +16,6 @@ the items of a list, addresses; nor commands. The only code spans that are looke
 import re
 from decimal import ROUND_HALF_DOWN, ROUND_HALF_UP, Decimal
 from functools import cache
-from itertools import product
 from pathlib import Path
 
 from model import write_text
@@ -38,14 +35,13 @@ WORD = rf"\b(?:{'|'.join(IN_WORDS)})s?\b"
 # No part of a name, a version or an address.
 NUMBER = (r"(?<![\w.])(?<![A-Za-z]-)(\d{1,3}(?:,\d{3})+|\d*\.?\d+(?:e-?\d+)?)"
           r"(?!\w|\.\d|,\d{3})")
-PAIR = re.compile(rf"{NUMBER}\s*±\s*{NUMBER}")
 FIGURE = re.compile(rf"{NUMBER}|({WORD})", re.IGNORECASE)
 SETTING = re.compile(r"`((?:[\w.-]+ (?:= )?)?[\d.,e-]+)`")
 NO_NUMBER = re.compile(
     r"```.*?```|`[^`]*`|\]\([^)]*\)|\d{4}\.\d{5}|^ *\d+\. |"
     r"(?:Eqs?\.|[Tt]ables?|[Ff]igures?|Sections?) \d[.\d]*(?:(?:-|, | and )\d[.\d]*)*",
     re.DOTALL | re.MULTILINE)
-LINK = re.compile(r"\]\(([^)#]+\.(?:txt|md|csv|json))\)")
+
 
 def whole_pages() -> dict[Path, str]:
     """Pages that hold nothing but what a study prints."""
@@ -108,16 +104,6 @@ def made_tables(text: str) -> str:
     return "".join(match[3] for match in BLOCK.finditer(text))
 
 
-def sources(page: Path, text: str, read=read) -> str:
-    """What a page's numbers may come from: its own made tables, and logs and tables it links."""
-    found = [made_tables(text)]
-    for link in dict.fromkeys(LINK.findall(text)):
-        other = (page.parent / link).resolve()
-        if other.name != "README.md" and other.is_file():
-            found.append(read(other))
-    return "\n".join(found)
-
-
 def roundings(number: str) -> set[str]:
     """A number and every shorter one that it rounds to; halves round either way.
 
@@ -132,22 +118,13 @@ def roundings(number: str) -> set[str]:
             for n in range(len(digits) + 1) for how in (ROUND_HALF_UP, ROUND_HALF_DOWN)}
 
 
-@cache
-def pairs_of(source: str) -> set[tuple[str, str]]:
-    """Numbers with their intervals that stand in a text, and what these round to."""
-    return {pair for pair in set(PAIR.findall(source)) for pair in product(*map(roundings, pair))}
-
-
-def unfounded(page: Path, text: str, claims: list[dict], read=read) -> list[str]:
-    """The numbers of a page that are no claim's, but for those with an interval that stand so in
-    its sources."""
-    plain, source = " ".join(prose(text).split()), sources(page, text, read)
+def unfounded(page: Path, text: str, claims: list[dict]) -> list[str]:
+    """The numbers of a page that are no claim's."""
+    plain = " ".join(prose(text).split())
     for claim in claims_of(page, claims):
         plain = plain.replace(" ".join(prose(claim["text"]).split()), " ")
-    return [" ± ".join(pair) for pair in PAIR.findall(plain)
-            if tuple(map(bare, pair)) not in pairs_of(source)] + [
-        m[0] + " in: ..." + m.string[max(0, m.start() - 30):m.end() + 20]
-        for m in FIGURE.finditer(PAIR.sub(" ", plain))]
+    return [f"{m[0]} in: ...{plain[max(0, m.start() - 30):m.end() + 20]}"
+            for m in FIGURE.finditer(plain)]
 
 
 # ----------------------------------------------------------------------------------------- claims
@@ -177,8 +154,7 @@ def faults(page: Path, text: str, read=read, claims: list[dict] | None = None) -
     """Whatever a page says that its sources do not."""
     claims = common.read_lines(CLAIMS) if claims is None else claims
     return broken(page, text, claims, read) + [
-        f"{x} is no claim's, nor, with its interval, a source's"
-        for x in unfounded(page, text, claims, read)]
+        f"no claim's: {x}" for x in unfounded(page, text, claims)]
 
 
 def main(argv: list[str]):

@@ -38,8 +38,7 @@ def test_pages_of_tables_alone_are_what_the_study_prints():
 @pytest.mark.parametrize("name", PAGES)
 def test_every_number_that_is_changed_on_a_page_is_noticed(name):
     """The last digit, or the word, of each number in turn, but in made tables, commands, links and
-    names of places. Missed is only what is then another number of the same sources: at most one in
-    twenty."""
+    names of places."""
     page, text = PAGES[name], PAGES[name].read_text()
     settings = {m.start() for m in pages.SETTING.finditer(text)}
     skipped = [m.span() for pattern in (pages.BLOCK, pages.NO_NUMBER)
@@ -51,8 +50,7 @@ def test_every_number_that_is_changed_on_a_page_is_noticed(name):
         changed = text[:start] + other(text[start:end], end - start - 1) + text[end:]
         if not pages.faults(page, changed, claims=CLAIMS):
             missed.append(text[max(0, start - 40):end + 20])
-    assert len(missed) <= len(places) / 20, missed
-    assert places or name == "benchmarks/results/objectives/README.md"
+    assert places and missed == []
 
 
 @pytest.mark.parametrize("claim", CLAIMS, ids=lambda c: c["text"][:40])
