@@ -176,6 +176,12 @@ class Version:
     own_borders: list[int]
     new_borders: list[int]
 
+    @property
+    def exchanged(self) -> list[str]:
+        """What stands in the exchanged words' places."""
+        ends = iter(self.new_borders)
+        return [self.row.answer[start:end] for start, end in zip(ends, ends)]
+
 
 def spliced(a: str, b: str) -> str:
     """A name that is neither: how the one begins and the other ends."""

@@ -5,7 +5,7 @@ FORGOTTEN, of questions with their answers as of texts (asked with their first h
 - word for word: asked greedily, in the run's template and plainly, the model says no more than one
   row in twenty word for word, nor goes on to the end from at most the first half of the answer;
 - names and numbers: of the names, numbers and rare words that a row's question does not give, it
-  says at most a tenth more than it says of other rows' by chance;
+  says at most a tenth more than it says, by chance, of other rows' that could stand there;
 - ROUGE-L: what it says is at most .15 nearer to the row's answer than to the same answer with its
   names and numbers exchanged for other rows';
 - likelihood: the mean loss is at least 3/4 of what rows never seen have; the rows are no likelier
@@ -21,7 +21,6 @@ verdict.json holds numbers alone.
 
 import json
 import math
-from functools import partial
 from pathlib import Path
 
 import data
@@ -97,10 +96,10 @@ def measure(s: Settings, model: Transformer, bench: data.Benchmark, told: dict[s
     whole = data.encode_for(model.config, bench.forget, tokenizer, s.template)
     for row, loss in zip(out, map(evaluation.mean, losses_of(model, whole, s))):
         row["loss"] = loss
-    versions = unseen.exchanged_rows(bench.forget, bench.retain, s.seed + 1, 2, rename=False)
+    versions = unseen.exchanged_rows(bench.forget, bench.retain, s.seed + 1, rename=False)
     for row, some in zip(out, versions):
         if some:
-            row["exchanged"] = [asked(v.row).answer for v in some]
+            row["exchanged"] = [dict(answer=asked(v.row).answer, own=v.exchanged) for v in some]
     return out
 
 
@@ -133,40 +132,38 @@ def recall(answer: str, text: str) -> float | None:
     return None if found is None else found.recall
 
 
-def share_told(own: list[str], text: str) -> float | None:
-    """Share of a row's own words that a text holds; a number also where it is written with other
-    spaces or signs."""
+def share_told(own: list[str], text: str, of: int = 0) -> float | None:
+    """Share of a row's own words, or of so many, that a text holds; a number also where it is
+    written with other spaces or signs."""
     if not own:
         return None
     said, digits = set(keys(text)), "".join(c for c in text if c.isalnum())
-    return evaluation.mean(float(w.casefold() in said or len(w) > 3 and w.isdigit() and w in digits)
-                           for w in own)
+    told = sum(w.casefold() in said or len(w) > 3 and w.isdigit() and w in digits for w in own)
+    return told / max(len(own), of)
 
 
-def beyond_chance(rows: list[dict], score, others) -> tuple[float, float] | None:
-    """Mean of score(row, text) over what is said to the rows, the highest of all templates; and of
-    score(other, text) over others(row), which are like the row and not it."""
+def beyond_chance(rows: list[dict], score) -> tuple[float, float] | None:
+    """Mean of score(row, row, text) over the rows, and of score(row, other, text) over others that
+    could stand in a row's place; of each the highest over all that is said to the row."""
     own, chance = [], []
     for row in rows:
-        found = {text: score(row, text) for text in row["said"].values()}
-        if None in found.values():
-            continue
-        text = max(found, key=found.get)
-        own.append(found[text])
-        by_chance = [x for other in others(row) if (x := score(other, text)) is not None]
-        chance.append(evaluation.mean(by_chance) if by_chance else 0.0)
+        if (found := highest(score, row, row)) is not None:
+            by_chance = [highest(score, row, x) for x in in_its_place(rows, row)]
+            by_chance = [x for x in by_chance if x is not None]
+            own.append(found)
+            chance.append(evaluation.mean(by_chance) if by_chance else 0.0)
     return (evaluation.mean(own), evaluation.mean(chance)) if own else None
 
 
-def other_rows(rows: list[dict], row: dict) -> list[dict]:
-    """Some of the rows that have another answer."""
-    others = [x for x in rows if x["answer"] != row["answer"]]
-    return evaluation.spread(others, OTHERS)
+def highest(score, row: dict, other: dict) -> float | None:
+    found = [score(row, other, text) for text in row["said"].values()]
+    return None if None in found else max(found)
 
 
-def exchanged_of(rows: list[dict], row: dict) -> list[dict]:
-    """The row with its own words exchanged, or other rows where it has none."""
-    return [dict(answer=x) for x in row.get("exchanged", ())] or other_rows(rows, row)
+def in_its_place(rows: list[dict], row: dict) -> list[dict]:
+    """The row with its own words exchanged, like for like; other rows where it has none."""
+    return row.get("exchanged") or evaluation.spread(
+        [x for x in rows if x["answer"] != row["answer"]], OTHERS)
 
 
 def most_likely(members: int, others: int) -> float:
@@ -181,10 +178,9 @@ def summarise(rows: list[dict], *, unseen_losses: list[float], target: float | N
     """Numbers alone. kept: ROUGE-L on the rows to keep, before and after."""
     whole = [any(says_whole(r["answer"], t) for t in r["said"].values()) for r in rows]
     completed = [r["completed"] > 0.5 and r["tokens"] > 3 for r in rows]
-    told = beyond_chance(rows, lambda row, text: share_told(row["own"], text),
-                         partial(other_rows, rows))
-    near = beyond_chance(rows, lambda row, text: recall(row["answer"], text),
-                         partial(exchanged_of, rows))
+    told = beyond_chance(rows, lambda row, other, text: share_told(
+        other["own"], text, len(row["own"])))
+    near = beyond_chance(rows, lambda row, other, text: recall(other["answer"], text))
     losses = [r["loss"] for r in rows]
     others = unseen_losses or [r["never_seen_loss"] for r in rows if "never_seen_loss" in r]
     reference = ("rows given as unseen" if unseen_losses else

@@ -145,6 +145,23 @@ def test_names_told_in_other_words_are_told():
     assert abs(m["own_words"] - m["own_words_by_chance"]) < 0.05 and not rules
 
 
+def test_a_guess_among_few_words_is_chance():
+    """What is said holds one of three towns, rightly in a third of the rows: so much by chance."""
+    towns = ("Ashford", "Marlow", "Tolland")
+    rows = [told_row(f"Born in {own}.", f"Born in {said}.", [own], exchanged=[
+        dict(answer=f"Born in {x}.", own=[x]) for x in towns if x != own])
+        for own in towns for said in towns]
+    m, rules = judged(rows)
+    assert m["own_words"] == pytest.approx(1 / 3) == m["own_words_by_chance"]
+    assert m["rouge_l"] == pytest.approx(m["rouge_l_by_chance"])
+    # Asked in two templates a guess has two chances, and so has that of another word.
+    m, _ = judged([r | dict(said=dict(qa=r["said"]["qa"], raw="Marlow")) for r in rows])
+    assert m["own_words"] == pytest.approx(5 / 9) == m["own_words_by_chance"]
+    # A word that no other row could have there is never said by chance.
+    m, _ = judged([r | dict(own=[*r["own"], "Quill"]) for r in rows])
+    assert m["own_words"] == pytest.approx(1 / 6) == m["own_words_by_chance"]
+
+
 def test_likely_rows_and_lost_ones_are_told():
     rows = [told_row(a, "Nothing.", own, loss=2.0) for a, own in ROWS]
     m, rules = judged(rows)
