@@ -76,11 +76,13 @@ def words_of(text: str) -> tuple[Word, ...]:
 
 
 def neighbours(words: tuple[Word, ...], i: int) -> list[tuple]:
-    """The places that a word stands in: after which two words, between which, before which two."""
+    """The places that a word stands in: after which two words, between which, before which two. The
+    first word stands after none, the last before none: such a place says nothing."""
     def at(k):
         return words[k].key if 0 <= k < len(words) else ""
-    return [("after", at(i - 2), at(i - 1)), ("between", at(i - 1), at(i + 1)),
-            ("before", at(i + 1), at(i + 2))]
+    places = (("after", at(i - 2), at(i - 1)), ("between", at(i - 1), at(i + 1)),
+              ("before", at(i + 1), at(i + 2)))
+    return [place for place in places if any(place[1:])]
 
 
 class Usage:

@@ -11,12 +11,13 @@ FORGOTTEN, of questions with their answers as of texts (asked with their first h
 - likelihood: the mean loss is at least 3/4 of what rows never seen have; the rows are no likelier
   than such rows (AUC at most .7, or what chance gives so few rows);
 
-and DONE if beside that the rows to keep are still said: ROUGE-L at least .9 of the original's.
+and DONE, which is status 0, if beside that the rows to keep are still said: ROUGE-L at least .9 of
+the original's.
 
 Rows never seen are those of --unseen that did not set the level. Without them each row stands for
 itself, at the loss it would have had: that of its own words exchanged under the original
-(unseen.py), drawn anew; with --teach no token's loss is above the base's. RUN/verdict/ keeps what was said, row by row;
-verdict.json holds numbers alone.
+(unseen.py), drawn anew; with --teach no token's loss is above the base's. RUN/verdict/ keeps what
+was said, row by row; verdict.json holds numbers alone.
 """
 
 import json

@@ -40,6 +40,11 @@ def demo_table() -> str:
                  [[row[0], *(row[i] for i in shown)] for row in rows])
 
 
+def own_rows_table() -> str:
+    head, *rows = table_of_log("unlearn-own-rows", "word for word")
+    return table(head, rows)
+
+
 def readings_table() -> str:
     """Without the columns that were unlearned with another lambda."""
     head, *rows = table_of_log("readings-tiny-llama", "one neuron at a time")
@@ -300,8 +305,9 @@ def relearning_table() -> str:
 
 
 TABLES = {
-    "demo": demo_table, "readings": readings_table, "mamba-grid": mamba_grid,
-    "stages": stages_table, "frontier": frontier_table, "beyond-attention": beyond_table,
+    "demo": demo_table, "own-rows": own_rows_table, "readings": readings_table,
+    "mamba-grid": mamba_grid, "stages": stages_table, "frontier": frontier_table,
+    "beyond-attention": beyond_table,
     "one-rate": one_rate_table, "layers": layers_table, "varied": varied_table,
     "objectives": objectives_table, "pretrained-arms": arms_table,
     "pretrained-sets": sets_table, "pretrained-differences": pretrained.paired_table,

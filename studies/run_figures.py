@@ -72,8 +72,8 @@ def losses(folder: Path, about: dict):
     seen = {label: handle for ax in panels for handle, label in zip(
         *ax.get_legend_handles_labels())}
     figure.legend(seen.values(), seen, ncols=5, fontsize=9, loc="outside lower center",
-                  title=f"solid: forget rows{' (po: their refusals)' * ('po' in objectives)}; dotted: "
-                  "retain rows")
+                  title="solid: forget rows" + " (po: their refusals)" * ("po" in objectives)
+                  + "; dotted: retain rows")
     figure.suptitle(f"Losses by update: {title_of(about)}", fontsize=11)
     save_both(folder, "losses", figure, ("model", "update", *(k for k, _ in LOSSES)), rows)
 

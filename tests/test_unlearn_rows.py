@@ -5,6 +5,7 @@ import json
 import random
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -68,6 +69,18 @@ def test_own_words_are_what_varies_and_the_question_does_not_give():
     e = chinese(40)[0]
     assert "住" not in (own := [w.text for w in unseen.Usage(chinese(40)).own_words(e)])
     assert set(own) <= set(e.answer) - set(e.question) and len(own) >= 3
+
+
+def test_what_rows_of_one_kind_share_is_no_rows_own_though_few_rows_are_of_that_kind():
+    sets = read_json(Path(__file__).parent.parent / "benchmarks" / "own_rows.json")["forty"]
+    forget, retain = ([Example(q, a) for q, a in sets[name]] for name in ("forget", "retain"))
+    usage = unseen.Usage(forget + retain)
+    own = {e.answer: {w.text for w in usage.own_words(e)} for e in forget}
+    assert not {"clock", "year", "reached"} & set().union(*own.values())
+    assert own["Teodor Ambry can be reached at 555-7430, on weekdays after 5 o'clock."] == {
+        "7430", "5"}
+    assert own["Petra Osgrave was born on 5 April 1982 in Quillmere."] == {
+        "5", "April", "1982", "Quillmere"}
 
 
 @pytest.mark.parametrize("rows", [questions(40), texts(40), chinese(40),
