@@ -171,7 +171,7 @@ def astray(text: str) -> list[str]:
         if fast and name not in (getattr(simu, fast).__doc__ or "") + heading(fast):
             wrong.append(f"{fast} is not that of {name}")
     tables, of_run, of_sweep = re.fullmatch(
-        r"(Tables .*?): a run's .*?(Table .*?):\n.*?(Figures .*?): the same .*--variants.*",
+        r"(Tables .*?): a run's .*?(Table .*?):\n.*?(Figures .*?): first .*--variants.*",
         there.strip().rpartition("\n\n")[2], re.DOTALL).groups()
     if tables not in evaluation.__doc__.splitlines()[0]:
         wrong.append(f"eval.py does not define {tables}")
