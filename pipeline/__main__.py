@@ -50,7 +50,7 @@ from contextlib import nullcontext  # noqa: E402
 
 from model import UserError  # noqa: E402
 from pipeline import (  # noqa: E402
-    evaluate, hub, plan, report, request, settings, verdict, workers)
+    before, evaluate, hub, report, request, settings, verdict, workers)
 from pipeline.original import original_stage  # noqa: E402
 from pipeline.stage import finished_models, lock, run_cli  # noqa: E402
 from pipeline.stages import attribute_stage, mask_stage, unlearn_stage  # noqa: E402
@@ -74,7 +74,7 @@ def verdict_command(run: Path):
         print(verdict.as_text(verdict.verdict(run)), flush=True)
 
 
-STAGES = {"files": hub.files_command, "plan": plan.plan_command, "original": original_stage,
+STAGES = {"files": hub.files_command, "plan": before.plan_command, "original": original_stage,
           "plant": plant_stage, "attribute": attribute_stage, "mask": mask_stage,
           "unlearn": unlearn_stage}
 REQUESTS = {"verdict": verdict_command, "request": request.write_request, "verify": request.verify}

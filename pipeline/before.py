@@ -11,9 +11,9 @@ import eval as evaluation
 import simu
 from data import Encoded
 from model import Config, UserError
-from pipeline import checkpoint, pace, unseen
+from pipeline import checkpoint, hub, pace, plan, unseen
 from pipeline.plan import GB, fit_memory
-from pipeline.settings import Settings, placement
+from pipeline.settings import Settings, load_benchmark, placement
 from pipeline.tokenizers import load_tokenizer
 
 GIVE_FILE = ("give --unseen FILE, rows like them that the model never saw, or --level NUMBER, the "
@@ -40,6 +40,16 @@ def need_reference(s: Settings, bench: data.Benchmark):
         raise UserError(f"objective {s.objective} must know how a row never seen looks to the model"
                         ", and most of these answers hold no names, numbers or rare words that "
                         f"could be exchanged for other rows'; {GIVE_FILE}")
+
+
+def plan_command(s: Settings):
+    """Print what each stage of a run needs, whether it fits the device at hand, and how long it
+    takes; of rows of your own in a model that is here, of these rows alone."""
+    folder = Path(hub.given_model(s))
+    if s.layout == "rows" and (folder / "config.json").is_file() and (s.retain or not s.retain_from_model):
+        outlook(s, folder, load_benchmark(s))
+    else:
+        plan.plan_command(s)
 
 
 def outlook(s: Settings, folder: Path, bench: data.Benchmark):

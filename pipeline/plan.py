@@ -606,6 +606,11 @@ def _time(s: Settings, config: Config, given: dict, device: torch.device, dtype:
     except (torch.OutOfMemoryError, MemoryError):
         return "time: not measured, for lack of memory"
     told = []
+    if s.tiny and not s.weights:
+        passed, every = _rows_that_teach(s), chosen["fo"][1].gradients // given["dtype"].itemsize
+        time = (passed * mean[0] / here.tokens
+                + passed / s.learn_batch * every / here.weights["adamw"])
+        told.append(f"original and retain-only {pace.in_words(time)}")
     for name, (own, n) in chosen.items():
         moving = n.gradients // given["dtype"].itemsize
         time = pace.seconds(own, config, here, name, rows, keep, asked=questions,
@@ -614,6 +619,18 @@ def _time(s: Settings, config: Config, given: dict, device: torch.device, dtype:
     return (f"time, at {here.tokens:,.0f} tokens a second in a pass measured on this "
             f"{'GPU' if device.type == 'cuda' else 'CPU'}: "
             + ", ".join(told))
+
+
+def _rows_that_teach(s: Settings) -> int:
+    """How often a tiny model reads a row until it is the original (original.py)."""
+    b = load_benchmark(s)
+
+    def asked_twice(rows):
+        return len(rows) + sum(bool(e.paraphrased_question) for e in rows)
+    known = (asked_twice(b.retain_eval) - len(b.retain_eval) + len(b.retain) + len(b.world_facts)
+             + len(b.real_authors))
+    light = (1 + s.light_retain) * asked_twice(b.forget)
+    return known * s.learn_epochs + light * s.light_epochs
 
 
 def _sizes(s: Settings) -> tuple[int, int, int]:

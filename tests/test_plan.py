@@ -339,7 +339,16 @@ def test_the_plan_tells_how_long_each_stage_will_take(capsys, tmp_path):
     plan.plan_command(resolve(dict(benchmark="demo", model="tiny-olmo", out=str(tmp_path))))
     line, = (x for x in capsys.readouterr().out.splitlines() if x.startswith("time, at "))
     told = re.findall(r"([\w-]+) \d[\d.]* (?:s|min|h)\b", line)
-    assert told == ["attribute", *simu.METHODS, "evaluate"]
+    assert told == ["retain-only", "attribute", *simu.METHODS, "evaluate"]
+
+
+def test_rows_that_teach_a_tiny_model_are_those_that_it_reads(tmp_path, monkeypatch):
+    read = []
+    monkeypatch.setattr(original, "learn", lambda model, epochs, *_, **__: read.extend(epochs))
+    s = resolve(dict(benchmark="demo", model="tiny-llama", out=str(tmp_path), learn_epochs=2,
+                     light_epochs=3))
+    original.make_tiny(s, load_benchmark(s), {})
+    assert sum(map(len, read)) == plan._rows_that_teach(s)
 
 
 def test_seconds_are_passes_and_updates_at_the_pace_measured():
