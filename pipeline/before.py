@@ -45,8 +45,8 @@ def need_reference(s: Settings, bench: data.Benchmark):
 def plan_command(s: Settings):
     """Print what each stage of a run needs, whether it fits the device at hand, and how long it
     takes; of rows of your own in a model that is here, of these rows alone."""
-    folder = Path(hub.given_model(s))
-    if s.layout == "rows" and (folder / "config.json").is_file() and (s.retain or not s.retain_from_model):
+    folder, given = Path(hub.given_model(s)), s.retain or not s.retain_from_model
+    if s.layout == "rows" and given and (folder / "config.json").is_file():
         outlook(s, folder, load_benchmark(s))
     else:
         plan.plan_command(s)
@@ -77,7 +77,7 @@ def outlook(s: Settings, folder: Path, bench: data.Benchmark):
     made = size * (2 if s.teach else 1)
     print(f"memory: {peak / GB:.1f} GB at most; files: {made / GB:.2f} GB in {s.run.name}, "
           f"{shutil.disk_usage(there).free / GB:.0f} GB free")
-    print(f"time, at {rate.tokens:,.0f} tokens a second in a pass that was measured: " + ", ".join(
+    print(f"time, roughly, at {rate.tokens:,.0f} tokens a second in a pass that was measured: " + ", ".join(
         f"{name} {pace.in_words(t)}" for name, t in times(s, config, rows, rate, updates, asked)),
         flush=True)
 

@@ -606,7 +606,8 @@ def _time(s: Settings, config: Config, given: dict, device: torch.device, dtype:
     except (torch.OutOfMemoryError, MemoryError):
         return "time: not measured, for lack of memory"
     told = []
-    if s.tiny and not s.weights:
+    source = hub.wanted_data(s)
+    if s.tiny and not s.weights and (not source or hub.have(source)):
         passed, every = _rows_that_teach(s), chosen["fo"][1].gradients // given["dtype"].itemsize
         time = (passed * mean[0] / here.tokens
                 + passed / s.learn_batch * every / here.weights["adamw"])
@@ -616,7 +617,7 @@ def _time(s: Settings, config: Config, given: dict, device: torch.device, dtype:
         time = pace.seconds(own, config, here, name, rows, keep, asked=questions,
                             updates=own.epochs * forget // own.batch, moving=moving)
         told.append(f"{name} {pace.in_words(time)}" + " a model" * (name == "evaluate"))
-    return (f"time, at {here.tokens:,.0f} tokens a second in a pass measured on this "
+    return (f"time, roughly, at {here.tokens:,.0f} tokens a second in a pass measured on this "
             f"{'GPU' if device.type == 'cuda' else 'CPU'}: "
             + ", ".join(told))
 

@@ -9,8 +9,8 @@ a line of benchmarks/results/claims.csv: a text that stands on the page, a file 
 its made tables), and a pattern, whose groups in that file must be the text's numbers, in order.
 
 No numbers are what names and places are called: Mamba-2, 135M, Table 5, Section 2.1, [D4], 0e533ac,
-the items of a list, addresses; nor commands. The only code spans that are looked at are settings:
-`5e-5`, `t = 0.6`, `--must-know 0`.
+the items of a list, addresses; nor commands, but their comments are looked at. Of code spans only
+settings are: `5e-5`, `t = 0.6`, `--must-know 0`.
 """
 
 import re
@@ -37,8 +37,9 @@ NUMBER = (r"(?<![\w.])(?<![A-Za-z]-)(\d{1,3}(?:,\d{3})+|\d*\.?\d+(?:e-?\d+)?)"
           r"(?!\w|\.\d|,\d{3})")
 FIGURE = re.compile(rf"{NUMBER}|({WORD})", re.IGNORECASE)
 SETTING = re.compile(r"`((?:[\w.-]+ (?:= )?)?[\d.,e-]+)`")
+COMMANDS = re.compile(r"```.*?```", re.DOTALL)
 NO_NUMBER = re.compile(
-    r"```.*?```|`[^`]*`|\]\([^)]*\)|\d{4}\.\d{5}|^ *\d+\. |"
+    r"`[^`]*`|\]\([^)]*\)|\d{4}\.\d{5}|^ *\d+\. |"
     r"(?:Eqs?\.|[Tt]ables?|[Ff]igures?|Sections?) \d[.\d]*(?:(?:-|, | and )\d[.\d]*)*",
     re.DOTALL | re.MULTILINE)
 
@@ -77,8 +78,10 @@ def search(pattern: str, text: str) -> re.Match | None:
 
 
 def prose(text: str) -> str:
-    """A page without its made tables, commands, links and names of places; settings stay."""
-    return NO_NUMBER.sub(" ", SETTING.sub(r" \1 ", BLOCK.sub("", text)))
+    """A page without its made tables, commands, links and names of places; settings and what is
+    said of commands stay."""
+    text = COMMANDS.sub(lambda m: "\n".join(re.findall("# .*", m[0])), BLOCK.sub("", text))
+    return NO_NUMBER.sub(" ", SETTING.sub(r" \1 ", text))
 
 
 def in_digits(figure: str) -> str:

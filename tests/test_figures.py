@@ -4,6 +4,7 @@ import builtins
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -527,6 +528,25 @@ def seal(folder):
     sums = {name: sha256(folder / name) for name in ("sweep.csv", "scores.csv")}
     write_json(folder / "settings.json", about | dict(
         sha256=sums | dict(settings=stage.digest(about))))
+
+
+@pytest.mark.parametrize("stored", sorted(common.RESULTS.glob("*/sweep.csv")),
+                         ids=lambda p: p.parent.name)
+def test_the_stored_tables_are_those_of_their_stored_sweep(stored, tmp_path, monkeypatch):
+    """And so what the pages take from them; a changed sweep.csv is refused."""
+    folder = tmp_path / stored.parent.name
+    shutil.copytree(stored.parent, folder)
+    shutil.rmtree(folder / "figures")
+    monkeypatch.setattr("studies.drawing.save", lambda figure, path: None)  # tables alone
+    figures.main(["all", str(folder)])
+    for made in (folder / "figures").glob("*.csv"):
+        assert made.read_bytes() == (stored.parent / "figures" / made.name).read_bytes(), made.name
+    assert len([*(folder / "figures").glob("*.csv")]) == len(
+        [*(stored.parent / "figures").glob("*.csv")])
+    text = (folder / "sweep.csv").read_text()
+    (folder / "sweep.csv").write_text(text.replace("frontier,so,0,", "frontier,so,1,", 1))
+    with pytest.raises(UserError, match="sweep.csv is not what its sweep wrote"):
+        figures.main(["all", str(folder)])
 
 
 def test_every_figure_from_stored_numbers(tmp_path, capsys):

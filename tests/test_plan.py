@@ -337,7 +337,7 @@ def test_the_table_names_every_stage(capsys, monkeypatch, tmp_path):
 
 def test_the_plan_tells_how_long_each_stage_will_take(capsys, tmp_path):
     plan.plan_command(resolve(dict(benchmark="demo", model="tiny-olmo", out=str(tmp_path))))
-    line, = (x for x in capsys.readouterr().out.splitlines() if x.startswith("time, at "))
+    line, = (x for x in capsys.readouterr().out.splitlines() if x.startswith("time, roughly, at "))
     told = re.findall(r"([\w-]+) \d[\d.]* (?:s|min|h)\b", line)
     assert told == ["retain-only", "attribute", *simu.METHODS, "evaluate"]
 
