@@ -76,13 +76,11 @@ def words_of(text: str) -> tuple[Word, ...]:
 
 
 def neighbours(words: tuple[Word, ...], i: int) -> list[tuple]:
-    """The places that a word stands in: after which two words, between which, before which two. The
-    first word stands after none, the last before none: such a place says nothing."""
+    """The places that a word stands in: after which two words, between which, before which two."""
     def at(k):
         return words[k].key if 0 <= k < len(words) else ""
-    places = (("after", at(i - 2), at(i - 1)), ("between", at(i - 1), at(i + 1)),
-              ("before", at(i + 1), at(i + 2)))
-    return [place for place in places if any(place[1:])]
+    return [("after", at(i - 2), at(i - 1)), ("between", at(i - 1), at(i + 1)),
+            ("before", at(i + 1), at(i + 2))]
 
 
 class Usage:
@@ -101,10 +99,12 @@ class Usage:
 
     def is_usual(self, words: tuple[Word, ...], i: int) -> bool:
         """Is this, in every place that often stands in the answers, the word that most have there?
-        A place in which words vary shows one that is a row's own."""
+        A place in which words vary shows one that is a row's own; but every answer has a first and
+        a last word, whose places after or before nothing show nothing."""
         key = words[i].key
         shares = [self.places[place][key] / total for place in neighbours(words, i)
-                  if (total := sum(self.places[place].values())) >= SEEN_OFTEN]
+                  if any(place[1:]) and (
+                      total := sum(self.places[place].values())) >= SEEN_OFTEN]
         return bool(shares) and min(shares) > USUAL
 
     def rare_words(self, text: str) -> list[Word]:
