@@ -1,6 +1,7 @@
 """The stages of the method, in the order run.sh calls them: attribute, mask, unlearn."""
 
 import dataclasses
+import json
 import random
 from functools import partial
 from pathlib import Path
@@ -293,8 +294,9 @@ def whole_share(scores: list, rows: list[data.Encoded]) -> float:
 
 
 def until_there(looks: Looks, job: Stage):
-    """A loop for simu.unlearn that stops where the rows are forgotten."""
-    record = job.record("looks.jsonl")
+    """A loop for simu.unlearn that stops where the rows are forgotten, at two looks running: what
+    is told goes up and down."""
+    record, file = job.record("looks.jsonl"), job.partial / "looks.jsonl"
 
     def loop(title, steps, tensors):
         every = max(1, steps // LOOKS)
@@ -303,7 +305,9 @@ def until_there(looks: Looks, job: Stage):
             if step % every == 0 or step == steps:
                 at = looks.look()
                 why = Looks.ends(at, step / steps)
-                stood = dict(step=step, of=steps, ended=why, **at)
+                before = file.read_text().splitlines()[-1:] if file.is_file() else []
+                again = why == "lost" or any(json.loads(x)["stands"] == "there" for x in before)
+                stood = dict(step=step, of=steps, stands=why, ended=why if again else "", **at)
                 record(stood)
                 job.notes["stood"] = stood
                 print(f"update {step} of at most {steps}: loss of the rows to forget "
@@ -312,7 +316,7 @@ def until_there(looks: Looks, job: Stage):
                       "told; of those to keep "
                       f"{at['retain']:.2f} (was {at['before']:.2f}), {at['known']:.1%} of their "
                       "tokens known", flush=True)
-                if why:
+                if stood["ended"]:
                     break
     return loop
 
