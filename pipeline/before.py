@@ -77,9 +77,10 @@ def outlook(s: Settings, folder: Path, bench: data.Benchmark):
     made = size * (2 if s.teach else 1)
     print(f"memory: {peak / GB:.1f} GB at most; files: {made / GB:.2f} GB in {s.run.name}, "
           f"{shutil.disk_usage(there).free / GB:.0f} GB free")
-    print(f"time, roughly, at {rate.tokens:,.0f} tokens a second in a pass that was measured: " + ", ".join(
-        f"{name} {pace.in_words(t)}" for name, t in times(s, config, rows, rate, updates, asked)),
-        flush=True)
+    told = ", ".join(f"{name} {pace.in_words(t)}"
+                     for name, t in times(s, config, rows, rate, updates, asked))
+    print(f"time, roughly, at {rate.tokens:,.0f} tokens a second in a pass that was measured: "
+          + told, flush=True)
 
 
 def measured(s: Settings, folder: Path, rows: list[Encoded]) -> tuple[pace.Pace, int]:
