@@ -39,6 +39,12 @@ class Pace:
     weights: dict[str, float] = field(default_factory=dict)  # a second, by optimiser
 
 
+def attribution_passes(s, config: Config) -> float:
+    """Forward and backward through all layers, of each answer row of a pair: a node of the path
+    begins at its layer."""
+    return 1 + (s.steps - 1) * (config.num_hidden_layers - 1) / 2
+
+
 def seconds(s, config: Config, pace: Pace, name: str, forget: Rows, keep: Rows, *, asked: int = 0,
             updates: int = 0, moving: int = 0) -> float:
     """Of a stage: "learn", "attribute", "evaluate" (`asked` rows) or "unlearn" (`updates`, of so
@@ -47,8 +53,7 @@ def seconds(s, config: Config, pace: Pace, name: str, forget: Rows, keep: Rows, 
         passed = s.learn_epochs * (forget.count * forget.tokens + keep.count * keep.tokens)
     elif name == "attribute":
         pairs = forget.count + min(keep.count, forget.count)
-        passes = 1 + (s.steps - 1) * (config.num_hidden_layers - 1) / 2
-        passed = pairs * forget.answer * passes * 2 * FORWARD
+        passed = pairs * forget.answer * attribution_passes(s, config) * 2 * FORWARD
     elif name == "evaluate":
         said = min(s.max_new_tokens or config.max_position_embeddings, 2 * forget.answer)
         passed = asked * said * DECODING * FORWARD

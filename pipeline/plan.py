@@ -489,9 +489,10 @@ def plan_command(s: Settings):
     sources = hub.original_sources(s)
     chosen, too_large = _print_needs(s, config, given, free, learns=bool(sources.base))
     disk, lacking = _disk(s, config, count, dtype, sources)
-    print("", *_work(s, config, given, chosen), disk, sep="\n")
+    sizes = _sizes(s)
+    print("", *_work(s, config, given, chosen, sizes), disk, sep="\n")
     if here.type != "cpu" or count <= TIMED:
-        print(_time(s, config, given, here, own_dtype, chosen))
+        print(_time(s, config, given, here, own_dtype, chosen, sizes))
     if not s.tiny:
         print("", *_cards(s, config, given, bool(sources.base)), sep="\n")
     if too_large or lacking:
@@ -576,11 +577,11 @@ def _ways(s: Settings, name: str, longest: int) -> list[dict]:
             for kind in kinds for n in sizes]
 
 
-def _work(s: Settings, config: Config, given: dict, chosen: dict) -> list[str]:
-    """A line per stage: how often the model runs. chosen: as `_print_needs` has it."""
-    forget, retain, questions = _sizes(s)
-    each = 1 + (s.steps - 1) * (config.num_hidden_layers - 1) / 2
-    lines = []
+def _work(s: Settings, config: Config, given: dict, chosen: dict, sizes: tuple) -> list[str]:
+    """A line per stage: how often the model runs. chosen: as `_print_needs` has it; sizes: as
+    `_sizes`."""
+    (forget, retain, questions), lines = sizes, []
+    each = pace.attribution_passes(s, config)
     if "learn" in chosen:
         updates = s.learn_epochs * -(-(forget + retain) // s.learn_batch)
         lines.append(f"learn: {updates} updates, {s.learn_batch} rows each")
@@ -596,9 +597,10 @@ def _work(s: Settings, config: Config, given: dict, chosen: dict) -> list[str]:
 
 
 def _time(s: Settings, config: Config, given: dict, device: torch.device, dtype: torch.dtype,
-          chosen: dict) -> str:
-    """How long each stage will take on a device. chosen: as `_print_needs` has it."""
-    forget, retain, questions = _sizes(s)
+          chosen: dict, sizes: tuple) -> str:
+    """How long each stage will take on a device. chosen: as `_print_needs` has it; sizes: as
+    `_sizes`."""
+    forget, retain, questions = sizes
     mean = MEAN.get((s.benchmark, s.model), (given["longest"] / 2, given["answer"] / 2))
     rows, keep = pace.Rows(forget, *mean), pace.Rows(retain, *mean)
     try:
@@ -626,11 +628,11 @@ def _rows_that_teach(s: Settings) -> int:
     """How often a tiny model reads a row until it is the original (original.py)."""
     b = load_benchmark(s)
 
-    def asked_twice(rows):
-        return len(rows) + sum(bool(e.paraphrased_question) for e in rows)
-    known = (asked_twice(b.retain_eval) - len(b.retain_eval) + len(b.retain) + len(b.world_facts)
-             + len(b.real_authors))
-    light = (1 + s.light_retain) * asked_twice(b.forget)
+    def paraphrased(rows):
+        return sum(bool(e.paraphrased_question) for e in rows)
+    known = len(b.retain + b.world_facts + b.real_authors) + paraphrased(b.retain_eval)
+    forget = len(b.forget) + paraphrased(b.forget)
+    light = forget + min(known, s.light_retain * forget)
     return known * s.learn_epochs + light * s.light_epochs
 
 
