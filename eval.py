@@ -59,9 +59,6 @@ aggregate       mean(1 - EM_f, 1 - RL_f, 1 - mia.auc, EM_r, RL_r);    0..1   hig
                 elsewhere. aggregate_exact_match: everywhere
 task_aggregate  harmonic mean of rouge_l and exact_match on three     0..1   high          SemEval
                 LUME tasks, 1 - x for those of f; 0 if any is 0
-mmlu            share of multiple-choice questions (--mmlu) whose     0..1   high          MMLU
-                answer is the likeliest choice; ties share the point
-final_score     mean(task_aggregate, mia.score, mmlu)                 0..1   high          SemEval
 
 Table 1: Exact Match is accuracy (forget, retain, world_facts), ROUGE-L is rouge_l, MIA fits
 mia.soul [D12]; ours is mia.auc. Table 2: Regurgitation and Knowledge are rouge_l and exact_match
@@ -386,11 +383,6 @@ def truth_ratio_score(row, mean="geometric"):
             else max(0.0, -math.expm1(min(log_r, 0.0))))
 
 
-def choice_score(row):
-    scores, answer = row["scores"], row["answer"]
-    return first_is_best([scores[answer], *scores[:answer], *scores[answer + 1:]])
-
-
 # To add a metric: write its score of a row, and give it a line here. Stored rows are enough for it.
 Metric = namedtuple("Metric", "score splits lume", defaults=(SPLITS, {}))
 COMPLETIONS = dict.fromkeys(FORGET_RETAIN, lambda row: row["kind"] == "sc")
@@ -468,12 +460,6 @@ def summarise(rows: list[dict], reference: list[dict] | None = None) -> dict:
     add_membership(out, rows)
     add_against_retain_only(out, rows, reference)
     add_aggregates(out, benchmark)
-    if "choices" in about["sizes"]:
-        out.average("mmlu", [r for r in rows if r["split"] == "choices"], choice_score)
-    if benchmark == "lume":
-        if out.values.setdefault("mmlu") is None:
-            out.notes["mmlu"] = "no multiple-choice files are given (--mmlu)"
-        out.derive("final_score", lambda *x: mean(x), "task_aggregate", "mia.score", "mmlu")
     if about.get("shared"):
         out.notes["forget"] = f"{about['shared']} of these rows are in the retain set too"
     counts = {split: sum(r["split"] == split for r in rows) for split in about["sizes"]}

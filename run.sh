@@ -91,7 +91,7 @@ demo)
     if [[ "${1:---}" != --* ]]; then model="$1"; shift; fi ;;
 tofu | lume)
     [[ "${2:---}" != --* ]] ||
-        die "$1: name a model: llama2-7b, olmo-1b, tiny-llama, tiny-olmo, tiny-mamba, tiny-rwkv, a folder, or hf:OWNER/NAME"
+        die "$1: name a model: llama2-7b, olmo-1b, tiny-llama, tiny-olmo, a folder, or hf:OWNER/NAME"
     model="$2"
     shift 2 ;;
 unlearn)
@@ -158,7 +158,7 @@ each_stage() {
     if [[ $tiny && -z $dry ]]; then queue+=(${queue[0]:+--then} "$@"); else $dry "${stage[@]}" "$@"; fi
 }
 tiny="" queue=() stage=("$python" "$here/pipeline")
-[[ ! "$model" =~ ^tiny-(llama|olmo|mamba|rwkv)$ ]] || tiny=yes
+[[ ! "$model" =~ ^tiny-(llama|olmo)$ ]] || tiny=yes
 pipeline() { # pipeline RUN [--seed K]
     local at method objective each=()
     at=("$benchmark" "$model" ${options[@]+"${options[@]}"} ${force[@]+"${force[@]}"} --out "$@")

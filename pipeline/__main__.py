@@ -55,7 +55,6 @@ from pipeline.original import original_stage  # noqa: E402
 from pipeline.stage import finished_models, lock, run_cli  # noqa: E402
 from pipeline.stages import attribute_stage, mask_stage, unlearn_stage  # noqa: E402
 from studies import attack, figures, sweep  # noqa: E402
-from studies.plant import plant_stage  # noqa: E402
 
 
 
@@ -75,7 +74,7 @@ def verdict_command(run: Path):
 
 
 STAGES = {"files": hub.files_command, "plan": before.plan_command, "original": original_stage,
-          "plant": plant_stage, "attribute": attribute_stage, "mask": mask_stage,
+          "attribute": attribute_stage, "mask": mask_stage,
           "unlearn": unlearn_stage}
 REQUESTS = {"verdict": verdict_command, "request": request.write_request, "verify": request.verify}
 OF_RUNS = {"attack": attack.main, "sweep": sweep.main, "figures": figures.main}

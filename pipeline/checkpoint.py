@@ -1,4 +1,4 @@
-"""A stranger's folder: what a config.json, an index and headers may hold, and OLMo's own layout.
+"""A stranger's folder: what a config.json, an index and headers may hold.
 
 The core (Transformer.from_pretrained) refuses what would compute other numbers. Here every value is
 looked at first, so that a damaged or hostile file ends in one line that names it.
@@ -14,46 +14,22 @@ from pathlib import Path
 import torch
 
 from model import (INDEX, LLAMA3, NO_TEXT, OLMO_EPS, SIZES, TOKEN_IDS, Config, Transformer,
-                   UserError, check_supported, load_weights, need_keys, open_tensors, read_json,
-                   first_names, shard_files)
+                   UserError, first_names, load_weights, open_tensors, read_json, shard_files)
 
 HUGE = 1e30  # no constant of a model is larger; float32 must hold it
 LARGEST_SIZE = 1 << 24  # far above any model's, and below what overflows or takes minutes before
 MOST_LAYERS = 1 << 10  # the weights are found not to fit
 
-# The original OLMo layout (allenai/OLMo-1B, not -hf): its config's names for ours, what its config
-# must say, and its fused tensors: name -> ours, whose rows follow one another in it.
-OLMO_NAMES = {"d_model": "hidden_size", "n_layers": "num_hidden_layers",
-              "n_heads": "num_attention_heads", "max_sequence_length": "max_position_embeddings"}
-OLMO_SUPPORTED = {"activation_type": "swiglu", "block_type": "sequential", "rope": True,
-                  "layer_norm_type": "default", "layer_norm_with_affine": False, "alibi": False,
-                  "layer_norm_eps": OLMO_EPS, "attention_layer_norm": False, "include_bias": False,
-                  "scale_logits": False, "norm_after": False}
-OLMO_TENSORS = {"att_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-                "attn_out": ("self_attn.o_proj",), "ff_out": ("mlp.down_proj",),
-                "ff_proj": ("mlp.up_proj", "mlp.gate_proj")}
-OLMO_HEAD = "model.transformer.ff_out.weight"
-
-
 # ---------------------------------------------------------------------------------------- config
 
 
 def read_config(path, **changes) -> Config:
-    """Config.from_dir, every value looked at; also of the original OLMo layout."""
-    file = Path(path) / "config.json"
-    content = read_json(file) if file.is_file() else None
-    if is_original_olmo(content):
-        try:
-            config = Config.from_hf(from_original_olmo(content), **changes)
-        except UserError as e:
-            raise UserError(f"{file}: {e}") from None
-    else:
-        config = Config.from_dir(path, **changes)
+    """Config.from_dir, every value looked at."""
+    config = Config.from_dir(path, **changes)
     try:
-        if isinstance(config, Config):  # those of mixers check themselves
-            check_config(config)
+        check_config(config)
     except UserError as e:
-        raise UserError(f"{file}: {e}") from None
+        raise UserError(f"{Path(path) / 'config.json'}: {e}") from None
     return config
 
 
@@ -103,32 +79,6 @@ def is_positive(x) -> bool:
     return number and 0 < x < HUGE
 
 
-def is_original_olmo(content) -> bool:
-    """Is this the config.json of a checkpoint in the original OLMo layout?"""
-    return isinstance(content, dict) and "d_model" in content
-
-
-def from_original_olmo(content: dict) -> dict:
-    """OLMo's own config in HF's names."""
-    content = {key: value for key, value in content.items() if value is not None}
-    check_supported(content, OLMO_SUPPORTED)
-    need_keys(content, (*OLMO_NAMES, "vocab_size"))
-    up_and_gate = content.get("mlp_hidden_size")  # both halves of ff_proj
-    if not up_and_gate:
-        ratio, width = content.get("mlp_ratio", 4), content["d_model"]
-        up_and_gate = ratio * width if is_int(ratio) and is_int(width) else None
-    if not is_int(up_and_gate) or up_and_gate % 2:
-        raise UserError("mlp_hidden_size, or mlp_ratio * d_model, must be an even whole number")
-    heads = 1 if content.get("multi_query_attention") is True else content["n_heads"]
-    same = ("clip_qkv", "rope_theta", *TOKEN_IDS)
-    return {ours: content[key] for key, ours in OLMO_NAMES.items()} | {
-        key: content[key] for key in same if key in content} | dict(
-        model_type="olmo", intermediate_size=up_and_gate // 2,
-        vocab_size=content.get("embedding_size") or content["vocab_size"],  # with rows that pad
-        num_key_value_heads=content.get("n_kv_heads", heads),
-        tie_word_embeddings=content.get("weight_tying", True))
-
-
 # --------------------------------------------------------------------------------------- weights
 
 SECONDS = Counter()  # "loading" and "saving" models since a stage began (stage.py)
@@ -153,20 +103,12 @@ def save_model(model: Transformer, folder: Path):
 
 @clocked("loading")
 def load_model(path, dtype=torch.float32, device="cpu", *, neurons="output") -> Transformer:
-    """Transformer.from_pretrained, index and config looked at first; also of OLMo's own layout."""
+    """Transformer.from_pretrained, index and config looked at first."""
     folder = Path(path)
     with torch.device("meta"):
         model = Transformer(read_config(folder, neurons=neurons))
     check_index(folder)
-    contents = None
-    if is_original_olmo(read_json(folder / "config.json")):
-        contents = {"model.transformer.wte.weight": ["embed_tokens.weight"]}
-        for i in range(len(model.layers)):
-            contents |= {f"model.transformer.blocks.{i}.{name}.weight": [
-                f"layers.{i}.{p}.weight" for p in parts] for name, parts in OLMO_TENSORS.items()}
-        if model.lm_head is not None:
-            contents[OLMO_HEAD] = ["lm_head.weight"]
-    load_weights(model, folder, dtype, device, contents)
+    load_weights(model, folder, dtype, device)
     return model
 
 

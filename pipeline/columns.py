@@ -73,10 +73,8 @@ MORE_COLUMNS = {  # by benchmark, the tables below the main ones
         (("EM-Retain (tokens)", ".4f", ("retain.exact_memorisation",)),
          ("ES-Retain", ".4f", ("retain.extraction_strength",)), *PARAPHRASE_COLUMNS),
         SPEECH_COLUMNS),
-    "lume": ((("SemEval final score ↑", ".4f", ("final_score",)),
-              ("task aggregate ↑", ".4f", ("task_aggregate",)),
-              ("MIA score ↑", ".4f", ("mia.score",)), ("MMLU ↑", ".4f", ("mmlu",))),
-             SPEECH_COLUMNS),
+    "lume": ((("task aggregate ↑", ".4f", ("task_aggregate",)),
+              ("MIA score ↑", ".4f", ("mia.score",))), SPEECH_COLUMNS),
     "rows": (_each("Prob", ".4f", "probability", OWN),
              (("EM-Retain (tokens)", ".4f", ("retain.exact_memorisation",)),
               ("ES-Retain", ".4f", ("retain.extraction_strength",))), SPEECH_COLUMNS)}

@@ -18,7 +18,6 @@ import eval as evaluation
 from eval import CHOICE, choice_texts
 from model import Transformer, UserError, read_json, write_json, write_text
 from pipeline import checkpoint
-from pipeline.choices import add_choice_scores, load_choices
 from pipeline.files import sha256
 from pipeline.reach import code_digest
 from pipeline.reading import generate, token_scores
@@ -38,8 +37,7 @@ KEEP_EVERY = 256  # generations between two writes of the file a killed evaluati
 def measured_rows(model: Transformer, tokenizer, benchmark: data.Benchmark, s: Judging, *,
                   template: str, limit: int = 0, generate: Callable = generate,
                   token_scores: Callable = token_scores) -> list[dict]:
-    """The rows of eval.evaluate_model, with closeness by an encoder and choices where asked for."""
-    choices = evaluation.spread(load_choices(Path(s.mmlu)), limit) if s.mmlu else []
+    """The rows of eval.evaluate_model, with closeness by an encoder where asked for."""
     device = model.embed_tokens.weight.device  # what is missing is told before the work
     encode = load_encoder(s.encoder, device) if s.closeness == "encoder" else None
     rows = evaluation.rows_of(benchmark, limit)
@@ -47,9 +45,6 @@ def measured_rows(model: Transformer, tokenizer, benchmark: data.Benchmark, s: J
     evaluation.add_generations(rows, model, tokenizer, template, s, generate, known)
     if encode:
         add_closeness(rows, encode)
-    if choices:
-        rows[0]["sizes"]["choices"] = len(choices)
-        rows += add_choice_scores(choices, model, tokenizer, template, s.eval_tokens, token_scores)
     return rows
 
 
@@ -125,7 +120,7 @@ def whole_lines(path: Path) -> list:
 def evaluation_job(s: Settings, name: str, limit: int = 0) -> Stage:
     """The evaluation of a run's stage (eval-limit-N: a quick look)."""
     folder = s.run / name
-    inputs = dict(model=content(folder)) | data_inputs(s) | folder_inputs("mmlu", s.mmlu)
+    inputs = dict(model=content(folder)) | data_inputs(s)
     if s.closeness == "encoder":
         inputs |= folder_inputs("encoder", s.encoder)
     kind = f"eval-limit-{limit}" if limit else "eval"

@@ -15,11 +15,10 @@ ROOT = Path(__file__).resolve().parent.parent
 # Modules whose code can change a number. Plans, reports and folders are not among them.
 FOLLOWED = {name: ROOT / f"{name.replace('.', '/')}.py" for name in (
     "model", "data", "simu", "eval", "pipeline.reading", "pipeline.checkpoint", "pipeline.fused",
-    "pipeline.objectives", "pipeline.original", "pipeline.stages", "studies.plant",
+    "pipeline.objectives", "pipeline.original", "pipeline.stages",
     "pipeline.evaluate", "pipeline.request", "studies.attack", "studies.sweep",
-    "pipeline.tokenizers", "pipeline.benchmarks", "pipeline.choices", "pipeline.unseen",
-    "pipeline.verdict", "pipeline.before",
-    "pipeline.mixers.states", "pipeline.mixers.mamba2", "pipeline.mixers.rwkv7")}
+    "pipeline.tokenizers", "pipeline.benchmarks", "pipeline.unseen",
+    "pipeline.verdict", "pipeline.before")}
 ADDED = {"simu": ("pipeline.objectives",)}  # files whose rows are added to a module's tables
 TABLES = ("OBJECTIVES", "OPTIMISERS", "MOVES", "METHODS", "MASKS", "TEMPLATES", "ARCHITECTURES")
 MESSAGES = ("print", "UserError", "NoAccess", "tqdm")  # calls whose arguments only people read
@@ -120,10 +119,6 @@ def digest_of(functions: tuple, row_items: frozenset) -> str:
             continue
         if name in TABLES:
             if name not in rows:
-                continue
-            own = f"pipeline.mixers.{rows[name]}"
-            if name == "ARCHITECTURES" and own in FOLLOWED:  # a file of mixers/, after its type
-                left += [(own, x) for x in read_module(own)[0]]
                 continue
             left += [(other, name) for other in ADDED.get(module, ())]
             node = table_row(node, rows[name])

@@ -406,8 +406,6 @@ def _compose(s: Settings, found, stale: dict, seeds, examples, costs, mask: str)
         parts += [f"## Mean ± standard deviation over seeds {', '.join(map(str, seeds['seeds']))}",
                   _seeds_table(COLUMNS[kind], seeds, found)]
     parts += ["## Beside these columns", *(show(columns) for columns in MORE_COLUMNS[kind])]
-    if "mmlu" in metrics["values"] and kind != "lume":
-        parts.append(show((("MMLU ↑", ".4f", ("mmlu",)),)))
     parts += ["## Membership inference", show(MIA_COLUMNS), show(ANSWER_MIA_COLUMNS),
               "Above, attacks on the whole text; below, on the answer alone. "
               f"Members: {metrics['members']}. Non-members: {metrics['nonmembers']}. An attack "

@@ -18,17 +18,16 @@ import eval as evaluation
 import simu
 from data import option
 from model import NO_TEXT, Config, Transformer, UserError, read_json
-from pipeline import benchmarks, checkpoint, mixers, objectives
+from pipeline import benchmarks, checkpoint, objectives
 from pipeline.files import json_digests, sha256
 
 HERE = Path(__file__).resolve().parent.parent  # the repository
 BENCHMARKS = ("demo", "tofu", "lume", "rows")  # rows: files of the user's own
-TINY_MODELS = {"tiny-llama": "llama", "tiny-olmo": "olmo", "tiny-mamba": "mamba2",
-               "tiny-rwkv": "rwkv7"}  # made here, of this model_type
+TINY_MODELS = {"tiny-llama": "llama", "tiny-olmo": "olmo"}  # made here, of this model_type
 MODELS = ("llama2-7b", "olmo-1b", "llama3.2-1b", "smollm2-135m", *TINY_MODELS)
 # Folders of a run that hold no unlearned model; a disk may not tell A from a.
 RESERVED = re.compile("(original|retain-only|written-retain|attribution(-.*)?|mask(-.*)?|"
-                      r"planted-.*|figures|evaluations|verdict|"
+                      r"figures|evaluations|verdict|"
                       r"(settings|report|attack|request)\..*)", re.I)
 
 
@@ -77,18 +76,6 @@ class Making:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Planting:
-    """Where `plant` puts the forget set."""
-
-    share: float = option(0.25, "of down_proj's rows that are planted")
-    where: str = option("rows", "rows: as many in every layer; held: as rows, each keeping its "
-                        "norm; layers: in as few layers as hold them; spread: as rows, and "
-                        "attention learns too; inner: inner neurons (rows of gate_proj and "
-                        "up_proj, columns of down_proj), norms held",
-                        choices=("rows", "held", "layers", "spread", "inner"))
-
-
-@dataclass(frozen=True, kw_only=True)
 class Aside:
     """Which never-seen rows membership is not measured on."""
 
@@ -114,8 +101,6 @@ class Judging(evaluation.Limits):
                             "sentence-transformers", choices=("rouge", "encoder"))
     encoder: str = option("paraphrase-MiniLM-L6-v2", "the sentence encoder (SOUL's): a folder, or "
                           "a name on the hub")
-    mmlu: str = option("", "folder with multiple-choice files to answer: MMLU's *.csv, or *.jsonl "
-                       "of question, choices, answer")
     judge: int = option(400, "rows: ask at most this many of the rows to keep, spread evenly over "
                         "them, what the model says; 0: all")
 
@@ -145,7 +130,7 @@ RANGES = (
      "learn_epochs light_epochs", *at_least(1)),
     ("width context", *at_least(8)),
     ("vocab", *at_least(300)),
-    ("threshold lume_fraction share", lambda x: 0 < x <= 1, "in (0, 1]"),
+    ("threshold lume_fraction", lambda x: 0 < x <= 1, "in (0, 1]"),
     ("resume_cost must_know", lambda x: 0 <= x <= 1, "in [0, 1]"),
     ("beta1 beta2 adam_beta2 warmup learn_warmup level_share", lambda x: 0 <= x < 1, "in [0, 1)"),
     ("npo_beta simnpo_beta", lambda x: 1e-6 <= x <= 1e6, "from 1e-6 to 1e6"),
@@ -178,8 +163,7 @@ def flag(name: str) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(Source, Placement, data.Slice, objectives.Recipe, Making, Planting, Level,
-               Judging):
+class Settings(Source, Placement, data.Slice, objectives.Recipe, Making, Level, Judging):
     """Every setting of every stage. A cell's recipe overrides these defaults, and the command line
     overrides both."""
 
@@ -302,15 +286,10 @@ def default_data() -> str:
 
 
 def tiny_config(s: Settings, tokenizer) -> Config:
-    """A small LLaMA (grouped kv heads), OLMo (tied head) or one of `mixers`, of s.width and
-    s.depth."""
+    """A small LLaMA (grouped kv heads) or OLMo (tied head), of s.width and s.depth."""
     kind, head = TINY_MODELS[s.model], 32
     if s.width % (2 * head):
         raise UserError(f"--width {s.width} is not a multiple of {2 * head}")
-    if kind in mixers.TINY:
-        return mixers.TINY[kind](
-            vocab_size=tokenizer.vocab_size, width=s.width, depth=s.depth, context=s.context,
-            bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id)
     llama = kind == "llama"
     return Config(
         model_type=kind, vocab_size=tokenizer.vocab_size,
@@ -346,8 +325,6 @@ SMOLLM2 = dict(template="qa", forget_groups=2, retain_groups=8, learn_epochs=12,
 # Tiny models, made here on a CPU. Their learning rates come from the grid in benchmarks/.
 TINY = dict(threshold=0.6, steps=5, epochs=40, batch=4, lam=2.0, lr=8e-4, eval_tokens=8192,
             level_share=0.5, fo=dict(lam=0.3, lr=2e-4), so=dict(lr=1e-4))
-# Over that, where a model's own grid says so (benchmarks/logs/grid-demo-tiny-mamba.txt).
-TINY_OF = {"tiny-mamba": dict(lr=2e-4, fo=dict(lam=0.3, lr=5e-5), so=dict(lr=2e-5))}
 TINY_ON = {
     "demo": TOFU | dict(rows_per_author=10, learn_epochs=30, light_epochs=15),
     "tofu": TOFU | dict(forget_groups=2, retain_groups=15, learn_epochs=25, light_epochs=15,
@@ -365,7 +342,7 @@ CELLS = {
     ("tofu", "llama3.2-1b"): TOFU | CHAT_1B,
     ("tofu", "smollm2-135m"): TOFU | SMOLLM2,
     ("lume", "smollm2-135m"): LUME | SMOLLM2 | dict(template="raw"),
-} | {(benchmark, model): TINY | TINY_OF.get(model, {}) | own for benchmark, own in TINY_ON.items()
+} | {(benchmark, model): TINY | own for benchmark, own in TINY_ON.items()
      for model in TINY_MODELS}
 CELLS["demo", "tiny-llama"] |= DEMO
 
@@ -514,7 +491,7 @@ def auto_passes(recipe: dict, given: dict, on_gpu: bool) -> dict:
     return {name: tokens for name, tokens in plain.items() if given.get(name, AUTO) == AUTO}
 
 
-PLACES = ("data", "weights", "out", "forget", "retain", "unseen", "retain_only", "mmlu")
+PLACES = ("data", "weights", "out", "forget", "retain", "unseen", "retain_only")
 
 
 def absolute(path: str, name: str = "") -> str:
@@ -529,10 +506,9 @@ def absolute(path: str, name: str = "") -> str:
 def check_folders(s: Settings, weights: str):
     """UserError, before anything is made, for a folder that would be found wrong only after it."""
     downloads()  # SIMU_DOWNLOADS too
-    for name, folder in (("mmlu", s.mmlu), ("encoder", s.encoder)):
-        if Path(folder).is_absolute() and not Path(folder).is_dir():
-            raise UserError(f"--{name} {folder} is not a folder; name one that is there")
-    for folder, pattern in ((s.data and Path(s.data, s.layout), "**/*.json*"), (s.mmlu, "**/*"),
+    if Path(s.encoder).is_absolute() and not Path(s.encoder).is_dir():
+        raise UserError(f"--encoder {s.encoder} is not a folder; name one that is there")
+    for folder, pattern in ((s.data and Path(s.data, s.layout), "**/*.json*"),
                             (s.encoder, "**/*"), (s.retain_only, "*"), (weights, "*")):
         if folder:
             check_names(Path(folder).glob(pattern))
@@ -649,7 +625,7 @@ def add_options(to: argparse.ArgumentParser, *, skip: tuple = (), own: bool = Fa
     groups = {}
     if own:
         first = to.add_argument_group("what matters on rows of your own")
-        parts = dict(run=Settings, benchmarks=data.Slice, planting=Planting, teaching=Making,
+        parts = dict(run=Settings, benchmarks=data.Slice, teaching=Making,
                      attribution=simu.Attribution, mask=simu.Masking,
                      unlearning=objectives.Unlearning, level=Level, evaluation=Judging,
                      place=Placement)

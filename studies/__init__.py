@@ -1,1 +1,1 @@
-"""Around finished runs: sweeps, attacks, figures, planted memory, and what makes a results page."""
+"""Around finished runs: sweeps, attacks, figures."""

@@ -38,7 +38,6 @@ from pipeline.files import read_tensors, sha256
 from pipeline.settings import HERE, Parser, read_settings
 from pipeline.stage import data_inputs, differences, digest, read_stage
 from studies import run_figures
-from studies.common import compared, interval
 from studies.drawing import (BLACK, BLUE, NAMES, RED, SKY, STYLES, canvas, look_of, save_both,
                              title_of, write_csv)
 from studies.sweep import COLUMNS
@@ -46,6 +45,42 @@ from studies.sweep import COLUMNS
 LEVELS = (0.02, 0.05, 0.1, 0.2, 0.5)  # of forget: where utilities are compared
 CELLS = 512  # of a heat map at most: more neurons are put together
 T_GRID = tuple(i / 20 for i in range(1, 21))
+# Upper 2.5% points of Student's t for 1 to 9 degrees of freedom; `student` counts the others.
+T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+
+
+
+# --------------------------------------------------------------------------------------- intervals
+
+
+def student(degrees: int) -> float:
+    """The upper 2.5% point of Student's t: of the table, else by Cornish and Fisher's series in
+    1/degrees, here right to 2e-4.
+
+    >>> round(student(79), 3), round(student(10), 3)
+    (1.99, 2.228)
+    """
+    if degrees <= len(T95):
+        return T95[degrees - 1]
+    z = statistics.NormalDist().inv_cdf(0.975)
+    terms = ((z ** 3 + z) / 4, (5 * z ** 5 + 16 * z ** 3 + 3 * z) / 96,
+             (3 * z ** 7 + 19 * z ** 5 + 17 * z ** 3 - 15 * z) / 384)
+    return z + sum(x / degrees ** k for k, x in enumerate(terms, 1))
+
+
+def interval(xs: list[float]) -> tuple[float, float]:
+    """Mean and half of its 95% t-interval; nan for fewer than two."""
+    if len(xs) < 2:
+        return (xs[0] if xs else math.nan), math.nan
+    return statistics.mean(xs), student(len(xs) - 1) * statistics.stdev(xs) / math.sqrt(len(xs))
+
+
+def compared(intervals: list[tuple[float, float]], over: str) -> str:
+    """A sentence beneath a table of differences: how many, over what, how many by chance."""
+    made = [(middle, half) for middle, half in intervals if not math.isnan(half)]
+    apart = sum(abs(middle) > half for middle, half in made)
+    return (f"{len(made)} comparisons, each a 95% t-interval over {over}: {apart} leave out zero, "
+            f"where {0.05 * len(made):.1f} would by chance alone if nothing differed.")
 
 
 # ------------------------------------------------------------------------------------------ reading

@@ -121,5 +121,5 @@ def kept(folder: Path, about: dict):
 def drawable(folder: Path) -> list[str]:
     """Which of the two a folder holds the data for."""
     models = [x for x in finished_models(folder) if (folder / x / "log.jsonl").is_file()
-              and x not in BASELINES and not x.startswith("planted-")]
+              and x not in BASELINES]
     return ["losses"] * bool(models) + ["kept"] * any(evaluated(folder / x) for x in models)

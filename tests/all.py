@@ -23,8 +23,8 @@ import transformers  # noqa: E402, F401
 
 # Started first, so that all end together.
 LONGEST = ("test_pipeline.py", "test_unlearn.py", "test_hub.py", "test_attack.py",
-           "test_figures.py", "test_faults.py", "test_mixers.py", "test_plan.py", "test_house.py",
-           "test_fused.py", "test_unlearn_rows.py", "test_reading.py", "test_pages.py")
+           "test_figures.py", "test_faults.py", "test_plan.py", "test_house.py",
+           "test_fused.py", "test_unlearn_rows.py", "test_reading.py")
 COUNTED = {"passed": ("passed",), "failed": ("failed", "error", "errors"), "skipped": ("skipped",),
            "left out": ("deselected",)}
 

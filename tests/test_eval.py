@@ -526,19 +526,14 @@ def test_lume_metrics_by_hand():
     assert values["forget.rouge_l"] == 1 / 2 and values["forget.exact_match"] == 3 / 4  # pooled
     assert values["forget.Task2.exact_match"] == 1 / 2 and values["forget.Task1.exact_match"] == 1
     assert values["task_aggregate"] == 0  # Task 1's knowledge is all there
-    assert values["aggregate"] is values["final_score"] is None
+    assert values["aggregate"] is None
     assert metrics["notes"]["mia.auc"] == "none: gated"
-    assert "--mmlu" in metrics["notes"]["mmlu"] and "mmlu" in metrics["notes"]["final_score"]
     rows += [row("nonmembers", "Task1", "sc", "a", "b") | attacked(3.0)]
     rows[1] |= dict(loss=math.log(2), exact_memorisation=0.5, extraction_strength=0.25,
                     **attacked(2.0))
     rows[2]["generation"] = "y"
-    rows += [dict(split="choices", id="c", scores=[-1.0, -2.0], answer=i, choices=["x", "y"])
-             for i in (0, 0, 1, 0)]
-    rows[0]["sizes"]["choices"] = 4
     values = ev.summarise(rows)["values"]
-    assert values["mmlu"] == 3 / 4 and values["mia.score"] == 0 and values["mia.auc"] == 1
-    assert values["final_score"] == pytest.approx((values["task_aggregate"] + 0 + 3 / 4) / 3)
+    assert values["mia.score"] == 0 and values["mia.auc"] == 1
     assert values["forget.extraction_strength"] == 1 / 4 and values["forget.probability"] == 1 / 2
     assert "3 rows" in metrics["partial"]
 

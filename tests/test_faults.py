@@ -337,9 +337,7 @@ FAULTS = {
     "weights: a file's name": (put("weights-tofu/\udcff.model", b""), ORIGINAL, NAME),
     "retain-only: a file's name": (
         put("weights-lume/\udcff", b""), [f"{ORIGINAL[0]} --retain-only @/weights-lume"], NAME),
-    "MMLU: a file's name": (put("m/test/\udcff.csv", b""), ["original new --mmlu @/m"], NAME),
     "encoder: a file's name": (put("e/0/\udcff", b""), ["original new --encoder @/e"], NAME),
-    "MMLU: nowhere": (nothing, ["original new --mmlu @/no"], "--mmlu .*/no is not a folder"),
     "encoder: nowhere": (nothing, ["original new --encoder @/no"], "--encoder .* is not a folder"),
     "encoder: nobody's": (
         nothing, ["original new --encoder ~no-one/e"], "no-one/e: .*no such user"),
@@ -536,14 +534,6 @@ def test_a_folder_of_a_user_that_is_not_there(w, monkeypatch, name):
         status, stderr = fuzz.cli(command, "tofu", "tiny-llama", "--out", w / "out")
         assert fuzz.is_one_line(status, stderr), stderr
         assert f"{name} is ~no-one/x: there is no such user" in stderr and not (w / "out").exists()
-
-
-def test_a_name_that_came_later(w):
-    """Not UTF-8, there only since the run began: seen before the work that it would have lost."""
-    put("m/a.csv", b"q,a,b,c,d,A\n")(w)
-    assert fuzz.cli(*words_of(w, "original weights-tofu --mmlu @/m")) == (0, "")
-    put("m/\udcff.csv", b"q,a,b,c,d,A\n")(w)
-    refused(w, ["evaluate out original"], NAME)
 
 
 def allocate(*_, **__):

@@ -25,7 +25,7 @@ from pipeline.__main__ import main
 from pipeline.files import sha256
 from pipeline.report import report
 from pipeline.stages import encoded_rows
-from studies import common, figures, sweep
+from studies import figures, sweep
 from test_simu import recipe, rows, run, tiny
 
 DEMO = Path(simu.__file__).parent / "pipeline" / "demo"
@@ -479,9 +479,9 @@ def test_the_frontier_by_hand():
     assert front == [(0.1, 0.5), (0.5, 0.7), (0.9, 1.0)]
     assert figures.utility_at(front, 0.3) == pytest.approx(0.6)
     assert figures.utility_at(front, 0.05) is None and figures.utility_at(front, 2.0) == 1.0
-    mean, half = common.interval([1.0, 2.0, 3.0])
+    mean, half = figures.interval([1.0, 2.0, 3.0])
     assert mean == 2 and half == pytest.approx(4.303 / math.sqrt(3))
-    assert math.isnan(common.interval([1.0])[1])
+    assert math.isnan(figures.interval([1.0])[1])
     fronts = {"simu": {"0": [(0.0, 0.9)], "1": [(0.0, 0.8)]},
               "so": {"0": [(0.0, 0.7)], "1": [(0.2, 0.7)]}}
     compared = figures.equal_forgetting(fronts, {"x": {"0": 0.1, "1": 0.1}})
@@ -530,7 +530,7 @@ def seal(folder):
         sha256=sums | dict(settings=stage.digest(about))))
 
 
-@pytest.mark.parametrize("stored", sorted(common.RESULTS.glob("*/sweep.csv")),
+@pytest.mark.parametrize("stored", sorted((HERE / "benchmarks" / "results").glob("*/sweep.csv")),
                          ids=lambda p: p.parent.name)
 def test_the_stored_tables_are_those_of_their_stored_sweep(stored, tmp_path, monkeypatch):
     """And so what the pages take from them; a changed sweep.csv is refused."""
@@ -573,15 +573,15 @@ def test_every_figure_from_stored_numbers(tmp_path, capsys):
 @pytest.mark.parametrize("degrees, point", [  # of printed tables of Student's t
     (1, 12.706), (9, 2.262), (10, 2.228), (15, 2.131), (39, 2.023), (79, 1.990), (1000, 1.962)])
 def test_an_interval_has_the_degrees_of_freedom_of_its_numbers(degrees, point):
-    assert common.student(degrees) == pytest.approx(point, abs=6e-4)
+    assert figures.student(degrees) == pytest.approx(point, abs=6e-4)
     xs = [0.0, 1.0] * ((degrees + 1) // 2) + [0.5] * ((degrees + 1) % 2)
     spread = math.sqrt(sum((x - 0.5) ** 2 for x in xs) / degrees)
     half = pytest.approx(point * spread / math.sqrt(len(xs)), rel=1e-3)
-    assert common.interval(xs) == (0.5, half)
+    assert figures.interval(xs) == (0.5, half)
 
 
 def test_comparisons_are_counted():
-    told = common.compared([(0.5, 0.4), (-0.5, 0.4), (0.1, 0.4), (1.0, math.nan)], "rows")
+    told = figures.compared([(0.5, 0.4), (-0.5, 0.4), (0.1, 0.4), (1.0, math.nan)], "rows")
     assert told.startswith("3 comparisons, each a 95% t-interval over rows: 2 leave out zero, "
                            "where 0.2 ")
 

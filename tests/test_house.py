@@ -1,7 +1,6 @@
 """The house: who imports whom, what the core needs, and what an edit makes again."""
 
 import ast
-import re
 import shutil
 import subprocess
 import sys
@@ -15,7 +14,6 @@ from pipeline.original import make_original, make_retain_only
 from pipeline.settings import Judging, Settings
 from pipeline.stage import table_rows
 from pipeline.stages import make_attribution, make_mask, make_unlearned
-from studies import __main__ as studies
 import data
 import eval as evaluation
 import simu
@@ -73,15 +71,6 @@ def test_of_the_pipeline_only_its_command_line_knows_the_studies():
     files = module_files()
     assert {m for m, path in files.items() if not m.startswith("studies.") and any(
         x.startswith("studies.") for x in imports(path, files)[0])} == {"pipeline.__main__"}
-
-
-@pytest.mark.parametrize("name", studies.STUDIES)
-def test_a_study_says_what_it_does(name, capsys):
-    with pytest.raises(SystemExit) as end:
-        studies.main([name, "--help"])
-    told = capsys.readouterr().out
-    assert end.value.code == 0 and told.startswith(f"usage: python -m studies {name} ")
-    assert len(told.splitlines()) > 5
 
 
 def test_nobody_uses_anothers_underscore_names():
@@ -190,26 +179,3 @@ def test_what_an_edit_makes_again(tmp_path, monkeypatch, file, old, new, again):
         monkeypatch.undo()
         forget_code()
     assert {k for k in before if before[k] != after[k]} == again
-
-
-HELP_OF_EACH = """
-import contextlib, runpy, sys
-for script in sys.argv[1:]:
-    sys.argv = [script, "--help"]
-    print(end="\\0")
-    with contextlib.suppress(SystemExit):
-        runpy.run_path(script + ".py", run_name="__main__")
-"""
-
-
-def test_gpu_sh_gives_its_scripts_options_that_they_have():
-    """Nothing runs it where there is no GPU, so that a renamed option would go unseen."""
-    given = {}
-    for line in (ROOT / "benchmarks/gpu.sh").read_text().replace("\\\n", " ").splitlines():
-        if found := re.match(r"\s*bench [\w-]+ \d+ (\w+)(.*)", line):
-            given.setdefault(found[1], set()).update(re.findall(r" (--[\w-]+)", found[2]))
-    assert set(given) == {"limits", "attribution", "unlearning", "decoding"}
-    told = subprocess.run([sys.executable, "-c", HELP_OF_EACH, *given], cwd=ROOT / "benchmarks",
-                          capture_output=True, text=True, check=True).stdout.split("\0")[1:]
-    for (script, options), text in zip(given.items(), told, strict=True):
-        assert options <= set(re.findall(r"--[\w-]+", text)), script

@@ -1,4 +1,4 @@
-"""The checkpoints people bring: LLaMA in all its spellings, OLMo in HF's and its original layout,
+"""The checkpoints people bring: LLaMA in all its spellings, OLMo,
 Llama 3.2, Mistral, Qwen2.5, OLMo-2. Each against transformers, each with its faults named;
 attribution and unlearning on them; and our own export read back by transformers, tokenizer
 and text included."""
@@ -32,9 +32,7 @@ OURS = {  # layout: what makes one of ours
     "qwen2.5": dict(model_type="qwen2", num_key_value_heads=2, tie_word_embeddings=True),
     "mistral": dict(model_type="mistral", num_key_value_heads=2),
     "olmo": dict(model_type="olmo", clip_qkv=0.4),
-    "olmo2": dict(model_type="olmo2", num_key_value_heads=2),
-    "original olmo": dict(model_type="olmo", tie_word_embeddings=True),
-    "original olmo, untied": dict(model_type="olmo", clip_qkv=0.4, num_key_value_heads=1)}
+    "olmo2": dict(model_type="olmo2", num_key_value_heads=2)}
 PROMPTS = [[5, 9, 27, 3], [11], [40, 2, 6, 18, 5, 33, 21, 90], [8, 8, 30]]
 
 
@@ -61,48 +59,8 @@ def ours(kind, **changes) -> Transformer:
     return randomize(Transformer(Config(**SHAPE | dict(eos_token_id=2) | OURS[kind] | changes)))
 
 
-def fuse(tensors: dict) -> dict:
-    """HF's OLMo tensors under the names, and in the fusions, of OLMo's own code."""
-    out = {"model.transformer.wte.weight": tensors["model.embed_tokens.weight"]}
-    if "lm_head.weight" in tensors:
-        out["model.transformer.ff_out.weight"] = tensors["lm_head.weight"]
-    i = 0
-    while f"model.layers.{i}.mlp.up_proj.weight" in tensors:
-        def get(name):
-            return tensors[f"model.layers.{i}.{name}_proj.weight"]
-        to = f"model.transformer.blocks.{i}."
-        out[to + "att_proj.weight"] = torch.cat([get(f"self_attn.{x}") for x in "qkv"])
-        out[to + "attn_out.weight"] = get("self_attn.o")
-        out[to + "ff_proj.weight"] = torch.cat([get("mlp.up"), get("mlp.gate")])
-        out[to + "ff_out.weight"] = get("mlp.down")
-        i += 1
-    return out
-
-
-def original_config(c: Config) -> dict:
-    """config.json as allenai/OLMo-1B has it."""
-    return dict(
-        activation_type="swiglu", alibi=False, alibi_bias_max=8.0,
-        architectures=["OLMoForCausalLM"], attention_dropout=0.0, attention_layer_norm=False,
-        attention_layer_norm_with_affine=False, bias_for_layer_norm=False,
-        auto_map={"AutoConfig": "configuration_olmo.OLMoConfig"},
-        block_group_size=1, block_type="sequential", clip_qkv=c.clip_qkv, d_model=c.hidden_size,
-        embedding_dropout=0.0, embedding_size=c.vocab_size, eos_token_id=c.eos_token_id,
-        include_bias=False, layer_norm_type="default", layer_norm_with_affine=False,
-        max_sequence_length=c.max_position_embeddings, mlp_ratio=4,
-        mlp_hidden_size=2 * c.intermediate_size, model_type="hf_olmo",
-        multi_query_attention=c.num_key_value_heads == 1, n_heads=c.num_attention_heads,
-        n_layers=c.num_hidden_layers, pad_token_id=1, precision="amp_bf16", rope=True,
-        rope_full_precision=True, scale_logits=False, vocab_size=c.vocab_size - 3,
-        weight_tying=c.tie_word_embeddings)
-
-
 def save(model, folder, kind):
     model.save_pretrained(folder)
-    if kind.startswith("original"):
-        file = folder / "model.safetensors"
-        save_tensors(file, {k: t.clone() for k, t in fuse(load_file(file)).items()})
-        write_json(folder / "config.json", original_config(model.config))
     return folder
 
 
@@ -183,21 +141,6 @@ def test_parity_and_the_way_back(hf, kind, tmp_path):
             assert relative(mine(ids), theirs(ids).logits) > 1e-3
 
 
-@pytest.mark.parametrize("tied, clip, kv", [(True, None, 4), (False, 0.4, 4), (True, 0.4, 1)])
-def test_original_olmo_layout_equals_transformers_olmo(hf, tied, clip, kv, tmp_path):
-    theirs = randomize(hf.OlmoForCausalLM(hf.OlmoConfig(
-        **SHAPE, tie_word_embeddings=tied, clip_qkv=clip, num_key_value_heads=kv,
-        eos_token_id=2)).eval())
-    theirs.save_pretrained(tmp_path)
-    config = checkpoint.read_config(tmp_path)
-    file = tmp_path / "model.safetensors"
-    save_tensors(file, fuse(load_file(file)))
-    write_json(tmp_path / "config.json", original_config(config))
-    mine = checkpoint.load_model(tmp_path)
-    assert mine.config == dataclasses.replace(config, bos_token_id=None)
-    check_parity(mine, theirs)
-
-
 def in_shards(folder, count: int, change=lambda t: t):
     """Cut a checkpoint into so many shards with an index, as hubs hold it."""
     tensors = change(load_file(folder / "model.safetensors"))
@@ -243,9 +186,7 @@ VICTIM = {"llama": "model.layers.1.mlp.up_proj.weight",
           "llama-3.2": "model.layers.0.self_attn.k_proj.weight",
           "qwen2.5": "model.layers.1.self_attn.k_proj.bias", "olmo": "lm_head.weight",
           "mistral": "model.layers.0.self_attn.v_proj.weight",
-          "olmo2": "model.layers.0.self_attn.q_norm.weight",
-          "original olmo": "model.transformer.blocks.1.att_proj.weight",
-          "original olmo, untied": "model.transformer.ff_out.weight"}
+          "olmo2": "model.layers.0.self_attn.q_norm.weight"}
 
 
 @pytest.mark.parametrize("kind", OURS)
@@ -270,26 +211,6 @@ def test_every_layout_names_what_does_not_fit(kind, tmp_path):
         assert told in str(e.value) and "\n" not in str(e.value)
 
 
-def test_a_config_of_another_layout_than_the_weights(tmp_path):
-    folder = save(ours("original olmo"), tmp_path, "original olmo")
-    write_json(folder / "config.json", ours("original olmo").config.to_hf(torch.float32))
-    with pytest.raises(UserError, match="missing: model.embed_tokens.*unexpected: model.transf"):
-        checkpoint.load_model(folder)
-
-
-def test_a_tied_original_head_may_be_stored(tmp_path):
-    folder = save(ours("original olmo"), tmp_path, "original olmo")
-    file = folder / "model.safetensors"
-    tensors = load_file(file)
-    tensors[checkpoint.OLMO_HEAD] = tensors["model.transformer.wte.weight"].clone()
-    save_tensors(file, tensors)
-    checkpoint.load_model(folder)
-    tensors[checkpoint.OLMO_HEAD][3, 3] += 1
-    save_tensors(file, tensors)
-    with pytest.raises(UserError, match="ff_out.weight is not the embedding"):
-        checkpoint.load_model(folder)
-
-
 @pytest.mark.parametrize("kind, change, told", [
     ("qwen2.5", dict(use_sliding_window=True), "use_sliding_window = True is not supported"),
     ("qwen2.5", dict(layer_types=["full_attention", "sliding_attention"]), "layer_types = "),
@@ -303,14 +224,6 @@ def test_a_tied_original_head_may_be_stored(tmp_path):
     ("llama-3.2", dict(rope_scaling=LLAMA3 | {"low_freq_factor": 4}), "the low below the high"),
     ("olmo2", dict(attention_bias=True), "attention_bias = True is not supported"),
     ("olmo2", dict(rms_norm_eps=None), "rms_norm_eps is missing"),
-    ("original olmo", dict(layer_norm_type="rms"), "layer_norm_type = 'rms' is not supported"),
-    ("original olmo", dict(layer_norm_with_affine=True), "layer_norm_with_affine = True is not"),
-    ("original olmo", dict(rope=False), "rope = False is not supported; only true is"),
-    ("original olmo", dict(alibi=True), "alibi = True is not supported"),
-    ("original olmo", dict(n_layers=None), "n_layers is missing"),
-    ("original olmo", dict(mlp_hidden_size=None, mlp_ratio="4"), "mlp_hidden_size, or mlp_ratio"),
-    ("original olmo", dict(mlp_hidden_size=7), "an even whole number"),
-    ("original olmo", dict(d_model="x"), "hidden_size = 'x': must be a whole number"),
 ])
 def test_what_is_not_computed_here_is_refused(kind, change, told, tmp_path):
     folder = save(ours(kind), tmp_path, kind)
@@ -532,21 +445,3 @@ def test_the_card_says_what_was_done_and_then_what_came_of_it(runs):
     assert not (out / "original" / "README.md").exists()
     config = json.loads((folder / "generation_config.json").read_text())
     assert config["do_sample"] is False and config["max_length"] == 96
-
-
-def test_a_run_from_the_original_olmo_layout(hf, runs, tmp_path):
-    """The same weights under other names give the same scores; the export has no remote code."""
-    made, source = runs["tiny-olmo"], tmp_path / "hub"
-    model = checkpoint.load_model(made / "original")
-    save(model, source, "original olmo")
-    data.copy_tokenizer(made / "original", source)
-    config = read_json(source / "tokenizer_config.json")
-    write_json(source / "tokenizer_config.json", config | dict(
-        auto_map={"AutoTokenizer": ["x.X", "x.X"]}, tokenizer_class="OLMoTokenizer"))
-    out = unlearned(tmp_path / "run", "tiny-olmo", "--weights", str(source))
-    scores = [(run / "attribution" / "scores.safetensors").read_bytes() for run in (made, out)]
-    assert scores[0] == scores[1]
-    check_same_text(hf, out / "simu-graddiff", settings.read_settings(out), card=True)
-    kept = (out / "simu-graddiff" / "tokenizer_config.json").read_text()
-    assert "auto_map" not in kept and "OLMoTokenizer" not in kept
-    assert "Base: hub." in (out / "simu-graddiff" / "README.md").read_text()

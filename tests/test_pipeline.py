@@ -423,7 +423,6 @@ def test_the_llama_demo_needs_no_optional_package(tmp_path):
 # The dataclass of settings that each stage takes first, and the settings that no stage takes, for
 # they cannot change a result: where things lie, and how they are made.
 TAKES = {"retain-only": (data.Slice, settings.Source, settings.Placement, settings.Making),
-         "planted": (settings.Planting,),
          "attribution": (simu.Attribution,), "mask": (simu.Masking,),
          "unlearn": (objectives.Unlearning, settings.Level), "eval": (settings.Judging,)}
 NOWHERE = {"data", "out", "name", "force", "deterministic", "resume_cost", "must_know", "forget",

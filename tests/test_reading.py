@@ -15,7 +15,7 @@ import eval as evaluation
 import model as module
 import simu
 from model import Transformer, UserError
-from pipeline import fused, mixers, reading
+from pipeline import fused, reading
 from pipeline.reading import generate
 from test_model import an_eos, prompts_of, random_model, slow_greedy
 
@@ -25,20 +25,12 @@ KINDS = {  # of random models
     "llama": {}, "llama, tied": {"num_key_value_heads": 4, "tie_word_embeddings": True},
     "mistral": {"model_type": "mistral"}, "qwen2": {"model_type": "qwen2"},
     "olmo": {"model_type": "olmo", "clip_qkv": 0.7, "num_key_value_heads": 1},
-    "olmo2": {"model_type": "olmo2"}, "inner": {"neurons": "inner"},
-    **{kind: {} for kind in mixers.TINY}}
+    "olmo2": {"model_type": "olmo2"}, "inner": {"neurons": "inner"}}
 
 
 def make(kind) -> Transformer:
     """Random weights with which greedy texts vary."""
-    if kind not in mixers.TINY:
-        return random_model(**KINDS[kind])
-    torch.manual_seed(3)
-    model = Transformer(mixers.TINY[kind](width=64, depth=3, context=64, vocab_size=97))
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(torch.randn_like(p) * (0.1 if p.dim() == 2 else 0.2))
-    return model
+    return random_model(**KINDS[kind])
 
 
 def cut_at(texts, ends):
@@ -144,7 +136,7 @@ def tensor_bytes() -> int:
                if issubclass(type(x), torch.Tensor) and not isinstance(x, FakeTensor))
 
 
-@pytest.mark.parametrize("kind", ["llama", *mixers.TINY])
+@pytest.mark.parametrize("kind", ["llama"])
 @pytest.mark.parametrize("way", [generate, module.generate])
 def test_a_decoding_leaves_nothing_alive(kind, way):
     """On a card, what waits for Python's collector is a cache of gigabytes."""
@@ -162,7 +154,7 @@ def test_a_decoding_leaves_nothing_alive(kind, way):
         gc.enable()
 
 
-@pytest.mark.parametrize("kind", ["llama", *mixers.TINY])
+@pytest.mark.parametrize("kind", ["llama"])
 def test_no_stages_loop_leaves_anything_alive(kind):
     model = make(kind)
     rows = [data.Encoded(p + [3, 4], len(p)) for p in prompts_of([5, 1, 17, 2])]
