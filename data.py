@@ -50,10 +50,14 @@ TURN_END = {"llama3": "<|eot_id|>"}  # ends an answer where it is one of the mod
 # ---------------------------------------------------------------------------------------- settings
 
 
-def option(default, effect: str, *, choices: tuple = ()):
-    """A settings field: its default, and its effect or unit. What a number may be is checked where
-    it comes from outside: pipeline/settings.py."""
-    return field(default=default, metadata=dict(effect=effect, choices=choices))
+def option(default, effect: str, *, choices: tuple = (), low=None, above=None, high=None,
+           below=None):
+    """A settings field: its default, its effect or unit, and what it may be: one of `choices`, or
+    a number x with low <= x, above < x, x <= high, x < below. pipeline/settings.py checks that,
+    for only there do values come from outside."""
+    limits = dict(low=low, above=above, high=high, below=below)
+    limits = {name: limit for name, limit in limits.items() if limit is not None}
+    return field(default=default, metadata=dict(effect=effect, choices=choices, limits=limits))
 
 
 def optional_package(name: str, needed_by, least: tuple = ()):
