@@ -78,14 +78,15 @@ def optional_package(name: str, needed_by, least: tuple = ()):
 class Slice:
     """Which rows are forgotten and kept, and how they are put to the model."""
 
-    seed: int = option(0, "seeds every draw: slice, initial weights, order, pairing")
+    seed: int = option(0, "seeds every draw: slice, initial weights, order, pairing", low=0)
     forget_split: str = option("forget10", "TOFU: file of the forget set")
     retain_split: str = option("retain90", "TOFU: file of the retain set")
     forget_groups: int = option(0, "forget only this many authors (TOFU) or documents per task "
-                                "(LUME); 0: all")
-    retain_groups: int = option(0, "retain only this many; 0: all")
-    rows_per_author: int = option(20, "TOFU: consecutive rows that make one author")
-    lume_fraction: float = option(0.4, "LUME: share of documents sampled [D15]")
+                                "(LUME); 0: all", low=0)
+    retain_groups: int = option(0, "retain only this many; 0: all", low=0)
+    rows_per_author: int = option(20, "TOFU: consecutive rows that make one author", low=1)
+    lume_fraction: float = option(0.4, "LUME: share of documents sampled [D15]", above=0,
+                                  high=1)
     template: str = option("qa", "prompt template [D14]; chat: the model's own",
                            choices=tuple(TEMPLATES))
 

@@ -100,9 +100,10 @@ SPLITS = FORGET_RETAIN + FACTS
 class Limits:
     """How long an answer may be, and how much is computed at once."""
 
-    max_new_tokens: int = option(0, "tokens generated at most; 0: no limit")
-    max_total_tokens: int = option(200, "prompt and answer at most; 0: no limit [D16]")
-    eval_tokens: int = option(16384, "tokens in one evaluation pass; on a CPU losses take fewer")
+    max_new_tokens: int = option(0, "tokens generated at most; 0: no limit", low=0)
+    max_total_tokens: int = option(200, "prompt and answer at most; 0: no limit [D16]", low=0)
+    eval_tokens: int = option(16384, "tokens in one evaluation pass; on a CPU losses take fewer",
+                              low=1)
 
 
 # ------------------------------------------------------------------------------------------- words

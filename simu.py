@@ -1033,7 +1033,7 @@ PATHS = ("layer", "neuron")
 class Common:
     """What every step takes."""
 
-    seed: int = option(0, "seeds every draw: slice, initial weights, order, pairing")
+    seed: int = option(0, "seeds every draw: slice, initial weights, order, pairing", low=0)
     neurons: str = option("output", "of a layer's MLP: its outputs [D1], or what down_proj reads",
                           choices=NEURONS)
 
@@ -1042,17 +1042,18 @@ class Common:
 class Attribution(Common):
     """Step 1, scores (Section 2.1)."""
 
-    steps: int = option(5, "m: nodes on the path from 0 to beta (Eq. 1)")
+    steps: int = option(5, "m: nodes on the path from 0 to beta (Eq. 1)", low=1)
     path: str = option("layer", "scale a layer's outputs together, or one neuron at a time [D4]",
                        choices=PATHS)
-    attribution_tokens: int = option(4096, "tokens in one attribution pass, path nodes counted in")
+    attribution_tokens: int = option(4096, "tokens in one attribution pass, path nodes counted in",
+                                     low=1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Masking(Common):
     """Step 1, mask (Section 2.1)."""
 
-    threshold: float = option(0.3, "t: critical if Att > t * max of the layer")
+    threshold: float = option(0.3, "t: critical if Att > t * max of the layer", above=0, high=1)
     mask: str = option("dual", "dual keeps neurons critical for both sets [D6], forget-only drops, "
                        "soft weighs them; random: of equal size; none: attention only; all: no "
                        "mask on down_proj", choices=MASKS)
@@ -1067,20 +1068,21 @@ class Unlearning(Common):
     objective: str = option("graddiff", "what each row's loss is", choices=OBJECTIVES)
     attention: str = option("moving", "of masked methods: frozen follows the sentence after Eq. 7 "
                             "[D9]", choices=("moving", "frozen"))
-    lr: float = option(5e-6, "eta: peak learning rate")
-    epochs: int = option(5, "passes over the forget set")
-    batch: int = option(16, "forget rows per update, each with one retain row")
-    micro_tokens: int = option(8192, "tokens in one forward-backward pass; a batch is cut to fit")
-    lam: float = option(2.0, "lambda: weight of the retain loss")
-    beta1: float = option(0.9, "of the first moment (Eq. 4)")
-    beta2: float = option(0.95, "of the curvature (Eq. 4)")
-    gamma: float = option(204.8, "damping (Eq. 3): SOUL's rho * bs = 0.04 * 5120 [D7]")
-    eps: float = option(1e-15, "floor of gamma * H (Eq. 3)")
-    adam_beta2: float = option(0.999, "AdamW's second moment (FO-GradDiff)")
-    adam_eps: float = option(1e-8, "AdamW's epsilon (FO-GradDiff)")
-    weight_decay: float = option(0.1, "decoupled, none on norms [D7]")
-    clip: float = option(1.0, "largest gradient norm over the weights that move")
-    warmup: float = option(0.1, "share of updates with rising learning rate")
+    lr: float = option(5e-6, "eta: peak learning rate", above=0)
+    epochs: int = option(5, "passes over the forget set", low=1)
+    batch: int = option(16, "forget rows per update, each with one retain row", low=1)
+    micro_tokens: int = option(8192, "tokens in one forward-backward pass; a batch is cut to fit",
+                               low=1)
+    lam: float = option(2.0, "lambda: weight of the retain loss", low=0)
+    beta1: float = option(0.9, "of the first moment (Eq. 4)", low=0, below=1)
+    beta2: float = option(0.95, "of the curvature (Eq. 4)", low=0, below=1)
+    gamma: float = option(204.8, "damping (Eq. 3): SOUL's rho * bs = 0.04 * 5120 [D7]", above=0)
+    eps: float = option(1e-15, "floor of gamma * H (Eq. 3)", above=0)
+    adam_beta2: float = option(0.999, "AdamW's second moment (FO-GradDiff)", low=0, below=1)
+    adam_eps: float = option(1e-8, "AdamW's epsilon (FO-GradDiff)", above=0)
+    weight_decay: float = option(0.1, "decoupled, none on norms [D7]", low=0)
+    clip: float = option(1.0, "largest gradient norm over the weights that move", above=0)
+    warmup: float = option(0.1, "share of updates with rising learning rate", low=0, below=1)
     state: str = option("float32", "optimiser state and master weights; bfloat16 rounds "
                         "stochastically [D10]", choices=("float32", "bfloat16"))
     checkpointing: bool = option(False, "recompute activations in the backward pass")

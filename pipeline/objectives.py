@@ -22,10 +22,10 @@ from simu import Answers, Method, Objective, Optimiser
 class Constants:
     """Of the objectives here."""
 
-    npo_beta: float = option(0.1, "beta of NPO")
-    simnpo_beta: float = option(4.5, "beta of SimNPO")
-    simnpo_margin: float = option(0.0, "gamma of SimNPO")
-    undial_strength: float = option(10.0, "how much UNDIAL lowers the answer's logit")
+    npo_beta: float = option(0.1, "beta of NPO", low=1e-6, high=1e6)
+    simnpo_beta: float = option(4.5, "beta of SimNPO", low=1e-6, high=1e6)
+    simnpo_margin: float = option(0.0, "gamma of SimNPO", low=0)
+    undial_strength: float = option(10.0, "how much UNDIAL lowers the answer's logit", above=0)
 
 
 @dataclass(frozen=True, kw_only=True)
