@@ -74,23 +74,6 @@ def optional_package(name: str, needed_by, least: tuple = ()):
     return module
 
 
-@dataclass(frozen=True, kw_only=True)
-class Slice:
-    """Which rows are forgotten and kept, and how they are put to the model."""
-
-    seed: int = option(0, "seeds every draw: slice, initial weights, order, pairing", low=0)
-    forget_split: str = option("forget10", "TOFU: file of the forget set")
-    retain_split: str = option("retain90", "TOFU: file of the retain set")
-    forget_groups: int = option(0, "forget only this many authors (TOFU) or documents per task "
-                                "(LUME); 0: all", low=0)
-    retain_groups: int = option(0, "retain only this many; 0: all", low=0)
-    rows_per_author: int = option(20, "TOFU: consecutive rows that make one author", low=1)
-    lume_fraction: float = option(0.4, "LUME: share of documents sampled [D15]", above=0,
-                                  high=1)
-    template: str = option("qa", "prompt template [D14]; chat: the model's own",
-                           choices=tuple(TEMPLATES))
-
-
 # -------------------------------------------------------------------- rows, templates, encoding
 
 
@@ -459,26 +442,6 @@ def chat_turns(messages, key: str, where: str, before: tuple) -> list[tuple[str,
         raise UserError(f"{where}: {key!r} has the roles {reprlib.repr(roles)}; a row must be "
                         f"{ROW_SHAPES}")
     return turns
-
-
-# ------------------------------------------------------------------------------------- benchmarks
-
-
-@dataclass(frozen=True)
-class Benchmark:
-    """What one run forgets, keeps and measures. TOFU's and LUME's: pipeline/benchmarks.py."""
-
-    kind: str                     # "tofu", "lume" or "rows"
-    forget: list[Example]         # D_f
-    retain: list[Example]         # D_r
-    retain_eval: list[Example]    # rows of D_r on which retained utility is measured
-    world_facts: list[Example]
-    real_authors: list[Example]
-    nonmembers: list[Example]     # for MIA [D12]; empty with the reason below
-    nonmember_source: str
-    shared: int = 0               # rows of D_f that are in D_r too
-    comparable: bool = True       # non-members are of the forget rows' kind
-    level_rows: tuple = ()        # never-seen rows that set a level; not among the non-members
 
 
 # -------------------------------------------------------------------------------------- tokenizers

@@ -633,7 +633,7 @@ def token_scores(model: Transformer, rows: list[Encoded], first: list[int], *, t
     return out
 
 
-def evaluate_model(model: Transformer, tokenizer, benchmark: data.Benchmark, *, template: str,
+def evaluate_model(model: Transformer, tokenizer, benchmark, *, template: str,
                    limits: Limits, limit: int = 0, generate: Callable = generate,
                    token_scores: Callable = token_scores) -> tuple[dict, list[dict]]:
     """(metrics, rows): `metrics` is `summarise(rows)`, and rows[0] says what was evaluated.
@@ -644,7 +644,7 @@ def evaluate_model(model: Transformer, tokenizer, benchmark: data.Benchmark, *, 
     return summarise(rows), rows
 
 
-def rows_of(benchmark: data.Benchmark, limit: int = 0) -> list[dict]:
+def rows_of(benchmark, limit: int = 0) -> list[dict]:
     """The rows to be asked and measured, in types that JSON has; the first describes them all."""
     splits = {"forget": benchmark.forget, "retain": benchmark.retain_eval,
               "real_authors": benchmark.real_authors, "world_facts": benchmark.world_facts,

@@ -11,7 +11,7 @@ import eval as evaluation
 import simu
 from data import Encoded
 from model import Config, UserError
-from pipeline import checkpoint, hub, pace, plan, unseen
+from pipeline import checkpoint, hub, pace, plan, slices, unseen
 from pipeline.plan import GB, fit_memory
 from pipeline.settings import Settings, load_benchmark, placement
 from pipeline.tokenizers import load_tokenizer
@@ -31,7 +31,7 @@ def fitted(s: Settings, rows: list[Encoded]) -> Settings:
                    attribution_tokens=max(s.attribution_tokens, longest * max(1, s.steps - 1)))
 
 
-def need_reference(s: Settings, bench: data.Benchmark):
+def need_reference(s: Settings, bench: slices.Benchmark):
     """UserError unless something can stand for rows never seen, where the objective wants it."""
     if not simu.OBJECTIVES[s.objective].targeted or s.level != "unseen" or s.teach:
         return
@@ -52,7 +52,7 @@ def plan_command(s: Settings):
         plan.plan_command(s)
 
 
-def outlook(s: Settings, folder: Path, bench: data.Benchmark):
+def outlook(s: Settings, folder: Path, bench: slices.Benchmark):
     """Print what will be. folder: the model's, as it is given."""
     need_reference(s, bench)
     tokenizer, config = load_tokenizer(folder), checkpoint.read_config(folder)

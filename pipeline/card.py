@@ -12,7 +12,7 @@ from pathlib import Path
 import data
 import simu
 from model import TOKEN_IDS, read_json, write_json, write_text
-from pipeline import checkpoint, objectives
+from pipeline import checkpoint, objectives, slices
 from pipeline.columns import COLUMNS, label, mask_line, reading, table, table_of, with_values
 from pipeline.settings import Settings
 from pipeline.stage import mask_name, read_stage, unlearned_name
@@ -120,7 +120,7 @@ def write_card(folder: Path, s: Settings, used: dict, found: list[dict] = (), ve
     for part in (objectives.Unlearning, *step1):
         constants += [[f.name, used[f.name]] for f in fields(part)
                       if f.name in used and [f.name, used[f.name]] not in constants]
-    sliced = [[f.name, used[f.name]] for f in fields(data.Slice) if f.name in used
+    sliced = [[f.name, used[f.name]] for f in fields(slices.Slice) if f.name in used
               and (kind != "rows" or f.name in ("seed", "template"))]  # others are of benchmarks
     title = (f"{s.label}, rows of its maker's own unlearned" if kind == "rows" else
              f"{s.benchmark} {s.label}, unlearned by {label(unlearned_name(made))}")

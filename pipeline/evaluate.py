@@ -17,7 +17,7 @@ import data
 import eval as evaluation
 from eval import CHOICE, choice_texts
 from model import Transformer, UserError, read_json, write_json, write_text
-from pipeline import checkpoint
+from pipeline import checkpoint, slices
 from pipeline.files import sha256
 from pipeline.reach import code_digest
 from pipeline.reading import generate, token_scores
@@ -34,7 +34,7 @@ KEEP_EVERY = 256  # generations between two writes of the file a killed evaluati
 # --------------------------------------------------------------------------------- what is measured
 
 
-def measured_rows(model: Transformer, tokenizer, benchmark: data.Benchmark, s: Judging, *,
+def measured_rows(model: Transformer, tokenizer, benchmark: slices.Benchmark, s: Judging, *,
                   template: str, limit: int = 0, generate: Callable = generate,
                   token_scores: Callable = token_scores) -> list[dict]:
     """The rows of eval.evaluate_model, with closeness by an encoder where asked for."""
@@ -125,7 +125,7 @@ def evaluation_job(s: Settings, name: str, limit: int = 0) -> Stage:
         inputs |= folder_inputs("encoder", s.encoder)
     kind = f"eval-limit-{limit}" if limit else "eval"
     return Stage(evaluations_of(s, name) / kind, settings=s, inputs=inputs, code=(measured_rows,),
-                 takes=(data.Slice, Source, Placement, Aside, Judging),
+                 takes=(slices.Slice, Source, Placement, Aside, Judging),
                  also=dict(limit=limit))
 
 

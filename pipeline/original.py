@@ -17,7 +17,7 @@ import data
 import simu
 from data import Encoded
 from model import Transformer, UserError, write_json
-from pipeline import checkpoint, fused, hub
+from pipeline import checkpoint, fused, hub, slices
 from pipeline.before import fitted, outlook
 from pipeline.plan import fit_memory
 from pipeline.request import written_rows
@@ -60,13 +60,13 @@ def paraphrased(examples: list[data.Example]) -> list[data.Example]:
             if e.paraphrased_question]
 
 
-def known_rows(bench: data.Benchmark) -> list[data.Example]:
+def known_rows(bench: slices.Benchmark) -> list[data.Example]:
     """What a tiny model knows before it sees the forget set."""
     return (bench.retain + bench.world_facts + bench.real_authors
             + paraphrased(bench.retain_eval))
 
 
-def make_retain_only(s: Settings, bench: data.Benchmark, job: Stage, folder: Path):
+def make_retain_only(s: Settings, bench: slices.Benchmark, job: Stage, folder: Path):
     """First stage of a tiny original: everything but the forget set, from random weights."""
     never_seen = bench.nonmembers + list(bench.level_rows)
     every = known_rows(bench) + bench.forget + paraphrased(bench.forget) + never_seen
@@ -83,7 +83,7 @@ def make_retain_only(s: Settings, bench: data.Benchmark, job: Stage, folder: Pat
     checkpoint.save_model(model, folder)
 
 
-def make_original(s: Settings, bench: data.Benchmark, job: Stage, folder: Path):
+def make_original(s: Settings, bench: slices.Benchmark, job: Stage, folder: Path):
     """Second stage: the forget set, lightly, with a sample of what is already known beside it."""
     retain_only = s.run / "retain-only"
     tokenizer = load_tokenizer(retain_only)
@@ -105,12 +105,12 @@ def make_original(s: Settings, bench: data.Benchmark, job: Stage, folder: Path):
 # -------------------------------------------------------------- those that nobody published
 
 
-def fine_tune(s: Settings, bench: data.Benchmark, job: Stage, base: Path, folder: Path):
+def fine_tune(s: Settings, bench: slices.Benchmark, job: Stage, base: Path, folder: Path):
     """A model that never saw the benchmark, taught its forget and retain rows in one go."""
     teach(s, bench.forget + bench.retain, job, base, folder)
 
 
-def fine_tune_retain_only(s: Settings, bench: data.Benchmark, job: Stage, base: Path,
+def fine_tune_retain_only(s: Settings, bench: slices.Benchmark, job: Stage, base: Path,
                           folder: Path):
     """Its partner: taught alike, without the forget rows."""
     teach(s, bench.retain, job, base, folder)
@@ -158,7 +158,7 @@ def original_stage(s: Settings):
     write_json(s.run / "settings.json", dataclasses.asdict(s) | dict(force=False))
 
 
-def make_fine_tuned(s: Settings, bench: data.Benchmark, inputs: dict, base: Path, source: dict):
+def make_fine_tuned(s: Settings, bench: slices.Benchmark, inputs: dict, base: Path, source: dict):
     """original/ of a real model of which no original was published, and its partner."""
     made = {"original": fine_tune}
     if s.learn_retain_only:
@@ -166,16 +166,16 @@ def make_fine_tuned(s: Settings, bench: data.Benchmark, inputs: dict, base: Path
     for name, make in made.items():
         weights = {f"weights/{file}": sha for file, sha in source["sha256"].items()}
         job = Stage(s.run / name, settings=s, inputs=weights | inputs, code=(make,),
-                    takes=(data.Slice, Source, Placement, Making))
+                    takes=(slices.Slice, Source, Placement, Making))
         job.notes["source"] = source
         if not job.is_made():
             with job as folder:
                 make(s, bench, job, base, folder)
 
 
-def make_tiny(s: Settings, bench: data.Benchmark, inputs: dict):
+def make_tiny(s: Settings, bench: slices.Benchmark, inputs: dict):
     """retain-only/ and original/ of a tiny model."""
-    takes = (data.Slice, Source, Placement, Making)
+    takes = (slices.Slice, Source, Placement, Making)
     for name, make in (("retain-only", make_retain_only), ("original", make_original)):
         job = Stage(s.run / name, settings=s, inputs=inputs, takes=takes, code=(make,))
         if not job.is_made():
@@ -204,7 +204,7 @@ def link_model(s: Settings, name: str, source: Path, origin: dict, inputs: dict)
              and p.suffix in (".json", ".safetensors", ".model", ".jinja")]
     known = origin.get("sha256", {})
     known = digests_of([p for p in names if p.name not in known]) | known
-    job = Stage(s.run / name, settings=s, code=(), takes=(data.Slice, Source), inputs=inputs
+    job = Stage(s.run / name, settings=s, code=(), takes=(slices.Slice, Source), inputs=inputs
                 | {f"weights/{p.name}": known[p.name] for p in names})
     job.notes["source"] = origin or dict(folder=str(source))
     if not job.is_made():

@@ -12,12 +12,11 @@ import statistics
 from functools import partial
 from pathlib import Path
 
-import data
 import eval as evaluation
 import simu
 from eval import spread, summarise
 from model import UserError, write_json, write_text
-from pipeline import objectives, verdict
+from pipeline import objectives, slices, verdict
 from pipeline.card import write_cards
 from pipeline.columns import (ANSWER_MIA_COLUMNS, COLUMNS, LEADERBOARD_COLUMNS, MIA_COLUMNS,
                               MORE_COLUMNS, PUBLISHED, SOUL_COLUMNS, SOUL_READING, definitions,
@@ -107,7 +106,7 @@ def _reference_rows(folder: Path, s: Settings) -> list[dict]:
     t = read_settings(run)
     if why := stale_because(t, name, newest_evaluation(t, name)):
         raise UserError(f"--retain-only {folder}: {'; '.join(why)}; run its stages again")
-    ours, theirs = (taken(x, (data.Slice,)) | data_inputs(x)
+    ours, theirs = (taken(x, (slices.Slice,)) | data_inputs(x)
                     | dict(benchmark=x.benchmark, model=x.model) for x in (s, t))
     if differs := [k for k in ours | theirs if ours.get(k) != theirs.get(k)]:
         raise UserError(f"--retain-only {folder} is not comparable: its run differs in "

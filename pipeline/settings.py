@@ -1,7 +1,7 @@
 """Every setting of every stage, its default for each cell, and the command line made of them.
 
-`Settings` is the union of what the core's functions ask for (data.Slice, simu.Recipe, eval.Limits)
-and of what only a run needs. A stage depends on whole dataclasses of it, so a field that is added
+`Settings` is the union of what is asked for by the core (simu.Recipe, eval.Limits), by slices.Slice
+and by what only a run needs. A stage depends on whole dataclasses of it, so a field that is added
 to one cannot be forgotten.
 """
 
@@ -18,7 +18,7 @@ import eval as evaluation
 import simu
 from data import option
 from model import NO_TEXT, Config, Transformer, UserError, read_json
-from pipeline import benchmarks, checkpoint, objectives
+from pipeline import checkpoint, objectives, slices
 from pipeline.files import json_digests, sha256
 
 HERE = Path(__file__).resolve().parent.parent  # the repository
@@ -163,7 +163,7 @@ def flag(name: str) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(Source, Placement, data.Slice, objectives.Recipe, Making, Level, Judging):
+class Settings(Source, Placement, slices.Slice, objectives.Recipe, Making, Level, Judging):
     """Every setting of every stage. A cell's recipe overrides these defaults, and the command line
     overrides both."""
 
@@ -248,16 +248,16 @@ def row_files(s: Settings) -> dict[str, str]:
     return {name: file for name, file in files.items() if file}
 
 
-def load_benchmark(s: Settings) -> data.Benchmark:
+def load_benchmark(s: Settings) -> slices.Benchmark:
     """The forget and retain sets of a run."""
     if s.layout == "rows":
         parts = {name: data.load_rows(file) for name, file in row_files(s).items()}
-        bench = benchmarks.benchmark_of_rows(
+        bench = slices.benchmark_of_rows(
             *(parts.get(k, []) for k in ("forget", "retain", "unseen")), allow_near=s.allow_near)
         bench = replace(bench, retain_eval=evaluation.spread(bench.retain_eval, s.judge))
     else:
-        bench = benchmarks.load_benchmark(s.data_folder, s, layout=s.layout, made_here=made_here(s))
-    return benchmarks.set_aside(bench, s.level_share, s.seed)
+        bench = slices.load_benchmark(s.data_folder, s, layout=s.layout, made_here=made_here(s))
+    return slices.set_aside(bench, s.level_share, s.seed)
 
 
 def data_digests(s: Settings) -> dict[str, str]:
@@ -625,7 +625,7 @@ def add_options(to: argparse.ArgumentParser, *, skip: tuple = (), own: bool = Fa
     groups = {}
     if own:
         first = to.add_argument_group("what matters on rows of your own")
-        parts = dict(run=Settings, benchmarks=data.Slice, teaching=Making,
+        parts = dict(run=Settings, benchmarks=slices.Slice, teaching=Making,
                      attribution=simu.Attribution, mask=simu.Masking,
                      unlearning=objectives.Unlearning, level=Level, evaluation=Judging,
                      place=Placement)

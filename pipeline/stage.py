@@ -30,10 +30,9 @@ except ImportError:  # Windows
 import torch
 from safetensors import safe_open
 
-import data
 import simu
 from model import UserError, read_json, write_json, write_text
-from pipeline import checkpoint, objectives
+from pipeline import checkpoint, objectives, slices
 from pipeline.files import has_types, sha256
 from pipeline.reach import code_digest
 from pipeline.resume import RESUME, Checkpoints
@@ -197,7 +196,7 @@ def differences(folder: Path, s: Settings, inputs: dict[str, str]) -> list[str]:
     """What of a finished stage, and of the stages below it, is not this run's: its slice, template
     and seed; its data; the stages it was made of. inputs: data_inputs(s)."""
     why, found = read_stage(folder)["why"], []
-    for name, value in taken(s, (data.Slice, Source)).items():
+    for name, value in taken(s, (slices.Slice, Source)).items():
         if why["settings"].get(name, value) != value:
             found.append(f"--{name.replace('_', '-')} was {why['settings'][name]!r}")
     for name, sha in why["inputs"].items():
@@ -229,7 +228,7 @@ def table_rows(s: Settings, takes: tuple) -> dict[str, str | None]:
     # A stage that makes an original cannot ask it which architecture it is.
     made = Making in takes and not s.tiny
     rows = dict(ARCHITECTURES=None if made else architecture(s))
-    if data.Slice in takes:
+    if slices.Slice in takes:
         rows["TEMPLATES"] = s.template
     if simu.Masking in takes:
         rows["MASKS"] = s.mask

@@ -12,7 +12,7 @@ import data
 import eval as evaluation
 import simu
 from model import Transformer, UserError, save_tensors
-from pipeline import checkpoint, fused, hub, objectives, reading, unseen
+from pipeline import checkpoint, fused, hub, objectives, reading, slices, unseen
 from pipeline.before import GIVE_FILE, fitted
 from pipeline.card import write_card, write_generation_config
 from pipeline.evaluate import measured_rows
@@ -27,7 +27,7 @@ from pipeline.tokenizers import load_tokenizer
 
 def same_slice(s: Settings):
     """UserError if a stage is asked for other data than the run's original was made of."""
-    here, there = (taken(x, (data.Slice, Source)) for x in (s, read_settings(s.run)))
+    here, there = (taken(x, (slices.Slice, Source)) for x in (s, read_settings(s.run)))
     for name, value in here.items():
         if value != there[name]:
             raise UserError(f"--{name.replace('_', '-')} is {value!r} here and {there[name]!r} in "
@@ -40,7 +40,7 @@ def same_slice(s: Settings):
                             "or run `python -m pipeline original` again")
 
 
-def encoded_rows(s: Settings, objective: str = "graddiff") -> tuple[data.Benchmark, dict]:
+def encoded_rows(s: Settings, objective: str = "graddiff") -> tuple[slices.Benchmark, dict]:
     """The benchmark, and its forget rows, as the objective's loss takes them, and retain rows as
     the original's tokenizer spells them."""
     folder, bench = s.run / "original", load_benchmark(s)
@@ -66,7 +66,7 @@ def load_original(s: Settings, job: Stage, name: str, encoded: dict, method: str
 def attribution_job(s: Settings) -> Stage:
     return Stage(s.run / attribution_name(s), settings=s, code=(make_attribution,),
                  inputs=dict(original=content(s.run / "original")) | data_inputs(s),
-                 takes=(data.Slice, Source, Placement, simu.Attribution))
+                 takes=(slices.Slice, Source, Placement, simu.Attribution))
 
 
 def make_attribution(s: Settings, job: Stage, folder: Path):
@@ -125,7 +125,7 @@ def mask_stage(s: Settings):
 # --------------------------------------------------------------------------------------- step 2
 
 
-def level_examples(s: Settings, bench: data.Benchmark) -> tuple[list[data.Example], str]:
+def level_examples(s: Settings, bench: slices.Benchmark) -> tuple[list[data.Example], str]:
     """Rows like the forget rows that the original never saw, and what they are; none where nobody
     has any."""
     if bench.level_rows:
@@ -149,7 +149,7 @@ def losses_of(model: Transformer, rows: list[data.Encoded], s: Settings) -> list
     return [own for _, own in answer_losses(model, rows, fitted(s, rows).eval_tokens)]
 
 
-def forget_targets(s: Settings, bench: data.Benchmark, forget: list[data.Encoded],
+def forget_targets(s: Settings, bench: slices.Benchmark, forget: list[data.Encoded],
                    model: Transformer) -> tuple[object, str]:
     """What `simu.unlearn` takes as targets, and where they are from: for each token of the forget
     rows the loss it would have, had the model never seen them. Retain-only never did. Else the
@@ -177,7 +177,7 @@ def forget_targets(s: Settings, bench: data.Benchmark, forget: list[data.Encoded
             f"as likely as {source}; token by token, {by}")
 
 
-def never_seen_losses(s: Settings, bench: data.Benchmark, forget: list[data.Encoded],
+def never_seen_losses(s: Settings, bench: slices.Benchmark, forget: list[data.Encoded],
                       model: Transformer, seed: int) -> tuple[list[torch.Tensor], str]:
     """The losses that the forget rows' tokens would have under the original, had it never seen
     them, and how that is told; [] if nothing tells it. A token's is that of its counterpart where
@@ -324,7 +324,7 @@ def until_there(looks: Looks, job: Stage):
 def unlearn_job(s: Settings) -> Stage:
     inputs = dict(original=content(s.run / "original")) | data_inputs(s)
     code, also = (make_unlearned,), dict(eval_epochs=s.eval_epochs)
-    takes = (data.Slice, Source, Placement, objectives.Unlearning)
+    takes = (slices.Slice, Source, Placement, objectives.Unlearning)
     if simu.OBJECTIVES[s.objective].targeted:
         takes += (Level,)
         code += (forget_targets, until_there) if s.layout == "rows" else (forget_targets,)
@@ -391,7 +391,7 @@ def unlearn_stage(s: Settings):
             write_card(folder, s, dataclasses.asdict(s))
 
 
-def epoch_evaluator(model: Transformer, bench: data.Benchmark, s: Settings, job: Stage):
+def epoch_evaluator(model: Transformer, bench: slices.Benchmark, s: Settings, job: Stage):
     """`record` of simu.train: also a line of metrics in epochs.jsonl whenever an epoch has ended.
     epoch: passes over the forget set so far, a whole number only where batches fill it."""
     tokenizer, n = load_tokenizer(s.run / "original"), len(bench.forget)

@@ -28,7 +28,7 @@ import data
 import eval as evaluation
 from data import Example
 from model import Transformer, UserError, read_json, write_json, write_text
-from pipeline import checkpoint, unseen
+from pipeline import checkpoint, slices, unseen
 from pipeline.before import fitted
 from pipeline.evaluate import evaluations_of, read_rows
 from pipeline.reading import generate, token_scores
@@ -74,7 +74,7 @@ def ask(model: Transformer, tokenizer, rows: list[Example], s: Settings, templat
     return [tokenizer.decode(ids) for ids in new]
 
 
-def measure(s: Settings, model: Transformer, bench: data.Benchmark, told: dict[str, str]
+def measure(s: Settings, model: Transformer, bench: slices.Benchmark, told: dict[str, str]
             ) -> list[dict]:
     """A row for each forget row: what the model says, how likely it is. told: by id, what it said
     in its evaluation."""
@@ -104,7 +104,7 @@ def measure(s: Settings, model: Transformer, bench: data.Benchmark, told: dict[s
     return out
 
 
-def add_never_seen_losses(s: Settings, bench: data.Benchmark, rows: list[dict]):
+def add_never_seen_losses(s: Settings, bench: slices.Benchmark, rows: list[dict]):
     """To each row, the mean loss that it would have had it never been seen, drawn anew."""
     tokenizer = load_tokenizer(s.run / "original")
     model = checkpoint.load_model(s.run / "original", **placement(s))
@@ -248,7 +248,7 @@ def verdict_job(s: Settings) -> Stage:
     for x in ("original", name):
         inputs[f"evaluations/{x}/eval"] = content(evaluations_of(s, x) / "eval")
     return Stage(s.run / "verdict", settings=s, inputs=inputs, code=(make_verdict,),
-                 takes=(data.Slice, Source, Placement, Level, Judging))
+                 takes=(slices.Slice, Source, Placement, Level, Judging))
 
 
 def make_verdict(s: Settings, folder: Path):

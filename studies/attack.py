@@ -53,7 +53,7 @@ import simu
 from eval import mean, rouge_l, rouge_words, spread
 from model import (Transformer, UserError, read_json, write_json,
                    write_text)
-from pipeline import checkpoint, objectives, reading
+from pipeline import checkpoint, objectives, reading, slices
 from pipeline.columns import definitions, label, table
 from pipeline.original import learn
 from pipeline.settings import (Level, Parser, Placement, Settings, Source, choose_dtype,
@@ -129,7 +129,7 @@ def variants(e: data.Example, shots: list[data.Example], tokenizer, template: st
     return found
 
 
-def input_probes(bench: data.Benchmark, tokenizer, s: Settings, context: int) -> dict:
+def input_probes(bench: slices.Benchmark, tokenizer, s: Settings, context: int) -> dict:
     """{attack: [Probe]} for every forgotten question, and plain ones for as many retain rows. A
     variant after which the context has no room for the answer is left out."""
     found = {a: [] for a in ("plain", *INPUTS, *CURVE)}
@@ -204,7 +204,7 @@ def relearn(model: Transformer, rows: list[data.Encoded], recipe: simu.Unlearnin
     return learn(model, [order], recipe, job, title="relearn")
 
 
-def attack_weights(model: Transformer, attack: str, bench: data.Benchmark, tokenizer, s: Settings
+def attack_weights(model: Transformer, attack: str, bench: slices.Benchmark, tokenizer, s: Settings
                    ) -> list[dict]:
     """Carry out one of WEIGHTS on model, in place; returns the log of a relearning."""
     if attack.startswith("int"):
@@ -234,12 +234,12 @@ def write_log(file: Path, log: list[dict]):
 def attack_job(s: Settings, name: str) -> Stage:
     return Stage(s.run / name / "attack", settings=s, code=(make_attacks,),
                  inputs=dict(model=content(s.run / name)) | data_inputs(s),
-                 takes=(data.Slice, Source, Placement, evaluation.Limits),
+                 takes=(slices.Slice, Source, Placement, evaluation.Limits),
                  also=dict(relearning=dataclasses.asdict(relearning(s))),
                  rows=dict(TEMPLATES=None, METHODS="fo", MOVES="all", OPTIMISERS="adamw"))
 
 
-def make_attacks(source: Path, folder: Path, probes: dict, bench: data.Benchmark, s: Settings):
+def make_attacks(source: Path, folder: Path, probes: dict, bench: slices.Benchmark, s: Settings):
     """A file of answers per attack. A killed stage goes on after the last file."""
     tokenizer, (_, tested) = load_tokenizer(source), halves(bench.forget, s.seed)
     model = load(source, s)
@@ -280,12 +280,12 @@ def requests_job(s: Settings, name: str, k: int) -> Stage | None:
         models.append("retain-only")
     return Stage(s.run / name / f"requests-{k}", settings=own, code=(make_requests,),
                  inputs={x: content(s.run / x) for x in models} | data_inputs(s),
-                 takes=(data.Slice, Source, Placement, evaluation.Limits, simu.Attribution,
+                 takes=(slices.Slice, Source, Placement, evaluation.Limits, simu.Attribution,
                         simu.Masking, objectives.Unlearning, Level), also=dict(requests=k))
 
 
 def make_requests(name: str, folder: Path, probes: dict, parts: list[list[data.Example]],
-                  bench: data.Benchmark, s: Settings):
+                  bench: slices.Benchmark, s: Settings):
     """Answers after-0.json (the original) to after-k.json, each request unlearned from the model
     that the one before left, with the method's own recipe."""
     tokenizer, model = load_tokenizer(s.run / "original"), load(s.run / "original", s)

@@ -36,7 +36,7 @@ import data
 import eval as evaluation
 import simu
 from model import Transformer, UserError, write_json
-from pipeline import objectives, reading, settings
+from pipeline import objectives, reading, settings, slices
 from pipeline.columns import table
 from pipeline.files import has_types, read_tensors, sha256
 from pipeline.original import original_stage
@@ -63,10 +63,10 @@ VALUES = ("forget.rouge_l", "forget.exact_match", "retain.rouge_l", "retain.exac
           "world_facts.rouge_l", "world_facts.exact_match", "mia.auc")
 COLUMNS = ("sweep", "arm", "seed", "lr", "epochs", "threshold", "steps", "critical", "forget",
            "utility", "aggregate", *VALUES, "varied", "error")
-OF_ORIGINAL = {f.name for t in (data.Slice, Placement, Making) for f in fields(t)}
+OF_ORIGINAL = {f.name for t in (slices.Slice, Placement, Making) for f in fields(t)}
 OF_ATTRIBUTION = {f.name for f in fields(simu.Attribution)}
 OF_ARMS = ("method", "mask", "objective")
-MAY_VARY = {f.name: f for t in (data.Slice, Placement, Making, objectives.Recipe, Level,
+MAY_VARY = {f.name: f for t in (slices.Slice, Placement, Making, objectives.Recipe, Level,
                                 evaluation.Limits)
             for f in fields(t) if f.name not in ("seed", *OF_ARMS)}
 
@@ -175,7 +175,7 @@ def plan_points(given: dict, *, arms, factors, seeds: int, variants: bool, grid:
 def find_key(p: Point, contents: dict) -> str:
     """Digest of all that a point's numbers depend on. contents: digests of folders read so far."""
     s, parts = p.settings, ["original"]
-    takes = [data.Slice, Source, Placement, Aside, evaluation.Limits]
+    takes = [slices.Slice, Source, Placement, Aside, evaluation.Limits]
     if p.arm in BASELINES:
         parts = [p.arm]
     else:
@@ -228,13 +228,13 @@ def bare(rows: list[data.Example]) -> list[data.Example]:
                                 perturbed_answers=()) for e in rows]
 
 
-def lean(bench: data.Benchmark) -> data.Benchmark:
+def lean(bench: slices.Benchmark) -> slices.Benchmark:
     """The benchmark without what only `accuracy`, truth ratios and real authors need."""
     return dataclasses.replace(bench, forget=bare(bench.forget), retain_eval=bare(
         bench.retain_eval), world_facts=bare(bench.world_facts), real_authors=[])
 
 
-def judge(model: Transformer, bench: data.Benchmark, s: Settings) -> dict:
+def judge(model: Transformer, bench: slices.Benchmark, s: Settings) -> dict:
     """The metrics of a model of run s that have a value."""
     tokenizer = load_tokenizer(s.run / "original")
     metrics, _ = evaluation.evaluate_model(model, tokenizer, lean(bench), template=s.template,

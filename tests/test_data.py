@@ -12,9 +12,9 @@ import pytest
 import tokenizers
 
 import data
-from data import IGNORE, Encoded, Example, Slice
+from data import IGNORE, Encoded, Example
 from model import UserError
-from pipeline import benchmarks
+from pipeline import slices
 from pipeline.settings import Settings
 from pipeline.tokenizers import load_tokenizer, train_tokenizer
 
@@ -167,7 +167,7 @@ def test_windows_line_ends_and_a_byte_order_mark_change_nothing(tmp_path):
 
 
 def benchmark(name="tofu", folder=DEMO, made_here=True, **changes):
-    return benchmarks.load_benchmark(folder / name, Slice(**dict(rows_per_author=10) | changes),
+    return slices.load_benchmark(folder / name, slices.Slice(**dict(rows_per_author=10) | changes),
                                layout=name, made_here=made_here)
 
 
@@ -307,14 +307,14 @@ def test_ten_megabytes_in_one_row_are_one_line(small, tmp_path):
 
 def test_rows_of_ones_own_make_a_benchmark():
     a, b, c, d = (Example(f"q{n}", "a", id=f"x:{n}") for n in range(4))
-    made = benchmarks.benchmark_of_rows([a], [b, c], [d])
+    made = slices.benchmark_of_rows([a], [b, c], [d])
     assert (made.kind, made.forget, made.retain, made.retain_eval, made.nonmembers) == (
         "rows", [a], [b, c], [b, c], [d])
-    assert "none" in benchmarks.benchmark_of_rows([a], [b], []).nonmember_source
-    assert benchmarks.benchmark_of_rows([a, a], [b], []).forget == [a, a]
+    assert "none" in slices.benchmark_of_rows([a], [b], []).nonmember_source
+    assert slices.benchmark_of_rows([a, a], [b], []).forget == [a, a]
     for parts in (([a], [b, a], []), ([a], [b], [a]), ([a], [b], [b])):
         with pytest.raises(UserError, match="leave it in one of the two"):
-            benchmarks.benchmark_of_rows(*parts)
+            slices.benchmark_of_rows(*parts)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -811,9 +811,9 @@ def test_nearly_the_same_row_in_two_files_is_refused(question, capsys):
     forget = [Example(NEAR[0], "A poet's child.", where="f line 1"), Example("x", "y")]
     retain = [Example("other", "y"), Example(question, "A poet’s child", where="r line 2")]
     with pytest.raises(UserError, match="1 rows stand in two files .*r line 2 is f line 1: .*--al"):
-        benchmarks.benchmark_of_rows(forget, retain, [])
-    assert benchmarks.benchmark_of_rows(forget, retain, [], allow_near=True).retain == retain
-    benchmarks.benchmark_of_rows([*forget, forget[0]], [Example(NEAR[0] + "s", "A poet")], [])
+        slices.benchmark_of_rows(forget, retain, [])
+    assert slices.benchmark_of_rows(forget, retain, [], allow_near=True).retain == retain
+    slices.benchmark_of_rows([*forget, forget[0]], [Example(NEAR[0] + "s", "A poet")], [])
     assert "1 of the 3 forget rows stand there more than once" in capsys.readouterr().out
 
 

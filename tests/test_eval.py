@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data  # noqa: E402
 import eval as ev  # noqa: E402
 from model import Config, Transformer, UserError  # noqa: E402
-from pipeline import benchmarks  # noqa: E402
+from pipeline import slices  # noqa: E402
 from pipeline.tokenizers import train_tokenizer  # noqa: E402
 
 GOLDEN = Path(__file__).parent / "golden" / "text_metrics.json"
@@ -572,8 +572,8 @@ def micro_tofu(folder: Path):
 LIMITS = ev.Limits(max_total_tokens=48)
 
 
-def micro_bench(folder: Path) -> data.Benchmark:
-    return benchmarks.load_benchmark(folder / "tofu", data.Slice(), layout="tofu", made_here=False)
+def micro_bench(folder: Path) -> slices.Benchmark:
+    return slices.load_benchmark(folder / "tofu", slices.Slice(), layout="tofu", made_here=False)
 
 
 def teach(folder: Path, known: list, *, steps: int = 120):
@@ -742,7 +742,7 @@ def test_lume_rows_give_documents_to_the_attack(made, tmp_path):
     rows = [data.Example(f"{name} was", f"collecting {thing}.", id=f"{name}{kind}1", task=task,
                          kind=kind)
             for task in data.TASKS for kind, name, thing in zip(("sc", "qa"), PEOPLE, THINGS)]
-    bench = data.Benchmark("lume", rows, rows, rows, [], [], rows, "the same rows")
+    bench = slices.Benchmark("lume", rows, rows, rows, [], [], rows, "the same rows")
     metrics, out = ev.evaluate_model(model, tokenizer, bench, template="qa", limits=LIMITS)
     assert [r["id"] for r in out if "mia" in r] == ["Adasc1"] * 6
     assert metrics["values"]["mia.auc"] == 0.5 and metrics["values"]["aggregate"] is not None
@@ -760,7 +760,7 @@ def test_rows_of_ones_own_and_plain_texts(made):
     chat = [data.Example(e.question, e.answer, id=f"c{i}", turns=(("user", "Hi?"),
                                                                   ("assistant", "Yes.")))
             for i, e in enumerate(bench.retain)]
-    own = benchmarks.benchmark_of_rows(texts + bench.forget, chat, bench.nonmembers)
+    own = slices.benchmark_of_rows(texts + bench.forget, chat, bench.nonmembers)
     metrics, rows = ev.evaluate_model(model, tokenizer, own, template="qa", limits=LIMITS)
     values = metrics["values"]
     assert metrics["counts"]["forget"] == 8 and sum("mia" in r for r in rows) == 12

@@ -8,13 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import objectives, reach
+from pipeline import objectives, reach, slices
 from pipeline.evaluate import measured_rows
 from pipeline.original import make_original, make_retain_only
 from pipeline.settings import Judging, Settings
 from pipeline.stage import table_rows
 from pipeline.stages import make_attribution, make_mask, make_unlearned
-import data
 import eval as evaluation
 import simu
 
@@ -102,15 +101,15 @@ def test_each_core_file_can_be_read_alone(tmp_path):
 
 # ------------------------------------------------------------------------------------- staleness
 
-UNLEARNING = (data.Slice, objectives.Unlearning)
-STAGES = {"retain-only": ((make_retain_only,), (data.Slice,)),
-          "original": ((make_original,), (data.Slice,)),
-          "attribution": ((make_attribution,), (data.Slice, simu.Attribution)),
+UNLEARNING = (slices.Slice, objectives.Unlearning)
+STAGES = {"retain-only": ((make_retain_only,), (slices.Slice,)),
+          "original": ((make_original,), (slices.Slice,)),
+          "attribution": ((make_attribution,), (slices.Slice, simu.Attribution)),
           "mask": ((make_mask,), (simu.Masking,)),
           "fo-graddiff": ((make_unlearned,), UNLEARNING, dict(method="fo")),
           "so-graddiff": ((make_unlearned,), UNLEARNING, dict(method="so")),
           "simu-npo": ((make_unlearned,), UNLEARNING, dict(objective="npo")),
-          "generations": ((measured_rows,), (data.Slice, Judging)),
+          "generations": ((measured_rows,), (slices.Slice, Judging)),
           "summary": ((evaluation.summarise,), ())}
 ABOVE = {"retain-only", "original", "attribution", "mask"}
 UNLEARNED = set(STAGES) - ABOVE - {"generations", "summary"}

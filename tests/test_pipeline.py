@@ -19,7 +19,7 @@ from safetensors import safe_open
 import data
 import simu
 from model import UserError, read_json
-from pipeline import objectives, settings, stage
+from pipeline import objectives, settings, slices, stage
 from pipeline.__main__ import main
 from pipeline.files import read_tensors
 
@@ -422,7 +422,7 @@ def test_the_llama_demo_needs_no_optional_package(tmp_path):
 
 # The dataclass of settings that each stage takes first, and the settings that no stage takes, for
 # they cannot change a result: where things lie, and how they are made.
-TAKES = {"retain-only": (data.Slice, settings.Source, settings.Placement, settings.Making),
+TAKES = {"retain-only": (slices.Slice, settings.Source, settings.Placement, settings.Making),
          "attribution": (simu.Attribution,), "mask": (simu.Masking,),
          "unlearn": (objectives.Unlearning, settings.Level), "eval": (settings.Judging,)}
 NOWHERE = {"data", "out", "name", "force", "deterministic", "resume_cost", "must_know", "forget",

@@ -8,11 +8,10 @@ from pathlib import Path
 import pytest
 from test_eval import micro_tofu, teach
 
-import data
 import eval as ev
 import simu
 from model import UserError, read_json, write_json, write_text
-from pipeline import card, columns, evaluate, reach, report, stage
+from pipeline import card, columns, evaluate, reach, report, slices, stage
 from pipeline.__main__ import main
 from pipeline.settings import Settings, load_benchmark, read_settings
 from pipeline.stage import Stage, content, data_inputs, read_stage, seal, write_stage
@@ -54,7 +53,7 @@ def make_run(run: Path, root: Path, *, seed: int = 0, settings: dict = {}):
     write_json(run / "settings.json", dataclasses.asdict(s))
     bench, like = load_benchmark(s), run.parent / "run"
     known = bench.retain + bench.world_facts
-    plain = dict(settings=s, code=(), takes=(data.Slice,), inputs=data_inputs(s))
+    plain = dict(settings=s, code=(), takes=(slices.Slice,), inputs=data_inputs(s))
     for name, rows in (("retain-only", known), ("original", known + bench.forget)):
         with Stage(run / name, **plain) as folder:
             if seed == 0:
@@ -63,7 +62,7 @@ def make_run(run: Path, root: Path, *, seed: int = 0, settings: dict = {}):
                 copy_model(like / name, folder)
     inputs = plain["inputs"] | dict(original=content(run / "original"))
     with Stage(run / "simu-graddiff", **plain | dict(
-            takes=(data.Slice, simu.Unlearning), inputs=inputs)) as folder:
+            takes=(slices.Slice, simu.Unlearning), inputs=inputs)) as folder:
         copy_model(run / "retain-only", folder)
     return s
 

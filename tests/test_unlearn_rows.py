@@ -15,7 +15,7 @@ import simu
 from data import Example
 from model import Config, Transformer, UserError, read_json, write_json
 from pipeline import (
-    before, benchmarks, card, objectives, request, settings, stages, unseen, verdict)
+    before, card, objectives, request, settings, stages, unseen, verdict)
 from pipeline.__main__ import main
 from pipeline.stage import read_stage
 from pipeline.tokenizers import train_tokenizer
@@ -110,7 +110,7 @@ def test_yes_and_no_cannot_be_exchanged_and_the_file_is_asked_for_first(tmp_path
         zip((n for n, _ in people(40)), ("Yes.", "No.") * 20))]
     assert not unseen.can_be_exchanged(rows[:20], rows[20:], 0)
     s = settings.Settings(benchmark="rows", objective="outsider")
-    bench = benchmarks.benchmark_of_rows(rows[:20], rows[20:], [])
+    bench = slices.benchmark_of_rows(rows[:20], rows[20:], [])
     with pytest.raises(UserError, match="give --unseen FILE"):
         before.need_reference(s, bench)
     before.need_reference(replace(s, unseen="file"), bench)

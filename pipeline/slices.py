@@ -3,11 +3,45 @@ kept, and what the model has never seen."""
 
 import random
 import unicodedata
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from data import TASKS, Benchmark, Example, Slice, load_lume, load_tofu
+from data import TASKS, TEMPLATES, Example, load_lume, load_tofu, option
 from model import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slice:
+    """Which rows are forgotten and kept, and how they are put to the model."""
+
+    seed: int = option(0, "seeds every draw: slice, initial weights, order, pairing", low=0)
+    forget_split: str = option("forget10", "TOFU: file of the forget set")
+    retain_split: str = option("retain90", "TOFU: file of the retain set")
+    forget_groups: int = option(0, "forget only this many authors (TOFU) or documents per task "
+                                "(LUME); 0: all", low=0)
+    retain_groups: int = option(0, "retain only this many; 0: all", low=0)
+    rows_per_author: int = option(20, "TOFU: consecutive rows that make one author", low=1)
+    lume_fraction: float = option(0.4, "LUME: share of documents sampled [D15]", above=0,
+                                  high=1)
+    template: str = option("qa", "prompt template [D14]; chat: the model's own",
+                           choices=tuple(TEMPLATES))
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """What one run forgets, keeps and measures."""
+
+    kind: str                     # "tofu", "lume" or "rows"
+    forget: list[Example]         # D_f
+    retain: list[Example]         # D_r
+    retain_eval: list[Example]    # rows of D_r on which retained utility is measured
+    world_facts: list[Example]
+    real_authors: list[Example]
+    nonmembers: list[Example]     # for MIA [D12]; empty with the reason below
+    nonmember_source: str
+    shared: int = 0               # rows of D_f that are in D_r too
+    comparable: bool = True       # non-members are of the forget rows' kind
+    level_rows: tuple = ()        # never-seen rows that set a level; not among the non-members
 
 
 def load_benchmark(folder, slice_: Slice, *, layout: str, made_here: bool) -> Benchmark:
