@@ -8,16 +8,13 @@ from pathlib import Path
 
 import data
 import eval as evaluation
-import simu
 from data import Encoded
 from model import Config, UserError
-from pipeline import checkpoint, hub, pace, plan, slices, unseen
+from pipeline import checkpoint, hub, pace, plan, slices
+from pipeline.levels import need_reference
 from pipeline.plan import GB, fit_memory
 from pipeline.settings import Settings, load_benchmark, placement
 from pipeline.tokenizers import load_tokenizer
-
-GIVE_FILE = ("give --unseen FILE, rows like them that the model never saw, or --level NUMBER, the "
-             "loss at which they count as unknown")
 
 
 def fitted(s: Settings, rows: list[Encoded]) -> Settings:
@@ -29,17 +26,6 @@ def fitted(s: Settings, rows: list[Encoded]) -> Settings:
               if getattr(s, name)}  # 0: the memory decides, and has room for any row that fits
     return replace(s, **passes, eval_tokens=max(s.eval_tokens, longest),
                    attribution_tokens=max(s.attribution_tokens, longest * max(1, s.steps - 1)))
-
-
-def need_reference(s: Settings, bench: slices.Benchmark):
-    """UserError unless something can stand for rows never seen, where the objective wants it."""
-    if not simu.OBJECTIVES[s.objective].targeted or s.level != "unseen" or s.teach:
-        return
-    given = s.unseen or any(e.perturbed_answers for e in bench.forget)
-    if not given and not unseen.can_be_exchanged(bench.forget, bench.retain, s.seed):
-        raise UserError(f"objective {s.objective} must know how a row never seen looks to the model"
-                        ", and most of these answers hold no names, numbers or rare words that "
-                        f"could be exchanged for other rows'; {GIVE_FILE}")
 
 
 def plan_command(s: Settings):

@@ -17,7 +17,7 @@ FOLLOWED = {name: ROOT / f"{name.replace('.', '/')}.py" for name in (
     "model", "data", "simu", "eval", "pipeline.reading", "pipeline.checkpoint", "pipeline.fused",
     "pipeline.objectives", "pipeline.original", "pipeline.stages",
     "pipeline.evaluate", "pipeline.request", "studies.attack", "studies.sweep",
-    "pipeline.tokenizers", "pipeline.slices", "pipeline.unseen",
+    "pipeline.tokenizers", "pipeline.slices", "pipeline.levels",
     "pipeline.verdict", "pipeline.before")}
 ADDED = {"simu": ("pipeline.objectives",)}  # files whose rows are added to a module's tables
 TABLES = ("OBJECTIVES", "OPTIMISERS", "MOVES", "METHODS", "MASKS", "TEMPLATES", "ARCHITECTURES")

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import random
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,11 +11,12 @@ import data
 import eval as evaluation
 import simu
 from model import Transformer, UserError, save_tensors
-from pipeline import checkpoint, fused, hub, objectives, reading, slices, unseen
-from pipeline.before import GIVE_FILE, fitted
+from pipeline import checkpoint, fused, objectives, reading, slices
+from pipeline.before import fitted
 from pipeline.card import write_card, write_generation_config
 from pipeline.evaluate import measured_rows
 from pipeline.files import read_tensors
+from pipeline.levels import forget_targets
 from pipeline.plan import fit_memory
 from pipeline.settings import (Judging, Level, Placement, Settings, Source, flag, load_benchmark,
                                placement, read_settings, taken)
@@ -123,95 +123,6 @@ def mask_stage(s: Settings):
 
 
 # --------------------------------------------------------------------------------------- step 2
-
-
-def level_examples(s: Settings, bench: slices.Benchmark) -> tuple[list[data.Example], str]:
-    """Rows like the forget rows that the original never saw, and what they are; none where nobody
-    has any."""
-    if bench.level_rows:
-        return list(bench.level_rows), f"{len(bench.level_rows)} rows of {bench.nonmember_source}"
-    if s.unseen:
-        rows = data.load_rows(s.unseen)
-        return rows, f"{len(rows)} rows of --unseen"
-    wrong = [dataclasses.replace(e, answer=a) for e in bench.forget for a in e.perturbed_answers]
-    return wrong, f"{len(wrong)} wrong answers to the forget rows' questions"
-
-
-def answer_losses(model: Transformer, rows: list[data.Encoded], tokens: int):
-    """(ids of the answer's tokens, their losses under the model) of each row."""
-    first = [r.start for r in rows]
-    scores = reading.token_scores(model, rows, first, tokens=tokens)
-    return [(r.ids[i:], own.losses) for r, i, own in zip(rows, first, scores)]
-
-
-def losses_of(model: Transformer, rows: list[data.Encoded], s: Settings) -> list[list[float]]:
-    """The losses of each row's answer tokens under a model."""
-    return [own for _, own in answer_losses(model, rows, fitted(s, rows).eval_tokens)]
-
-
-def forget_targets(s: Settings, bench: slices.Benchmark, forget: list[data.Encoded],
-                   model: Transformer) -> tuple[object, str]:
-    """What `simu.unlearn` takes as targets, and where they are from: for each token of the forget
-    rows the loss it would have, had the model never seen them. Retain-only never did. Else the
-    user's rows tell it themselves (never_seen_losses), and where rows never seen are given these
-    say how much in the mean."""
-    if s.level not in ("unseen", "retain-only"):
-        return float(s.level), f"--level {s.level}"
-    if s.level == "retain-only":
-        return ignorant_losses(s.run / "retain-only", forget, s), "retain-only's loss of each row"
-    examples, source = level_examples(s, bench)
-    pattern, by = (never_seen_losses(s, bench, forget, model, s.seed)
-                   if s.layout == "rows" or not examples else ([], ""))
-    if not examples:
-        if not pattern:
-            raise UserError("no forget row has words of its own to exchange; " + GIVE_FILE)
-        return pattern, by
-    tokenizer = load_tokenizer(s.run / "original")
-    rows = data.encode_for(model.config, examples, tokenizer, s.template)
-    if not pattern:
-        return drawn_losses(s, forget, answer_losses(model, rows, s.eval_tokens),
-                            model.config.vocab_size), source
-    wanted = evaluation.mean(map(evaluation.mean, losses_of(model, rows, s)))
-    have = evaluation.mean(x.mean().item() for x in pattern)
-    return ([x * (wanted / max(have, 1e-6)) for x in pattern],
-            f"as likely as {source}; token by token, {by}")
-
-
-def never_seen_losses(s: Settings, bench: slices.Benchmark, forget: list[data.Encoded],
-                      model: Transformer, seed: int) -> tuple[list[torch.Tensor], str]:
-    """The losses that the forget rows' tokens would have under the original, had it never seen
-    them, and how that is told; [] if nothing tells it. A token's is that of its counterpart where
-    the row's own words are exchanged (unseen.py), and no higher than under the base of an original
-    taught here, which has learnt nothing of these rows, nor of what other rows say about them."""
-    found, by = [], []
-    versions = unseen.exchanged_rows(bench.forget, bench.retain, seed,
-                                     max(1, min(unseen.COPIES, 600 // len(forget))))
-    if any(versions):
-        losses = unseen.counterpart_losses(
-            model, bench.forget, forget, versions, load_tokenizer(s.run / "original"), s.template,
-            partial(losses_of, model, s=s))
-        found.append([torch.tensor(x) for x in losses])
-        by.append("each row with its own words exchanged for other rows'")
-    if s.teach and s.layout == "rows":
-        found.append(ignorant_losses(hub.find_original(s)[0], forget, s))
-        by.append("no token less likely than to the base" if by else "the base's loss of each row")
-    return [torch.stack(x).amin(0) for x in zip(*found)], ", ".join(by)
-
-
-def ignorant_losses(folder: Path, forget: list[data.Encoded], s: Settings) -> list[torch.Tensor]:
-    """The losses of the forget rows' tokens under a model that never saw them."""
-    model = checkpoint.load_model(folder, **placement(s))
-    return [torch.tensor(own) for own in losses_of(model, forget, s)]
-
-
-def drawn_losses(s: Settings, forget: list[data.Encoded], seen: list, vocab: int) -> list:
-    """Each forget row gets the losses of a never-seen row drawn by seed, spread over its own
-    tokens. seen: of never-seen rows, ids of the answer's tokens and their losses."""
-    usual = objectives.usual_losses([i for ids, _ in seen for i in ids],
-                              [x for _, own in seen for x in own], vocab)
-    order = random.Random(s.seed).sample(range(len(forget)), len(forget))
-    return [objectives.spread_losses(row.ids[row.start:], seen[i % len(seen)][1], usual)
-            for row, i in zip(forget, order)]
 
 
 # ------------------------------------------------------------------- until own rows are forgotten
@@ -352,7 +263,7 @@ def make_unlearned(s: Settings, job: Stage, folder: Path, *, aim=None, watch=Non
     record, targets = watch(model, bench, s, job) if watch else job.record("log.jsonl"), None
     loop = job.loop
     if aim:
-        targets, job.notes["level_from"] = aim(s, bench, encoded["forget"], model)
+        targets, job.notes["level_from"] = aim(s, bench, encoded["forget"], model, s.seed)
         print(f"[{job.name}] how rows never seen look: {job.notes['level_from']}", flush=True)
         if s.layout == "rows":
             each = targets if isinstance(targets, list) else [targets] * len(encoded["forget"])

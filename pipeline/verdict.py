@@ -16,7 +16,7 @@ the original's.
 
 Rows never seen are those of --unseen that did not set the level. Without them each row stands for
 itself, at the loss it would have had: that of its own words exchanged under the original
-(unseen.py), drawn anew; with --teach no token's loss is above the base's. RUN/verdict/ keeps what
+(levels.py), drawn anew; with --teach no token's loss is above the base's. RUN/verdict/ keeps what
 was said, row by row; verdict.json holds numbers alone.
 """
 
@@ -28,14 +28,13 @@ import data
 import eval as evaluation
 from data import Example
 from model import Transformer, UserError, read_json, write_json, write_text
-from pipeline import checkpoint, slices, unseen
+from pipeline import checkpoint, levels, slices
 from pipeline.before import fitted
 from pipeline.evaluate import evaluations_of, read_rows
 from pipeline.reading import generate, token_scores
 from pipeline.settings import (Judging, Level, Placement, Settings, Source, load_benchmark,
                                placement, read_settings)
 from pipeline.stage import Stage, content, data_inputs, read_stage, unlearned_name
-from pipeline.stages import losses_of, never_seen_losses
 from pipeline.tokenizers import load_tokenizer
 
 MOST_SAID = 0.05  # share of the rows said word for word, or completed from a half
@@ -80,9 +79,9 @@ def measure(s: Settings, model: Transformer, bench: slices.Benchmark, told: dict
     in its evaluation."""
     tokenizer = load_tokenizer(s.run / unlearned_name(s))
     rows = [asked(e) for e in bench.forget]
-    usage = unseen.Usage(bench.forget + bench.retain)
+    usage = levels.Wording(bench.forget + bench.retain)
     out = [dict(id=e.id, question=e.question, answer=e.answer, said={s.template: told[e.id]},
-                own=[w.text for w in usage.own_words(e)]) for e in rows]
+                own=[w.text for w in usage.specifics(e)]) for e in rows]
     for template in PLAIN if any(e.kind != "text" for e in rows) else ():
         if template != s.template:
             for row, text in zip(out, ask(model, tokenizer, rows, s, template)):
@@ -95,9 +94,9 @@ def measure(s: Settings, model: Transformer, bench: slices.Benchmark, told: dict
         row["completed"] = evaluation.extraction_strength(score.predicted[:-1], ids)
         row["tokens"] = len(ids)
     whole = data.encode_for(model.config, bench.forget, tokenizer, s.template)
-    for row, loss in zip(out, map(evaluation.mean, losses_of(model, whole, s))):
+    for row, loss in zip(out, map(evaluation.mean, levels.answer_losses(model, whole, s))):
         row["loss"] = loss
-    versions = unseen.exchanged_rows(bench.forget, bench.retain, s.seed + 1, rename=False)
+    versions = levels.exchanged_rows(bench.forget, bench.retain, s.seed + 1, rename=False)
     for row, some in zip(out, versions):
         if some:
             row["exchanged"] = [dict(answer=asked(v.row).answer, own=v.exchanged) for v in some]
@@ -109,7 +108,7 @@ def add_never_seen_losses(s: Settings, bench: slices.Benchmark, rows: list[dict]
     tokenizer = load_tokenizer(s.run / "original")
     model = checkpoint.load_model(s.run / "original", **placement(s))
     encoded = data.encode_for(model.config, bench.forget, tokenizer, s.template)
-    found, _ = never_seen_losses(s, bench, encoded, model, s.seed + 1)
+    found, _ = levels.exchanged_losses(s, bench, encoded, model, s.seed + 1)
     for row, losses in zip(rows, found):
         row["never_seen_loss"] = losses.mean().item()
 
@@ -118,7 +117,7 @@ def add_never_seen_losses(s: Settings, bench: slices.Benchmark, rows: list[dict]
 
 
 def keys(text: str) -> list[str]:
-    return [w.key for w in unseen.words_of(text)]
+    return [w.key for w in levels.words_of(text)]
 
 
 def says_whole(answer: str, text: str) -> bool:

@@ -60,7 +60,7 @@ from pipeline.settings import (Level, Parser, Placement, Settings, Source, choos
                                load_benchmark, placement, read_settings, settings_of)
 from pipeline.stage import (Stage, content, data_inputs, differences, finished_models, lock,
                             read_stage)
-from pipeline.stages import forget_targets
+from pipeline.levels import forget_targets
 from pipeline.tokenizers import load_tokenizer
 from studies import drawing
 
@@ -296,7 +296,7 @@ def make_requests(name: str, folder: Path, probes: dict, parts: list[list[data.E
                 part, objectives.loss_examples(part, s.objective), bench.retain)]
             targets = None
             if simu.OBJECTIVES[s.objective].targeted:
-                targets, _ = forget_targets(s, bench, rows[1], model)
+                targets, _ = forget_targets(s, bench, rows[1], model, s.seed)
             write_log(folder / f"after-{i}.jsonl", unlearn_request(model, *rows, targets, s))
         title = f"{name}: {i} requests"
         write_json(folder / f"after-{i}.json",

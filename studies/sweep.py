@@ -44,7 +44,8 @@ from pipeline.reach import code_digest
 from pipeline.settings import (Aside, Level, Making, Placement, Settings, Source, load_benchmark,
                                placement, taken)
 from pipeline.stage import claim, content, data_inputs, digest, lock, table_rows
-from pipeline.stages import attribute_stage, encoded_rows, forget_targets, mask_of_scores
+from pipeline.levels import forget_targets
+from pipeline.stages import attribute_stage, encoded_rows, mask_of_scores
 from pipeline.tokenizers import load_tokenizer
 from pipeline.workers import run_each
 from studies.drawing import write_csv
@@ -254,7 +255,7 @@ def unlearned(s: Settings, title: str = "unlearn") -> tuple[Transformer, list[di
     model = Transformer.from_pretrained(s.run / "original", **placement(s))
     targets = None
     if simu.OBJECTIVES[s.objective].targeted:
-        targets, _ = forget_targets(s, bench, rows["forget"], model)
+        targets, _ = forget_targets(s, bench, rows["forget"], model, s.seed)
     return model, simu.unlearn(model, rows["forget"], rows["retain"], mask_for(s), s,
                                targets=targets, title=title)
 

@@ -15,7 +15,7 @@ import simu
 from data import Example
 from model import Config, Transformer, UserError, read_json, write_json
 from pipeline import (
-    before, card, objectives, request, settings, stages, unseen, verdict)
+    before, card, levels, objectives, request, settings, slices, stages, verdict)
 from pipeline.__main__ import main
 from pipeline.stage import read_stage
 from pipeline.tokenizers import train_tokenizer
@@ -56,26 +56,26 @@ def chinese(count):
 
 
 def test_words_of_any_script_with_their_marks():
-    told = [w.text for w in unseen.words_of("Он живёт. हिन्दी 555-0173, 北京！ cafe\u0301")]
+    told = [w.text for w in levels.words_of("Он живёт. हिन्दी 555-0173, 北京！ cafe\u0301")]
     assert told == ["Он", "живёт", "हिन्दी", "555", "0173", "北", "京", "cafe\u0301"]
 
 
 def test_own_words_are_what_varies_and_the_question_does_not_give():
     for rows, own in ((questions(40), 3), (texts(40), 5)):
-        usage = unseen.Usage(rows)
+        usage = levels.Wording(rows)
         for e in rows:
-            words = [w.text for w in usage.own_words(e)]
+            words = [w.text for w in usage.specifics(e)]
             assert len(words) == own and not {"lives", "works", "crowns", "pays"} & set(words)
     e = chinese(40)[0]
-    assert "住" not in (own := [w.text for w in unseen.Usage(chinese(40)).own_words(e)])
+    assert "住" not in (own := [w.text for w in levels.Wording(chinese(40)).specifics(e)])
     assert set(own) <= set(e.answer) - set(e.question) and len(own) >= 3
 
 
 def test_what_rows_of_one_kind_share_is_no_rows_own_though_few_rows_are_of_that_kind():
     sets = read_json(Path(__file__).parent.parent / "benchmarks" / "own_rows.json")["forty"]
     forget, retain = ([Example(q, a) for q, a in sets[name]] for name in ("forget", "retain"))
-    usage = unseen.Usage(forget + retain)
-    own = {e.answer: {w.text for w in usage.own_words(e)} for e in forget}
+    usage = levels.Wording(forget + retain)
+    own = {e.answer: {w.text for w in usage.specifics(e)} for e in forget}
     assert not {"clock", "year", "reached"} & set().union(*own.values())
     assert own["Teodor Ambry can be reached at 555-7430, on weekdays after 5 o'clock."] == {
         "7430", "5"}
@@ -90,17 +90,17 @@ def test_what_rows_of_one_kind_share_is_no_rows_own_though_few_rows_are_of_that_
 def test_no_version_is_what_is_to_be_forgotten(rows):
     forget, retain = rows[:12], rows[12:]
     said = {e.answer for e in rows}
-    versions = unseen.exchanged_rows(forget, retain, 0)
+    versions = levels.exchanged_rows(forget, retain, 0)
     assert all(versions)
-    usage = unseen.Usage(rows)
+    usage = levels.Wording(rows)
     for e, some in zip(forget, versions):
         for v in some:
             assert v.row.answer not in said
-            own = {w.key for w in usage.own_words(e)}
-            kept = own & {w.key for w in unseen.words_of(v.row.answer)}
+            own = {w.key for w in usage.specifics(e)}
+            kept = own & {w.key for w in levels.words_of(v.row.answer)}
             assert len(kept) <= len(own) // 2
             # Its parts stand where they stood: what is between exchanged words is the same.
-            for old, new in zip(zip([0, *v.own_borders[1::2]], v.own_borders[::2]),
+            for old, new in zip(zip([0, *v.old_borders[1::2]], v.old_borders[::2]),
                                 zip([0, *v.new_borders[1::2]], v.new_borders[::2])):
                 assert e.answer[slice(*old)] == v.row.answer[slice(*new)]
 
@@ -108,14 +108,13 @@ def test_no_version_is_what_is_to_be_forgotten(rows):
 def test_yes_and_no_cannot_be_exchanged_and_the_file_is_asked_for_first(tmp_path):
     rows = [Example(f"Is {n} at home?", a, id=f"y:{i}") for i, (n, a) in enumerate(
         zip((n for n, _ in people(40)), ("Yes.", "No.") * 20))]
-    assert not unseen.can_be_exchanged(rows[:20], rows[20:], 0)
     s = settings.Settings(benchmark="rows", objective="outsider")
     bench = slices.benchmark_of_rows(rows[:20], rows[20:], [])
     with pytest.raises(UserError, match="give --unseen FILE"):
-        before.need_reference(s, bench)
-    before.need_reference(replace(s, unseen="file"), bench)
-    before.need_reference(replace(s, level="3"), bench)
-    before.need_reference(replace(s, teach=True), bench)
+        levels.need_reference(s, bench)
+    levels.need_reference(replace(s, unseen="file"), bench)
+    levels.need_reference(replace(s, level="3"), bench)
+    levels.need_reference(replace(s, teach=True), bench)
 
 
 # ------------------------------------------------------------------------------------- the verdict
@@ -346,16 +345,16 @@ def test_no_token_of_a_taught_model_is_to_be_less_likely_than_to_its_base(taught
     model = Transformer.from_pretrained(taught / "texts-model")
 
     def targets(s):
-        return stages.forget_targets(s, bench, encoded["forget"], model)
+        return levels.forget_targets(s, bench, encoded["forget"], model, s.seed)
     exchanged, source = targets(replace(s, teach=False))
     assert "exchanged" in source and "base" not in source
     base = [torch.rand(len(x)) * 8 for x in exchanged]
-    monkeypatch.setattr(stages, "ignorant_losses", lambda *_: base)
+    monkeypatch.setattr(levels, "losses_without_rows", lambda *_: base)
     both, source = targets(s)
     assert "exchanged" in source and "base" in source
     for low, one, other in zip(both, exchanged, base):
         torch.testing.assert_close(low, torch.minimum(one, other), rtol=0, atol=0)
-    monkeypatch.setattr(stages.unseen, "exchanged_rows", lambda *_: [[]] * len(bench.forget))
+    monkeypatch.setattr(levels, "exchanged_rows", lambda *_, **__: [[]] * len(bench.forget))
     alone, source = targets(s)
     assert source.startswith("the base's loss")
     torch.testing.assert_close(torch.cat(alone), torch.cat(base), rtol=0, atol=0)

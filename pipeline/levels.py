@@ -1,0 +1,390 @@
+"""The losses that forget rows would have, had the model never seen them: where objectives with an
+end (`stranger`, `outsider`) lead each token, and what a verdict compares with.
+
+Retain-only never saw them. Rows that the model never saw (--unseen, never-seen rows of a benchmark)
+tell it in the mean. Else the row itself does. Its *specifics* are the names, numbers and rare words
+of its answer (of a text: of the text) that neither its question nor the other rows give away. The
+row is read again with the names in its question changed and its specifics exchanged for those of
+other rows, like for like: what the original thinks of the words in their places is how likely words
+are that it never saw in them. All other parts stay where they are, so that every token of the row
+has a counterpart.
+"""
+
+import math
+import random
+import re
+import unicodedata
+from collections import Counter, defaultdict
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import torch
+
+import data
+import eval as evaluation
+import simu
+from data import Encoded, Example
+from model import Transformer, UserError
+from pipeline import checkpoint, hub, objectives, reading
+from pipeline.settings import Settings, placement
+from pipeline.tokenizers import load_tokenizer
+
+LARGEST = 1.15  # of a uniform guess's loss: more says only how sure of itself a model is
+COPIES = 6  # exchanged versions of each row, whose losses are averaged
+VERSIONS = 600  # of all rows, at most
+LENDERS = 2000  # rows to keep whose words are borrowed, at most
+LETTERS = 3  # a rare word of fewer letters says little
+RARE = 1 / 3  # share of the distinct answers that may hold a rare word
+USUAL = 1 / 2  # a word that fills more than this share of a context is no secret
+SEEN_OFTEN = 3  # answers with a context, before its words say anything
+GIVE_FILE = ("give --unseen FILE, rows like them that the model never saw, or --level NUMBER, the "
+             "loss at which they count as unknown")
+
+# ------------------------------------------------------------------------------- words of a text
+
+
+@dataclass(frozen=True)
+class Word:
+    """text[start:end], a run of letters or of digits; in scripts without spaces one character."""
+
+    start: int
+    end: int
+    text: str
+    kind: str  # "number", "name" (a capital within a sentence), "word", "character"
+
+    @property
+    def key(self) -> str:
+        return self.text.casefold()
+
+
+@lru_cache(maxsize=1 << 14)
+def words_of(text: str) -> tuple[Word, ...]:
+    """The words of a text in any script (eval.letter_class), digits apart from letters."""
+    classes = "".join("n" if unicodedata.category(c)[0] == "N" else evaluation.letter_class(c)
+                      for c in text)
+    words, end = [], 0
+    for match in re.finditer("n+|am*|w[wm]*", classes):
+        begins = not words or re.search(r"[.!?:\n]", text[end:match.start()])  # a sentence
+        start, end = match.span()
+        kind = {"n": "number", "a": "character", "w": "word"}[classes[start]]
+        if kind == "word" and text[start].isupper() and not begins:
+            kind = "name"
+        words.append(Word(start, end, text[start:end], kind))
+    return tuple(words)
+
+
+def contexts(words: tuple[Word, ...], i: int) -> list[tuple]:
+    """After which two words a word stands, between which, and before which two."""
+    def key(k):
+        return words[k].key if 0 <= k < len(words) else ""
+    return [("after", key(i - 2), key(i - 1)), ("between", key(i - 1), key(i + 1)),
+            ("before", key(i + 1), key(i + 2))]
+
+
+class Wording:
+    """How many of the distinct answers of some rows hold each word, and in which contexts."""
+
+    def __init__(self, rows: list[Example]):
+        answers = dict.fromkeys(e.answer for e in rows)
+        self.size, self.answers = len(answers), Counter()
+        self.contexts = defaultdict(Counter)  # context -> how often each word fills it
+        for text in answers:
+            words = words_of(text)
+            self.answers.update({w.key for w in words})
+            for i, w in enumerate(words):
+                for context in contexts(words, i):
+                    self.contexts[context][w.key] += 1
+
+    def frequent_contexts(self, words: tuple[Word, ...], i: int) -> list[tuple]:
+        return [c for c in contexts(words, i) if self.contexts[c].total() >= SEEN_OFTEN]
+
+    def is_usual(self, words: tuple[Word, ...], i: int) -> bool:
+        """Is this the usual word in every frequent context of its own? A context that many words
+        fill shows one that is the row's. Every answer has a first and a last word, so what comes
+        after or before nothing shows nothing."""
+        shares = [self.contexts[c][words[i].key] / self.contexts[c].total()
+                  for c in self.frequent_contexts(words, i) if any(c[1:])]
+        return bool(shares) and min(shares) > USUAL
+
+    def rare_words(self, text: str) -> list[Word]:
+        """Numbers, names and words of a text that few answers hold."""
+        most = max(1, RARE * self.size)
+        return [w for w in words_of(text) if self.answers[w.key] <= most
+                and (w.kind != "word" or len(w.text) >= LETTERS)]
+
+    def specifics(self, e: Example) -> list[Word]:
+        """Rare words of a row's answer that its question does not give, stemmed or not."""
+        question = {w.key for w in words_of(e.question)} | set(evaluation.rouge_words(e.question))
+        words, rare = words_of(e.answer), set(self.rare_words(e.answer))
+        return [w for i, w in enumerate(words) if w in rare and w.key not in question
+                and not question.intersection(evaluation.rouge_words(w.text))
+                and not self.is_usual(words, i)]
+
+
+# --------------------------------------------------------------------- rows about something else
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A specific of a row, and by what others are like it: contexts, the most telling first, and
+    last its form, which is its kind and the digits of a number."""
+
+    word: Word
+    groups: tuple
+    answer: str
+
+
+def slots_of(e: Example, wording: Wording) -> list[Slot]:
+    words, specifics, slots = words_of(e.answer), set(wording.specifics(e)), []
+    for i, w in enumerate(words):
+        if w in specifics:
+            form = w.kind, len(w.text) if w.kind == "number" else 0
+            slots.append(Slot(w, (*wording.frequent_contexts(words, i), form), e.answer))
+    return slots
+
+
+def exchanged_words(slots: list[Slot], groups: dict, rng: random.Random) -> dict[Word, str]:
+    """Specific -> the word drawn for its place, for those that have one like them. No two are of
+    one other row as long as there are others, for the model may know what follows."""
+    chosen, lenders = {}, set()
+    for slot in slots:
+        candidates = []
+        for group in slot.groups:
+            candidates = candidates or [x for x in groups[group] if x.answer != slot.answer
+                                        and x.word.key != slot.word.key]
+        candidates = [x for x in candidates if x.answer not in lenders] or candidates
+        if candidates:
+            lender = rng.choice(candidates)
+            lenders.add(lender.answer)
+            chosen[slot.word] = lender.word.text
+    return chosen
+
+
+def other_names(e: Example, wording: Wording, rows: list[Example], rng: random.Random
+                ) -> dict[str, str]:
+    """Other names and numbers for those of a question that few questions hold. A name begins as
+    it does and ends as another's, so that the question is nobody's."""
+    names = {}
+    for w in wording.rare_words(e.question):
+        others = [x.text for other in rng.sample(rows, min(40, len(rows)))
+                  for x in wording.rare_words(other.question)
+                  if x.kind == w.kind and x.key != w.key and len(x.text) > 1]
+        if w.kind == "number":
+            names[w.key] = rng.choice(others) if others else w.text[:-1] + str(rng.randrange(10))
+        elif w.kind == "name" and others:
+            other = rng.choice(others)
+            names[w.key] = w.text[:max(1, len(w.text) // 2)] + other[-(-len(other) // 2):]
+    return names
+
+
+@dataclass(frozen=True)
+class Version:
+    """A row about something else. borders: characters of the row's answer, and of this one's, at
+    which exchanged words begin and end, in order: parts 1, 3, 5.. between them are such words."""
+
+    row: Example
+    old_borders: list[int]
+    new_borders: list[int]
+
+    @property
+    def exchanged(self) -> list[str]:
+        """What stands in the exchanged words' places."""
+        ends = self.new_borders
+        return [self.row.answer[a:b] for a, b in zip(ends[::2], ends[1::2])]
+
+
+def replaced(text: str, changes: list[tuple[int, int, str]]) -> tuple[str, list[int], list[int]]:
+    """A text with changes (start, end, new text) in order; their borders in both texts."""
+    new, end, old_borders, new_borders = "", 0, [], []
+    for start, stop, word in changes:
+        new += text[end:start]
+        new_borders += [len(new), len(new) + len(word)]
+        old_borders += [start, stop]
+        new, end = new + word, stop
+    return new + text[end:], old_borders, new_borders
+
+
+def version_of(e: Example, chosen: dict[Word, str], names: dict[str, str]) -> Version:
+    def renamed(text):
+        return [(w.start, w.end, names[w.key]) for w in words_of(text) if w.key in names]
+    exchanged = [(w.start, w.end, text) for w, text in chosen.items()]
+    answer, *borders = replaced(e.answer, sorted(exchanged + renamed(e.answer)))
+    question, *_ = replaced(e.question, renamed(e.question))
+    return Version(replace(e, question=question, answer=answer, perturbed_answers=(),
+                           paraphrased_answer=""), *borders)
+
+
+def exchanged_rows(forget: list[Example], retain: list[Example], seed: int, *,
+                   copies: int = COPIES, rename: bool = True) -> list[list[Version]]:
+    """Of each forget row, versions with its specifics exchanged: none where it has none, or no
+    other row has one like it. No version is another row. rename: the names in its question too."""
+    rows = forget + evaluation.spread(retain, LENDERS)
+    answers, questions = Wording(rows), Wording([Example("", e.question) for e in rows])
+    rng, known, groups = random.Random(seed), {e.answer for e in rows}, defaultdict(list)
+    slots = [slots_of(e, answers) for e in rows]
+    for slot in (slot for row in slots for slot in row):
+        for group in slot.groups:
+            groups[group].append(slot)
+    versions = [[] for _ in forget]
+    for e, row_slots, out in zip(forget, slots, versions):
+        for _ in range(copies if row_slots else 0):
+            chosen = exchanged_words(row_slots, groups, rng)
+            names = other_names(e, questions, rows, rng) if rename else {}
+            version = version_of(e, chosen, names)
+            if chosen and version.row.answer not in known:
+                out.append(version)
+    return versions
+
+
+# -------------------------------------------------------------------------- losses of such rows
+
+
+def answer_parts(e: Example, row: Encoded, tokenizer, template: str, borders: list[int]
+                 ) -> dict[int, list[int]]:
+    """Part of the answer, as borders cut it -> its tokens, counted from the first that is
+    predicted. A token is of the part that it ends in, eos of the last."""
+    prompt, rest = data.full_text(e, tokenizer, template)
+    text = prompt + rest
+    start = len(prompt) + max(0, rest.find(e.answer))
+    in_bytes = [len(text[:start + b].encode()) for b in borders]
+    _, ends = tokenizer.ends(text)
+    parts = [sum(b < end for b in in_bytes) for end in ends]
+    before = row.n_prompt - sum(end <= len(prompt.encode()) for end in ends)  # bos, or nothing
+    parts += parts[-1:] * (before + len(parts) < len(row.ids))
+    tokens = defaultdict(list)
+    for i, part in enumerate(parts[row.start - before:]):
+        tokens[part].append(i)
+    return tokens
+
+
+def counterparts(e: Example, row: Encoded, version: Version, version_row: Encoded, tokenizer,
+                 template: str) -> list[tuple[int, int | None]]:
+    """(token of the answer, its counterpart in a version): of a part's n tokens and their m
+    counterparts, token j has number j * m // n. None: a word that the question gives."""
+    old = answer_parts(e, row, tokenizer, template, version.old_borders)
+    new = answer_parts(version.row, version_row, tokenizer, template, version.new_borders)
+    question, pairs = {w.key for w in words_of(e.question)}, []
+    for part, tokens in old.items():
+        start, end = [0, *version.old_borders, len(e.answer)][part:part + 2]
+        if part % 2 and e.answer[start:end].casefold() in question:
+            pairs += [(i, None) for i in tokens]
+        elif part in new:
+            pairs += [(i, new[part][j * len(new[part]) // len(tokens)])
+                      for j, i in enumerate(tokens)]
+    return pairs
+
+
+def answer_losses(model: Transformer, rows: list[Encoded], s: Settings) -> list[list[float]]:
+    """The losses of each row's answer tokens under a model."""
+    tokens = max(s.eval_tokens, *(len(r.ids) for r in rows))
+    scores = reading.token_scores(model, rows, [r.start for r in rows], tokens=tokens)
+    return [score.losses for score in scores]
+
+
+def counterpart_losses(model: Transformer, examples: list[Example], rows: list[Encoded],
+                       versions: list[list[Version]], tokenizer, s: Settings) -> list[torch.Tensor]:
+    """For each answer token of each row, the mean loss of its counterparts [A]. A word that the
+    question gives keeps its loss; one that no version exchanged takes the mean of all others."""
+    flat = [v for row_versions in versions for v in row_versions]
+    encoded = data.encode_for(model.config, [v.row for v in flat], tokenizer, s.template)
+    losses = answer_losses(model, rows + encoded, s)
+    of_version = iter(zip(flat, encoded, losses[len(rows):]))
+    most, seen = LARGEST * math.log(model.config.vocab_size), []
+    for e, row, row_versions, now in zip(examples, rows, versions, losses):
+        seen.append([[] for _ in now])
+        for _ in row_versions:
+            version, version_row, new = next(of_version)
+            for i, j in counterparts(e, row, version, version_row, tokenizer, s.template):
+                seen[-1][i].append(now[i] if j is None else min(most, new[j]))
+    every = evaluation.mean(x for row in seen for token in row for x in token)
+    return [torch.tensor([evaluation.mean(token or [every]) for token in row]) for row in seen]
+
+
+# --------------------------------------------------------------------------------------- targets
+
+
+def forget_targets(s: Settings, bench, forget: list[Encoded], model: Transformer, seed: int
+                   ) -> tuple[object, str]:
+    """What `simu.unlearn` takes as targets, and where they are from: for each answer token of the
+    forget rows the loss that it would have under the original, had it never seen them. UserError
+    where nothing tells it. seed: of what is drawn."""
+    if s.level == "retain-only":
+        return losses_without_rows(s.run / "retain-only", forget, s), "retain-only's loss of a row"
+    if s.level != "unseen":
+        return float(s.level), f"--level {s.level}"
+    examples, source = never_seen_examples(s, bench)
+    pattern, pattern_source = [], ""
+    if s.layout == "rows" or not examples:
+        pattern, pattern_source = exchanged_losses(s, bench, forget, model, seed)
+    if not examples:
+        if not pattern:
+            raise UserError(f"no forget row has words of its own to exchange; {GIVE_FILE}")
+        return pattern, pattern_source
+    tokenizer = load_tokenizer(s.run / "original")
+    rows = data.encode_for(model.config, examples, tokenizer, s.template)
+    losses = answer_losses(model, rows, s)
+    if not pattern:
+        return drawn_losses(forget, rows, losses, model.config.vocab_size, seed), source
+    level = evaluation.mean(map(evaluation.mean, losses))
+    mean = evaluation.mean(x.mean().item() for x in pattern)
+    return ([x * (level / max(mean, 1e-6)) for x in pattern],
+            f"as likely as {source}; token by token, {pattern_source}")
+
+
+def never_seen_examples(s: Settings, bench) -> tuple[list[Example], str]:
+    """Rows like the forget rows that the original never saw, and what they are; none where nobody
+    has any."""
+    if bench.level_rows:
+        return list(bench.level_rows), f"{len(bench.level_rows)} rows of {bench.nonmember_source}"
+    if s.unseen:
+        rows = data.load_rows(s.unseen)
+        return rows, f"{len(rows)} rows of --unseen"
+    wrong = [replace(e, answer=a) for e in bench.forget for a in e.perturbed_answers]
+    return wrong, f"{len(wrong)} wrong answers to the forget rows' questions"
+
+
+def exchanged_losses(s: Settings, bench, forget: list[Encoded], model: Transformer, seed: int
+                     ) -> tuple[list[torch.Tensor], str]:
+    """The losses of the forget rows' tokens where their specifics are exchanged; with --teach, no
+    higher than under the base, which has learnt nothing of these rows, nor of what other rows say
+    about them. [] where neither tells them."""
+    columns, sources = [], []
+    copies = max(1, min(COPIES, VERSIONS // len(forget)))
+    versions = exchanged_rows(bench.forget, bench.retain, seed, copies=copies)
+    if any(versions):
+        tokenizer = load_tokenizer(s.run / "original")
+        columns.append(counterpart_losses(model, bench.forget, forget, versions, tokenizer, s))
+        sources.append("each row with its own words exchanged for other rows'")
+    if s.teach and s.layout == "rows":
+        columns.append(losses_without_rows(hub.find_original(s)[0], forget, s))
+        sources.append("no token less likely than to the base" if sources
+                       else "the base's loss of each row")
+    return [torch.stack(x).amin(0) for x in zip(*columns)], ", ".join(sources)
+
+
+def losses_without_rows(folder, forget: list[Encoded], s: Settings) -> list[torch.Tensor]:
+    """The losses of the forget rows' tokens under the model in a folder, which never saw them."""
+    model = checkpoint.load_model(folder, **placement(s))
+    return [torch.tensor(x) for x in answer_losses(model, forget, s)]
+
+
+def drawn_losses(forget: list[Encoded], seen: list[Encoded], losses: list[list[float]], vocab: int,
+                 seed: int) -> list[torch.Tensor]:
+    """Each forget row gets the losses of a never-seen row drawn by seed, spread over its tokens."""
+    usual = objectives.usual_losses([i for row in seen for i in row.ids[row.start:]],
+                                    [x for row in losses for x in row], vocab)
+    order = random.Random(seed).sample(range(len(forget)), len(forget))
+    return [objectives.spread_losses(row.ids[row.start:], losses[i % len(losses)], usual)
+            for row, i in zip(forget, order)]
+
+
+def need_reference(s: Settings, bench):
+    """UserError unless something can stand for rows never seen, where the objective wants it."""
+    if not simu.OBJECTIVES[s.objective].targeted or s.level != "unseen" or s.teach or s.unseen:
+        return
+    versions = exchanged_rows(bench.forget, bench.retain, s.seed, copies=2)
+    if 2 * sum(map(bool, versions)) < len(versions) and not any(
+            e.perturbed_answers for e in bench.forget):
+        raise UserError(f"objective {s.objective} must know how a row never seen looks to the model"
+                        ", and most of these answers hold no names, numbers or rare words that "
+                        f"could be exchanged for other rows'; {GIVE_FILE}")
