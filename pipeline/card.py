@@ -11,7 +11,7 @@ from pathlib import Path
 
 import data
 import simu
-from model import TOKEN_IDS, read_json, write_json, write_text
+from model import read_json, write_json, write_text
 from pipeline import checkpoint, objectives, slices
 from pipeline.columns import COLUMNS, label, mask_line, reading, table, table_of, with_values
 from pipeline.settings import Settings
@@ -57,8 +57,8 @@ def write_generation_config(folder: Path, s: Settings):
         length["do_sample"] = False
     elif {"max_new_tokens", "max_length"} & set(theirs):
         length = {}
-    ids = {key: getattr(config, key) for key in TOKEN_IDS} | {
-        k: v for k, v in theirs.items() if k in TOKEN_IDS}
+    ids = {key: getattr(config, key) for key in checkpoint.TOKEN_IDS} | {
+        k: v for k, v in theirs.items() if k in checkpoint.TOKEN_IDS}
     ends = list(load_tokenizer(s.run / "original").eos_ids)
     ids["eos_token_id"] = ends[0] if len(ends) == 1 else ends
     write_json(folder / "generation_config.json", theirs | length | {

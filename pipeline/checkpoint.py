@@ -1,82 +1,89 @@
-"""A stranger's folder: what a config.json, an index and headers may hold.
+"""A stranger's folder, and models too large for one file.
 
-The core (Transformer.from_pretrained) refuses what would compute other numbers. Here every value is
-looked at first, so that a damaged or hostile file ends in one line that names it.
+The core (Transformer.from_pretrained) refuses what would compute other numbers. Here every value of
+config.json is looked at first, so that a damaged file ends in one line that names it.
 """
 
-import re
 import reprlib
 import time
 from collections import Counter
 from contextlib import contextmanager
+from dataclasses import MISSING, fields
 from pathlib import Path
 
 import torch
 
-from model import (INDEX, LLAMA3, NO_TEXT, OLMO_EPS, SIZES, TOKEN_IDS, Config, Transformer,
-                   UserError, first_names, load_weights, open_tensors, read_json, shard_files)
+from model import (ARCHITECTURES, INDEX, LLAMA3, Config, Transformer, UserError, read_json,
+                   save_tensors, shard_files, stored_parameters, write_json)
 
-HUGE = 1e30  # no constant of a model is larger; float32 must hold it
-LARGEST_SIZE = 1 << 24  # far above any model's, and below what overflows or takes minutes before
-MOST_LAYERS = 1 << 10  # the weights are found not to fit
-
-# ---------------------------------------------------------------------------------------- config
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+         "num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings")
+LARGEST_SIZE = 1 << 24  # far above any model's, and below what overflows
+LARGEST_NUMBER = 1e30  # float32 must hold it
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+SHARD_BYTES = 5_000_000_000  # as transformers cuts its own
 
 
 def read_config(path, **changes) -> Config:
     """Config.from_dir, every value looked at."""
-    config = Config.from_dir(path, **changes)
+    file = Path(path) / "config.json"
+    if not Path(path).is_dir():
+        raise UserError(f"{path} is not a folder; give the folder that holds config.json")
+    content = read_json(file)
     try:
-        check_config(config)
+        check_values(content)
+        config = Config.from_hf(content, **changes)
     except UserError as e:
-        raise UserError(f"{Path(path) / 'config.json'}: {e}") from None
+        raise UserError(f"{file}: {e}") from None
+    heads, shared = config.num_attention_heads, config.num_key_value_heads
+    if heads % shared or config.head_dim % 2:
+        raise UserError(f"{file}: num_key_value_heads = {shared} must divide num_attention_heads = "
+                        f"{heads}, and head_dim = {config.head_dim} must be even")
     return config
 
 
-def check_config(c: Config):
-    """UserError unless all values are of their type, within bounds, and what is computed here."""
-    for name in SIZES:
-        largest = MOST_LAYERS if name == "num_hidden_layers" else LARGEST_SIZE
-        need(getattr(c, name) <= largest, c, name, f"a whole number above 0, at most {largest}")
-    need(c.num_attention_heads * c.head_dim <= LARGEST_SIZE, c, "head_dim",
-         f"at most {LARGEST_SIZE} over all heads")
-    need(is_positive(c.norm_eps), c, "norm_eps", "a number above 0")
-    need(is_positive(c.rope_theta), c, "rope_theta", "a number above 0")
-    need(isinstance(c.tie_word_embeddings, bool), c, "tie_word_embeddings", "true or false")
-    need(c.norm_eps == OLMO_EPS or not c.architecture.plain_norm, c, "norm_eps",
-         f"{OLMO_EPS} for {c.model_type}, which fixes it")
-    need(c.clip_qkv is None or c.architecture.clips, c, "clip_qkv",
-         f"null for {c.model_type}, which does not clip")
-    need(c.clip_qkv is None or is_positive(c.clip_qkv), c, "clip_qkv", "null or a number above 0")
-    scaling = c.rope_scaling
-    if scaling is not None:
-        good = isinstance(scaling, dict) and all(is_positive(scaling.get(k)) for k in LLAMA3)
-        need(good and scaling["low_freq_factor"] < scaling["high_freq_factor"], c, "rope_scaling",
-             f"null, or llama3's with {', '.join(LLAMA3)} above 0, the low below the high one")
-    check_token_ids(c)
+def check_values(content):
+    """UserError unless the values of a config.json are there and of their types."""
+    need({"config.json": content}, ["config.json"], [dict], "a JSON object")
+    need(content, ["model_type"], [str], "a text")
+    required = [f.name for f in fields(Config) if f.default is MISSING]
+    architecture = ARCHITECTURES.get(content.get("model_type"))
+    if architecture and not architecture.plain_norm:
+        required.append("rms_norm_eps")
+    for key in required:
+        if content.get(key) is None:
+            raise UserError(f"{key} is missing; take the config.json the weights came with")
+    need(content, SIZES, [int], f"a whole number from 1 to {LARGEST_SIZE}", LARGEST_SIZE)
+    need(content, ["rms_norm_eps", "rope_theta", "clip_qkv", "sliding_window"], [int, float],
+         "a number above 0")
+    need(content, ["tie_word_embeddings"], [bool], "true or false")
+    need(content, ["layer_types"], [list], "a list")
+    for key in ("rope_scaling", "rope_parameters"):
+        need(content, [key], [dict], "an object")
+        scaling = content.get(key) or {}
+        need(scaling, ["rope_theta", *LLAMA3], [int, float], "a number above 0")
+        if "llama3" in (scaling.get("rope_type"), scaling.get("type")):
+            factors = [scaling.get(name) for name in LLAMA3]
+            if None in factors or factors[1] >= factors[2]:
+                raise UserError(f"{key} = {reprlib.repr(scaling)}: must hold {', '.join(LLAMA3)}, "
+                                "the low factor below the high one")
+    for key in TOKEN_IDS:
+        value = content.get(key)
+        for i in value if isinstance(value, list) else [value]:
+            no_pad = i == -1 and key == "pad_token_id"  # how old LLaMA exports say "none"
+            if not (i is None or no_pad or type(i) is int and 0 <= i < content["vocab_size"]):
+                raise UserError(f"{key} = {reprlib.repr(value)}: must be null or a token id below "
+                                f"vocab_size = {content['vocab_size']}")
 
 
-def check_token_ids(c):
-    for name in TOKEN_IDS:
-        value = getattr(c, name)
-        ids = value if name == "eos_token_id" and isinstance(value, list) else [value]
-        good = all(i is None or is_int(i) and 0 <= i < c.vocab_size for i in ids)
-        need(good, c, name, f"null or a token id below vocab_size = {c.vocab_size}")
-
-
-def need(good: bool, config, name: str, must: str):
-    if not good:
-        key = "rms_norm_eps" if name == "norm_eps" else name
-        raise UserError(f"{key} = {reprlib.repr(getattr(config, name))}: must be {must}")
-
-
-def is_int(x) -> bool:
-    return isinstance(x, int) and not isinstance(x, bool)
-
-
-def is_positive(x) -> bool:
-    number = isinstance(x, (int, float)) and not isinstance(x, bool)
-    return number and 0 < x < HUGE
+def need(content: dict, keys, types: list, must: str, most: float = LARGEST_NUMBER):
+    """UserError unless the values of these keys, where not null, are of one of the types, and
+    numbers above 0 and at most `most`."""
+    for key in keys:
+        value = content.get(key)
+        in_range = type(value) not in (int, float) or 0 < value <= most
+        if value is not None and not (type(value) in types and in_range):
+            raise UserError(f"{key} = {reprlib.repr(value)}: must be {must}")
 
 
 # --------------------------------------------------------------------------------------- weights
@@ -96,55 +103,50 @@ def clocked(kind: str):
         SECONDS[kind] += time.monotonic() - start
 
 
-@clocked("saving")
-def save_model(model: Transformer, folder: Path):
-    model.save_pretrained(folder)
-
-
 @clocked("loading")
 def load_model(path, dtype=torch.float32, device="cpu", *, neurons="output") -> Transformer:
-    """Transformer.from_pretrained, index and config looked at first."""
-    folder = Path(path)
-    with torch.device("meta"):
-        model = Transformer(read_config(folder, neurons=neurons))
-    check_index(folder)
-    load_weights(model, folder, dtype, device)
-    return model
+    """Transformer.from_pretrained of a folder whose config and index are looked at first."""
+    read_config(path)
+    weight_files(Path(path))
+    return Transformer.from_pretrained(path, dtype, device, neurons=neurons)
 
 
-def weight_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
-    """The safetensors files of a checkpoint, all of them there, and its index: tensor name -> file
-    name."""
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint, all of which are there."""
     index = folder / INDEX
-    if (folder / "model.safetensors").is_file():
-        return shard_files(folder), {}
-    if not index.is_file():
-        if any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth")):
-            raise UserError(f"{folder} has only pickled weights (.bin, .pt), which can run code "
-                            "and are never read; convert them (transformers: save_pretrained)")
-        return shard_files(folder), {}  # tells what is missing
-    content = read_json(index)
-    where = content.get("weight_map") if isinstance(content, dict) else None
-    if not isinstance(where, dict) or not where:
-        raise UserError(f"{index}: weight_map must map tensor names to files; download it again")
-    for tensor, name in where.items():
-        # A bare name cannot leave the folder. Links may: HF's own cache is made of them.
-        bare = isinstance(name, str) and not re.search(r"[/\\]", name) and not NO_TEXT.search(name)
-        if not bare or not name.endswith(".safetensors"):
-            raise UserError(f"{index}: {tensor} is said to be in {reprlib.repr(name)}; a shard "
-                            "must be a .safetensors file beside the index")
-        if not (folder / name).is_file():
-            raise UserError(f"{folder / name} is missing ({INDEX} puts {tensor} there); "
-                            "finish the download")
-    return shard_files(folder), where
+    if not (folder / "model.safetensors").is_file():
+        if not index.is_file():
+            raise UserError(f"{folder} has neither model.safetensors nor {INDEX}; finish the "
+                            "download, or convert pickled weights (.bin, .pt) where you trust "
+                            "them: they can run code and are never read")
+        content = read_json(index)
+        shards = content.get("weight_map") if isinstance(content, dict) else None
+        if not isinstance(shards, dict) or not all(isinstance(x, str) for x in shards.values()):
+            raise UserError(f"{index}: weight_map must map tensors to files; download it again")
+    files = shard_files(folder)
+    for file in files:
+        if not file.is_file():
+            raise UserError(f"{file} is missing, which {INDEX} names; finish the download")
+    return files
 
 
-def check_index(folder: Path):
-    """UserError if a shard lacks what the index puts there."""
-    files, index = weight_files(folder)
-    for file in files if index else ():
-        with open_tensors(file) as shard:
-            held = set(shard.keys())
-        if lost := [n for n, f in index.items() if f == file.name and n not in held]:
-            raise UserError(f"{file}: the index puts {first_names(lost)} here, but the file "
-                            "does not hold it; index and shards are of different models")
+@clocked("saving")
+def save_model(model: Transformer, folder: Path, shard_bytes: int = SHARD_BYTES):
+    """Transformer.save_pretrained, in several files and their index above shard_bytes."""
+    shards, room = [{}], shard_bytes
+    for name, weight in stored_parameters(model).items():
+        if weight.nbytes > room and shards[-1]:
+            shards.append({})
+            room = shard_bytes
+        shards[-1][name] = weight
+        room -= weight.nbytes
+    if len(shards) == 1:
+        return model.save_pretrained(folder)
+    shard_of = {}
+    for i, shard in enumerate(shards, 1):
+        file = f"model-{i:05}-of-{len(shards):05}.safetensors"
+        save_tensors(folder / file, shard, {"format": "pt"})
+        shard_of |= dict.fromkeys(shard, file)
+    total = sum(p.nbytes for p in model.parameters())
+    write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": shard_of})
+    write_json(folder / "config.json", model.config.to_hf(model.embed_tokens.weight.dtype))

@@ -14,11 +14,12 @@ from functools import partial
 from itertools import accumulate, islice
 
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 import data
 from eval import TokenScores
-from model import LOGITS, Transformer, UserError, attention, causal_attention, eos_ids, new_tokens
+from model import LOGITS, Config, Transformer, UserError, causal_attention
 
 PROMPTS_AT_ONCE = 16  # prompts read in one pass: less padding, smaller activations
 LEAST_SHARED = 16  # ids that all prompts must begin with to be worth a pass of their own
@@ -28,6 +29,44 @@ CPU_PASS = 1024  # tokens in one pass on a CPU, whose caches hold no larger acti
 
 
 # -------------------------------------------------------------------------------------- decoding
+
+
+def attention(q, k, v, mask=None):
+    """q [B, H, T, hd] on k, v [B, K, S, hd] -> [B, T, H*hd]. `mask` [B, 1, H/K * T or 1, S] is
+    added to the scores; without one S is T, and a position sees itself and what is before it."""
+    B, H, T, hd = q.shape
+    if mask is None:
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=H != k.shape[1])
+    else:  # heads that share keys become rows of queries, so that no key is copied
+        q = q.reshape(B, k.shape[1], -1, hd)  # [B, K, H/K * T, hd]
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        y = y.reshape(B, H, T, hd)  # not view: a card's kernels lay memory out in another order
+    return y.transpose(1, 2).flatten(2)  # [B, T, H*hd]
+
+
+def eos_ids(eos_id) -> frozenset[int]:
+    """The ids that end a row: none, one, or several."""
+    return frozenset([] if eos_id is None else [eos_id] if isinstance(eos_id, int) else eos_id)
+
+
+def new_tokens(c: Config, i: int, prompt: list[int], max_new, max_total, batch_tokens) -> int:
+    """How many tokens prompt i may get; UserError if the prompt cannot be continued."""
+    context = c.max_position_embeddings
+    if not prompt:
+        raise UserError(f"prompt {i} is empty; there is nothing to continue")
+    if len(prompt) >= context:
+        raise UserError(f"prompt {i} has {len(prompt)} tokens, which leaves no room in the model's "
+                        f"context of {context}; shorten it")
+    if min(prompt) < 0 or max(prompt) >= c.vocab_size:
+        raise UserError(f"prompt {i} has token ids outside the model's vocabulary of "
+                        f"{c.vocab_size}; is this the model's own tokenizer?")
+    room = max(0, (context if max_total is None else min(max_total, context)) - len(prompt))
+    room = room if max_new is None else min(room, max_new)
+    if len(prompt) + room > batch_tokens:
+        raise UserError(f"prompt {i} with its new tokens takes {len(prompt) + room} positions; a "
+                        f"batch of {batch_tokens} tokens cannot hold it: raise the batch's tokens "
+                        "or lower the number of new tokens")
+    return room
 
 
 def generate(model, prompts, *, max_new_tokens=None, eos_id, max_total_tokens=None, drafts=None,
@@ -119,9 +158,8 @@ def decode(model, waiting: list[Row], together: int, ends: frozenset[int], bar):
     like, columns = model.embed_tokens.weight, max(row.end - row.start for row in waiting)
     cos_sin = model.rope(torch.arange(columns, device=like.device))  # [columns, hd]
     cache = new_cache(model, together, columns)
-    rows, shared_prefix = [], 0
-    if model.packs:
-        shared_prefix = read_shared_prefix(model, cache, [r.ids[r.start:] for r in waiting])
+    shared_prefix = read_shared_prefix(model, cache, [r.ids[r.start:] for r in waiting])
+    rows = []
     while rows or waiting:
         free = together - len(rows)
         if waiting and 4 * free >= together:
@@ -141,9 +179,7 @@ def decode(model, waiting: list[Row], together: int, ends: frozenset[int], bar):
 
 
 def new_cache(model, B: int, columns: int):
-    """Of attention's keys and values; a model of states brings its own (pipeline/mixers/states)."""
-    kind = Cache if model.packs else model.cache_class
-    return kind(model.config, B, columns, model.embed_tokens.weight)
+    return Cache(model.config, B, columns, model.embed_tokens.weight)
 
 
 def fill_gaps(alive: list[bool]) -> list[int]:
@@ -372,9 +408,8 @@ def token_scores(model: Transformer, rows: list[data.Encoded], first: list[int],
                         "raise it")
     if model.embed_tokens.weight.device.type == "cpu":
         tokens = min(tokens, max(CPU_PASS, longest))
-    cut = passes_that_share if model.packs else passes_of_rows
     with tqdm(total=len(rows), desc="losses", unit="text") as bar:
-        for part in cut([r.ids[:-1] for r in rows], tokens):
+        for part in passes_that_share([r.ids[:-1] for r in rows], tokens):
             asked = torch.tensor([(which[t - 1], rows[i].ids[t], detailed[i]) for i, which in
                                   part.texts.items() for t in range(first[i], len(rows[i].ids))])
             scores = asked_scores(model, read_pass(model, part), asked)
@@ -406,29 +441,11 @@ def passes_that_share(texts: list[list[int]], tokens: int) -> list[Pass]:
     return passes
 
 
-def passes_of_rows(texts: list[list[int]], tokens: int) -> list[Pass]:
-    """Texts in passes of at most `tokens` ids, padding counted, where nothing can be shared."""
-    passes = []
-    for part in data.batches_by_length(list(map(len, texts)), tokens):
-        now = Pass()
-        for i in part:
-            now.texts[i] = list(range(len(now.ids), len(now.ids) + len(texts[i])))
-            now.ids += texts[i]
-            now.positions += range(len(texts[i]))
-        passes.append(now)
-    return passes
-
-
 def read_pass(model: Transformer, part: Pass) -> torch.Tensor:
     """Final states [N, D] of a pass's N ids, nothing padded: a token sees what stands before it in
     its own text, and nothing of the texts beside it."""
     device, texts = model.embed_tokens.weight.device, list(part.texts.values())
     ids, positions = torch.tensor([part.ids, part.positions]).to(device)
-    if not model.packs:
-        width = max(map(len, texts))
-        slots = torch.tensor([b * width + n for b, text in enumerate(texts)
-                              for n in range(len(text))], device=device)
-        return model.hidden_of_rows(ids, slots, (len(texts), width), positions)
     groups, slot_of, taken = [], [0] * len(ids), 0
     for some in data.batches_by_length(list(map(len, texts)), max(ATTENDED, *map(len, texts))):
         width = len(texts[some[0]])
@@ -439,7 +456,8 @@ def read_pass(model: Transformer, part: Pass) -> torch.Tensor:
                 slot_of[n] = slot
             taken += width
     attend = partial(attention_of_texts, groups, torch.tensor(slot_of, device=device))
-    return model.hidden(ids[None], attend, cos_sin=model.rope(positions))[0]
+    attends = [attend] * len(model.layers)
+    return model.hidden(ids[None], attends, cos_sin=model.rope(positions))[0]
 
 
 def attention_of_texts(groups: list[torch.Tensor], slot_of: torch.Tensor, q, k, v):

@@ -296,7 +296,7 @@ def tiny_config(s: Settings, tokenizer) -> Config:
         hidden_size=s.width, intermediate_size=4 * s.width, num_hidden_layers=s.depth,
         num_attention_heads=s.width // head, head_dim=head,
         num_key_value_heads=s.width // head // (2 if llama else 1),
-        max_position_embeddings=s.context, norm_eps=1e-5, rope_theta=10000.0,
+        max_position_embeddings=s.context, rms_norm_eps=1e-5, rope_theta=10000.0,
         tie_word_embeddings=not llama, clip_qkv=None, bos_token_id=tokenizer.bos_id,
         eos_token_id=tokenizer.eos_id, pad_token_id=None)
 
@@ -553,6 +553,9 @@ def settings_of(values, path: Path, **changed) -> Settings:
 def choose_device(s: Settings) -> torch.device:
     if s.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no GPU; check the driver, or use --device cpu")
+    if is_on_gpu(s):
+        # cuDNN's attention makes a plan, up to 40 ms, for every shape; ours hardly ever repeat.
+        torch.backends.cuda.enable_cudnn_sdp(False)
     return torch.device("cuda" if is_on_gpu(s) else "cpu")
 
 

@@ -33,7 +33,7 @@ import pipeline  # noqa: E402, F401  before torch: it silences a warning of torc
 import tqdm  # noqa: E402
 
 import model  # noqa: E402
-from pipeline import stage  # noqa: E402
+from pipeline import checkpoint, stage  # noqa: E402
 from pipeline.__main__ import main as command_line  # noqa: E402
 
 LIMIT = 20  # seconds a case may take
@@ -139,7 +139,7 @@ def make_world(world: Path):
             shutil.copytree(out / "original", target,
                             ignore=shutil.ignore_patterns("eval", "stage.json", "log.jsonl"))
         loaded = model.Transformer.from_pretrained(world / f"sharded-{cell}")
-        loaded.save_pretrained(world / f"sharded-{cell}", shard_bytes=100_000)
+        checkpoint.save_model(loaded, world / f"sharded-{cell}", 100_000)
 
 
 def write_rows(path: Path, rows: list[dict]):

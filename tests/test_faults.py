@@ -22,7 +22,7 @@ import torch
 
 import fuzz
 import simu
-from model import INDEX, Transformer, save_tensors
+from model import INDEX, Transformer, save_tensors, stored_parameters
 from pipeline import plan, stage, tokenizers
 from pipeline.__main__ import main as command_line
 
@@ -142,7 +142,7 @@ def weight(value: float):
         own = Transformer.from_pretrained(w / "weights-tofu")
         with torch.no_grad():
             own.layers[0].mlp.up_proj.weight[3, 5] = value
-        save_tensors(w / WHOLE, {own.stored_name(k): p for k, p in own.named_parameters()})
+        save_tensors(w / WHOLE, stored_parameters(own))
     return spoil
 
 

@@ -110,13 +110,6 @@ def test_texts_that_begin_alike_are_read_together():
     assert parts[1] == reading.Pass([1, 2, 9, 5, 6], [0, 1, 2, 3, 4], {4: [0, 1, 2, 3, 4]})
 
 
-def test_texts_of_states_are_read_apart():
-    texts = [[1, 2], [1, 2, 3, 4], [1]]
-    assert reading.passes_of_rows(texts, 8) == [
-        reading.Pass([1, 2, 3, 4, 1, 2], [0, 1, 2, 3, 0, 1], {1: [0, 1, 2, 3], 0: [4, 5]}),
-        reading.Pass([1], [0], {2: [0]})]
-
-
 def test_drafts_must_be_as_many_as_prompts():
     with pytest.raises(UserError, match="2 prompts and 1 drafts"):
         generate(random_model(), [[5], [6]], max_new_tokens=8, eos_id=None, drafts=[[7]])
@@ -228,12 +221,12 @@ def test_no_tensor_is_made_on_the_wrong_device(kind, monkeypatch):
     assert model.hidden_of_rows(slots, slots, (2, 7), slots % 7).is_meta
     for way in (module.generate, generate):
         assert way(model, [[5] * 3, [6] * 7], max_new_tokens=4, eos_id=None) == [[0] * 4] * 2
-    if model.packs:  # with what several begin with, and drafts of unlike lengths
-        prompts, drafts = [[5] * n for n in (20, 22, 25)], [[0] * 9, [], [0] * 3]
-        said = generate(model, prompts, max_new_tokens=8, eos_id=None, drafts=drafts)
-        assert said == [[0] * 8] * 3
-        part, = reading.passes_that_share([[1, 2, 3], [1, 2, 9, 4]], 99)
-        assert reading.read_pass(model, part).is_meta
+    # With what several begin with, and drafts of unlike lengths.
+    prompts, drafts = [[5] * n for n in (20, 22, 25)], [[0] * 9, [], [0] * 3]
+    said = generate(model, prompts, max_new_tokens=8, eos_id=None, drafts=drafts)
+    assert said == [[0] * 8] * 3
+    part, = reading.passes_that_share([[1, 2, 3], [1, 2, 9, 4]], 99)
+    assert reading.read_pass(model, part).is_meta
 
 
 @pytest.mark.parametrize("name, wrong", [
@@ -265,17 +258,6 @@ def test_every_new_tensor_names_its_device():
     assert set(found) == {("model.py", "__init__"), ("pipeline/reading.py", "__init__"),
                           ("pipeline/reading.py", "lay_out"), ("pipeline/reading.py",
                                                                "token_scores")}
-
-
-def test_cudnn_attention_is_switched_off_where_attention_is_called(monkeypatch):
-    seen = []
-    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", seen.append)
-    random_model()(torch.tensor([[1, 2]]))
-    assert not seen
-    with FakeTensorMode():
-        q = torch.empty(1, 2, 3, 8, device="cuda")
-        module.attention(q, q, q)
-    assert seen == [False]
 
 
 # ----------------------------------------------------------------------------------- few passes
