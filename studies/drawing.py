@@ -1,74 +1,56 @@
-"""How every picture looks: colours that all can tell apart, headless, the same bytes again; and the
-table beside it."""
+"""How every picture looks: colours that all readers can tell apart, no screen needed, the same
+bytes again; and the table beside it."""
 
 import csv
 import io
-import itertools
 from pathlib import Path
 
 from model import UserError, atomic_file, write_text
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart; markers say the same again.
-BLACK, ORANGE, SKY, GREEN, BLUE, RED, PINK = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2",
-                                              "#D55E00", "#CC79A7")
-COLOURS = (BLUE, RED, GREEN, ORANGE, PINK, SKY)  # of what has no style of its own
+BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
+BLUE, RED, PINK, GREY = "#0072B2", "#D55E00", "#CC79A7", "#999999"
 STYLES = {"fo": (ORANGE, "o"), "so": (BLUE, "s"), "simu": (RED, "D"), "simu-random": (GREEN, "^"),
           "simu-forget-only": (SKY, "v"), "simu-soft": (PINK, "P"), "simu-none": (BLACK, "X"),
-          "simu-all": ("#999999", "h")}
+          "simu-all": (GREY, "h")}
 NAMES = {"fo": "FO-GradDiff", "so": "SO-GradDiff", "simu": "SIMU (critical mask)",
          "simu-random": "SIMU, random mask", "simu-forget-only": "SIMU, forget-only mask",
          "simu-soft": "SIMU, soft mask", "simu-none": "SIMU, attention only",
          "simu-all": "SIMU, all of down_proj"}
-MARKS = "osD^vPXhd<>*"
 
 
-def canvas(rows: int, columns: int, size: tuple[float, float], **how):
-    """(figure, axes as rows of columns), headless."""
+def canvas(tall: int, wide: int, size: tuple[float, float], **options):
+    """(figure, axes) of tall * wide panels, axes as nested lists; size in inches."""
     try:
         import matplotlib
     except ImportError:
         raise UserError("figures need matplotlib; pip install matplotlib") from None
-    matplotlib.use("Agg")
+    matplotlib.use("Agg")  # draws to files, without a screen
     from matplotlib import pyplot
     pyplot.rcParams.update({"font.size": 10, "axes.grid": True, "grid.alpha": 0.3,
                             "axes.spines.top": False, "axes.spines.right": False,
                             "axes.axisbelow": True, "axes.titlesize": 11})
-    return pyplot.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained", **how)
+    return pyplot.subplots(tall, wide, figsize=size, squeeze=False, layout="constrained", **options)
 
 
-def save(figure, path: Path):
-    """PNG without the date and version that would make equal pictures differ."""
-    from matplotlib import pyplot
-    with atomic_file(path) as file:
-        figure.savefig(file, format="png", dpi=150, metadata={"Software": None})
-    pyplot.close(figure)
-    print(f"wrote {path}")
-
-
-def write_csv(path: Path, header, rows):
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([header, *rows])
-    write_text(path, text.getvalue())
-
-
-def save_both(folder: Path, name: str, figure, header, rows):
-    """A picture and its numbers, in FOLDER/figures/."""
-    save(figure, folder / "figures" / f"{name}.png")
-    write_csv(folder / "figures" / f"{name}.csv", header, rows)
-
-
-def title_of(about: dict) -> str:
-    return f"{about['benchmark']}, {Path(about['model']).name}"
-
-
-def look_of(arm: str, index: int) -> tuple[str, str]:
-    """Colour and marker of an arm; index: its place among those drawn."""
+def style_of(arm: str, index: int) -> tuple[str, str]:
+    """Colour and marker of an arm; index: how many are drawn before it."""
     return STYLES.get(arm, list(STYLES.values())[index % len(STYLES)])
 
 
-def looks(arms) -> dict[str, tuple]:
-    """{arm: (colour, marker)}; of an arm without a style of its own, one that is not drawn yet."""
-    arms = list(dict.fromkeys(arms))
-    spare = [STYLES[x] for x in STYLES if x not in arms and STYLES[x][0] != BLACK]
-    more = itertools.cycle(spare or STYLES.values())
-    return {arm: STYLES.get(arm) or next(more) for arm in arms}
+def write_csv(path: Path, header, lines):
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([header, *lines])
+    write_text(path, text.getvalue())
+
+
+def save(folder: Path, name: str, figure, header, lines):
+    """A picture and its numbers in folder/figures/. The PNG leaves out the date and the version,
+    which would make equal pictures differ."""
+    from matplotlib import pyplot
+    path = folder / "figures" / f"{name}.png"
+    with atomic_file(path) as file:
+        figure.savefig(file, format="png", dpi=150, metadata={"Software": None})
+    pyplot.close(figure)
+    write_csv(path.with_suffix(".csv"), header, lines)
+    print(f"wrote {path}")
