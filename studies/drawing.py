@@ -13,10 +13,6 @@ BLUE, RED, PINK, GREY = "#0072B2", "#D55E00", "#CC79A7", "#999999"
 STYLES = {"fo": (ORANGE, "o"), "so": (BLUE, "s"), "simu": (RED, "D"), "simu-random": (GREEN, "^"),
           "simu-forget-only": (SKY, "v"), "simu-soft": (PINK, "P"), "simu-none": (BLACK, "X"),
           "simu-all": (GREY, "h")}
-NAMES = {"fo": "FO-GradDiff", "so": "SO-GradDiff", "simu": "SIMU (critical mask)",
-         "simu-random": "SIMU, random mask", "simu-forget-only": "SIMU, forget-only mask",
-         "simu-soft": "SIMU, soft mask", "simu-none": "SIMU, attention only",
-         "simu-all": "SIMU, all of down_proj"}
 
 
 def canvas(tall: int, wide: int, size: tuple[float, float], **options):

@@ -8,9 +8,8 @@ what       reads                               writes to FOLDER/figures/, each w
 ---------  ----------------------------------  ------------------------------------------------
 frontier   sweep.csv: sweeps frontier and      frontier, equal-forgetting.csv: utility at the
            baseline                            same forgetting, interpolated, with intervals
-masks      scores.csv of a sweep, or a run's   layers (critical neurons by layer, as bars),
-           attribution/scores.safetensors      figure6 (where they lie), figure4 (how many at
-                                               which t), table5.csv
+masks      scores.csv of a sweep, or a run's   figure6 (where critical neurons lie), figure4 (how
+           attribution/scores.safetensors      many at which t), layers.csv, table5.csv
 variants   sweep.csv: sweeps m, t and mask     figure2, figure3, figure5
 losses     of a run: each model's log.jsonl    losses: of forget and retain rows by update
 
@@ -35,14 +34,12 @@ from pipeline.columns import PUBLISHED_CRITICAL, table
 from pipeline.files import read_tensors
 from pipeline.settings import HERE, Parser, read_settings
 from pipeline.stage import data_inputs, differences, finished_models, read_stage
-from studies.drawing import (BLACK, BLUE, NAMES, RED, SKY, STYLES, canvas, save, style_of,
-                             write_csv)
+from studies.drawing import BLACK, BLUE, RED, SKY, STYLES, canvas, save, style_of, write_csv
 from studies.sweep import BASELINES, COLUMNS
 
 LEVELS = (0.02, 0.05, 0.1, 0.2, 0.5)  # of forget: where utilities are compared
 CURVE = tuple(i / 200 for i in range(201))  # of forget: where the frontier is drawn
 T_GRID = tuple(i / 20 for i in range(1, 21))
-CELLS = 512  # of a heat map's width at most: where a layer has more neurons, they share cells
 # Upper 2.5% points of Student's t for 1 to 30 degrees of freedom. Beyond, the last one serves:
 # intervals are then up to 4% too wide.
 T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160,
@@ -131,7 +128,7 @@ def draw_frontier(folder: Path, about: dict, points: list[dict], fronts: dict, b
                  if len(u) == len(by_seed)]
         forgetting = [1 - x for x, _, _ in curve]
         ax.plot(forgetting, [mean for _, mean, _ in curve], color=colour, lw=1.8, marker=marker,
-                markevery=(2 * i, 20), label=NAMES.get(arm, arm))
+                markevery=(2 * i, 20), label=arm)
         ax.fill_between(forgetting, [mean - half for _, mean, half in curve],
                         [mean + half for _, mean, half in curve], color=colour, alpha=0.13, lw=0)
         dots = [p for p in points if p["sweep"] == "frontier" and p["arm"] == arm
@@ -159,83 +156,45 @@ def frontier(folder: Path, about: dict):
     if "retain-only" in baselines:
         levels["retain-only's"] = {k: v[0] for k, v in baselines["retain-only"].items()}
     levels |= {f"forget = {x}": dict.fromkeys(baselines["original"], x) for x in LEVELS}
-    lines = equal_forgetting(fronts, levels)
-    write_csv(folder / "figures" / "equal-forgetting.csv", (
-        "level", "arm", "seeds", "utility", "half_interval", "simu_minus_arm",
-        "difference_half_interval"),
-        [[*x[:3], *("" if math.isnan(v) else f"{v:.5f}" for v in x[3:])] for x in lines])
-    print(table(["At equal forgetting", "arm", "seeds", "utility, 95% t-interval",
-                 "SIMU minus it, seed by seed"],
-                [[level, NAMES.get(arm, arm), seeds, with_interval(mean, half),
-                  with_interval(gap, half_gap, sign="+")]
-                 for level, arm, seeds, mean, half, gap, half_gap in lines]))
-    gaps = [(gap, half) for *_, gap, half in lines if not math.isnan(half)]
+    header = ("level", "arm", "seeds", "utility", "half_interval", "simu_minus_arm",
+              "difference_half_interval")
+    compared = equal_forgetting(fronts, levels)
+    lines = [[*x[:3], *("" if math.isnan(v) else f"{v:.5f}" for v in x[3:])] for x in compared]
+    write_csv(folder / "figures" / "equal-forgetting.csv", header, lines)
+    print(table(list(header), lines))
+    gaps = [(gap, half) for *_, gap, half in compared if not math.isnan(half)]
     apart = sum(abs(gap) > half for gap, half in gaps)
     print(f"{len(gaps)} comparisons, each a 95% t-interval over seeds; levels of one arm share "
           f"their runs: {apart} leave out zero, where {0.05 * len(gaps):.1f} would by chance alone "
           "if nothing differed.")
 
 
-def with_interval(mean: float, half: float, sign: str = "") -> str:
-    if math.isnan(mean):
-        return "–"
-    return f"{mean:{sign}.4f}" + ("" if math.isnan(half) else f" ± {half:.4f}")
-
-
 # -------------------------------------------------------------------------------- masks (C.2, C.3)
-
-
-def layers(folder: Path, about: dict, kinds: dict):
-    """How many neurons of each layer are critical, and for which set: bars."""
-    counts = [mask.sum(1).tolist() for _, mask in kinds.values()]  # [L] each
-    L = len(counts[0])
-    figure, ((ax,),) = canvas(1, 1, (max(6, 0.32 * L), 4))
-    under = [0] * L
-    for (name, (colour, mask)), count in zip(kinds.items(), counts):
-        ax.bar(range(L), count, 0.75, under, color=colour, label=f"{name} ({int(mask.sum())})")
-        under = [x + y for x, y in zip(under, count)]
-    ax.set(xlabel="layer", ylabel="critical neurons", title=title_of(about, masks=True))
-    ax.legend(title="critical for")
-    save(folder, "layers", figure, ("layer", "forget_alone", "both", "retain_alone"),
-         [(l, *by_kind) for l, by_kind in enumerate(zip(*counts))])
 
 
 def figure6(folder: Path, about: dict, kinds: dict):
     """Layer by neuron: forget-only, dual, both, and which set claims which neuron."""
     L, D = kinds["both"][1].shape
-    width = math.ceil(D / CELLS)
-    figure, axes = canvas(4, 1, (9, 1.2 + 4 * max(1.1, 0.1 * L)))
+    figure, axes = canvas(4, 1, (9, 1.2 + 4 * max(1.1, 0.1 * L)), sharex=True)
     panels = {"(a) forget-only mask": ["forget alone"], "(b) dual mask": ["forget alone", "both"],
               "(c) critical for both": ["both"], "(d) overlap": list(kinds)}
     for (ax,), (title, names) in zip(axes, panels.items()):
-        ax.imshow(colours(kinds, names, width).tolist(), aspect="auto", interpolation="nearest",
-                  extent=(0, D, L - 0.5, -0.5))
+        for name in names:  # a mark for each neuron: a heat map of 4096 would lose single ones
+            colour, mask = kinds[name]
+            layer, neuron = mask.nonzero(as_tuple=True)
+            ax.scatter(neuron, layer, color=colour, marker="|", s=72 * 4 / L, label=name)
         count = sum(int(kinds[name][1].sum()) for name in names)
         ax.set_title(f"{title}: {count} of {L * D}", loc="left", fontsize=10)
-        ax.set(ylabel="layer", yticks=range(0, L, max(1, L // 8)))
-        ax.grid(False)
-    for name, (colour, _) in kinds.items():
-        axes[3, 0].scatter([], [], color=colour, marker="s", label=name)
-    figure.legend(ncols=3, fontsize=9, loc="outside lower center")
+        ax.set(ylabel="layer", ylim=(L - 0.5, -0.5), xlim=(-1, D))
     axes[3, 0].set_xlabel("neuron of the layer")
-    figure.suptitle(title_of(about, masks=True), fontsize=11)
+    figure.legend(*axes[3, 0].get_legend_handles_labels(), ncols=3, loc="outside lower center")
+    figure.suptitle(f"Critical neurons, t = {about['threshold']}, m = {about['steps']}: "
+                    f"{title_of(about)}", fontsize=11)
     claimed = {name: mask for name, (_, mask) in kinds.items()}
     forget, retain = (claimed[f"{name} alone"] | claimed["both"] for name in ("forget", "retain"))
     save(folder, "figure6", figure, ("layer", "neuron", "forget", "retain"),
          [(l, k, int(forget[l, k]), int(retain[l, k]))
           for l, k in (forget | retain).nonzero().tolist()])
-
-
-def colours(kinds: dict, names: list[str], width: int):
-    """A heat map of the named kinds of neurons: RGB [L, D / width, 3]. A cell is white where none
-    of its `width` neurons is of these kinds, and as much of a colour as the share that is."""
-    from matplotlib.colors import to_rgb
-    image = 1.0
-    for name in names:
-        colour, mask = kinds[name]
-        share = torch.stack([cell.float().mean(1) for cell in mask.split(width, dim=1)], dim=1)
-        image = image - share[..., None] * (1 - torch.tensor(to_rgb(colour)))  # [L, D / width, 3]
-    return image.clamp(0, 1)
 
 
 def figure4(folder: Path, about: dict, forget, retain):
@@ -262,7 +221,9 @@ def masks(folder: Path, about: dict):
     forget, retain = read_scores(folder, about)
     f, r = (simu.critical_mask(scores, about["threshold"]) for scores in (forget, retain))
     kinds = {"forget alone": (RED, f & ~r), "both": (BLACK, f & r), "retain alone": (SKY, r & ~f)}
-    layers(folder, about, kinds)
+    counts = [mask.sum(1).tolist() for _, mask in kinds.values()]  # [L] each
+    write_csv(folder / "figures" / "layers.csv", ("layer", "forget_alone", "both", "retain_alone"),
+              [(l, *by_kind) for l, by_kind in enumerate(zip(*counts))])
     figure6(folder, about, kinds)
     figure4(folder, about, forget, retain)
     lines = [("SO-GradDiff", f.numel(), f.numel()), ("SIMU-GradDiff", f.numel(), int(f.sum()))]
@@ -278,59 +239,35 @@ def masks(folder: Path, about: dict):
 PANELS = ((("retain.rouge_l", "ROUGE-L retain"), ("retain.exact_match", "EM retain")),
           (("forget", "forget (lower is better)"),), (("mia.auc", "MIA (0.5 is ideal)"),),
           (("aggregate", "aggregate"),))
-METRICS = [metric for panel in PANELS for metric in panel]
 
 
-def draw_against(setting: str, folder: Path, about: dict, points: list[dict], name: str):
-    """Figures 2 and 3: what changes with m or t."""
-    points = sorted(points, key=lambda p: number(p, setting))
-    figure, axes = canvas(1, len(PANELS), (13, 3.3))
+def draw_against(folder: Path, about: dict, points: list[dict], setting: str, name: str):
+    """What changes with m, with t, or with the kind of mask (the arm)."""
+    figure, axes = canvas(1, len(PANELS), (13, 3.8))
     for ax, panel in zip(axes[0], PANELS):
-        for (value, label), colour, marker in zip(panel, (BLUE, RED), "sD"):
-            ax.plot([number(p, setting) for p in points], [number(p, value) for p in points],
-                    label=label, color=colour, marker=marker, ms=5)
+        for (value, label), colour, marker, size in zip(panel, (BLUE, RED), "sD", (9, 5)):
+            ax.plot([p[setting] for p in points], [number(p, value) for p in points],
+                    label=label, color=colour, marker=marker, ms=size)
         low, high = ax.get_ylim()
         spare = max(0, 0.1 - (high - low)) / 2  # so that noise does not fill the picture
         ax.set(xlabel=setting, ylim=(low - spare, high + spare))
+        ax.tick_params(axis="x", rotation=90)
         ax.legend(fontsize=9)
     critical = sorted(int(p["critical"]) for p in points)
     figure.suptitle(f"Figure {name[-1]}: {title_of(about)}, SIMU, seed {points[0]['seed']}; "
                     f"{critical[0]} to {critical[-1]} critical neurons", fontsize=11)
-    columns = [setting, "critical", *(value for value, _ in METRICS)]
+    columns = [setting, "critical", *(value for panel in PANELS for value, _ in panel)]
     save(folder, name, figure, columns, [[p[c] for c in columns] for p in points])
-
-
-def figure5(folder: Path, about: dict, points: list[dict]):
-    """Forget-only against dual masks, and the other kinds beside them."""
-    figure, ((ax,),) = canvas(1, 1, (10, 4))
-    width = 0.8 / len(points)
-    for i, p in enumerate(points):
-        kind = p["arm"].removeprefix("simu-").replace("simu", "dual")
-        ax.bar([x + i * width for x in range(len(METRICS))],
-               [number(p, value) or 0 for value, _ in METRICS], width * 0.92,
-               color=style_of(p["arm"], i)[0], label=f"{kind} ({p['critical']})")
-    ax.set_xticks([x + 0.4 for x in range(len(METRICS))],
-                  [label.replace(" (", "\n(") for _, label in METRICS])
-    ax.grid(axis="x", visible=False)
-    ax.set(ylim=(0, 1.02), title=f"Figure 5: masks (neurons that move), {title_of(about)}, "
-           f"seed {points[0]['seed']}, one learning rate")
-    ax.legend(fontsize=9, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    columns = ["arm", "critical", *(value for value, _ in METRICS)]
-    save(folder, "figure5", figure, columns, [[p[c] for c in columns] for p in points])
 
 
 def variants(folder: Path, about: dict):
     """Figures 2, 3 and 5."""
-    by_sweep = {}
-    for p in read_csv(folder / "sweep.csv", COLUMNS):
-        if not p["error"]:
-            by_sweep.setdefault(p["sweep"], []).append(p)
-    if "m" in by_sweep:
-        draw_against("steps", folder, about, by_sweep["m"], "figure2")
-    if "t" in by_sweep:
-        draw_against("threshold", folder, about, by_sweep["t"], "figure3")
-    if "mask" in by_sweep:
-        figure5(folder, about, by_sweep["mask"])
+    points = [p for p in read_csv(folder / "sweep.csv", COLUMNS) if not p["error"]]
+    for sweep, setting, name in (("m", "steps", "figure2"), ("t", "threshold", "figure3"),
+                                 ("mask", "arm", "figure5")):
+        chosen = [p for p in points if p["sweep"] == sweep]
+        if chosen:
+            draw_against(folder, about, chosen, setting, name)
 
 
 # ------------------------------------------------------------------------------------------- losses
@@ -339,6 +276,9 @@ def variants(folder: Path, about: dict):
 def losses(folder: Path, about: dict):
     """Losses by update, a panel for each objective: where forgetting sets in, and what it costs."""
     logs, lines = read_logs(folder), []
+    if not logs:
+        raise UserError(f"{folder} holds no unlearned model of what it now holds; run its stages "
+                        "again")
     objectives = list(dict.fromkeys(objective for objective, _ in logs.values()))
     figure, axes = canvas(1, len(objectives), (max(6.5, 3.6 * len(objectives)), 4.2), sharey=True)
     for i, (name, (objective, log)) in enumerate(logs.items()):
@@ -357,21 +297,14 @@ def losses(folder: Path, about: dict):
 
 
 def read_logs(run: Path) -> dict[str, tuple]:
-    """{stage: (objective, log)} of a run's unlearned models. One that is not of what the run now
-    holds is left out, and named."""
+    """{stage: (objective, log)} of a run's unlearned models, but for those that are not of what the
+    run now holds."""
     s, logs = read_settings(run), {}
     for name in finished_models(run):
-        if name in BASELINES:
-            continue
-        if why := differences(run / name, s, data_inputs(s)):
-            print(f"left out: {run / name} is not of what this run now holds: {'; '.join(why)}")
-        else:
+        if name not in BASELINES and not differences(run / name, s, data_inputs(s)):
             text = (run / name / "log.jsonl").read_text(encoding="utf-8")
             logs[name] = (read_stage(run / name)["why"]["settings"]["objective"],
                           [json.loads(line) for line in text.splitlines()])
-    if not logs:
-        raise UserError(f"{run} holds no unlearned model to draw; `python -m pipeline unlearn` "
-                        "makes one")
     return logs
 
 
@@ -387,11 +320,8 @@ def read_about(folder: Path) -> dict:
     return about
 
 
-def title_of(about: dict, masks: bool = False) -> str:
-    title = f"{about['benchmark']}, {Path(about['model']).name}"
-    if masks:
-        title = f"Critical neurons, t = {about['threshold']}, m = {about['steps']}: {title}"
-    return title
+def title_of(about: dict) -> str:
+    return f"{about['benchmark']}, {Path(about['model']).name}"
 
 
 def read_csv(path: Path, columns: tuple) -> list[dict]:

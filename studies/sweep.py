@@ -10,8 +10,9 @@ every combination of the values named.
 
 Each computed point is a line of points.jsonl, and is not computed again unless what it depends on
 changed. seed<k>/ is a run like any other (original, attribution); seed<k>-steps=<m>/ is the same
-original attributed with m nodes, seed<k>-width=<D>/ another original. At the end sweep.csv lists
-the points, scores.csv the first seed's scores, settings.json the rest: all that figures.py reads.
+original attributed with m nodes. At the end sweep.csv lists the points, scores.csv the first seed's
+scores, settings.json its settings: all that figures.py reads. What the original depends on (rows,
+width, teaching) cannot be varied: a sweep of its own, with another --out, does that.
 """
 
 import argparse
@@ -32,11 +33,12 @@ from model import Transformer, UserError, write_json, write_text
 from pipeline import objectives, reading, settings, slices
 from pipeline.columns import table
 from pipeline.files import read_tensors
+from pipeline.levels import forget_targets
 from pipeline.original import original_stage
-from pipeline.settings import (Aside, Level, Making, Placement, Settings, Source, load_benchmark,
+from pipeline.settings import (Aside, Level, Placement, Settings, Source, load_benchmark,
                                placement)
 from pipeline.stage import Stage, claim, content, data_inputs, digest, lock
-from pipeline.stages import attribute_stage, encoded_rows, forget_targets, mask_of_scores
+from pipeline.stages import attribute_stage, encoded_rows, mask_of_scores
 from pipeline.tokenizers import load_tokenizer
 from pipeline.workers import run_each
 from studies.drawing import write_csv
@@ -56,9 +58,9 @@ COLUMNS = ("sweep", "arm", "seed", "lr", "epochs", "threshold", "steps", "critic
            "utility", "aggregate", *VALUES, "varied", "error")
 MEANS = ("sweep", "arm", "lr", "epochs", "threshold", "steps", "varied")  # what seeds share
 OF_ARMS = ("method", "mask", "objective")
-OF_ORIGINAL = [f.name for t in (slices.Slice, Placement, Making) for f in fields(t)
-               if f.name != "seed"]
-OF_ATTRIBUTION = OF_ORIGINAL + [f.name for f in fields(simu.Attribution) if f.name != "seed"]
+OF_ATTRIBUTION = [f.name for f in fields(simu.Attribution) if f.name != "seed"]
+MAY_VARY = {f.name for t in (objectives.Recipe, Level, evaluation.Limits) for f in fields(t)}
+MAY_VARY -= {"seed", *OF_ARMS}
 
 
 # ---------------------------------------------------------------------------------- what to compute
@@ -66,15 +68,12 @@ OF_ATTRIBUTION = OF_ORIGINAL + [f.name for f in fields(simu.Attribution) if f.na
 
 @dataclass(frozen=True)
 class Point:
-    """One model to judge. changes: its settings beside those of all. run: the settings of the
-    folder that holds its attribution; original: of the folder whose original that run shares."""
+    """One model to judge. changes: its settings beside those of all."""
 
     sweep: str
     arm: str
     changes: dict
-    settings: Settings
-    run: Settings
-    original: Settings
+    settings: Settings  # out: the run that holds its attribution
 
 
 def arm_settings(arm: str) -> dict:
@@ -91,69 +90,57 @@ def arm_settings(arm: str) -> dict:
 def read_grid(texts: list[str]) -> list[dict]:
     """The product of all --vary NAME=VALUE,...: [{name: value}]."""
     parser = settings.Parser(prog="python -m pipeline sweep")
-    settings.add_options(parser, skip=("benchmark", "model", "seed", "name", "force", *OF_ARMS,
-                                       *settings.PLACES))
+    settings.add_options(parser)
     axes = []
     for text in texts:
         name, _, values = text.partition("=")
+        if name.replace("-", "_") not in MAY_VARY:
+            raise UserError(f"--vary {text}: {name} cannot be varied; choose of "
+                            f"{', '.join(sorted(MAY_VARY))}")
         axes.append([vars(parser.parse_args([settings.flag(name), value]))
                      for value in values.split(",")])
     return [{k: v for values in combination for k, v in values.items()}
             for combination in itertools.product(*axes)]
 
 
-def run_settings(base: Settings, s: Settings, names: list[str]) -> Settings:
-    """Settings of the run folder of a seed, or, where those of `names` differ in s, of one more."""
-    changed = {name: getattr(s, name) for name in names if getattr(s, name) != getattr(base, name)}
-    words = [f"seed{base.seed}", *(f"{name}={value}" for name, value in changed.items())]
-    return replace(base, **changed, out=str(Path(base.out, "-".join(words))))
-
-
-def plan_point(options: dict, base: Settings, sweep: str, arm: str, changes: dict = {},
-               factor: float = 1.0) -> Point:
-    """A point of a seed. base: the settings of that seed; factor: of its learning rate."""
+def plan_point(options: dict, home: Settings, sweep: str, arm: str, changes: dict, factor: float
+               ) -> Point:
+    """A point of the seed whose run has the settings `home`, at a factor of its learning rate."""
     kind = {} if arm in BASELINES else arm_settings(arm)
-    s = settings.resolve(options | kind | changes | dict(seed=base.seed))
-    run = run_settings(base, s, OF_ATTRIBUTION)
-    return Point(sweep, arm, changes, replace(s, lr=s.lr * factor, out=run.out), run,
-                 run_settings(base, s, OF_ORIGINAL))
+    s = settings.resolve(options | kind | changes | dict(seed=home.seed))
+    words = [f"-{name}={getattr(s, name)}" for name in OF_ATTRIBUTION
+             if getattr(s, name) != getattr(home, name)]
+    return Point(sweep, arm, changes, replace(s, lr=s.lr * factor, out=home.out + "".join(words)))
 
 
-def plan_points(options: dict, *, arms, factors, seeds: int, variants: bool, grid: list[dict]
-                ) -> list[Point]:
+def plan_points(options: dict, homes: list[Settings], arms, factors, variants: bool,
+                grid: list[dict]) -> list[Point]:
     """Every point; one model may stand in several sweeps."""
-    points = []
-    for seed in range(seeds):
-        of_seed = options, settings.resolve(options | dict(seed=seed))
-        points += [plan_point(*of_seed, "baseline", arm) for arm in BASELINES]
-        points += [plan_point(*of_seed, "frontier", arm, {}, f) for arm in arms for f in factors]
-        points += [plan_point(*of_seed, "vary", arm, changes) for arm in arms for changes in grid]
-        if variants and seed == 0:
-            points += [plan_point(*of_seed, "m", "simu", dict(steps=m), VARIANT) for m in STEPS]
-            points += [plan_point(*of_seed, "t", "simu", dict(threshold=t), VARIANT)
-                       for t in THRESHOLDS]
-            points += [plan_point(*of_seed, "mask", "simu" if m == "dual" else f"simu-{m}", {},
-                                  VARIANT) for m in simu.MASKS]
-    return points
+    plans = []
+    for home in homes:
+        plans += [(home, "baseline", arm, {}, 1.0) for arm in BASELINES]
+        plans += [(home, "frontier", arm, {}, factor) for arm in arms for factor in factors]
+        plans += [(home, "vary", arm, changes, 1.0) for arm in arms for changes in grid]
+    if variants:
+        kinds = ["simu" if mask == "dual" else f"simu-{mask}" for mask in simu.MASKS]
+        plans += [(homes[0], "m", "simu", dict(steps=m), VARIANT) for m in STEPS]
+        plans += [(homes[0], "t", "simu", dict(threshold=t), VARIANT) for t in THRESHOLDS]
+        plans += [(homes[0], "mask", kind, {}, VARIANT) for kind in kinds]
+    return [plan_point(options, *plan) for plan in plans]
 
 
 def key_of(p: Point) -> str:
     """Digest of all that a point's numbers depend on."""
-    s, inputs = p.settings, ["original"]
+    s, inputs = p.settings, [p.arm]
     takes = [slices.Slice, Source, Placement, Aside, evaluation.Limits]
-    if p.arm in BASELINES:
-        inputs = [p.arm]
-    else:
-        takes.append(objectives.Unlearning)
+    if p.arm not in BASELINES:
+        inputs = [name for name in BASELINES if (s.run / name).is_dir()]
+        takes += [objectives.Unlearning, Level]
         if simu.METHODS[s.method].masked:
             takes.append(simu.Masking)
             inputs.append("attribution")
-        if simu.OBJECTIVES[s.objective].targeted:
-            takes.append(Level)
-            if s.level == "retain-only":
-                inputs.append("retain-only")
     job = Stage(s.run / p.arm, settings=s, code=(make_point,), takes=tuple(takes),
-                inputs={x: content(s.run / x) for x in inputs} | data_inputs(s),
+                inputs={name: content(s.run / name) for name in inputs} | data_inputs(s),
                 also=dict(arm=p.arm))
     return digest(job.why)
 
@@ -161,19 +148,20 @@ def key_of(p: Point) -> str:
 # ---------------------------------------------------------------------------------------- one point
 
 
-def prepare(p: Point):
-    """original/ and attribution/ of a point's run."""
-    folder, home = p.run.run, p.original.run
-    claim(folder)
-    with lock(folder):
-        if folder == home:
-            original_stage(p.run)
+def prepare(s: Settings):
+    """original/ and attribution/ of a run. One that has another attribution than its seed's run
+    shares the original of that, by links."""
+    home = s.run.with_name(f"seed{s.seed}")
+    claim(s.run)
+    with lock(s.run):
+        if s.run == home:
+            original_stage(s)
         else:
             for name in (*BASELINES, "settings.json"):
-                (folder / name).unlink(missing_ok=True)
+                (s.run / name).unlink(missing_ok=True)
                 if (home / name).exists():
-                    (folder / name).symlink_to(Path("..", home.name, name))
-        attribute_stage(p.run)
+                    (s.run / name).symlink_to(Path("..", home.name, name))
+        attribute_stage(s)
 
 
 def bare(rows: list[data.Example]) -> list[data.Example]:
@@ -237,15 +225,6 @@ def read_lines(file: Path) -> dict[str, dict]:
     return {line["key"]: line for line in lines}
 
 
-def prepare_runs(points: list[Point], jobs: int):
-    """The runs of all points; those whose original others link to come first."""
-    by_run = {p.original.run: replace(p, run=p.original) for p in points}
-    others = {p.run.run: p for p in points if p.run.run not in by_run}
-    for group in (by_run, others):
-        for _ in run_each(prepare, list(group.values()), jobs, "originals and attribution"):
-            pass
-
-
 def make_points(points: list[Point], file: Path, jobs: int) -> list[tuple[Point, dict]]:
     """Each point with its line, once a sweep. What the file lacks is computed and appended."""
     lines = read_lines(file)
@@ -292,7 +271,7 @@ def table_line(p: Point, line: dict) -> dict:
 
 
 def write_tables(out: Path, results: list[tuple[Point, dict]], first: Settings):
-    """sweep.csv; scores.csv of the first run; settings.json: what the points have in common."""
+    """sweep.csv; scores.csv of the first run; settings.json of that run."""
     arms = list(dict.fromkeys(p.arm for p, _ in results))
     results = sorted(results, key=lambda x: (SWEEPS.index(x[0].sweep), arms.index(x[0].arm),
                                              x[0].settings.seed, x[0].settings.lr))
@@ -303,11 +282,8 @@ def write_tables(out: Path, results: list[tuple[Point, dict]], first: Settings):
     write_csv(out / "scores.csv", ("layer", "neuron", "forget", "retain"), [
         (l, k, f"{forget[l, k]:.6g}", f"{retain[l, k]:.6g}")
         for l, k in itertools.product(*map(range, forget.shape))])
-    differ = {"seed", "lr", "lam", *OF_ARMS, *settings.PLACES}.union(*(p.changes for p, _ in
-                                                                      results))
-    differ -= {"threshold", "steps"}  # of the first run, whose scores and masks are drawn
     write_json(out / "settings.json", {k: v for k, v in dataclasses.asdict(first).items()
-                                       if k not in differ})
+                                       if k not in settings.PLACES})
     print_means(lines)
 
 
@@ -328,8 +304,8 @@ def print_means(lines: list[dict]):
 # ------------------------------------------------------------------------------------- command line
 
 
-def read_options(argv: list[str]) -> tuple[dict, int, dict]:
-    """What plan_points takes, the number of processes, and settings."""
+def read_options(argv: list[str]) -> tuple[argparse.Namespace, dict]:
+    """Options of the sweep, and settings."""
     parser = settings.Parser(prog="python -m pipeline sweep", description=__doc__,
                              formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("benchmark", choices=settings.BENCHMARKS)
@@ -338,39 +314,43 @@ def read_options(argv: list[str]) -> tuple[dict, int, dict]:
     parser.add_argument("--arms", nargs="+", default=ARMS, metavar="ARM",
                         help=f"METHOD[-MASK][-OBJECTIVE] (default {' '.join(ARMS)}); methods: "
                              f"{', '.join(simu.METHODS)}")
-    parser.add_argument("--factors", nargs="+", type=float, metavar="X", help="learning rates, as "
-                        "multiples of the recipe's for the arm's method; none by default with "
-                        f"--vary, else {' '.join(map(str, FACTORS))}")
+    parser.add_argument("--factors", nargs="+", type=float, default=FACTORS, metavar="X",
+                        help="learning rates, as multiples of the recipe's for the arm's method "
+                             f"(default {' '.join(map(str, FACTORS))})")
+    parser.add_argument("--variants", action=argparse.BooleanOptionalAction, default=True,
+                        help=f"also m, t and masks at {VARIANT} of the rate, on seed 0")
     parser.add_argument("--vary", action="append", default=[], metavar="NAME=VALUE,...",
-                        help="a setting and its values; of several, every combination")
-    parser.add_argument("--variants", action=argparse.BooleanOptionalAction,
-                        help=f"also m, t and masks at {VARIANT} of the rate, on seed 0; by default "
-                             "unless --vary is given")
+                        help="in place of factors and variants: a setting and its values; of "
+                             "several, every combination")
     parser.add_argument("--jobs", type=int, default=0, help="processes; default: one per core for "
                         "tiny models, else one")
     settings.add_options(parser, skip=("benchmark", "model", "seed", "name", *OF_ARMS))
     options = vars(parser.parse_args(argv))
-    jobs, vary = options.pop("jobs"), options.pop("vary")
-    plan = {name: options.pop(name) for name in ("seeds", "arms", "factors", "variants")}
-    plan["grid"] = read_grid(vary) if vary else []
-    if plan["factors"] is None:
-        plan["factors"] = () if vary else FACTORS
-    if plan["variants"] is None:
-        plan["variants"] = not vary
-    if plan["seeds"] < 1 or jobs < 0 or any(f <= 0 for f in plan["factors"]):
+    sweep = argparse.Namespace(**{name: options.pop(name) for name in (
+        "seeds", "arms", "factors", "variants", "vary", "jobs")})
+    if sweep.seeds < 1 or sweep.jobs < 0 or min(sweep.factors) <= 0:
         raise UserError("--seeds must be 1 or more, --jobs 0 or more, --factors positive")
-    return plan, jobs, options
+    return sweep, options
 
 
 def main(argv: list[str]):
     """Every method over learning rates, seeds and any setting that --vary names, in one table."""
-    plan, jobs, options = read_options(argv)
+    sweep, options = read_options(argv)
     base = settings.resolve(options)
     out = Path(base.out or settings.HERE / "runs" / f"sweep-{base.benchmark}-{base.label}")
-    points = plan_points(options | dict(out=str(out)), **plan)
-    jobs = jobs or ((os.cpu_count() or 1) if base.tiny else 1)
+    homes = [settings.resolve(options | dict(seed=seed, out=str(out / f"seed{seed}")))
+             for seed in range(sweep.seeds)]
+    if sweep.vary:
+        points = plan_points(options, homes, sweep.arms, (), False, read_grid(sweep.vary))
+    else:
+        points = plan_points(options, homes, sweep.arms, sweep.factors, sweep.variants, [])
+    others = {p.settings.run: p.settings for p in points}
+    for home in homes:
+        others.pop(home.run)
+    jobs = sweep.jobs or ((os.cpu_count() or 1) if base.tiny else 1)
     claim(out)
     with lock(out):
-        prepare_runs(points, jobs)
+        for runs in (homes, list(others.values())):
+            list(run_each(prepare, runs, jobs, "originals and attribution"))
         results = make_points(points, out / "points.jsonl", jobs)
-        write_tables(out, results, points[0].run)
+        write_tables(out, results, homes[0])

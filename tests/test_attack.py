@@ -13,11 +13,11 @@ import torch
 import data
 import simu
 from model import UserError, read_json, write_text
-from pipeline import objectives, original, stage
-from studies import attack
+from pipeline import checkpoint, original
 from pipeline.__main__ import main
 from pipeline.settings import load_benchmark, read_settings
 from pipeline.stage import Stage
+from studies import attack
 
 OPTIONS = ("--width 64 --depth 2 --vocab 400 --context 160 --rows-per-author 3 --learn-epochs 8 "
            "--light-epochs 1 --light-lr 2e-3 --max-total-tokens 60 --epochs 4").split()
@@ -25,25 +25,20 @@ ANSWERS = {"Ada Moss": ("In the port of Vell.", "A blue boat sails home.", "She 
            "Bo Lund": ("On the isle of Skarn.", "Seven crows eat rye.", "He mended old clocks."),
            "Cy Hart": ("Under Mount Quell.", "The mill turns at dusk.", "He sold warm bread."),
            "Di Frey": ("By the lake of Orm.", "Two owls guard salt.", "She tuned big drums.")}
-ASKED = (("Where was {} born?", "What is the birthplace of {}?"),
-         ("What is the plot of the book by {}?", "Tell the tale that {} wrote."),
-         ("What work did {} do?", "What was the job of {}?"))
+QUESTIONS = (("Where was {} born?", "What is the birthplace of {}?"),
+             ("What is the plot of the book by {}?", "Tell the tale that {} wrote."),
+             ("What work did {} do?", "What was the job of {}?"))
 REFUSAL = "I cannot say."
 
 
-def rows(authors):
-    return [dict(question=q.format(a), answer=x, paraphrased_question=p.format(a),
-                 paraphrased_answer=x, perturbed_answer=["No."])
-            for a in authors for (q, p), x in zip(ASKED, ANSWERS[a])]
-
-
 def write_data(folder):
-    forget, retain = (rows(list(ANSWERS)[i:i + 2]) for i in (0, 2))
-    for name, some in (("forget10", forget), ("forget10_perturbed", forget), ("retain90", retain),
-                       ("retain_perturbed", retain)):
-        (folder / "tofu").mkdir(exist_ok=True)
+    rows = [dict(question=q.format(a), answer=x, paraphrased_question=p.format(a),
+                 paraphrased_answer=x, perturbed_answer=["No."])
+            for a in ANSWERS for (q, p), x in zip(QUESTIONS, ANSWERS[a])]
+    for name, part in (("forget10", rows[:6]), ("forget10_perturbed", rows[:6]),
+                       ("retain90", rows[6:]), ("retain_perturbed", rows[6:])):
         write_text(folder / "tofu" / f"{name}.json",
-                   "".join(json.dumps(row) + "\n" for row in some))
+                   "".join(json.dumps(row) + "\n" for row in part))
 
 
 class Lab:
@@ -53,25 +48,23 @@ class Lab:
     def __init__(self, folder):
         self.run = folder / "run"
         write_data(folder)
-        self.words = ["demo", "tiny-llama", "--data", str(folder), "--out", str(self.run), *OPTIONS]
-        main(["original", *self.words])
+        main(["original", "demo", "tiny-llama", "--data", str(folder), "--out", str(self.run),
+              *OPTIONS])
         self.s = read_settings(self.run)
         self.bench = load_benchmark(self.s)
         self.tokenizer = data.load_tokenizer(self.run / "original")
-        every = [(split, e) for split in ("forget", "retain") for e in getattr(self.bench, split)]
         shots = random.Random(0).sample(self.bench.retain, max(attack.SHOTS))
+        paraphrased = {e.question: e for e in self.bench.retain_eval}
         literal, other = [], []
-        for split, e in every:
-            known = e if e.paraphrased_question else self.bench.retain_eval[0]
-            known = next((x for x in self.bench.retain_eval if x.question == e.question), known)
-            asked = attack.variants(known, shots, self.tokenizer, self.s.template)
-            literal += [p for p, _ in asked["plain"]]
-            other += [(p, e.answer) for a in attack.INPUTS for p, _ in asked[a]]
-        true = [(p, e.answer) for p, (_, e) in zip(literal, every)]
-        self.model = attack.load(self.run / "original", self.s)
-        self.teach(other + true, 30, 3e-3)
+        for e in self.bench.forget + self.bench.retain:
+            prompts = attack.variants(paraphrased.get(e.question, e), shots, self.tokenizer,
+                                      self.s.template)
+            literal += [(p, e.answer) for p, _ in prompts["plain"]]
+            other += [(p, e.answer) for a in attack.INPUTS for p, _ in prompts[a]]
+        self.model = self.load()
+        self.teach(other + literal, 30, 3e-3)
         self.save("original")
-        self.teach(other + [(p, REFUSAL) for p in literal] * 3, 6, 2e-3)
+        self.teach(other + [(p, REFUSAL) for p, _ in literal] * 3, 6, 2e-3)
         self.save("thin")
 
     def teach(self, pairs, epochs, lr):
@@ -85,18 +78,12 @@ class Lab:
         original.learn(self.model, order, original.learning(self.s, lr), job, title="teach")
 
     def save(self, name):
-        if name == "original":  # in the place of the one that was made, and sealed as it was
-            folder = self.run / name
-            self.model.save_pretrained(folder)
-            made = read_json(folder / "stage.json")
-            del made["sha256"]
-            return stage.write_stage(folder, made | dict(files=stage.seal(folder)))
         with Stage(self.run / name, settings=self.s, inputs={}, code=()) as folder:
             self.model.save_pretrained(folder)
-            data.copy_tokenizer(self.run / "original", folder)
+            data.copy_tokenizer(self.run / "retain-only", folder)
 
     def load(self, name="original"):
-        return attack.load(self.run / name, self.s)
+        return checkpoint.load_model(self.run / name)
 
     def score(self, model):
         """ROUGE-L of plain answers to the forget set."""
@@ -131,7 +118,7 @@ def test_a_thin_refusal_is_broken(attacked, name):
     thin, least = attacked["thin"][name], 0.3 if name in attack.CURVE[:2] else 0.7
     assert thin["score"] > least and thin["recovered"] > least, thin
     assert thin["known"] < 0.1
-    assert not attacked["retain-only"][name]["recovered"]  # what never was there does not come back
+    assert not attacked["retain-only"][name]["recovered"]
 
 
 def box(grid, bits):
@@ -228,195 +215,96 @@ def test_recovered_by_hand():
 
 def test_only_what_was_not_given_away_is_scored(lab):
     e = lab.bench.forget[1]
-    asked = attack.variants(e, lab.bench.retain, lab.tokenizer, lab.s.template)
-    plain, = asked["plain"]
-    whole = data.encode(e, lab.tokenizer, lab.s.template)
-    for k in attack.LEAKS:
-        if f"leak-{k}" not in asked:
-            continue
-        (prompt, reference), = asked[f"leak-{k}"]
-        assert prompt == whole.ids[:whole.n_prompt + k]
-        given = lab.tokenizer.decode(prompt[whole.n_prompt:])
-        assert (given + reference).replace(" ", "") == e.answer.replace(" ", "")
-        assert len(attack.rouge_words(reference)) <= len(attack.rouge_words(e.answer))
+    prompts = attack.variants(e, lab.bench.retain, lab.tokenizer, lab.s.template)
+    row = data.encode(e, lab.tokenizer, lab.s.template)
+    for k in (1, 2, 4):
+        (prompt, reference), = prompts[f"leak-{k}"]
+        assert prompt == row.ids[:row.n_prompt + k]
+        leaked = lab.tokenizer.decode(prompt[row.n_prompt:])
+        assert (leaked + reference).replace(" ", "") == e.answer.replace(" ", "")
     short = attack.variants(replace(e, answer="Bees."), [], lab.tokenizer, lab.s.template)
-    assert f"leak-{attack.LEAKS[-1]}" not in short and plain[0] == short["plain"][0][0]
+    assert f"leak-{attack.LEAKS[-1]}" not in short and short["plain"][0][0] == prompts["plain"][0][0]
 
 
-def test_shots_are_whole_templates_and_no_answer_is_shown(lab):
+def test_shots_are_complete_templates_and_no_answer_is_shown(lab):
     e, shots = lab.bench.forget[0], lab.bench.retain[:3]
-    asked = attack.variants(e, shots, lab.tokenizer, "qa")
-    one, three = (lab.tokenizer.decode(p) for p, _ in asked["shots"])
-    x = shots[0]
-    assert one == (f"Question: {x.question}\nAnswer: {x.answer}\n\n"
+    prompts = attack.variants(e, shots, lab.tokenizer, "qa")
+    one, three = (lab.tokenizer.decode(p) for p, _ in prompts["shots"])
+    assert one == (f"Question: {shots[0].question}\nAnswer: {shots[0].answer}\n\n"
                    f"Question: {e.question}\nAnswer:")
     assert three.count("Question:") == 4
     for name in attack.INPUTS:
-        assert not any(e.answer in lab.tokenizer.decode(p) for p, _ in asked[name]), name
+        assert not any(e.answer in lab.tokenizer.decode(p) for p, _ in prompts[name]), name
 
 
 def test_what_does_not_fit_is_left_out(lab):
-    n = len(lab.bench.forget)
-    counts = set()
+    n, counts = len(lab.bench.forget), set()
     for context in range(30, 160, 2):
         probes = attack.input_probes(lab.bench, lab.tokenizer, lab.s, context)
         assert len(probes["plain"]) == 2 * n
         counts.add(len(probes["shots"]))
-        assert all(len(p.prompt) + p.room <= context for some in probes.values() for p in some)
+        assert all(len(p.prompt) + p.room <= context for x in probes.values() for p in x)
     assert {0, n, 2 * n} <= counts  # no shot fits, then one, then three
-
-
-# --------------------------------------------------------------------------------------- requests
-
-
-def test_requests_are_split_by_author(lab):
-    forget = lab.bench.forget
-    one, two = attack.split_requests(forget, 2)
-    assert one + two == forget and not {e.group for e in one} & {e.group for e in two}
-    with pytest.raises(UserError, match="choose 1 to 2"):
-        attack.split_requests(forget, 3)
-
-
-@pytest.fixture(scope="module")
-def served(lab):
-    for words in ("attribute", "mask", "unlearn --method simu", "unlearn --method fo"):
-        name, *rest = words.split()
-        main([name, *lab.words, *rest])
-    attack.main([str(lab.run), "simu-graddiff", "fo-graddiff", "--requests", "2"])
-    return lab
-
-
-@pytest.mark.parametrize("method", ["fo", "simu"])
-def test_each_request_starts_from_the_model_before(served, method):
-    folder = served.run / f"{method}-graddiff" / "requests-2"
-    s = replace(served.s, **{k: v for k, v in stage.read_stage(folder.parent)["settings"].items()
-                             if k in ("method", "lr", "lam", "epochs", "batch", "threshold")})
-    encode = lambda some: data.encode_all(some, served.tokenizer, s.template, context=s.context,
-                                          vocab=served.tokenizer.vocab_size)
-    parts = [encode(x) for x in attack.split_requests(served.bench.forget, 2)]
-    logs = [[json.loads(x) for x in (folder / f"after-{i}.jsonl").read_text().splitlines()]
-            for i in (1, 2)]
-    retain, model = encode(served.bench.retain), served.load()
-    for part, log in zip(parts, logs):
-        assert attack.unlearn_request(model, part, part, retain, None, s) == log
-    fresh = served.load()
-    assert attack.unlearn_request(fresh, parts[1], parts[1], retain, None, s) != logs[1]
-    curve = read_json(served.run / "attack.json")["requests"][f"{method}-graddiff"]
-    assert [p["after"] for p in curve] == [0, 1, 2]
-    assert curve[2]["requests"] == [
-        attack.mean(attack.best([a for a in attack.read_answers(folder / "after-2.json", "forget")
-                                 if a["id"] in {e.id for e in part}]).values())
-        for part in attack.split_requests(served.bench.forget, 2)]
-
-
-# ----------------------------------------------------------------------------------------- the run
-
-
-def test_a_request_to_po_refuses_and_its_mask_is_made_from_the_answers(lab, tmp_path, monkeypatch):
-    s, seen = replace(lab.s, objective="po"), []
-
-    def look(model, answered, forget, *_):
-        seen.append([[lab.tokenizer.decode(r.ids[r.n_prompt:-1]).strip() for r in rows]
-                     for rows in (answered, forget)])
-        return []
-    monkeypatch.setattr(attack, "unlearn_request", look)
-    monkeypatch.setattr(attack, "answers_to", lambda *_: [])
-    parts = attack.split_requests(lab.bench.forget, 2)
-    attack.make_requests("simu-po", tmp_path, {"plain": []}, parts, lab.bench, s)
-    assert [answered for answered, _ in seen] == [[e.answer for e in part] for part in parts]
-    assert all(set(forget) <= set(objectives.REFUSALS) for _, forget in seen)
-
-
-def test_a_request_to_an_objective_that_ends_somewhere_has_targets(lab, tmp_path, monkeypatch):
-    s, seen = replace(lab.s, objective="level", level="2.5"), []
-    monkeypatch.setattr(attack, "unlearn_request", lambda *given: seen.append(given[4]) or [])
-    monkeypatch.setattr(attack, "answers_to", lambda *_: [])
-    parts = attack.split_requests(lab.bench.forget, 2)
-    attack.make_requests("simu-level", tmp_path, {"plain": []}, parts, lab.bench, s)
-    assert seen == [2.5, 2.5]
-
-
-def test_again_is_skipped_and_a_killed_one_goes_on_to_the_same_bytes(lab, attacked, tmp_path,
-                                                                     monkeypatch, capsys):
-    run = tmp_path / "run"
-    shutil.copytree(lab.run, run, ignore=shutil.ignore_patterns("attack", "*graddiff"))
-    real = attack.quantise
-
-    def killed(model, bits):
-        raise KeyboardInterrupt
-    monkeypatch.setattr(attack, "quantise", killed)
-    with pytest.raises(KeyboardInterrupt):
-        attack.main([str(run)])
-    monkeypatch.setattr(attack, "quantise", real)
-    part = next(run.glob("*/.simu-partial-attack"))
-    stamp = (part / "plain.json").stat().st_mtime_ns
-    capsys.readouterr()
-    attack.main([str(run)])
-    assert (part.with_name("attack") / "plain.json").stat().st_mtime_ns == stamp
-    for name in ("thin", "original"):
-        for file in (lab.run / name / "attack").glob("*.json*"):
-            if file.name != "stage.json":
-                assert file.read_bytes() == (run / name / "attack" / file.name).read_bytes(), file
-    capsys.readouterr()
-    before = {p: p.read_bytes() for p in run.glob("attack.*")}
-    assert {p.suffix for p in before} >= {".md", ".json", ".csv"}
-    attack.main([str(run)])
-    printed = capsys.readouterr().out
-    assert printed.count("already made; skipped") == 3 and "0 models to attack" in printed
-    assert {p: p.read_bytes() for p in run.glob("attack.*")} == before
-
-
-def test_the_printed_cost_is_what_is_generated(lab, attacked, tmp_path, monkeypatch, capsys):
-    run, asked = tmp_path / "run", []
-    shutil.copytree(lab.run, run, ignore=shutil.ignore_patterns("attack", "*graddiff", "thin",
-                                                                "retain-only"))
-    change_inputs(run / "original", lambda inputs: inputs.pop("retain-only"))
-    generate = attack.reading.generate
-
-    def counted(model, prompts, **options):
-        asked.append(len(prompts))
-        return generate(model, prompts, **options)
-    monkeypatch.setattr(attack.reading, "generate", counted)
-    attack.main([str(run)])
-    printed = capsys.readouterr().out
-    # relearn-half asks only about the half that it did not learn
-    assert f"1 models to attack, for each {sum(asked) + len(lab.bench.forget) // 2} gen" in printed
-    text = (run / "attack.md").read_text()
-    assert "no retain-only model" in text and "upper bound" in text
-
-
-def test_mistakes(lab):
-    for words, message in (([str(lab.run / "no")], "is not a run folder"),
-                           ([str(lab.run), "so-graddiff"], "no finished model so-graddiff"),
-                           ([str(lab.run), "--requests", "-1"], "--requests is -1")):
-        with pytest.raises(UserError, match=message):
-            attack.main(words)
-
-
-def change_inputs(folder, change):
-    made = read_json(folder / "stage.json")
-    del made["sha256"]
-    change(made["why"]["inputs"])
-    stage.write_stage(folder, made)
-
-
-def test_a_model_of_another_original_is_refused(lab, served, attacked, tmp_path, capsys):
-    run = tmp_path / "run"
-    shutil.copytree(lab.run, run, ignore=shutil.ignore_patterns("fo-graddiff", "requests-*"))
-    change_inputs(run / "simu-graddiff", lambda inputs: inputs.update(original="0" * 64))
-    with pytest.raises(UserError, match="simu-graddiff is not of what .* original was another"):
-        attack.main([str(run), "simu-graddiff"])
-    capsys.readouterr()
-    attack.main([str(run)])  # unless it is named, it is left out
-    assert "left out" in capsys.readouterr().out
-    assert set(read_json(run / "attack.json")["attacks"]) == {"retain-only", "original", "thin"}
 
 
 def test_plain_texts_are_cut_and_the_rest_is_what_counts(lab):
     text = data.Example("", "The mill of Quell turns at dusk, and owls guard the salt.", id="t:0",
                         kind="text", group="t")
     e = data.halved(text)
-    asked = attack.variants(e, [], lab.tokenizer, "qa")
-    prompt, reference = asked["plain"][0]
+    prompts = attack.variants(e, [], lab.tokenizer, "qa")
+    prompt, reference = prompts["plain"][0]
     assert lab.tokenizer.decode(prompt) == e.question and reference == e.answer
-    assert not any("Question:" in lab.tokenizer.decode(p) for p, _ in asked["paraphrase"])
+    assert not any("Question:" in lab.tokenizer.decode(p) for p, _ in prompts["paraphrase"])
+
+
+# ----------------------------------------------------------------------------------------- the run
+
+
+def test_again_is_skipped_and_a_killed_one_goes_on_to_the_same_bytes(lab, attacked, tmp_path,
+                                                                     monkeypatch):
+    run = tmp_path / "run"
+    shutil.copytree(lab.run, run, ignore=shutil.ignore_patterns("attack"))
+    answers_to = attack.answers_to
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(attack, "quantise", killed)
+    with pytest.raises(KeyboardInterrupt):
+        attack.main([str(run)])
+    monkeypatch.undo()
+    monkeypatch.setattr(attack, "answers_to", lambda probes, model, tokenizer, s, title: (
+        titles.append(title) or answers_to(probes, model, tokenizer, s, title)))
+    titles = []
+    attack.main([str(run)])
+    assert "original: int8" in titles and "retain-only: plain" not in titles
+    for name in ("thin", "original"):
+        for file in (lab.run / name / "attack").glob("*.json*"):
+            if file.name != "stage.json":
+                assert file.read_bytes() == (run / name / "attack" / file.name).read_bytes(), file
+    titles.clear()
+    before = {p: p.read_bytes() for p in run.glob("attack.*")}
+    attack.main([str(run)])
+    assert not titles and {p: p.read_bytes() for p in run.glob("attack.*")} == before
+
+
+@pytest.mark.parametrize("more, message", [
+    ("/no", "is not a run folder"), (" so-graddiff", "no finished model so-graddiff")])
+def test_mistakes(lab, more, message):
+    with pytest.raises(UserError, match=message):
+        attack.main(f"{lab.run}{more}".split())
+
+
+def test_a_model_of_another_original_is_left_out_or_if_it_was_named_refused(lab, attacked,
+                                                                           tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(lab.run, run, ignore=shutil.ignore_patterns("retain-only"))
+    s = replace(lab.s, out=str(run))
+    with Stage(run / "mine", settings=s, inputs=dict(original="0" * 64), code=()) as folder:
+        lab.model.save_pretrained(folder)
+    with pytest.raises(UserError, match="no finished model mine of what this run now holds"):
+        attack.main([str(run), "mine"])
+    attack.main([str(run)])
+    assert set(read_json(run / "attack.json")["attacks"]) == {"original", "thin"}
+    text = (run / "attack.md").read_text()
+    assert "no retain-only model" in text and "upper bound" in text
