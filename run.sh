@@ -7,7 +7,7 @@
 #   bash run.sh unlearn MODEL FORGET [RETAIN] [--unseen FILE] [--teach] [--out DIR] [--attack]
 #                                                     rows of your own, JSON lines, in your own model;
 #                                                     status 3 where they are not forgotten
-#   bash run.sh attack RUN [STAGE ...] [--requests K] what of it stays forgotten under attack
+#   bash run.sh attack RUN [STAGE ...]                what of it stays forgotten under attack
 #   bash run.sh sweep BENCHMARK [MODEL] [--option ..] every method over learning rates and seeds
 #   bash run.sh figures [FOLDER ...]                  figures of the sweeps and runs stored there
 #   bash run.sh test                                  the test suite

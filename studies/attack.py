@@ -51,8 +51,8 @@ import data
 import eval as evaluation
 import simu
 from eval import mean, rouge_l, rouge_words, spread
-from model import Transformer, UserError, read_json, write_json, write_text
-from pipeline import checkpoint, reading, slices
+from model import Transformer, UserError, generate, read_json, write_json, write_text
+from pipeline import checkpoint, slices
 from pipeline.columns import definitions, label, number, table
 from pipeline.original import learn
 from pipeline.settings import (Parser, Placement, Settings, Source, choose_dtype, load_benchmark,
@@ -143,8 +143,8 @@ def answers_to(probes: list[Probe], model: Transformer, tokenizer, s: Settings, 
                ) -> list[dict]:
     """Greedy answers to probes, with what they are scored against."""
     longest = max((p.room for p in probes), default=0)
-    new = reading.generate(model, [p.prompt for p in probes], eos_id=tokenizer.eos_ids,
-                           max_new_tokens=longest, batch_tokens=s.eval_tokens, progress=title)
+    new = generate(model, [p.prompt for p in probes], eos_id=tokenizer.eos_ids,
+                   max_new_tokens=longest, batch_tokens=s.eval_tokens, progress=title)
     return [dict(split=p.split, id=p.id, reference=p.reference,
                  answer=tokenizer.decode(ids[:p.room])) for p, ids in zip(probes, new)]
 

@@ -64,11 +64,11 @@ def micro(folder: Path) -> list[str]:
 
 
 def pipeline(folder: Path):
-    """What run.sh does, in this process: a run, its attacks and requests, and a sweep."""
+    """What run.sh does, in this process: a run, its attacks, and a sweep."""
     run, sweep = str(folder / "run"), str(folder / "sweep")
     stages(folder / "run", "tofu", micro(folder), COMMANDS)
     command_line(["evaluate", run, "original", "simu-soft-graddiff"])
-    command_line(["attack", run, "simu-soft-graddiff", "--requests", "1"])
+    command_line(["attack", run, "simu-soft-graddiff"])
     command_line(["report", run])  # last: it tells of all there is, also of attacks made before
     command_line(["sweep", "tofu", "tiny-llama", "--out", sweep, *micro(folder), "--seeds", "1",
                   *"--jobs 1 --arms fo simu --factors 1 --no-variants --epochs 4".split()])
