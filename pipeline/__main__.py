@@ -115,8 +115,6 @@ def parser_of_stages() -> settings.Parser:
                      help="the same run under other seeds; default: RUN-seed*")
     two.add_argument("--retain-only", type=Path, metavar="STAGE_FOLDER",
                      help="an evaluated model that never saw the forget set; default: RUN's own")
-    two.add_argument("--recompute", action="store_true",
-                     help="compute every number again from generations.jsonl, and compare")
     for name, function in REQUESTS.items():
         command = commands.add_parser(name, help=function.__doc__, description=function.__doc__)
         command.add_argument("run", type=Path)
@@ -164,8 +162,7 @@ def command(argv: list[str]):
     elif name == "evaluate":
         evaluate_stages(**given)
     else:
-        report.report(given["run"], others=given["runs"], retain_only=given["retain_only"],
-                      recompute=given["recompute"])
+        report.report(given["run"], others=given["runs"], retain_only=given["retain_only"])
 
 
 if __name__ == "__main__":

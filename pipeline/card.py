@@ -2,9 +2,10 @@
 was made to speak (generation_config.json) and where it comes from (README.md, the model card).
 
 The unlearn stage writes both, the report the card again with the metrics: a stage answers for all
-its files but that one.
+its files but that one. The card leaves with the model, so no row's text and no path stands in it.
 """
 
+import os
 import re
 from dataclasses import fields, replace
 from pathlib import Path
@@ -13,9 +14,9 @@ import data
 import simu
 from model import read_json, write_json, write_text
 from pipeline import checkpoint, objectives, slices
-from pipeline.columns import COLUMNS, label, mask_line, reading, table, table_of, with_values
+from pipeline.columns import MAIN, label, reading, table, table_of
 from pipeline.settings import Settings
-from pipeline.stage import mask_name, read_stage, unlearned_name
+from pipeline.stage import mask_name, read_stage
 from pipeline.tokenizers import load_tokenizer
 
 DATA_SOURCES = {"demo": "the invented people and facts of this project's demo",
@@ -39,8 +40,8 @@ print(tokenizer.decode(model.generate(**ids)[0], skip_special_tokens=True))
 def use(template: str) -> str:
     """How to ask the model something in transformers."""
     if template == "chat":
-        return USE.format(ids="""asked = [dict(role="user", content="...")]
-ids = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=True,
+        return USE.format(ids="""chat = [dict(role="user", content="...")]
+ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True,
                                     return_tensors="pt")""")
     before, after, _ = data.TEMPLATES[template]
     return USE.format(ids=f'ids = tokenizer({f"{before}...{after}"!r}, return_tensors="pt")')
@@ -50,99 +51,93 @@ def write_generation_config(folder: Path, s: Settings):
     """How the model is made to speak, for transformers: as its maker's file says, with every token
     that ends a turn; where there is none, as our evaluation does: greedy, as many tokens [D16]."""
     config = checkpoint.read_config(folder)
-    theirs = _object(s.run / "original" / "generation_config.json")
+    path = s.run / "original" / "generation_config.json"
+    theirs = read_json(path) if path.is_file() else {}
     length = dict(max_new_tokens=s.max_new_tokens) if s.max_new_tokens else dict(
         max_length=s.max_total_tokens or config.max_position_embeddings)
     if not theirs:
         length["do_sample"] = False
     elif {"max_new_tokens", "max_length"} & set(theirs):
         length = {}
-    ids = {key: getattr(config, key) for key in checkpoint.TOKEN_IDS} | {
-        k: v for k, v in theirs.items() if k in checkpoint.TOKEN_IDS}
+    ids = {key: theirs.get(key, getattr(config, key)) for key in checkpoint.TOKEN_IDS}
     ends = list(load_tokenizer(s.run / "original").eos_ids)
     ids["eos_token_id"] = ends[0] if len(ends) == 1 else ends
     write_json(folder / "generation_config.json", theirs | length | {
-        k: v for k, v in ids.items() if v is not None})
-
-
-def _object(path: Path) -> dict:
-    """The JSON object of a file, {} where there is none."""
-    value = read_json(path) if path.is_file() else {}
-    return value if isinstance(value, dict) else {}
+        key: value for key, value in ids.items() if value is not None})
 
 
 def provenance(s: Settings) -> tuple[str, str]:
     """What a run's original is, and what is known of its licence: nothing is taken from a model of
     another name."""
     if s.tiny and not s.weights:
-        about = "Its original was made here, from random weights, on the benchmark's text alone."
         text = ("The demo's text is under this project's MIT licence." if s.benchmark == "demo" else
                 "The text it learnt has its own licence.")
-        return about, "It holds no weights of anyone else. " + text
+        return ("Its original was made here, from random weights, on the benchmark's text alone.",
+                f"It holds no weights of anyone else. {text}")
     source = read_stage(s.run / "original").get("source", {})
-    base = (s.run / "original" / "config.json").resolve().parent  # linked, unless fine-tuned here
     name = source.get("repo") or Path(s.weights or s.model.removeprefix("hf:")).name
-    licence = licence_field(base / "README.md")
+    # An original that was not taught here is linked, and the maker's card stands beside its weights.
+    readme = (s.run / "original" / "config.json").resolve().parent / "README.md"
+    front = readme.read_text("utf-8", "replace").split("---")[1:2] if readme.is_file() else ""
+    licence = re.search(r"^license:[ \t]*([\w.+ -]+?)[ \t]*$", "".join(front), re.MULTILINE)
     if licence:
-        known = f"{name} says of itself: {licence}."
+        text = f"{name} says of itself: {licence[1]}."
     elif s.model in LICENCES and not s.weights:
-        known = LICENCES[s.model]
+        text = LICENCES[s.model]
     else:
-        known = f"{name} does not say here what licence it is under; find out before sharing this."
-    return f"Base: {name}.", known + " The licence of the base model binds this one too."
+        text = f"{name} does not say here what licence it is under; find out before sharing this."
+    return f"Base: {name}.", f"{text} The licence of the base model binds this one too."
 
 
-def licence_field(readme: Path) -> str:
-    """The `license:` of a model card's front matter, "" if it has none."""
-    try:
-        front = readme.read_text(encoding="utf-8", errors="replace").split("---")[1]
-    except (OSError, IndexError):
-        return ""
-    found = re.search(r"^license:[ \t]*([\w.+ -]+?)[ \t]*$", front, re.MULTILINE)
-    return found.group(1) if found else ""
+def critical_neurons(mask: Path) -> str:
+    """What a mask's folder holds."""
+    if not (mask / "stage.json").is_file():
+        return "no mask in this run"
+    stage = read_stage(mask)
+    per_layer = " ".join(map(str, stage["critical_per_layer"]))
+    return (f"{stage['critical']} of {stage['total']}: {stage['critical'] / stage['total']:.2%}; "
+            f"by layer {per_layer}")
 
 
-def write_card(folder: Path, s: Settings, used: dict, found: list[dict] = (), verdict: str = ""):
-    """README.md of a model unlearned in run s with the settings `used`; found: evaluations of it
-    and of its original, as report.find_evaluations gives them. verdict: of own rows, as text."""
-    kind, method = s.layout, simu.METHODS[used["method"]]
-    made = replace(s, **{f.name: used[f.name] for f in fields(objectives.Recipe) if f.name in used},
-                   name=used.get("name", ""))
+def recipe_of(values: dict) -> dict:
+    """Of a stage's settings, those that an unlearned model was made with."""
+    method = simu.METHODS[values["method"]]
+    parts = [objectives.Unlearning, *((simu.Attribution, simu.Masking) if method.masked else ())]
+    names = dict.fromkeys(f.name for part in parts for f in fields(part))
+    return dict(optimiser=method.optimiser) | {k: values[k] for k in names if k in values}
+
+
+def last_part(value):
+    """A setting as others may see it: of a path on this machine, its last part."""
+    return Path(value).name if isinstance(value, str) and os.path.isabs(value) else value
+
+
+def write_card(folder: Path, name: str, s: Settings, values: dict, evaluations: list[dict] = (),
+               verdict_text: str = ""):
+    """README.md of the model `name` of a run, unlearned with the settings `values`. evaluations: of
+    it and of its original, as report.read_evaluations gives them."""
     about, licence = provenance(s)
     metrics = "Not evaluated yet: `python -m pipeline evaluate` and `report`."
-    if found:
-        columns = with_values(COLUMNS[kind], found)
-        metrics = table_of(columns, found) + "\n\n" + reading(found[0]["metrics"])
-    if verdict:
-        metrics = f"```\n{verdict}\n```\n\n{metrics}"
-    constants = [["optimiser", method.optimiser]]
-    step1 = (simu.Attribution, simu.Masking) if method.masked else ()
-    for part in (objectives.Unlearning, *step1):
-        constants += [[f.name, used[f.name]] for f in fields(part)
-                      if f.name in used and [f.name, used[f.name]] not in constants]
-    sliced = [[f.name, used[f.name]] for f in fields(slices.Slice) if f.name in used
-              and (kind != "rows" or f.name in ("seed", "template"))]  # others are of benchmarks
-    title = (f"{s.label}, rows of its maker's own unlearned" if kind == "rows" else
-             f"{s.benchmark} {s.label}, unlearned by {label(unlearned_name(made))}")
+    if evaluations:
+        lines = [(e["label"], e["metrics"]["values"]) for e in evaluations]
+        metrics = f"{table_of(MAIN[s.layout], lines)}\n\n{reading(evaluations[0]['metrics'])}"
+    slice_names = [f.name for f in fields(slices.Slice)]
+    if s.layout == "rows":
+        slice_names = ["seed", "template"]  # the others cut a benchmark
+    settings = recipe_of(values) | {k: values[k] for k in slice_names}
+    title = (f"{s.label}, rows of its maker's own unlearned" if s.layout == "rows" else
+             f"{s.benchmark} {s.label}, unlearned by {label(name)}")
     parts = ["---\nlibrary_name: transformers\ntags: [unlearning]\n---",
              f"# {title}",
              f"{about} It was made to forget a part of {DATA_SOURCES[s.benchmark]}, and to keep "
              "the rest, by SIMU's reference implementation (arXiv 2510.07822). Forgetting is "
              "measured below, not guaranteed.",
              "## Use", use(s.template),
-             "## Metrics", metrics,
-             "## Recipe", table(["Setting", "Value"], constants),
-             "## Data", table(["Setting", "Value"], sliced),
-             *(("## Critical neurons", mask_line(s.run / mask_name(made), s))
-               if method.masked else ()),
-             "## Licence", licence]
-    write_text(folder / "README.md", "\n\n".join(parts) + "\n")
-
-
-def write_cards(s: Settings, found: list[dict], unlearned: list[str], verdict: str = ""):
-    """Write the cards of a run's evaluated unlearned models again, now with metrics."""
-    for name in unlearned:
-        used = read_stage(s.run / name)["settings"]
-        if used["method"] in simu.METHODS:  # else of a fork whose method is gone
-            shown = [e for e in found if e["name"] in ("original", name)]
-            write_card(s.run / name, s, used, shown, verdict)
+             "## Metrics", verdict_text, metrics,
+             "## Settings", table(["Setting", "Value"],
+                                  [[k, last_part(value)] for k, value in settings.items()])]
+    if simu.METHODS[values["method"]].masked:
+        mask = mask_name(replace(s, mask=values["mask"], neurons=values["neurons"]))
+        parts += ["## Critical neurons", critical_neurons(s.run / mask)]
+    parts += ["## Licence", licence]
+    write_text(folder / "README.md", "\n\n".join(p for p in parts if p) + "\n")

@@ -299,7 +299,7 @@ def unlearn_stage(s: Settings):
                 s, job, folder, watch=epoch_evaluator if s.eval_epochs else None,
                 aim=forget_targets if simu.OBJECTIVES[s.objective].targeted else None)
             write_generation_config(folder, s)
-            write_card(folder, s, dataclasses.asdict(s))
+            write_card(folder, job.name, s, dataclasses.asdict(s))
 
 
 def epoch_evaluator(model: Transformer, bench: slices.Benchmark, s: Settings, job: Stage):

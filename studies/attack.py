@@ -53,7 +53,7 @@ import simu
 from eval import mean, rouge_l, rouge_words, spread
 from model import Transformer, UserError, generate, read_json, write_json, write_text
 from pipeline import checkpoint, slices
-from pipeline.columns import definitions, label, number, table
+from pipeline.columns import as_code, label, number, table
 from pipeline.original import learn
 from pipeline.settings import (Parser, Placement, Settings, Source, choose_dtype, load_benchmark,
                                placement, read_settings)
@@ -336,7 +336,7 @@ def write_report(s: Settings, results: dict):
              attack_table(results, CURVE, "score"), attack_table(results, CURVE, "recovered"),
              "## ROUGE-L on retain rows after each change of the weights",
              attack_table(results, ("plain", *WEIGHTS), "retain"),
-             "## Definitions", definitions(__doc__)]
+             "## Definitions", as_code(__doc__)]
     write_text(s.run / "attack.md", "\n\n".join(parts) + "\n")
     write_json(s.run / "attack.json", dict(settings=dataclasses.asdict(s), attacks=results))
     print(f"{summary(results)}\nattacks: {s.run / 'attack.md'}")

@@ -771,7 +771,7 @@ def test_a_mask_of_other_scores_is_not_reported(w):
     assert fuzz.cli(*words_of(w, "attribute run-tofu --steps 3")) == (0, "")
     assert fuzz.cli(*words_of(w, "report run-tofu")) == (0, "")
     report = (w / "run-tofu/report.md").read_text("utf-8")
-    assert "the mask is not of what this run now holds: attribution was another" in report
+    assert "mask: not of what this run now holds: attribution was another" in report
 
 
 def test_scores_of_other_data_are_not_drawn(w):

@@ -592,7 +592,7 @@ def test_an_original_that_knows_nothing_stops_the_run(server, checkpoint, tmp_pa
         stage.run_cli(lambda: cli(["check", str(tmp_path)]))
     last = capfd.readouterr().err.splitlines()[-1]  # the progress bar is above it
     assert end.value.code == 2
-    assert last.startswith("error: the original does not know the forget set: ROUGE-L 0.")
+    assert last.startswith("error: the original does not know the forget set: forget.rouge_l is 0.")
     cli(["original", *words, "--must-know", "0"])
     cli(["check", str(tmp_path)])
     told = capfd.readouterr().out
