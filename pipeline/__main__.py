@@ -92,7 +92,7 @@ def parser_of_stages() -> settings.Parser:
             function.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
         command.add_argument("benchmark", choices=settings.BENCHMARKS)
         command.add_argument("model")
-        settings.add_options(command, skip=("benchmark", "model"), own=name == "unlearn")
+        settings.add_options(command, skip=("benchmark", "model"))
         if name == "unlearn":
             command.add_argument("--each", nargs="+", metavar="METHOD:OBJECTIVE", help="several "
                                  "models at once, each evaluated as soon as it is made")

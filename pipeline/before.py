@@ -31,8 +31,8 @@ def fitted(s: Settings, rows: list[Encoded]) -> Settings:
 def plan_command(s: Settings):
     """Print what each stage of a run needs, whether it fits the device at hand, and how long it
     takes; of rows of your own in a model that is here, of these rows alone."""
-    folder, given = Path(hub.given_model(s)), s.retain or not s.retain_from_model
-    if s.layout == "rows" and given and (folder / "config.json").is_file():
+    folder = Path(hub.given_model(s))
+    if s.layout == "rows" and (folder / "config.json").is_file():
         outlook(s, folder, load_benchmark(s))
     else:
         plan.plan_command(s)

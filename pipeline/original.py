@@ -20,7 +20,6 @@ from model import Transformer, UserError, write_json
 from pipeline import checkpoint, fused, hub, slices
 from pipeline.before import fitted, outlook
 from pipeline.plan import fit_memory
-from pipeline.request import written_rows
 from pipeline.settings import (Making, Placement, Settings, Source, choose_device, load_benchmark,
                                placement, tiny_config)
 from pipeline.stage import Stage, claim, content, data_inputs, digests_of, stored_dtype
@@ -144,8 +143,6 @@ def original_stage(s: Settings):
         make_tiny(s, load_benchmark(s), data_inputs(s))
     else:
         folder, source, ready = hub.find_original(s)
-        if s.retain_from_model and not s.retain:
-            written_rows(s, folder)
         bench, inputs = load_benchmark(s), data_inputs(s)
         if s.layout == "rows" and (s.force or not (s.run / "original" / "stage.json").is_file()):
             outlook(s, folder, bench)

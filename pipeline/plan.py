@@ -11,7 +11,7 @@ import re
 import shutil
 import weakref
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,8 +24,8 @@ import simu
 from data import Encoded
 from model import LOGITS, Config, Transformer, UserError
 from pipeline import checkpoint, hub, pace, reading
-from pipeline.settings import (AUTO, LIMIT, Settings, choose_device, choose_dtype, flag, is_on_gpu,
-                               load_benchmark, resolve, tiny_config)
+from pipeline.settings import (AUTO, LIMIT, Settings, choose_device, choose_dtype, flag, is_on_gpu, load_benchmark,
+                               tiny_config, with_choices)
 from pipeline.stage import mask_name, read_stage
 
 GB = 1e9
@@ -148,13 +148,8 @@ def traced(s, config, name, method, dtype, critical, longest, answer) -> Need:
                       checkpointing=s.learn_checkpointing)
         return _unlearning(own, config, dtype, critical, longest, answer, s.learn_batch)
     if name == "unlearn":
-        n = _unlearning(replace(s, method=method), config, dtype, critical, longest, answer,
-                        _rows_of_update(s))
-        if s.eval_epochs:
-            beside = need(s, config, "evaluate", dtype=dtype, critical=0, longest=longest,
-                          answer=answer).activations
-            n = replace(n, activations=max(n.activations, beside))
-        return n
+        return _unlearning(replace(s, method=method), config, dtype, critical, longest, answer,
+                           _rows_of_update(s))
     model = _meta(config, dtype).requires_grad_(False)
     weights = sum(p.nbytes for p in model.parameters())
     if name == "attribute":
@@ -521,12 +516,7 @@ def _print_needs(s: Settings, config: Config, given: dict, free: int, *, learns:
 
 def _for_method(s: Settings, method: str | None) -> Settings:
     """s as its recipe has it for another method, with what the user changed."""
-    method = method or s.method
-    cell = dict(benchmark=s.benchmark, model=s.model)
-    plain = resolve(cell | dict(method=s.method))
-    changed = {f.name: getattr(s, f.name) for f in fields(s)
-               if f.name != "method" and getattr(s, f.name) != getattr(plain, f.name)}
-    return resolve(cell | dict(method=method) | changed)
+    return with_choices(s, method=method or s.method, device=s.device)
 
 
 def _cards(s: Settings, config: Config, given: dict, learns: bool) -> list[str]:

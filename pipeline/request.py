@@ -10,54 +10,12 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
-
 import data
-from model import Transformer, UserError, read_json, write_json, write_text
-from pipeline import checkpoint, verdict
+from model import UserError, read_json, write_json
+from pipeline import verdict
 from pipeline.files import has_types
-from pipeline.settings import PLACES, Settings, data_digests, placement, read_settings
-from pipeline.stage import (Stage, content, data_inputs, differences, digest, digests_of,
-                            unlearned_name)
-from pipeline.tokenizers import load_tokenizer
-
-LENGTH = 48  # tokens of a text that the model writes
-
-
-def written_rows(s: Settings, source: Path):
-    """written-retain/rows.jsonl: texts that the original writes, to keep where no file is given."""
-    job = Stage(s.run / "written-retain", settings=s, code=(sample_texts,), inputs={
-        f"weights/{name}": sha
-        for name, sha in digests_of(sorted(source.glob("*.safetensors"))).items()},
-        also=dict(seed=s.seed, retain_from_model=s.retain_from_model))
-    if not job.is_made():
-        with job as folder:
-            model = checkpoint.load_model(source, **placement(s))
-            texts = sample_texts(model, load_tokenizer(source), s.retain_from_model, s.seed)
-            write_text(folder / "rows.jsonl", "".join(json.dumps({"text": x}) + "\n"
-                                                      for x in texts))
-
-
-@torch.inference_mode()
-def sample_texts(model: Transformer, tokenizer, count: int, seed: int) -> list[str]:
-    """`count` different texts drawn from the model by seed, LENGTH tokens at most."""
-    device, texts = model.embed_tokens.weight.device, {}
-    generator = torch.Generator().manual_seed(seed)
-    start = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
-    for _ in range(4 + 4 * count // 16):
-        ids = torch.full((16, 1), start, device=device)  # [B, T]
-        for _ in range(LENGTH):
-            p = model.logits(model.hidden(ids)[:, -1]).softmax(-1).cpu()
-            ids = torch.cat([ids, torch.multinomial(p, 1, generator=generator).to(device)], dim=1)
-        for row in ids[:, 1:].tolist():
-            row = row[:row.index(tokenizer.eos_id)] if tokenizer.eos_id in row else row
-            text = " ".join(tokenizer.decode(row).split())
-            if len(text.split()) > 3:
-                texts[text] = None
-        if len(texts) >= count:
-            return list(texts)[:count]
-    raise UserError(f"the model wrote only {len(texts)} different texts of {count}; give a file of "
-                    "rows to keep instead")
+from pipeline.settings import PLACES, Settings, data_digests, read_settings
+from pipeline.stage import content, data_inputs, differences, digest, unlearned_name
 
 
 def write_request(run: Path):

@@ -31,13 +31,13 @@ import torch
 from safetensors import safe_open
 
 import simu
-from model import UserError, read_json, write_json, write_text
+from model import NO_TEXT, UserError, read_json, write_json, write_text
 from pipeline import checkpoint, objectives, slices
 from pipeline.files import has_types, sha256
 from pipeline.reach import code_digest
 from pipeline.resume import RESUME, Checkpoints
-from pipeline.settings import (TINY_MODELS, Making, Settings, Source, check_names, data_digests,
-                               settings_of, taken)
+from pipeline.settings import (TINY_MODELS, Making, Settings, Source, data_digests, settings_of,
+                               taken)
 
 OLDEST_TORCH = (2, 5)  # the first with enable_gqa; run.sh asks for it too
 LONGEST_MESSAGE = 1000  # characters of an error message, which may quote a damaged file
@@ -295,7 +295,9 @@ class Stage:
                                   for kind in ("partial", "old"))
         self.name = str(self.folder.relative_to(settings.run))
         self.takes = takes
-        check_names(inputs)  # before the work, not when stage.json is written
+        for name in inputs:  # refused before the work, not when stage.json is written
+            if NO_TEXT.search(name):
+                raise UserError(f"the name of the file {name!r} is not UTF-8 text; rename it")
         self.why = dict(
             settings=taken(settings, takes) | (also or {}), inputs=inputs,
             code=code_digest(code, table_rows(settings, takes) | (rows or {})))

@@ -14,11 +14,10 @@ from model import Transformer, UserError, save_tensors
 from pipeline import checkpoint, fused, objectives, reading, slices
 from pipeline.before import fitted
 from pipeline.card import write_card, write_generation_config
-from pipeline.evaluate import measured_rows
 from pipeline.files import read_tensors
 from pipeline.levels import forget_targets
 from pipeline.plan import fit_memory
-from pipeline.settings import (Judging, Level, Placement, Settings, Source, flag, load_benchmark,
+from pipeline.settings import (Level, Placement, Settings, Source, flag, load_benchmark,
                                placement, read_settings, taken)
 from pipeline.stage import (Stage, attribution_name, content, data_inputs, mask_name, read_stage,
                             stored_dtype, unlearned_name)
@@ -234,7 +233,7 @@ def until_there(looks: Looks, job: Stage):
 
 def unlearn_job(s: Settings) -> Stage:
     inputs = dict(original=content(s.run / "original")) | data_inputs(s)
-    code, also = (make_unlearned,), dict(eval_epochs=s.eval_epochs)
+    code = (make_unlearned,)
     takes = (slices.Slice, Source, Placement, objectives.Unlearning)
     if simu.OBJECTIVES[s.objective].targeted:
         takes += (Level,)
@@ -244,24 +243,18 @@ def unlearn_job(s: Settings) -> Stage:
     if simu.METHODS[s.method].masked:
         mask_job(s).require()
         inputs[mask_name(s)] = content(s.run / mask_name(s))
-    if s.eval_epochs:  # the evaluation's results are then part of the stage
-        code += (epoch_evaluator,)
-        also |= taken(s, (Judging,))
-    return Stage(s.run / unlearned_name(s), settings=s, inputs=inputs, code=code, also=also,
-                 takes=takes)
+    return Stage(s.run / unlearned_name(s), settings=s, inputs=inputs, code=code, takes=takes)
 
 
-def make_unlearned(s: Settings, job: Stage, folder: Path, *, aim=None, watch=None):
-    """aim(s, benchmark, forget rows, model): the targets of an objective that ends somewhere.
-    watch(model, benchmark, s, job): gives the function that records a row of the log."""
+def make_unlearned(s: Settings, job: Stage, folder: Path, *, aim=None):
+    """aim(s, benchmark, forget rows, model): the targets of an objective that ends somewhere."""
     mask = None
     if simu.METHODS[s.method].masked:
         mask, = read_tensors(s.run / mask_name(s) / "mask.safetensors", ("mask",))
     bench, encoded = encoded_rows(s, s.objective)
     s = fitted(s, encoded["forget"] + encoded["retain"])
     model, s = load_original(s, job, "unlearn", encoded, s.method)
-    record, targets = watch(model, bench, s, job) if watch else job.record("log.jsonl"), None
-    loop = job.loop
+    targets, loop = None, job.loop
     if aim:
         targets, job.notes["level_from"] = aim(s, bench, encoded["forget"], model, s.seed)
         print(f"[{job.name}] how rows never seen look: {job.notes['level_from']}", flush=True)
@@ -270,7 +263,7 @@ def make_unlearned(s: Settings, job: Stage, folder: Path, *, aim=None, watch=Non
             loop = until_there(Looks(model, encoded["forget"], encoded["retain"], each, s), job)
     try:
         simu.unlearn(model, encoded["forget"], encoded["retain"], mask, s, targets=targets,
-                     title=unlearned_name(s), loop=loop, record=record,
+                     title=unlearned_name(s), loop=loop, record=job.record("log.jsonl"),
                      **fused.on(model.embed_tokens.weight.device))
     except UserError as e:
         raise UserError(f"{e}{put_back(s)}") from None
@@ -295,24 +288,7 @@ def unlearn_stage(s: Settings):
     job = unlearn_job(s)
     if not job.is_made():
         with job as folder:
-            make_unlearned(
-                s, job, folder, watch=epoch_evaluator if s.eval_epochs else None,
-                aim=forget_targets if simu.OBJECTIVES[s.objective].targeted else None)
+            targeted = simu.OBJECTIVES[s.objective].targeted
+            make_unlearned(s, job, folder, aim=forget_targets if targeted else None)
             write_generation_config(folder, s)
             write_card(folder, job.name, s, dataclasses.asdict(s))
-
-
-def epoch_evaluator(model: Transformer, bench: slices.Benchmark, s: Settings, job: Stage):
-    """`record` of simu.train: also a line of metrics in epochs.jsonl whenever an epoch has ended.
-    epoch: passes over the forget set so far, a whole number only where batches fill it."""
-    tokenizer, n = load_tokenizer(s.run / "original"), len(bench.forget)
-    record, record_epoch = job.record("log.jsonl"), job.record("epochs.jsonl")
-
-    def evaluate_after(row: dict):
-        record(row)
-        step = row["step"]
-        if step * s.batch // n > (step - 1) * s.batch // n:
-            rows = measured_rows(model, tokenizer, bench, s, template=s.template)
-            record_epoch(dict(epoch=round(step * s.batch / n, 3), step=step,
-                              **evaluation.summarise(rows)))
-    return evaluate_after

@@ -44,7 +44,7 @@ SIZE = ("--data {data} --width 64 --depth 2 --vocab 400 --context 96 --max-total
         "--resume-cost 0.2")
 COMMANDS = ("original", "attribute", "mask --mask soft",
             "unlearn --method so --objective npo --epochs 8 --state bfloat16",
-            "unlearn --method simu --mask soft --epochs 6 --eval-epochs")
+            "unlearn --method simu --mask soft --epochs 6")
 SHORT = ("original", "attribute", "mask", "unlearn --method simu --epochs 16")
 KEPT = 2  # generations between two writes of those so far, so that a micro evaluation has some
 EMPTIES = {"os.remove", "os.rmdir"}

