@@ -76,7 +76,7 @@ def provenance(s: Settings) -> tuple[str, str]:
                 f"It holds no weights of anyone else. {text}")
     source = read_stage(s.run / "original").get("source", {})
     name = source.get("repo") or Path(s.weights or s.model.removeprefix("hf:")).name
-    # An original that was not taught here is linked, and the maker's card stands beside its weights.
+    # An original that was not taught here is linked; its maker's card stands beside its weights.
     readme = (s.run / "original" / "config.json").resolve().parent / "README.md"
     front = readme.read_text("utf-8", "replace").split("---")[1:2] if readme.is_file() else ""
     licence = re.search(r"^license:[ \t]*([\w.+ -]+?)[ \t]*$", "".join(front), re.MULTILINE)

@@ -49,7 +49,7 @@ def report(run: Path, *, others: list[Path] = (), retain_only: Path | None = Non
 
 def sections_of(s: Settings, evaluations: list[dict], stale: dict, seeds: dict | None
                 ) -> list[tuple[str, str]]:
-    """(title, text) of each part of report.md below the main table; one without text is left out."""
+    """(title, text) of each part of report.md below the main table; without text it is left out."""
     metrics, of_seeds = evaluations[0]["metrics"], []
     if seeds:
         labels = {e["name"]: e["label"] for e in evaluations}

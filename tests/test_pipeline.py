@@ -233,7 +233,7 @@ def test_a_report_leaves_out_what_is_of_another_mask(runs, tmp_path, capsys):
           "--threshold", "0.05"])
     main(["report", str(out)])
     assert "mask was another" in capsys.readouterr().out
-    table = (out / "report.md").read_text().split("##")[0]
+    table = (out / "report.md").read_text().split("## Every number")[0]
     assert "| FO-GradDiff" in table and "| SIMU-GradDiff" not in table
     assert "- simu-graddiff: " in table
 
