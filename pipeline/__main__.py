@@ -102,7 +102,7 @@ def parser_of_stages() -> settings.Parser:
     check = commands.add_parser("check", help="evaluate the original; stop unless it knows the "
                                               "forget set (--must-know)")
     check.add_argument("run", type=Path)
-    one = commands.add_parser("evaluate", help="metrics.json and generations.jsonl of stages")
+    one = commands.add_parser("evaluate", help="generations.jsonl of stages")
     one.add_argument("run", type=Path)
     one.add_argument("stages", nargs="*", default=[], metavar="STAGE",
                      help="e.g. original simu-graddiff; default: every model of the run")

@@ -1,9 +1,8 @@
-"""The evaluate stage: a saved model's generations.jsonl, its metrics.json, and whether they hold.
+"""The evaluate stage: what a saved model says and how likely it finds each text, a row a line.
 
-What is measured, and how, is eval.py's; here stand what it needs no run for (a killed evaluation
-goes on, closeness by a sentence encoder) and the two files. generations.jsonl is what a model was
-asked and said, and makes the stage. metrics.json follows from it: where the code that summarises
-has changed, whoever reads it makes it again from the rows, in seconds.
+What is measured, and how, is eval.py's and metrics.py's; beside them stand closeness by a sentence
+encoder and the stage. generations.jsonl holds the rows, stage.json what no row can say (`about`):
+from the two every metric is computed whenever it is read, so that none can be out of date.
 """
 
 import dataclasses
@@ -15,34 +14,37 @@ import torch
 
 import data
 import eval as evaluation
-from eval import CHOICE, choice_texts
-from model import Transformer, UserError, read_json, write_json, write_text
-from pipeline import checkpoint, slices
+from eval import NO_ATTACK, SPLITS
+from model import Transformer, UserError, write_text
+from pipeline import checkpoint, metrics, slices
 from pipeline.files import sha256
-from pipeline.reach import code_digest
-from pipeline.reading import generate, token_scores
-from pipeline.resume import RESUME
+from pipeline.reading import token_scores
 from pipeline.settings import (Aside, Judging, Placement, Settings, Source, load_benchmark,
                                placement, read_settings)
-from pipeline.stage import (Stage, content, data_inputs, differences, read_stage,
-                            rewrite_derived, turn)
+from pipeline.stage import Stage, content, data_inputs, differences, read_stage
 from pipeline.tokenizers import load_tokenizer
 
-ROWS, METRICS = "generations.jsonl", "metrics.json"
-KEEP_EVERY = 256  # generations between two writes of the file a killed evaluation goes on from
+ROWS = "generations.jsonl"
 
 # --------------------------------------------------------------------------------- what is measured
 
 
-def measured_rows(model: Transformer, tokenizer, benchmark: slices.Benchmark, s: Judging, *,
-                  template: str, limit: int = 0, generate: Callable = generate,
-                  token_scores: Callable = token_scores) -> list[dict]:
-    """The rows of eval.evaluate_model, with closeness by an encoder where asked for."""
-    device = model.embed_tokens.weight.device  # what is missing is told before the work
-    encode = load_encoder(s.encoder, device) if s.closeness == "encoder" else None
-    rows = evaluation.rows_of(benchmark, limit)
-    known = evaluation.add_losses(rows, model, tokenizer, template, s, token_scores)
-    evaluation.add_generations(rows, model, tokenizer, template, s, generate, known)
+def splits_of(bench: slices.Benchmark) -> dict[str, list[data.Example]]:
+    """The rows of a benchmark that are measured, by split; of LUME's non-members its documents."""
+    return dict(forget=bench.forget, retain=bench.retain_eval, real_authors=bench.real_authors,
+                world_facts=bench.world_facts, nonmembers=[
+                    e for e in bench.nonmembers if bench.kind != "lume" or e.kind == "sc"])
+
+
+def measured_rows(model: Transformer, tokenizer, bench: slices.Benchmark, s: Judging, *,
+                  template: str, limit: int = 0) -> list[dict]:
+    """The rows of eval.collect_rows, with closeness by an encoder if that is to judge."""
+    device = model.embed_tokens.weight.device
+    encode = None
+    if s.closeness == "encoder":  # loaded before the work, so that a missing one is told at once
+        encode = load_encoder(s.encoder, device)
+    rows = evaluation.collect_rows(model, tokenizer, splits_of(bench), benchmark=bench.kind,
+                                   template=template, limits=s, limit=limit, scorer=token_scores)
     if encode:
         add_closeness(rows, encode)
     return rows
@@ -69,49 +71,16 @@ def load_encoder(name: str, device) -> Callable:
 def add_closeness(rows: list[dict], encode: Callable):
     """`closeness` of f and r: the cosines of g' and of a with a' and each w [D11]."""
     judged = ("paraphrased_generation", "answer")
-    asked = [r for r in rows if CHOICE | {*judged} <= r.keys()]
-    texts = list(dict.fromkeys(t for r in asked
-                               for t in (*(r[k] for k in judged), *choice_texts(r))))
+    choices = {n: [row["paraphrased_answer"], *row["perturbed_answers"]]
+               for n, row in enumerate(rows) if judged[0] in row and row["paraphrased_answer"]
+               and row["perturbed_answers"]}
+    texts = list(dict.fromkeys(text for n, choice in choices.items()
+                               for text in (*choice, *(rows[n][name] for name in judged))))
     vectors = dict(zip(texts, encode(texts))) if texts else {}
-    for r in asked:
-        held = torch.stack([vectors[t] for t in choice_texts(r)])  # [6, E]
-        r["closeness"] = {k: (held @ vectors[r[k]]).tolist() for k in judged}
-    rows[0]["closeness"] = "encoder"
-
-
-def keeping(generate: Callable, path: Path) -> Callable:
-    """`generate`, KEEP_EVERY prompts at a time, the longest first. What it says stands in the file
-    at once; where that holds some already, it goes on from there."""
-    def generate_in_parts(model, prompts, *, drafts, **options):
-        order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-        kept, out = whole_lines(path), [[]] * len(prompts)
-        for n, start in enumerate(range(0, len(order), KEEP_EVERY)):
-            part = order[start:start + KEEP_EVERY]
-            if n == len(kept):
-                kept.append(generate(model, [prompts[i] for i in part],
-                                     drafts=[drafts[i] for i in part], **options))
-                with open(path, "a", encoding="ascii") as file:
-                    file.write(json.dumps(kept[n]) + "\n")
-            for i, ids in zip(part, kept[n], strict=True):
-                out[i] = ids
-        return out
-    return generate_in_parts
-
-
-def whole_lines(path: Path) -> list:
-    """JSON lines of a file; what a killed process left torn at its end is cut off."""
-    if not path.is_file():
-        return []
-    text, values, end = path.read_text(encoding="ascii", errors="replace"), [], 0
-    for line in text.splitlines(keepends=True):
-        try:
-            values.append(json.loads(line if line.endswith("\n") else ""))
-        except ValueError:
-            break
-        end += len(line)
-    if end < len(text):
-        write_text(path, text[:end])
-    return values
+    for n, choice in choices.items():
+        choice_vectors = torch.stack([vectors[text] for text in choice])  # [6, E]
+        rows[n]["closeness"] = {name: (choice_vectors @ vectors[rows[n][name]]).tolist()
+                                for name in judged}
 
 
 # ---------------------------------------------------------------------------------------- the stage
@@ -148,14 +117,14 @@ def folder_inputs(name: str, folder: str) -> dict[str, str]:
 
 
 def make_evaluation(s: Settings, model_folder: Path, job: Stage, folder: Path, limit: int):
-    """generations.jsonl and metrics.json of a model."""
+    """generations.jsonl of a model, and what is said of it in stage.json."""
     tokenizer = load_tokenizer(model_folder)
     model = checkpoint.load_model(model_folder, **placement(s))
-    rows = measured_rows(model, tokenizer, load_benchmark(s), s, template=s.template, limit=limit,
-                         generate=keeping(generate, folder / RESUME / ROWS))
+    bench = load_benchmark(s)
+    rows = measured_rows(model, tokenizer, bench, s, template=s.template, limit=limit)
     write_text(folder / ROWS, "\n".join(json.dumps(r, ensure_ascii=False) for r in rows) + "\n")
-    write_json(folder / METRICS, evaluation.summarise(rows))
-    job.notes["derived"] = {METRICS: summary_code()}
+    job.notes["about"] = dict(limit=limit, closeness=s.closeness, shared=bench.shared,
+                              nonmember_source=bench.nonmember_source)
 
 
 def evaluate(run: Path, name: str, *, limit: int = 0, force: bool = False, quiet: bool = False):
@@ -169,29 +138,52 @@ def evaluate(run: Path, name: str, *, limit: int = 0, force: bool = False, quiet
     if other := differences(s.run / name, s, data_inputs(s)):
         print(f"warning: {s.run / name} is not of what this run now holds, and no report will show "
               f"it: {'; '.join(other)}", flush=True)
-    if job.is_made():
-        read_metrics(job.folder)
-        return
-    with job as folder:
-        make_evaluation(s, s.run / name, job, folder, limit)
+    if not job.is_made():
+        with job as folder:
+            make_evaluation(s, s.run / name, job, folder, limit)
 
 
-def summary_code() -> str:
-    """Digest of the code that makes metrics.json of rows."""
-    return code_digest((evaluation.summarise,), {})
+def read_metrics(folder: Path, reference: list[dict] | None = None) -> dict:
+    """Every metric of a finished evaluation, computed from its rows. reference: the rows of a
+    retain-only model. UserError where a file was changed by other hands."""
+    return metrics_of(read_rows(folder), read_stage(folder)["about"], reference)
 
 
-def read_metrics(folder: Path) -> dict:
-    """metrics.json of a finished evaluation, made again from its rows if what summarises them is
-    no longer what it was. UserError where a file was changed by other hands."""
-    if read_stage(folder).get("derived", {}).get(METRICS) != summary_code():
-        with turn(folder):  # another process may be at it
-            if read_stage(folder).get("derived", {}).get(METRICS) != summary_code():
-                metrics = evaluation.summarise(read_rows(folder))
-                rewrite_derived(folder, METRICS, metrics, summary_code())
-                print(f"[{folder.parent.name}/{folder.name}] {METRICS} made again from {ROWS}: "
-                      "the code that summarises changed", flush=True)
-    return read_json(folder / METRICS)
+def metrics_of(rows: list[dict], about: dict, reference: list[dict] | None = None) -> dict:
+    """eval.summarise, with what no row can say (see make_evaluation), and how numbers are to be
+    read. counts: rows by split."""
+    summary, kind = evaluation.summarise(rows, reference), rows[0]["benchmark"]
+    counts = {split: sum(row["split"] == split for row in rows)
+              for split in (*SPLITS, "nonmembers")}
+    members = sum(row["split"] == "forget" and (kind != "lume" or row["kind"] == "sc")
+                  for row in rows)
+    what = "sentence completions" if kind == "lume" else "rows"
+    limit = about["limit"]
+    return dict(benchmark=kind, closeness=about["closeness"], counts=counts,
+                partial=f"at most {limit} rows of each split" if limit else "",
+                members=f"{members} {what} of the forget set",
+                nonmembers=f"{counts['nonmembers']} {what}: {about['nonmember_source']}",
+                values=summary["values"],
+                notes=summary["notes"] | remarks(summary, about, counts, bool(reference)))
+
+
+def remarks(summary: dict, about: dict, counts: dict, has_reference: bool) -> dict[str, str]:
+    """What a reader must know of numbers, by the metric's name."""
+    values, notes = summary["values"], {}
+    for name, note in summary["notes"].items():
+        if note == NO_ATTACK.reason and not counts["nonmembers"]:
+            notes[name] = about["nonmember_source"]
+    if values["mia.auc"] is not None and values["mia.auc"] < metrics.CHANCE:
+        notes["mia.auc"] = "below 0.5: over-unlearned, the forgetting itself is detectable"
+    for name in ("mia.distance", "privleak"):
+        if values[name] is not None and not has_reference:
+            notes[name] = "against 0.5, as there is no retain-only model to hold it against"
+    for name in ("model_utility", "model_utility_arithmetic"):
+        if values.get(name) is not None and not counts["real_authors"]:
+            notes[name] = "harmonic mean of six: there are no real authors"
+    if about["shared"]:
+        notes["forget"] = f"{about['shared']} of these rows are in the retain set too"
+    return notes
 
 
 def read_rows(folder: Path) -> list[dict]:
@@ -199,7 +191,7 @@ def read_rows(folder: Path) -> list[dict]:
     path = folder / ROWS
     try:
         rows = [json.loads(x) for x in path.read_text(encoding="utf-8").split("\n") if x]
-        if rows[0]["split"] == "about":
+        if all(row["scores"]["answer"] for row in rows) and rows:
             return rows
     except FileNotFoundError:
         raise UserError(f"{path} is missing; run `python -m pipeline evaluate` on that "

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 import simu
 from data import Encoded
-from model import LOGITS, Config, Transformer, UserError
+from model import LOGITS, Config, KVCache, Transformer, UserError
 from pipeline import checkpoint, hub, pace, reading
 from pipeline.settings import (AUTO, LIMIT, Settings, choose_device, choose_dtype, flag, is_on_gpu, load_benchmark,
                                tiny_config, with_choices)
@@ -301,16 +301,13 @@ def _trace_attribution(model, s, longest, answer) -> int:
 
 @torch.no_grad()
 def _trace_evaluation(model, s, longest, answer) -> int:
-    """Bytes beside the weights of scoring, a pass of `eval_tokens`, or of decoding, a cache of so
-    many and the largest pass beside it, whichever takes more (reading.py)."""
+    """Bytes beside the weights of scoring, a pass of `eval_tokens` (reading.py), or of decoding, a
+    cache of so many and the pass that reads the prompts, whichever takes more."""
     tokens = s.eval_tokens if is_on_gpu(s) else min(s.eval_tokens, max(reading.CPU_PASS, longest))
     scored = _widest(tokens, longest, most=ANY_NUMBER)
     B, T = _widest(s.eval_tokens, longest, most=ANY_NUMBER)
-    asked = B * min(answer, reading.new_cache(model, 1, 1).most_ids)  # every row's guess is read
-    cache = max(_cache(model, 1, s.eval_tokens), _cache(model, B, 1))
-    prompts, step = (min(B, reading.PROMPTS_AT_ONCE), T), (1, asked)
     return max(_hidden_bytes(model, s, *scored),
-               cache + max(_hidden_bytes(model, s, *ids) for ids in (prompts, step)))
+               _decoding_bytes(model, s, B, max(1, T - answer), T))
 
 
 def _hidden_bytes(model, s, B: int, T: int) -> int:
@@ -322,14 +319,13 @@ def _hidden_bytes(model, s, B: int, T: int) -> int:
     return live.peak - held
 
 
-def _cache(model, B: int, columns: int) -> int:
-    """Bytes kept of B rows of so many tokens: keys and values grow with both, states with B."""
-    cache = reading.new_cache(model, B, columns)
-    with cache.new_rows(B):
-        model.hidden(_ids(B, 1), cache.prefills(slice(0, B), [1] * B))
-    kept = (t.untyped_storage() for t in tree_leaves(vars(cache))
-            if isinstance(t, torch.Tensor) and t.is_floating_point())
-    return sum({memory._cdata: memory.nbytes() for memory in kept}.values())
+def _decoding_bytes(model, s, B: int, T: int, columns: int) -> int:
+    """Of keys and values of B rows of so many columns, and of the pass that reads B prompts."""
+    with LiveBytes(*model.parameters()) as live, _fused_attention(s):
+        held = live.now
+        cache = KVCache(model.config, B, columns, model.embed_tokens.weight)
+        model.logits(model.hidden(_ids(B, T), cache.prompts())[:, -1])
+    return live.peak - held
 
 
 # ------------------------------------------------------------------------------------ will it fit

@@ -13,6 +13,7 @@ from pathlib import Path
 import eval as evaluation
 import simu
 from model import UserError, write_json, write_text
+from pipeline import metrics as more_metrics
 from pipeline import slices, verdict
 from pipeline.card import critical_neurons, last_part, recipe_of, write_card
 from pipeline.columns import (PUBLISHED_CRITICAL, SOUL_READING, as_code, label, main_columns,
@@ -74,7 +75,8 @@ def sections_of(s: Settings, evaluations: list[dict], stale: dict, seeds: dict |
     else:
         sections += [("Membership inference", MEMBERSHIP.format(**metrics)),
                      ("Same prompts, different models", answers_to_the_same(evaluations)),
-                     ("Definitions", as_code(evaluation.__doc__))]
+                     ("Definitions", as_code(evaluation.__doc__)),
+                     ("", as_code(more_metrics.__doc__))]
     return sections + [("Time and memory", costs(s.run)),
                        ("Settings", table_by_name("Setting", settings))]
 
@@ -112,7 +114,7 @@ def table_order(folder: Path) -> tuple:
 def read_evaluation(folder: Path, evaluated: Path, reference: list[dict] | None) -> dict:
     """One stage. settings: all that its numbers depend on, how it was made and evaluated."""
     rows, stage = read_rows(evaluated), read_stage(folder)
-    metrics = evaluation.summarise(rows, reference)
+    metrics = read_metrics(evaluated, reference)
     partial = f" (partial: {metrics['partial']})" if metrics["partial"] else ""
     settings = stage["why"]["settings"]
     if settings.get("method") in simu.METHODS:
@@ -281,7 +283,8 @@ def numbers_by_row(evaluations: list[dict], each: int = 15) -> str:
     by_key, chosen = chosen_rows(evaluations, each)
     lines = []
     for key in chosen:
-        scores = [(rows[key]["loss"], evaluation.rouge_score(rows[key])) for rows in by_key]
+        scores = [(evaluation.losses_of(rows[key], "answer")[0], evaluation.rouge_recall(rows[key]))
+                  for rows in by_key]
         lines.append([key[1], *(" / ".join(number(x if isinstance(x, float) else None, ".2f")
                                            for x in pair) for pair in scores)])
     return table(["Row", *(f"{e['label']}: loss / ROUGE-L" for e in evaluations)], lines)

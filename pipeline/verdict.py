@@ -27,11 +27,11 @@ from pathlib import Path
 import data
 import eval as evaluation
 from data import Example
-from model import Transformer, UserError, read_json, write_json, write_text
+from model import Transformer, UserError, generate, read_json, write_json, write_text
 from pipeline import checkpoint, levels, slices
 from pipeline.before import fitted
 from pipeline.evaluate import evaluations_of, read_rows
-from pipeline.reading import generate, token_scores
+from pipeline.reading import token_scores
 from pipeline.settings import (Judging, Level, Placement, Settings, Source, load_benchmark,
                                placement, read_settings)
 from pipeline.stage import Stage, content, data_inputs, read_stage, unlearned_name
@@ -274,7 +274,8 @@ def judged(s: Settings, rows: list[dict]) -> dict:
     made = read_stage(s.run / name, files=False)
     looks = made.get("stood", {})
     m = summarise(rows, target=looks.get("wanted"),
-                  unseen_losses=[r["loss"] for r in after if r["split"] == "nonmembers"],
+                  unseen_losses=[loss for r in after if r["split"] == "nonmembers"
+                                for loss in evaluation.losses_of(r, "answer")],
                   kept=tuple(evaluation.mean(x) if x else None for x in kept))
     found = faults(m)
     updates, most = looks.get("step", 0), looks.get("of", 0)

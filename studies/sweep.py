@@ -32,6 +32,7 @@ import simu
 from model import Transformer, UserError, write_json, write_text
 from pipeline import objectives, reading, settings, slices
 from pipeline.columns import table
+from pipeline.evaluate import splits_of
 from pipeline.files import read_tensors
 from pipeline.levels import forget_targets
 from pipeline.original import original_stage
@@ -176,8 +177,8 @@ def judge(model: Transformer, s: Settings) -> dict:
     bench = replace(bench, forget=bare(bench.forget), retain_eval=bare(bench.retain_eval),
                     world_facts=bare(bench.world_facts), real_authors=[])
     metrics, _ = evaluation.evaluate_model(
-        model, load_tokenizer(s.run / "original"), bench, template=s.template, limits=s,
-        generate=reading.generate, token_scores=reading.token_scores)
+        model, load_tokenizer(s.run / "original"), splits_of(bench), benchmark=bench.kind,
+        template=s.template, limits=s, scorer=reading.token_scores)
     return {k: v for k, v in metrics["values"].items() if v is not None}
 
 

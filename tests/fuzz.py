@@ -256,7 +256,6 @@ KINDS = {
     "settings": (spoil_object, ["run-{}/settings.json"]),
     "stage.json": (spoil_object, ["run-{}/" + f"{x}/stage.json" for x in (
         "original", "attribution", "mask", "simu-graddiff", "original/eval")]),
-    "metrics.json": (spoil_object, ["run-{}/original/eval/metrics.json"]),
     "generations": (spoil_lines, ["run-{}/simu-graddiff/eval/generations.jsonl"]),
     "scores, mask": (spoil_header, ["run-{}/attribution/scores.safetensors",
                                     "run-{}/mask/mask.safetensors"])}

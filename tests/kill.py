@@ -35,7 +35,7 @@ import fuzz  # noqa: E402
 import torch._dynamo  # noqa: E402, F401  attribution loads it: here once, not in every fork
 
 import simu  # noqa: E402
-from pipeline import evaluate, resume  # noqa: E402
+from pipeline import resume  # noqa: E402
 from pipeline.__main__ import main as command_line  # noqa: E402
 
 SIZE = ("--data {data} --width 64 --depth 2 --vocab 400 --context 96 --max-total-tokens 40 "
@@ -46,7 +46,6 @@ COMMANDS = ("original", "attribute", "mask --mask soft",
             "unlearn --method so --objective npo --epochs 8 --state bfloat16",
             "unlearn --method simu --mask soft --epochs 6")
 SHORT = ("original", "attribute", "mask", "unlearn --method simu --epochs 16")
-KEPT = 2  # generations between two writes of those so far, so that a micro evaluation has some
 EMPTIES = {"os.remove", "os.rmdir"}
 TOUCHES = EMPTIES | {"os.rename", "os.mkdir", "os.truncate", "shutil.rmtree"}
 MADE = re.compile(r"\[([\w/-]+)\] ([\d.]+ s,|already)")
@@ -106,7 +105,6 @@ class Child:
         if self.pid == 0:
             os.dup2(write, 1)
             os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-            evaluate.KEEP_EVERY = KEPT
             status, operations = 1, die_at(operation, run)
             try:
                 work(run)

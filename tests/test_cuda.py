@@ -2,7 +2,6 @@
 device, how often the host waits for the card, and how many shapes of attention it is asked for."""
 
 import dataclasses
-import importlib
 
 import pytest
 import torch
@@ -13,32 +12,21 @@ import eval as evaluation
 import model as core
 import simu
 from data import collate
-from pipeline import objectives
+from pipeline import objectives, reading
 
 KINDS = pytest.mark.parametrize("kind", [LLAMA, OLMO], ids=["llama", "olmo"])
 RECIPE = objectives.Recipe(batch=2, epochs=1, lr=1e-3, steps=2)
 PROMPTS = [[5, 9, 11, 4], [7, 3], [12, 40, 8, 21, 6, 33]]
 
 
-def forms(name: str) -> list:
-    """The plain function of the core, and its fast twin where that is a file of its own."""
-    core_form = {"generate": core.generate, "token_scores": evaluation.token_scores}[name]
-    try:
-        return [core_form, getattr(importlib.import_module("pipeline.reading"), name)]
-    except ModuleNotFoundError:
-        return [core_form]
-
-
 def decoded(model) -> list:
-    drafts = [[1, 2, 3], [], [44, 9]]
-    return [form(model, PROMPTS, max_new_tokens=8, eos_id=2, drafts=drafts)
-            for form in forms("generate")]
+    return [core.generate(model, PROMPTS, max_new_tokens=8, eos_id=2)]
 
 
 def scored(model) -> list:
     some = rows(5)
-    return [form(model, some, [1] * len(some), tokens=64, detailed=[True] * len(some))
-            for form in forms("token_scores")]
+    return [score(model, some, [1] * len(some), tokens=64, detailed=[True] * len(some))
+            for score in (evaluation.token_scores, reading.token_scores)]
 
 
 def unlearned(model, objective: str, method: str, **changes) -> list[torch.Tensor]:

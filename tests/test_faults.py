@@ -371,11 +371,6 @@ FAULTS = {
                lambda x: b'{"a": ' + b"[" * 900 + b"]" * 900 + b"," + x[1:]),
         UNLEARN, "stage.json is (damaged|not valid JSON)"),
     "stage.json: gone": (gone("run-tofu/mask/stage.json"), UNLEARN, "not a finished stage"),
-    "metrics: null": (put(f"{EVAL}/metrics.json", None), REPORT, CHANGED),
-    "metrics: cut": (cut(f"{EVAL}/metrics.json"), REPORT, CHANGED),
-    "metrics: edited": (
-        change(f"{EVAL}/metrics.json", lambda x: x.replace(b"25", b"75", 1)), REPORT, CHANGED),
-    "metrics: gone": (gone(f"{EVAL}/metrics.json"), REPORT, "metrics.json is gone"),
     "generations: cut": (
         change(f"{EVAL}/generations.jsonl", lambda x: b"".join(x.splitlines(True)[:-1])), REPORT,
         CHANGED),
@@ -603,7 +598,7 @@ def test_a_report_without_docstrings(w):
     assert run.returncode == 0, stderr
 
 
-@pytest.mark.parametrize("fault", ["weights: cut", "tokenizer: cut", "metrics: null"])
+@pytest.mark.parametrize("fault", ["weights: cut", "tokenizer: cut", "scores: cut"])
 def test_the_same_as_a_program(w, fault):
     spoil, commands, says = FAULTS[fault]
     spoil(w)
@@ -889,7 +884,7 @@ def test_a_clock_that_went_back(w, when):
 PIPES = {"weights-tofu/config.json": ORIGINAL, "weights-tofu/tokenizer.model": ORIGINAL,
          "weights-lume/tokenizer.json": OLMO, "weights-tofu/tokenizer_config.json": ORIGINAL,
          WHOLE: ORIGINAL, FORGET: ["original new"], "run-tofu/settings.json": REPORT,
-         f"{EVAL}/metrics.json": REPORT, f"{EVAL}/generations.jsonl": REPORT}
+         f"{EVAL}/generations.jsonl": REPORT}
 
 
 @pytest.mark.parametrize("name", PIPES)

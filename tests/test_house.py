@@ -14,7 +14,6 @@ from pipeline.original import make_original, make_retain_only
 from pipeline.settings import Judging, Settings
 from pipeline.stage import table_rows
 from pipeline.stages import make_attribution, make_mask, make_unlearned
-import eval as evaluation
 import simu
 
 ROOT = Path(simu.__file__).parent
@@ -109,10 +108,9 @@ STAGES = {"retain-only": ((make_retain_only,), (slices.Slice,)),
           "fo-graddiff": ((make_unlearned,), UNLEARNING, dict(method="fo")),
           "so-graddiff": ((make_unlearned,), UNLEARNING, dict(method="so")),
           "simu-npo": ((make_unlearned,), UNLEARNING, dict(objective="npo")),
-          "generations": ((measured_rows,), (slices.Slice, Judging)),
-          "summary": ((evaluation.summarise,), ())}
+          "generations": ((measured_rows,), (slices.Slice, Judging))}
 ABOVE = {"retain-only", "original", "attribution", "mask"}
-UNLEARNED = set(STAGES) - ABOVE - {"generations", "summary"}
+UNLEARNED = set(STAGES) - ABOVE - {"generations"}
 
 
 def forget_code():
@@ -140,7 +138,7 @@ EDITS = [  # file, text, its replacement, stages made again
     ("simu.py", "h = model.embed(ids)  #", "h = 2 * model.embed(ids)  #", {"attribution"}),
     ("simu.py", "(scores > threshold * top)", "(scores >= threshold * top)", {"mask"}),
     ("simu.py", "rise = max(1,", "rise = max(2,", UNLEARNED | {"retain-only", "original"}),
-    ("model.py", "F.silu(", "F.gelu(", set(STAGES) - {"mask", "summary"}),
+    ("model.py", "F.silu(", "F.gelu(", set(STAGES) - {"mask"}),
     ("simu.py", '    "ga": Objective(', '    "mine": Objective(descent),\n    "ga": Objective(',
      set()),
     ("pipeline/objectives.py", '    "po": Objective(', '    "mine": Objective(npo),\n    "po": '
@@ -150,11 +148,9 @@ EDITS = [  # file, text, its replacement, stages made again
     ("simu.py", "# Eq. 4", "# Equation 4", set()),
     ("pipeline/objectives.py", 'npo_beta: float = option(0.1, "beta of NPO"', 'mine: int = option('
      '3, "own")\n    npo_beta: float = option(0.1, "the beta of NPO"', set()),
-    ("eval.py", "return 1 - 2 * abs(", "return 1 - abs(", {"summary"}),
-    ("eval.py", '    "ended": Metric(', '    "mine": Metric(exact_score),\n    "ended": Metric(',
-     {"summary"}),
+    ("eval.py", "is_exact(row) -> bool:\n    return", "is_exact(row) -> bool:\n    return not", set()),
+    ("eval.py", '    "rouge_l": Metric(', '    "mine": Metric(is_exact),\n    "rouge_l": Metric(', set()),
     ("eval.py", "prompts.append(prompt)", "prompts.append(prompt[1:])", {"generations"}),
-    ("eval.py", "worst = sorted(", "worst = sorted(2 * ", {"generations"}),  # stored in the rows
     ("eval.py", "log_p = model.logits(", "log_p = 2 * model.logits(", {"generations"}),
 ]
 

@@ -16,7 +16,7 @@ import data
 import model as module
 import simu
 from model import Config, Transformer, UserError, generate, read_json, save_tensors, write_json
-from pipeline import checkpoint, reading, settings, stage
+from pipeline import checkpoint, settings, stage
 from pipeline.__main__ import main
 from test_pipeline import DEMO, MICRO
 from test_simu import rows
@@ -84,9 +84,6 @@ def check_parity(mine, theirs, *, new=12):
     eos = free[0][new // 2]
     want = [their_greedy(theirs, p, new=new, eos_id=eos) for p in PROMPTS]
     assert generate(mine, PROMPTS, max_new_tokens=new, eos_id=eos) == want
-    for drafts in (None, free):
-        assert reading.generate(mine, PROMPTS, max_new_tokens=new, eos_id=eos,
-                                drafts=drafts) == want
 
 
 # --------------------------------------------------------------------- parity with transformers

@@ -63,7 +63,7 @@ def test_every_artefact_is_there_and_nothing_half_written(runs, cell):
     out = runs[cell]
     for folder in FOLDERS:
         for name in ("config.json", "model.safetensors", "log.jsonl", "stage.json",
-                     "eval/metrics.json", "eval/generations.jsonl"):
+                     "eval/generations.jsonl"):
             assert (out / folder / name).is_file(), f"{folder}/{name}"
     assert (out / "report.md").is_file() and (out / "report.json").is_file()
     assert not [p for p in out.rglob(".simu-*") if p.name != ".simu-lock"]
@@ -135,8 +135,8 @@ def test_the_same_command_gives_the_same_bytes(runs, tmp_path):
     pipeline(tmp_path / "run", "--data", str(DEMO))
     for name in ("original/model.safetensors", "attribution/scores.safetensors",
                  "mask/mask.safetensors", "simu-graddiff/model.safetensors",
-                 "simu-graddiff/log.jsonl", "simu-graddiff/eval/metrics.json",
-                 "simu-graddiff/eval/generations.jsonl", "fo-graddiff/model.safetensors"):
+                 "simu-graddiff/log.jsonl", "simu-graddiff/eval/generations.jsonl",
+                 "fo-graddiff/model.safetensors"):
         assert (tmp_path / "run" / name).read_bytes() == (runs["demo"] / name).read_bytes(), name
 
 
@@ -218,7 +218,7 @@ def test_models_made_at_once_are_those_made_one_by_one(runs, tmp_path, capsys):
     main([*words, "--each", "fo:graddiff", "simu:graddiff"])
     told = capsys.readouterr().out
     for name in names:
-        for file in ("model.safetensors", "eval/metrics.json"):
+        for file in ("model.safetensors", "eval/generations.jsonl"):
             assert (out / name / file).read_bytes() == (runs["demo"] / name / file).read_bytes()
         lines = [line for line in told.splitlines() if line.startswith(f"[{name}")]
         assert [line.split("]")[0] for line in lines] == [f"[{name}", f"[{name}/eval"]

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import simu
 from data import Encoded, collate, encode_all
-from model import Config, Transformer, UserError
+from model import Config, Transformer, UserError, generate
 from pipeline import fused, hub, original, pace, plan, reading, stage, tokenizers
 from pipeline.plan import LiveBytes, Need
 from pipeline.settings import Settings, load_benchmark, resolve
@@ -174,8 +174,8 @@ def test_evaluation_needs_what_was_planned():
     model, some = Transformer(c), rows(20, vocab=40, **lengths)
     with LiveBytes(*model.parameters()) as live:
         reading.token_scores(model, some, [r.start for r in some], tokens=s.eval_tokens)
-        reading.generate(model, [r.ids[:r.start] for r in some], eos_id=None, max_new_tokens=48,
-                         batch_tokens=s.eval_tokens)
+        generate(model, [r.ids[:r.start] for r in some], eos_id=None, max_new_tokens=48,
+                 batch_tokens=s.eval_tokens)
     planned = plan.need(s, c, "evaluate", dtype=torch.float32, critical=0, **lengths)
     real = live.peak - planned.weights
     assert real <= planned.activations <= 1.1 * real

@@ -14,7 +14,8 @@ import torch
 
 import data
 import simu
-from model import Config, Transformer, UserError, read_json
+from model import Config, Transformer, UserError
+from pipeline import evaluate
 from pipeline.__main__ import main
 from pipeline.files import read_tensors
 from pipeline.tokenizers import train_tokenizer
@@ -87,7 +88,7 @@ def test_one_command_forgets_20_and_keeps_40(place, tmp_path):
          "--unseen", "unseen.jsonl", "--out", str(out)], cwd=place, capture_output=True, text=True,
         env=os.environ | dict(TQDM_DISABLE="1", OMP_NUM_THREADS="1"))
     assert done.returncode == 0, done.stdout + done.stderr
-    before, values = (read_json(out / "evaluations" / x / "eval" / "metrics.json")["values"]
+    before, values = (evaluate.read_metrics(out / "evaluations" / x / "eval")["values"]
                       for x in ("original", "model"))
     assert before["forget.rouge_l"] > 0.95 and before["mia.auc"] > 0.85
     assert values["retain.rouge_l"] > 0.9
