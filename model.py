@@ -307,9 +307,8 @@ class Config:
     @classmethod
     def from_hf(cls, content: dict, **changes) -> "Config":
         """From the content of a config.json; UserError if this code would compute other numbers."""
-        content = {key: value for key, value in content.items() if value is not None}
         check_supported(content)
-        values = {f.name: content[f.name] for f in fields(cls) if f.name in content}
+        values = {f.name: content[f.name] for f in fields(cls) if content.get(f.name) is not None}
         values |= rope_fields(content)
         architecture = ARCHITECTURES[content["model_type"]]
         values["rms_norm_eps"] = OLMO_EPS if architecture.plain_norm else content["rms_norm_eps"]
@@ -332,19 +331,19 @@ class Config:
 
 
 def check_supported(content: dict):
-    """UserError if a config.json, its null values left out, asks for what is not computed here."""
+    """UserError if a config.json asks for what is not computed here."""
     architecture = ARCHITECTURES.get(content.get("model_type"))
     if architecture is None:
         raise UserError(f"model_type = {content.get('model_type')!r}: only "
                         f"{', '.join(ARCHITECTURES)} are supported")
     for key, only in SUPPORTED.items():
-        if content.get(key, only) != only:
+        if content.get(key) is not None and content[key] != only:
             raise UserError(f"{key} = {content[key]!r} is not supported; only {only!r} is")
-    if any(x != "full_attention" for x in content.get("layer_types", ())):
+    if any(x != "full_attention" for x in content.get("layer_types") or ()):
         raise UserError(f"layer_types = {content['layer_types']} is not supported; only "
                         "full_attention is")
-    window = content.get("sliding_window", architecture.window)
-    if architecture.window and window < content["max_position_embeddings"]:
+    window = content.get("sliding_window", architecture.window)  # null: none
+    if architecture.window and window and window < content["max_position_embeddings"]:
         raise UserError(f"sliding_window = {window} is below max_position_embeddings and not "
                         "computed here; lower the latter to it in config.json, if texts are short")
 
@@ -356,7 +355,7 @@ def rope_fields(content: dict) -> dict:
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind not in ("default", "llama3") or scaling.get("partial_rotary_factor", 1) != 1:
         raise UserError(f"RoPE of {scaling} is not supported; only plain RoPE and llama3's are")
-    values = {"rope_theta": scaling.get("rope_theta", content.get("rope_theta", 10000.0)),
+    values = {"rope_theta": scaling.get("rope_theta") or content.get("rope_theta") or 10000.0,
               "rope_scaling": None}
     if kind == "llama3":
         values["rope_scaling"] = {"rope_type": kind} | {key: scaling[key] for key in LLAMA3}
@@ -636,7 +635,7 @@ def shard_files(folder: Path) -> list[Path]:
     names = sorted(set(read_json(folder / INDEX)["weight_map"].values()))
     for name in names:
         if name != Path(name).name:  # only a bare name cannot leave the folder
-            raise UserError(f"{folder / INDEX} names {name}, which does not stand beside it")
+            raise UserError(f"{folder / INDEX} names {name!r}, which does not stand beside it")
     return [folder / name for name in names]
 
 

@@ -1,5 +1,5 @@
-"""model.py: parity with transformers (golden files, and live where it is installed), decoding,
-loading, saving, and the faults of both."""
+"""model.py and pipeline/checkpoint.py: golden files, decoding, loading, saving, and the faults of
+both. Parity with transformers is in test_layouts.py."""
 
 import json
 import subprocess
@@ -12,10 +12,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import model as module
-from model import (NEURONS, Architecture, Config, Transformer, UserError, generate,
-                   save_tensors)
+from model import NEURONS, Config, Transformer, UserError, generate, save_tensors
 from pipeline import checkpoint
-from pipeline.files import read_tensors
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden"
@@ -86,99 +84,6 @@ def test_golden_clip_bites():
         for block in model.layers:
             block.self_attn.clip = None
         assert relative(model(ids), clipped) > 0.01
-
-
-# ------------------------------------------------------------------- parity with transformers
-
-
-@pytest.fixture(scope="module", params=KINDS)
-def theirs(request, tmp_path_factory):
-    """A random checkpoint of transformers' own making: (its model, its folder, kind)."""
-    hf = pytest.importorskip("transformers")
-
-    def llama(**kw):
-        return hf.LlamaForCausalLM(hf.LlamaConfig(**SHAPE, rms_norm_eps=1e-5, **kw))
-
-    def olmo(**kw):
-        return hf.OlmoForCausalLM(hf.OlmoConfig(**SHAPE, eos_token_id=2, **kw))
-
-    torch.manual_seed(3)
-    model = {"llama-grouped": lambda: llama(num_key_value_heads=2, rope_parameters={
-                 "rope_type": "default", "rope_theta": 500.0}),
-             "llama-tied": lambda: llama(tie_word_embeddings=True, head_dim=12),
-             "olmo-tied": lambda: olmo(tie_word_embeddings=True),
-             "olmo-clip": lambda: olmo(clip_qkv=0.5)}[request.param]().eval()
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.normal_(std=0.3) if weight.dim() == 2 else weight.uniform_(0.5, 1.5)
-    folder = tmp_path_factory.mktemp(request.param)
-    model.save_pretrained(folder, max_shard_size="20KB" if "grouped" in request.param else "1GB")
-    assert (folder / "model.safetensors.index.json").exists() == ("grouped" in request.param)
-    return model, folder, request.param
-
-
-def their_greedy(model, prompt, *, new, eos_id):
-    ids = torch.tensor([prompt])
-    out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new,
-                         do_sample=False, eos_token_id=eos_id, pad_token_id=0)
-    out = out[0, len(prompt):].tolist()
-    return out[:out.index(eos_id)] if eos_id in out else out
-
-
-def test_logits_equal_transformers(theirs):
-    model, folder, kind = theirs
-    ours = Transformer.from_pretrained(folder)
-    ids = torch.tensor(prompts_of([40, 40, 40]))
-    with torch.no_grad():
-        want = model(ids).logits
-        assert relative(ours(ids), want) < 1e-5
-        if kind == "olmo-clip":
-            model.config.clip_qkv = None
-            assert relative(model(ids).logits, want) > 0.01
-            model.config.clip_qkv = 0.5
-
-
-def test_greedy_tokens_equal_transformers(theirs):
-    model, folder, _ = theirs
-    ours = Transformer.from_pretrained(folder)
-    prompts = prompts_of([5, 1, 17, 9, 9, 30, 2])
-    free = generate(ours, prompts, max_new_tokens=24, eos_id=None)
-    assert {len(text) for text in free} == {24}
-    eos = an_eos(free)
-    got = generate(ours, prompts, max_new_tokens=24, eos_id=eos)
-    assert len({len(text) for text in got}) > 1
-    assert got == [their_greedy(model, p, new=24, eos_id=eos) for p in prompts]
-
-
-@pytest.mark.parametrize("shard_bytes", [10 ** 9, 20_000])
-def test_saved_model_loads_in_transformers(theirs, tmp_path, shard_bytes):
-    hf = pytest.importorskip("transformers")
-    model, folder, _ = theirs
-    Transformer.from_pretrained(folder).save_pretrained(tmp_path, shard_bytes=shard_bytes)
-    again, report = hf.AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
-    assert not any(report.values())
-    ids = torch.tensor(prompts_of([20]))
-    with torch.no_grad():
-        assert torch.equal(again(ids).logits, model(ids).logits)
-    assert again.config.eos_token_id == model.config.eos_token_id
-    assert again.config.dtype == torch.float32
-    files = sorted(file.name for file in tmp_path.iterdir())
-    assert "config.json" in files and "generation_config.json" in files
-    assert not any("partial" in name for name in files)
-    assert ("model.safetensors.index.json" in files) == (shard_bytes == 20_000)
-
-
-def test_bfloat16_close_to_transformers(theirs):
-    hf = pytest.importorskip("transformers")
-    _, folder, _ = theirs
-    ours = Transformer.from_pretrained(folder, dtype=torch.bfloat16)
-    assert {p.dtype for p in ours.parameters()} == {torch.bfloat16}
-    model = hf.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
-    ids = torch.tensor(prompts_of([20]))
-    with torch.no_grad():
-        logits = ours(ids)
-        assert logits.dtype == torch.float32
-        assert relative(logits, model(ids).logits.float()) < 0.05  # both round at 2^-8 per step
 
 
 # -------------------------------------------------------------------------------- our own model
@@ -346,17 +251,12 @@ def test_progress_bar_counts_rows(capsys):
     assert capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize("prompts, limits, told", [
-    ([[5], []], {}, "prompt 1 is empty"),
-    ([[5], [1] * 65], {}, "prompt 1 has 65 tokens.*context of 64"),
-    ([[1] * 64], {}, "prompt 0 has 64 tokens.*context of 64"),
-    ([[3, 97]], {}, "prompt 0 has token ids outside.*97"),
-    ([[3, -1]], {}, "prompt 0 has token ids outside"),
-    ([[1] * 30], {"batch_tokens": 20}, "prompt 0 .* 38 positions; a batch of 20 tokens"),
-])
-def test_generate_faults(prompts, limits, told):
-    with pytest.raises(UserError, match=told):
-        generate(random_model(), prompts, max_new_tokens=8, eos_id=None, **limits)
+@pytest.mark.parametrize("prompts, message", [
+    ([[5], []], "a prompt of 0 tokens"), ([[5], [1] * 65], "a prompt of 65 tokens.*context of 64"),
+    ([[1] * 64], "a prompt of 64 tokens"), ([[3, 97]], "token id 97, outside .* vocabulary of 97")])
+def test_a_prompt_that_cannot_be_continued(prompts, message):
+    with pytest.raises(UserError, match=message):
+        generate(random_model(), prompts, max_new_tokens=8, eos_id=None)
 
 
 # ------------------------------------------------------------------------------------- loading
@@ -371,7 +271,7 @@ def folder(tmp_path):
 
 @pytest.fixture
 def sharded(tmp_path):
-    random_model().save_pretrained(tmp_path / "s", shard_bytes=20_000)
+    checkpoint.save_model(random_model(), tmp_path / "s", 20_000)
     return tmp_path / "s"
 
 
@@ -388,9 +288,9 @@ def edit_json(file, change):
     file.write_text(json.dumps(content))
 
 
-def refused(folder, told):
-    with pytest.raises(UserError, match=told) as caught:
-        checkpoint.load_model(folder)
+def refused(folder, message, load=checkpoint.load_model):
+    with pytest.raises(UserError, match=message) as caught:
+        load(folder)
     assert "\n" not in str(caught.value)
 
 
@@ -403,80 +303,67 @@ def set_value(name, place, value):
     return change
 
 
-@pytest.mark.parametrize("change, told", [
+@pytest.mark.parametrize("change, message", [
     (lambda t: t.pop(UP), f"missing: {UP}; take"),
     (lambda t: t.update(extra=torch.ones(2)), "unexpected: extra; take"),
-    (lambda t: t.update({UP: t[UP].T.contiguous()}),
-     rf"misshapen: {UP} \[32, 44\], not \[44, 32\]"),
-    (lambda t: t.update({"model.up": t.pop(UP)}), f"missing: {UP}; unexpected: model.up"),
-    (lambda t: [t.pop(n) for n in list(t) if "layers.2" in n],
-     r"missing: (model\.layers\.2\S+, ){3}model\.layers\.2\S+ and 5 more; take"),
-    (lambda t: t.update({UP: t[UP].to(torch.int32)}), rf"not float: {UP} \(I32\)"),
-    (lambda t: t.update({UP: t[UP].to(torch.int8), "model.norm.weight": torch.ones(3)}),
-     rf"misshapen: model.norm.weight \[3\], not \[32\]; not float: {UP} \(I8\)"),
-    (lambda t: t.pop("lm_head.weight"), "missing: lm_head.weight"),
-    (set_value(UP, (0, 3), float("nan")), f"{UP} holds NaN or infinity"),
-    (set_value("model.norm.weight", 5, float("-inf")), "model.norm.weight holds NaN or infinity"),
     (lambda t: t.update({"model.layers.0.self_attn.q_proj.bias": torch.zeros(32)}),
      "unexpected: model.layers.0.self_attn.q_proj.bias"),
+    (lambda t: [t.pop(n) for n in list(t) if "layers.2" in n],
+     r"missing: (model\.layers\.2\S+, ){3}model\.layers\.2\S+ and 5 more; take"),
+    (lambda t: t.update({UP: t[UP].T.contiguous()}), rf"{UP} is \[32, 44\] .*, not \[44, 32\]"),
+    (lambda t: t.update({UP: t[UP].to(torch.int32)}), rf"{UP} is \[44, 32\] of torch.int32, not"),
+    (set_value(UP, (0, 3), float("nan")), f"{UP} holds NaN or infinity"),
+    (set_value("model.norm.weight", 5, float("-inf")), "model.norm.weight holds NaN or infinity"),
 ])
-def test_tensor_faults(folder, change, told):
-    Transformer.from_pretrained(folder)  # whole before the damage
+@pytest.mark.parametrize("load", [checkpoint.load_model, Transformer.from_pretrained])
+def test_tensor_faults(folder, load, change, message):
+    load(folder)  # sound before the damage
     rewrite(folder, change)
-    refused(folder, told)
+    refused(folder, message, load)
 
 
 def cut(file, size):
     file.write_bytes(file.read_bytes()[:size])
 
 
-@pytest.mark.parametrize("damage, told", [
+@pytest.mark.parametrize("damage, message", [
     (lambda f: cut(f, f.stat().st_size - 40), "not a whole safetensors file"),
-    (lambda f: cut(f, 100), "not a whole safetensors file"),
     (lambda f: cut(f, 0), "not a whole safetensors file"),
     (lambda f: f.write_bytes(b"\xff" * 7 + b"\x7f" + f.read_bytes()[8:]), "not a whole"),
     (lambda f: f.write_bytes(b"<html>rate limited, please try again later</html>"), "not a whole"),
-    (lambda f: f.write_bytes(f.read_bytes()[:8] + b"x" + f.read_bytes()[9:]), "not a whole"),
-    (lambda f: (f.unlink(), f.mkdir()), "no model.safetensors"),
-    (lambda f: f.unlink(), "no model.safetensors"),
-    (lambda f: f.rename(f.with_name("pytorch_model.bin")), "only pickled weights.*never read"),
+    (lambda f: (f.unlink(), f.mkdir()), "neither model.safetensors"),
+    (lambda f: f.rename(f.with_name("pytorch_model.bin")), "pickled weights.*never read"),
 ])
-def test_file_faults(folder, damage, told):
+def test_file_faults(folder, damage, message):
     damage(folder / "model.safetensors")
-    refused(folder, told)
+    refused(folder, message)
 
 
-def test_shards_load_as_the_whole(folder, sharded):
+def test_shards_load_as_one_file_does(folder, sharded):
     assert len(list(sharded.glob("model-*.safetensors"))) > 2
     assert all(f.stat().st_size < 25_000 for f in sharded.glob("model-*.safetensors"))
-    whole, parts = Transformer.from_pretrained(folder), Transformer.from_pretrained(sharded)
-    for (name, a), b in zip(whole.named_parameters(), parts.parameters()):
+    one, parts = Transformer.from_pretrained(folder), Transformer.from_pretrained(sharded)
+    for (name, a), b in zip(one.named_parameters(), parts.parameters()):
         assert torch.equal(a, b), name
 
 
-@pytest.mark.parametrize("place", [
-    "../m/model.safetensors", "/etc/model.safetensors", "sub/a.safetensors", "..\\a.safetensors",
-    "weights.bin", "", 7, None, ".."])
-def test_shard_names_stay_in_their_folder(folder, sharded, place):
-    edit_json(sharded / module.INDEX, lambda index: index["weight_map"].update({UP: place}))
-    refused(sharded, f"{UP} is said to be in .*must be a .safetensors file beside the index")
+@pytest.mark.parametrize("load", [checkpoint.load_model, Transformer.from_pretrained])
+@pytest.mark.parametrize("name", ["../m/model.safetensors", "/etc/model.safetensors",
+                                  "sub/a.safetensors"])
+def test_no_shard_is_read_outside_the_folder(folder, sharded, load, name):
+    edit_json(sharded / module.INDEX, lambda index: index["weight_map"].update({UP: name}))
+    refused(sharded, f"index.json names '{name}', which does not stand beside it", load)
 
 
-@pytest.mark.parametrize("change, told", [
+@pytest.mark.parametrize("change, message", [
     (lambda i: i["weight_map"].update({UP: "model-00009-of-00009.safetensors"}),
-     f"model-00009-of-00009.safetensors is missing .*puts {UP} there"),
-    (lambda i: i["weight_map"].update(ghost=i["weight_map"][UP]), "the index puts ghost here"),
+     "model-00009-of-00009.safetensors is missing, which .*index.json names"),
+    (lambda i: i["weight_map"].update({UP: 7}), "weight_map must map"),
     (lambda i: i.pop("weight_map"), "weight_map must map"),
-    (lambda i: i.update(weight_map=[]), "weight_map must map"),
 ])
-def test_index_faults(sharded, change, told):
+def test_index_faults(sharded, change, message):
     edit_json(sharded / module.INDEX, change)
-    refused(sharded, told)
-
-
-def test_index_that_is_no_json(sharded):
-    (sharded / module.INDEX).write_text('{"weight_map": ')
-    refused(sharded, "index.json is not valid JSON")
+    refused(sharded, message)
 
 
 def test_links_are_followed_as_in_hf_cache(sharded, tmp_path):
@@ -516,7 +403,7 @@ def test_tied_head_may_be_stored_if_it_is_the_embedding(tmp_path):
     rewrite(tmp_path, set_value("lm_head.weight", (3, 3), 1.0))
     refused(tmp_path, "lm_head.weight is not the embedding.*tie_word_embeddings")
     rewrite(tmp_path, lambda t: t.update({"lm_head.weight": torch.ones(2, 2)}))
-    refused(tmp_path, r"misshapen: lm_head.weight \[2, 2\]")
+    refused(tmp_path, r"lm_head.weight is \[2, 2\]")
 
 
 def test_loaded_weights_do_not_live_in_the_file(folder):
@@ -564,77 +451,26 @@ def test_inner_neurons_are_what_down_proj_reads(tmp_path):
             torch.testing.assert_close(m(ids), changed)
             matrix.copy_(kept)
             assert not torch.allclose(before, changed, atol=1e-3)
-    with pytest.raises(UserError, match="neurons = 'all': must be output or inner"):
-        Transformer.from_pretrained(tmp_path, neurons="all")
-
-
 # -------------------------------------------------------------------------------- the core alone
 
 
-def test_an_architecture_is_a_row(monkeypatch, tmp_path):
-    """Qwen3, which norms q and k of each head: one row, and equal to transformers'."""
-    hf = pytest.importorskip("transformers")
-    monkeypatch.setitem(module.ARCHITECTURES, "qwen3", Architecture(
-        name="Qwen3ForCausalLM", norms_qk="head", more_keys=module.NO_BIAS))
-    torch.manual_seed(3)
-    theirs = hf.Qwen3ForCausalLM(hf.Qwen3Config(
-        **SHAPE, head_dim=12, num_key_value_heads=2, pad_token_id=None)).eval()
-    with torch.no_grad():
-        for weight in theirs.parameters():
-            weight.normal_(std=0.3) if weight.dim() == 2 else weight.uniform_(0.5, 1.5)
-        theirs.save_pretrained(tmp_path / "theirs")
-        ours = Transformer.from_pretrained(tmp_path / "theirs")
-        ids = torch.tensor(prompts_of([20]))
-        assert relative(ours(ids), theirs(ids).logits) < 1e-5
-        ours.save_pretrained(tmp_path / "ours")
-        again = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
-        assert type(again) is type(theirs) and torch.equal(again(ids).logits, theirs(ids).logits)
-
-
-@pytest.mark.parametrize("change, told", [
-    (lambda t, c: t.pop(UP), f"missing: {UP}; take"),
-    (lambda t, c: t.update(extra=torch.ones(2)), "unexpected: extra"),
-    (lambda t, c: t.update({UP: t[UP].T.contiguous()}), f"misshapen: {UP}"),
-    (lambda t, c: t.update({UP: t[UP].int()}), f"not float: {UP}"),
-    (lambda t, c: c.pop("hidden_size"), "config.json: hidden_size is missing"),
-    (lambda t, c: c.update(hidden_size="32"), "hidden_size = '32': must be a whole number"),
-    (lambda t, c: c.update(model_type="gpt2"), "model_type = 'gpt2': must be llama or"),
-    (lambda t, c: c.update(hidden_act="gelu"), "hidden_act = 'gelu' is not supported"),
-    (lambda t, c: c.update(rope_scaling={"type": "yarn"}), "only plain RoPE"),
-    (lambda t, c: c.update(layer_types=["sliding_attention"] * 3), "layer_types = "),
-    (lambda t, c: c.update(num_key_value_heads=3), "num_key_value_heads = 3: must be a divisor"),
-])
-def test_the_core_alone_refuses_in_one_line(folder, change, told):
-    content = json.loads((folder / "config.json").read_text())
-    rewrite(folder, lambda tensors: change(tensors, content))
-    (folder / "config.json").write_text(json.dumps(content))
-    with pytest.raises(UserError, match=told) as caught:
-        Transformer.from_pretrained(folder)
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("place", ["../m/model.safetensors", "/etc/x.safetensors", 7, "a.bin", ""])
-def test_the_core_alone_reads_no_shard_elsewhere(folder, sharded, place):
-    edit_json(sharded / module.INDEX, lambda index: index["weight_map"].update({UP: place}))
-    with pytest.raises(UserError, match="must map each tensor to a .safetensors file"):
-        Transformer.from_pretrained(sharded)
-
-
-def test_a_shard_that_is_lost_or_cut(sharded):
-    last = sorted(sharded.glob("model-*.safetensors"))[-1]
-    cut(last, 60)
-    with pytest.raises(UserError, match="not a whole safetensors file"):
-        Transformer.from_pretrained(sharded)
-    last.unlink()
-    with pytest.raises(UserError, match="not a whole safetensors file"):
-        Transformer.from_pretrained(sharded)
+@pytest.mark.parametrize("change, message", [
+    (dict(model_type="gpt2"), "config.json: model_type = 'gpt2': only llama, mistral"),
+    (dict(hidden_act="gelu"), "hidden_act = 'gelu' is not supported"),
+    (dict(rope_scaling={"type": "yarn"}), "only plain RoPE"),
+    (dict(layer_types=["sliding_attention"] * 3), "layer_types = "),
+    (dict(model_type="mistral", sliding_window=63), "sliding_window = 63 is below")])
+def test_the_core_alone_refuses_what_it_would_compute_otherwise(folder, change, message):
+    edit_json(folder / "config.json", lambda content: content.update(change))
+    refused(folder, message, Transformer.from_pretrained)
 
 
 def test_copied_alone_the_core_loads_and_refuses(folder, tmp_path):
     """Without the pipeline beside it, on a checkpoint of HF's layout."""
     for name in ("model", "data", "simu", "eval"):
         (tmp_path / f"{name}.py").write_text((ROOT / f"{name}.py").read_text())
-    code = ("import sys, torch, simu, data, eval; from model import *\n"
+    code = ("import sys; sys.modules['numpy'] = None\n"
+            "import torch, simu, data, eval; from model import *\n"
             f"m = Transformer.from_pretrained({str(folder)!r})\n"
             "print(generate(m, [[3, 9]], max_new_tokens=4, eos_id=None))\n"
             "print(eval.token_scores(m, [data.Encoded([3, 9, 27], 1)], [1], tokens=9)[0].losses)\n"
@@ -671,84 +507,68 @@ def test_old_and_new_configs_agree(folder):
     assert Config.from_dir(folder) == Config(model_type="llama", **SHAPE)
 
 
-@pytest.mark.parametrize("key, value, told", [
-    ("model_type", "gpt2",
-     "model_type = 'gpt2': must be llama or mistral or olmo or olmo2 or qwen2"),
-    ("model_type", None, "model_type is missing"),
+@pytest.mark.parametrize("key, value, message", [
+    ("model_type", ["llama"], r"model_type = \['llama'\]: must be a text"),
+    ("model_type", "gpt2", "model_type = 'gpt2': only llama, mistral, olmo, olmo2, qwen2"),
     ("vocab_size", None, "vocab_size is missing"),
     ("rms_norm_eps", None, "rms_norm_eps is missing"),
     ("hidden_size", True, "hidden_size = True: must be a whole number"),
     ("hidden_size", 32.0, "hidden_size = 32.0: must be a whole number"),
     ("hidden_size", "32", "hidden_size = '32': must be a whole number"),
-    ("hidden_size", -32, "hidden_size = -32: must be a whole number above 0"),
-    ("num_hidden_layers", 0, "num_hidden_layers = 0: must be a whole number above 0"),
-    ("hidden_size", 30, "hidden_size = 30: must be a multiple of num_attention_heads = 4"),
-    ("num_key_value_heads", 3, "num_key_value_heads = 3: must be a divisor"),
-    ("num_key_value_heads", 0, "num_key_value_heads = 0: must be a whole number above 0"),
-    ("head_dim", 7, "head_dim = 7: must be even"),
+    ("hidden_size", 10 ** 12, "hidden_size = 1000000000000: must be a whole number from 1 to 1677"),
+    ("num_hidden_layers", 0, "num_hidden_layers = 0: must be a whole number"),
+    ("num_key_value_heads", 3, "num_key_value_heads = 3 must divide"),
+    ("head_dim", 7, ".*head_dim = 7 must be even"),
     ("head_dim", [8], r"head_dim = \[8\]: must be a whole number"),
     ("rms_norm_eps", "1e-5", "rms_norm_eps = '1e-5': must be a number above 0"),
     ("rms_norm_eps", float("nan"), "rms_norm_eps = nan: must be a number above 0"),
-    ("rope_theta", 0, "rope_theta = 0: must be a number above 0"),
     ("rope_theta", True, "rope_theta = True: must be a number above 0"),
     ("tie_word_embeddings", 1, "tie_word_embeddings = 1: must be true or false"),
     ("bos_token_id", 97, "bos_token_id = 97: must be null or a token id below vocab_size = 97"),
     ("eos_token_id", "</s>", "eos_token_id = '</s>': must be null or a token id"),
     ("eos_token_id", [1, -2], r"eos_token_id = \[1, -2\]: must be null or a token id"),
-    ("hidden_act", "gelu", "hidden_act = 'gelu' is not supported; only \"silu\" is"),
-    ("attention_bias", True, "attention_bias = True is not supported; only false is"),
+    ("attention_bias", True, "attention_bias = True is not supported; only False is"),
     ("mlp_bias", True, "mlp_bias = True is not supported"),
     ("attention_dropout", 0.1, "attention_dropout = 0.1 is not supported; only 0 is"),
     ("partial_rotary_factor", 0.5, "partial_rotary_factor = 0.5 is not supported"),
     ("quantization_config", {"bits": 4}, "quantization_config = .* is not supported"),
-    ("rope_scaling", {"type": "linear", "factor": 2.0}, "rope_scaling = .*only plain RoPE"),
-    ("rope_scaling", {"rope_type": "llama3"},
-     "rope_scaling = .*must be null, or llama3's with factor"),
-    ("rope_scaling", "linear", "rope_scaling = 'linear': must be null or an object"),
-    ("rope_parameters", {"rope_type": "yarn"}, "rope_parameters = .*only plain RoPE"),
+    ("layer_types", 3, "layer_types = 3: must be a list"),
+    ("rope_scaling", {"type": "linear", "factor": 2.0}, "RoPE of .*linear.*only plain RoPE"),
+    ("rope_scaling", {"rope_type": "llama3"}, "rope_scaling = .*must hold factor"),
+    ("rope_scaling", "linear", "rope_scaling = 'linear': must be an object"),
+    ("rope_parameters", {"rope_type": "yarn"}, "RoPE of .*yarn.*only plain RoPE"),
 ])
-def test_config_faults(folder, key, value, told):
+def test_config_faults(folder, key, value, message):
     edit_json(folder / "config.json", lambda raw: raw.update({key: value}))
-    refused(folder, f"config.json: {told}")
+    refused(folder, f"config.json: {message}")
 
 
-@pytest.mark.parametrize("changes, told", [
-    ({"model_type": "llama", "clip_qkv": 8.0},
-     "clip_qkv = 8.0: must be null for llama, which does not clip"),
-    ({"model_type": "olmo", "clip_qkv": -1}, "clip_qkv = -1: must be null or a number above 0"),
-    ({"model_type": "olmo", "norm_eps": 1e-6}, "rms_norm_eps = 1e-06: must be 1e-05 for olmo"),
-])
-def test_config_made_in_code_is_checked_too(changes, told):
-    with pytest.raises(UserError, match=told):
-        checkpoint.check_config(Config(**SHAPE | changes))
-
-
-@pytest.mark.parametrize("window, good", [
-    (None, True), (64, True), (4096, True), (63, False), (8, False), ("64", False)])
-def test_a_sliding_window_below_the_context_is_refused(window, good, tmp_path):
+@pytest.mark.parametrize("window, message", [
+    (None, ""), (64, ""), (4096, ""), (63, "sliding_window = 63 is below max_position_embeddings"),
+    ("64", "sliding_window = '64': must be a number")])
+def test_a_sliding_window_below_the_context_is_refused(window, message, tmp_path):
     random_model(model_type="mistral").save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["sliding_window"] is None and "attention_bias" not in config
     edit_json(tmp_path / "config.json", lambda raw: raw.update(sliding_window=window))
-    if good:
-        assert Transformer.from_pretrained(tmp_path).config == random_model(
-            model_type="mistral").config
+    if message:
+        refused(tmp_path, message)
     else:
-        refused(tmp_path, f"config.json: sliding_window = '?{window}'? is below "
-                          "max_position_embeddings = 64 and not computed here; lower")
+        config = checkpoint.load_model(tmp_path).config
+        assert config == random_model(model_type="mistral").config
 
 
 def test_a_window_that_is_not_named_is_the_one_transformers_takes(tmp_path):
     random_model(model_type="mistral", max_position_embeddings=4097).save_pretrained(tmp_path)
     Config.from_dir(tmp_path)
     edit_json(tmp_path / "config.json", lambda raw: raw.pop("sliding_window"))
-    refused(tmp_path, "sliding_window = 4096 is below max_position_embeddings = 4097")
+    refused(tmp_path, "sliding_window = 4096 is below max_position_embeddings")
     edit_json(tmp_path / "config.json", lambda raw: raw.update(max_position_embeddings=4096))
     Config.from_dir(tmp_path)
 
 
 @pytest.mark.parametrize("text, told", [
-    ("{", "config.json is not valid JSON"), ("[1]", "config.json: must hold a JSON object"),
+    ("{", "config.json is not valid JSON"), ("[1]", r"config.json = \[1\]: must be a JSON object"),
     (None, "config.json is missing")])
 def test_config_file_faults(folder, text, told):
     (folder / "config.json").unlink()
@@ -778,69 +598,27 @@ def test_save_tensors_is_safetensors(tmp_path):
         assert file.metadata() == {"format": "pt"}
 
 
-def test_read_tensors_names_what_is_wrong(tmp_path):
-    file = tmp_path / "t.safetensors"
-    save_tensors(file, {"a": torch.arange(3), "b": torch.ones(2)})
-    b, a = read_tensors(file, ("b", "a"))
-    assert a.tolist() == [0, 1, 2] and b.tolist() == [1, 1]
-    for damage in (lambda: read_tensors(file, ("c",)), lambda: cut(file, 20) or read_tensors(
-            file, ("a",)), lambda: file.unlink() or read_tensors(file, ("a",))):
-        with pytest.raises(UserError, match="t.safetensors is missing or damaged; delete"):
-            damage()
-
-
 @pytest.mark.parametrize("write", [
     lambda path: module.write_text(path, "new\n"),
     lambda path: save_tensors(path, {"a": torch.ones(3)})])
-def test_files_are_written_beside_and_renamed(write, tmp_path):
+def test_files_are_written_beside_and_renamed(write, tmp_path, monkeypatch):
     path, beside = tmp_path / "deep" / "x", tmp_path / "deep" / ".x.simu-partial"
     write(path)
-    whole = path.read_bytes()
+    content = path.read_bytes()
     path.write_text("old\n")
     beside.write_text("what a killed process left")
     write(path)
-    assert path.read_bytes() == whole and not beside.exists()
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.write_text("not ours")
-    beside.symlink_to(elsewhere)  # someone else's folder: nothing is written through their link
-    with pytest.raises(UserError, match="partial is in the way of x; delete it"):
-        write(path)
-    assert elsewhere.read_text() == "not ours" and beside.is_symlink()
-
-
-def test_a_save_that_fails_leaves_the_old_file(folder, monkeypatch):
-    before = (folder / "model.safetensors").read_bytes()
+    assert path.read_bytes() == content and not beside.exists()
 
     def full(*_):
         raise OSError(28, "No space left on device")
 
+    path.write_text("old\n")
     monkeypatch.setattr(module.os, "fsync", full)
-    with pytest.raises(OSError):
-        random_model(vocab_size=50).save_pretrained(folder)
-    assert (folder / "model.safetensors").read_bytes() == before
-    assert not list(folder.glob(".*"))
-
-
-def test_saving_again_replaces_other_layouts(folder, sharded):
-    model = random_model()
-    with torch.no_grad():
-        model.norm.weight.fill_(2)
-    model.save_pretrained(folder, shard_bytes=20_000)
-    model.save_pretrained(sharded)
-    for path in (folder, sharded):
-        assert torch.equal(Transformer.from_pretrained(path).norm.weight, model.norm.weight)
-    assert not (folder / "model.safetensors").exists()
-    assert [f.name for f in sharded.glob("*.safetensors*")] == ["model.safetensors"]
-
-
-def test_replaced_modules_must_be_undone_before_saving(tmp_path):
-    model = random_model()
-    model.layers[0].mlp.down_proj = torch.nn.Sequential(model.layers[0].mlp.down_proj)
-    with torch.no_grad():
-        model(torch.tensor([[1, 2]]))  # any module of the same call signature serves
-    with pytest.raises(ValueError, match="replaced"):
-        model.save_pretrained(tmp_path / "m")
-    assert not list((tmp_path / "m").glob("*.safetensors"))
+    with pytest.raises(OSError) as caught:
+        write(path)
+    assert caught.value.filename == str(path)
+    assert path.read_text() == "old\n" and not beside.exists()
 
 
 def test_saved_bfloat16_stays(tmp_path):
@@ -851,13 +629,20 @@ def test_saved_bfloat16_stays(tmp_path):
     assert {t.dtype for t in back.values()} == {torch.bfloat16}
 
 
-def test_no_numpy_needed(tmp_path):
-    """The product does not depend on numpy, which safetensors' own writer would import."""
-    code = (f"import sys; sys.modules['numpy'] = None; sys.path.insert(0, {str(ROOT)!r})\n"
-            "from model import Transformer, generate\n"
-            f"m = Transformer.from_pretrained({str(GOLDEN / 'llama-grouped')!r})\n"
-            f"m.save_pretrained({str(tmp_path)!r}, shard_bytes=9000)\n"
-            f"m = Transformer.from_pretrained({str(tmp_path)!r})\n"
-            "print(generate(m, [[3, 9, 27]], max_new_tokens=16, eos_id=7))")
+def test_loading_takes_no_more_memory_than_the_weights(tmp_path):
+    """Each file is mapped for one tensor at a time, or the mapping would count beside the copy."""
+    with torch.device("meta"):
+        model = Transformer(Config(model_type="llama", **SHAPE | dict(
+            hidden_size=1024, intermediate_size=4096, num_attention_heads=8, vocab_size=99)))
+    model.to_empty(device="cpu")
+    for weight in model.parameters():
+        weight.data.fill_(1)
+    model.save_pretrained(tmp_path)
+    code = (f"import resource, sys; sys.path.insert(0, {str(ROOT)!r})\n"
+            "from model import Transformer\n"
+            "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024\n"
+            f"Transformer.from_pretrained({str(GOLDEN / 'llama-tied')!r}); before = peak()\n"
+            f"model = Transformer.from_pretrained({str(tmp_path)!r})\n"
+            "print((peak() - before) / sum(p.nbytes for p in model.parameters()))")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert json.loads(done.stdout) == EXPECTED["llama-grouped"]["tokens"][:1], done.stderr
+    assert float(done.stdout) < 1.3, done.stderr  # 2 if the file stayed mapped
