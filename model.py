@@ -90,6 +90,16 @@ def rotate(x, cos, sin):
     return (x * cos + x.roll(x.shape[-1] // 2, -1) * sin).to(x.dtype)
 
 
+def attention(q, k, v, mask):
+    """q [B, H, T, hd] on k, v [B, K, S, hd] -> [B, T, H*hd]; mask [B, 1, T, S] is added to the
+    scores."""
+    B, H, T, hd = q.shape
+    shared = H // k.shape[1]  # heads with the same keys stand as queries of one, which copies none
+    q = q.reshape(B, -1, shared * T, hd)  # [B, K, H/K * T, hd]
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.repeat(1, 1, shared, 1))
+    return y.reshape(B, H, T, hd).transpose(1, 2).flatten(2)  # [B, T, H*hd]
+
+
 def causal_attention(q, k, v):
     """q [B, H, T, hd] on k, v [B, K, T, hd] -> [B, T, H*hd]: a position sees itself and what stands
     before it. What stands in for it in a layer takes and gives the same."""
@@ -394,10 +404,7 @@ class KVCache:
 
     def read_token(self, keys, values, positions, mask, q, k, v):
         keys[self.rows, :, positions], values[self.rows, :, positions] = k[:, :, 0], v[:, :, 0]
-        # Heads that share keys stand as queries beside each other, so that no key is copied.
-        B, K, _, hd = k.shape
-        y = F.scaled_dot_product_attention(q.reshape(B, K, -1, hd), keys, values, attn_mask=mask)
-        return y.reshape(B, 1, -1)  # [B, K, H/K, hd] -> [B, 1, H*hd]
+        return attention(q, keys, values, mask)
 
 
 class Transformer(nn.Module):
@@ -507,7 +514,7 @@ class Transformer(nn.Module):
 
 
 @torch.inference_mode()
-def generate(model, prompts, *, max_new_tokens=None, eos_id, max_total_tokens=None, drafts=None,
+def generate(model, prompts, *, max_new_tokens=None, eos_id, max_total_tokens=None,
              batch_tokens=16384, progress=None) -> list[list[int]]:
     """Greedy continuations [D16] of `prompts` (lists of ids), in their order: new ids, without eos.
     A row ends at eos_id (an id, several, or None: never), after max_new_tokens, at max_total_tokens
