@@ -126,13 +126,12 @@ def parser_of_stages() -> settings.Parser:
 def evaluate_stages(run: Path, stages: list[str], *, limit: int, force: bool):
     if not 0 <= limit < settings.LIMIT:
         raise UserError(f"--limit is {limit}; it must be 0 (all rows) or more, and below 2**31")
-    quiet = not stages
     stages = stages or finished_models(run)
     if not stages:
         raise UserError(f"{run} holds no finished model; `bash run.sh demo` makes one")
     with lock(run):
         for name in stages:
-            evaluate.evaluate(run, name, limit=limit, force=force, quiet=quiet)
+            evaluate.evaluate(run, name, limit=limit, force=force)
 
 
 def main(argv: list[str]):
@@ -152,7 +151,8 @@ def command(argv: list[str]):
         workers.unlearn_each(given, each)
     elif name in STAGES:
         s = settings.resolve(given)
-        with lock(s.run) if name not in ("plan", "files") else nullcontext():
+        reads = name in ("plan", "files")
+        with nullcontext() if reads else lock(s.run, new=name == "original"):
             STAGES[name](s)
     elif name in REQUESTS:
         REQUESTS[name](**given)

@@ -74,7 +74,7 @@ def provenance(s: Settings) -> tuple[str, str]:
                 "The text it learnt has its own licence.")
         return ("Its original was made here, from random weights, on the benchmark's text alone.",
                 f"It holds no weights of anyone else. {text}")
-    source = read_stage(s.run / "original").get("source", {})
+    source = read_stage(s.run / "original")["notes"].get("source", {})
     name = source.get("repo") or Path(s.weights or s.model.removeprefix("hf:")).name
     # An original that was not taught here is linked; its maker's card stands beside its weights.
     readme = (s.run / "original" / "config.json").resolve().parent / "README.md"
@@ -93,7 +93,7 @@ def critical_neurons(mask: Path) -> str:
     """What a mask's folder holds."""
     if not (mask / "stage.json").is_file():
         return "no mask in this run"
-    stage = read_stage(mask)
+    stage = read_stage(mask)["notes"]
     per_layer = " ".join(map(str, stage["critical_per_layer"]))
     return (f"{stage['critical']} of {stage['total']}: {stage['critical'] / stage['total']:.2%}; "
             f"by layer {per_layer}")

@@ -5,9 +5,6 @@ config.json is looked at first, so that a damaged file ends in one line that nam
 """
 
 import reprlib
-import time
-from collections import Counter
-from contextlib import contextmanager
 from dataclasses import MISSING, fields
 from pathlib import Path
 
@@ -88,22 +85,6 @@ def need(content: dict, keys, types: list, must: str, most: float = LARGEST_NUMB
 
 # --------------------------------------------------------------------------------------- weights
 
-SECONDS = Counter()  # "loading" and "saving" models since a stage began (stage.py)
-
-
-@contextmanager
-def clocked(kind: str):
-    """Adds to SECONDS how long a block, or a function that this decorates, takes."""
-    start = time.monotonic()
-    try:
-        yield
-    finally:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        SECONDS[kind] += time.monotonic() - start
-
-
-@clocked("loading")
 def load_model(path, dtype=torch.float32, device="cpu", *, neurons="output") -> Transformer:
     """Transformer.from_pretrained of a folder whose config and index are looked at first."""
     read_config(path)
@@ -130,7 +111,6 @@ def weight_files(folder: Path) -> list[Path]:
     return files
 
 
-@clocked("saving")
 def save_model(model: Transformer, folder: Path, shard_bytes: int = SHARD_BYTES):
     """Transformer.save_pretrained, in several files and their index above shard_bytes."""
     shards, room = [{}], shard_bytes

@@ -17,11 +17,10 @@ import eval as evaluation
 from eval import NO_ATTACK, SPLITS
 from model import Transformer, UserError, write_text
 from pipeline import checkpoint, metrics, slices
-from pipeline.files import sha256
 from pipeline.reading import token_scores
 from pipeline.settings import (Aside, Judging, Placement, Settings, Source, load_benchmark,
                                placement, read_settings)
-from pipeline.stage import Stage, content, data_inputs, differences, read_stage
+from pipeline.stage import Stage, content, data_inputs, read_stage, sha256, stale
 from pipeline.tokenizers import load_tokenizer
 
 ROWS = "generations.jsonl"
@@ -93,7 +92,7 @@ def evaluation_job(s: Settings, name: str, limit: int = 0) -> Stage:
     if s.closeness == "encoder":
         inputs |= folder_inputs("encoder", s.encoder)
     kind = f"eval-limit-{limit}" if limit else "eval"
-    return Stage(evaluations_of(s, name) / kind, settings=s, inputs=inputs, code=(measured_rows,),
+    return Stage(evaluations_of(s, name) / kind, s, inputs=inputs, code=(measured_rows,),
                  takes=(slices.Slice, Source, Placement, Aside, Judging),
                  also=dict(limit=limit))
 
@@ -127,26 +126,24 @@ def make_evaluation(s: Settings, model_folder: Path, job: Stage, folder: Path, l
                               nonmember_source=bench.nonmember_source)
 
 
-def evaluate(run: Path, name: str, *, limit: int = 0, force: bool = False, quiet: bool = False):
-    """Evaluate a run's stage unless that is done. limit: at most so many rows of each split. quiet:
-    nobody asked for this stage by name, and nothing is said where it is done."""
+def evaluate(run: Path, name: str, *, limit: int = 0, force: bool = False):
+    """Evaluate a run's stage unless that is done. limit: at most so many rows of each split."""
     s = dataclasses.replace(read_settings(run), force=force)
     if Path(name).name != name:
         raise UserError(f"{name} is not the bare name of a stage in {run}, such as original")
     job = evaluation_job(s, name, limit)
-    job.quiet = quiet and s.layout == "rows"
-    if other := differences(s.run / name, s, data_inputs(s)):
+    if other := stale(s.run / name, s):
         print(f"warning: {s.run / name} is not of what this run now holds, and no report will show "
               f"it: {'; '.join(other)}", flush=True)
     if not job.is_made():
-        with job as folder:
+        with job.making() as folder:
             make_evaluation(s, s.run / name, job, folder, limit)
 
 
 def read_metrics(folder: Path, reference: list[dict] | None = None) -> dict:
     """Every metric of a finished evaluation, computed from its rows. reference: the rows of a
     retain-only model. UserError where a file was changed by other hands."""
-    return metrics_of(read_rows(folder), read_stage(folder)["about"], reference)
+    return metrics_of(read_rows(folder), read_stage(folder)["notes"]["about"], reference)
 
 
 def metrics_of(rows: list[dict], about: dict, reference: list[dict] | None = None) -> dict:
@@ -218,4 +215,4 @@ def stale_because(s: Settings, name: str, job: Stage) -> list[str]:
     read_stage(job.folder)
     changed = [x for x in job.changed() if x not in ("--device", "--dtype")]
     why = [f"it was evaluated with other {' and '.join(changed)}"] if changed else []
-    return why + [f"of its model, {x}" for x in differences(s.run / name, s, data_inputs(s))]
+    return why + [f"of its model, {x}" for x in stale(s.run / name, s)]

@@ -14,6 +14,7 @@ hf:open-unlearning/tofu_Llama-2-7b-chat-hf_retain90.
 HF_ENDPOINT, HF_TOKEN and the token of `hf auth login` are respected. Pickles are never fetched.
 """
 
+import contextlib
 import errno
 import hashlib
 import os
@@ -28,7 +29,7 @@ import data
 from model import UserError, read_json, write_json
 from pipeline.checkpoint import weight_files
 from pipeline.settings import MODELS, Settings, default_data, downloads
-from pipeline.stage import changed_file, digests_of, file_digest, turn
+from pipeline.stage import fcntl, sha256
 
 # --------------------------------------------------------------------------------- what is where
 
@@ -248,6 +249,28 @@ def place(repo: Repo, commit: str) -> Path:
     return downloads() / "data" / next(n for n, r in DATA.items() if r.name == repo.name)
 
 
+def changed_file(file: Path, size: int, sha: str, when: int) -> bool:
+    """Does a file hold other bytes than were fetched?"""
+    now = file.stat()
+    return now.st_size != size or now.st_mtime_ns != when and sha256(file) != sha
+
+
+@contextlib.contextmanager
+def turn(folder: Path):
+    """Wait for other processes that have their turn in a folder. Nothing is left there; where the
+    system or its disk knows no locks, nobody waits."""
+    file = None
+    try:
+        with contextlib.suppress(OSError):
+            if fcntl:
+                file = os.open(folder, os.O_RDONLY)
+                fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+    finally:
+        if file is not None:
+            os.close(file)
+
+
 def read_source(folder: Path) -> dict:
     """SOURCE of a downloaded folder: repo, revision, commit, sha256 and files. UserError if one of
     the files was altered since, or removed."""
@@ -399,7 +422,7 @@ def _thrown_away(part: Path, file: File, repo: Repo, why: str) -> UserError:
 
 def _verified(path: Path, file: File) -> str | None:
     """sha256 of a file if it is what its host says; None if it is not."""
-    size, known = path.stat().st_size, file_digest(path)
+    size, known = path.stat().st_size, sha256(path)
     if size != file.size:
         return None
     if len(file.digest) == 40:  # git's: small files, which are not kept as large objects
@@ -454,7 +477,7 @@ def find_original(s: Settings) -> tuple[Path, dict, bool]:
     if not original and not base:
         folder, ready = Path(given_model(s)).resolve(), not s.teach
         files = [] if ready or not folder.is_dir() else [p for p in folder.iterdir() if p.is_file()]
-        return folder, {} if ready else dict(sha256=digests_of(files)), ready
+        return folder, {} if ready else dict(sha256={p.name: sha256(p) for p in files}), ready
     if original and not (base and have(base) and not have(original)):  # fallen back: stay there
         try:
             folder = download(original)

@@ -22,7 +22,7 @@ from pipeline.before import fitted, outlook
 from pipeline.plan import fit_memory
 from pipeline.settings import (Making, Placement, Settings, Source, choose_device, load_benchmark,
                                placement, tiny_config)
-from pipeline.stage import Stage, claim, content, data_inputs, digests_of, stored_dtype
+from pipeline.stage import Stage, claim, content, data_inputs, sha256, stored_dtype
 from pipeline.tokenizers import load_tokenizer, train_tokenizer
 
 # ------------------------------------------------------------------------------------ tiny ones
@@ -162,11 +162,11 @@ def make_fine_tuned(s: Settings, bench: slices.Benchmark, inputs: dict, base: Pa
         made["retain-only"] = fine_tune_retain_only
     for name, make in made.items():
         weights = {f"weights/{file}": sha for file, sha in source["sha256"].items()}
-        job = Stage(s.run / name, settings=s, inputs=weights | inputs, code=(make,),
+        job = Stage(s.run / name, s, inputs=weights | inputs, code=(make,),
                     takes=(slices.Slice, Source, Placement, Making))
         job.notes["source"] = source
         if not job.is_made():
-            with job as folder:
+            with job.making() as folder:
                 make(s, bench, job, base, folder)
 
 
@@ -174,9 +174,9 @@ def make_tiny(s: Settings, bench: slices.Benchmark, inputs: dict):
     """retain-only/ and original/ of a tiny model."""
     takes = (slices.Slice, Source, Placement, Making)
     for name, make in (("retain-only", make_retain_only), ("original", make_original)):
-        job = Stage(s.run / name, settings=s, inputs=inputs, takes=takes, code=(make,))
+        job = Stage(s.run / name, s, inputs=inputs, takes=takes, code=(make,))
         if not job.is_made():
-            with job as folder:
+            with job.making() as folder:
                 make(s, bench, job, folder)
         inputs = inputs | {name: content(s.run / name)}
 
@@ -200,12 +200,12 @@ def link_model(s: Settings, name: str, source: Path, origin: dict, inputs: dict)
     names = [p for p in sorted(source.iterdir()) if p.is_file()
              and p.suffix in (".json", ".safetensors", ".model", ".jinja")]
     known = origin.get("sha256", {})
-    known = digests_of([p for p in names if p.name not in known]) | known
-    job = Stage(s.run / name, settings=s, code=(), takes=(slices.Slice, Source), inputs=inputs
+    known = {p.name: sha256(p) for p in names if p.name not in known} | known
+    job = Stage(s.run / name, s, code=(), takes=(slices.Slice, Source), inputs=inputs
                 | {f"weights/{p.name}": known[p.name] for p in names})
     job.notes["source"] = origin or dict(folder=str(source))
     if not job.is_made():
-        with job as folder:
+        with job.making() as folder:
             for p in names:
                 (folder / p.name).unlink(missing_ok=True)
                 (folder / p.name).symlink_to(p)

@@ -363,7 +363,7 @@ def critical_count(s: Settings, config: Config) -> int:
     """Critical neurons: of the run's mask, else Table 5's, else all."""
     made = s.run / mask_name(s)
     if (made / "stage.json").is_file():
-        return read_stage(made)["critical"]
+        return read_stage(made)["notes"]["critical"]
     return CRITICAL.get((s.benchmark, s.model), config.num_hidden_layers * config.neuron_count)
 
 

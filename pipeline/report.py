@@ -21,7 +21,7 @@ from pipeline.columns import (PUBLISHED_CRITICAL, SOUL_READING, as_code, label, 
 from pipeline.evaluate import (evaluated_stages, evaluations_of, newest_evaluation, read_metrics,
                                read_rows, stale_because)
 from pipeline.settings import Settings, read_settings, taken
-from pipeline.stage import data_inputs, differences, read_stage, turn
+from pipeline.stage import data_inputs, read_stage, stale as stale_of
 
 
 def report(run: Path, *, others: list[Path] = (), retain_only: Path | None = None):
@@ -35,15 +35,14 @@ def report(run: Path, *, others: list[Path] = (), retain_only: Path | None = Non
     main = table_of(main_columns(s), lines + published(s))
     sections = [("", verdict_text), ("", main), *sections_of(s, evaluations, stale, seeds)]
     text = "\n\n".join(f"## {title}\n\n{x}" if title else x for title, x in sections if x)
-    with turn(run):
-        write_text(s.run / "report.md", f"# {s.benchmark}, {s.label}, seed {s.seed}\n\n{text}\n")
-        write_json(s.run / "report.json", dict(
-            settings=asdict(s), verdict=judged, stale=stale, seeds=seeds, evaluations=[
-                {k: v for k, v in e.items() if k != "rows"} for e in evaluations]))
-        for e in evaluations:
-            if e["settings"].get("method") in simu.METHODS:  # else of a fork whose method is gone
-                shown = [x for x in evaluations if x["name"] in ("original", e["name"])]
-                write_card(s.run / e["name"], e["name"], s, e["settings"], shown, verdict_text)
+    write_text(s.run / "report.md", f"# {s.benchmark}, {s.label}, seed {s.seed}\n\n{text}\n")
+    write_json(s.run / "report.json", dict(
+        settings=asdict(s), verdict=judged, stale=stale, seeds=seeds, evaluations=[
+            {k: v for k, v in e.items() if k != "rows"} for e in evaluations]))
+    for e in evaluations:
+        if e["settings"].get("method") in simu.METHODS:  # else of a fork whose method is gone
+            shown = [x for x in evaluations if x["name"] in ("original", e["name"])]
+            write_card(s.run / e["name"], e["name"], s, e["settings"], shown, verdict_text)
     print(main)
     print(f"report: {os.path.relpath(s.run / 'report.md')}")
 
@@ -241,9 +240,9 @@ def notes(evaluations: list[dict]) -> str:
 def masks(s: Settings) -> str:
     """A line on each mask of a run, which says so of one that is made of something that the run no
     longer holds; and Table 5's, also where there is no mask."""
-    lines, inputs = [], data_inputs(s)
+    lines = []
     for folder in sorted(path.parent for path in s.run.glob("mask*/stage.json")):
-        why = "; ".join(differences(folder, s, inputs))
+        why = "; ".join(stale_of(folder, s))
         lines.append(f"{folder.name}: " + (f"not of what this run now holds: {why}" if why else
                                            critical_neurons(folder)))
     if (s.benchmark, s.model) in PUBLISHED_CRITICAL:
@@ -306,7 +305,7 @@ def costs(run: Path) -> str:
         name = path.parent.relative_to(run)
         if not any(part.startswith(".") for part in name.parts):
             stage = read_stage(path.parent)
-            sizes = [stage.get(k) for k in ("peak_host_bytes", "peak_gpu_bytes")]
+            sizes = [stage.get(k) for k in ("peak_host", "peak_gpu")]
             lines.append([name, f"{stage['seconds']:.1f}",
                           *(number(size and size / 2**30, ".2f") for size in sizes)])
     return table(["Stage", "Seconds", "Peak host GiB", "Peak GPU GiB"], lines)

@@ -13,9 +13,8 @@ from pathlib import Path
 import data
 from model import UserError, read_json, write_json
 from pipeline import verdict
-from pipeline.files import has_types
-from pipeline.settings import PLACES, Settings, data_digests, read_settings
-from pipeline.stage import content, data_inputs, differences, digest, unlearned_name
+from pipeline.settings import PLACES, Settings, read_settings
+from pipeline.stage import content, data_inputs, digest, stale, unlearned_name
 
 
 def write_request(run: Path):
@@ -25,7 +24,7 @@ def write_request(run: Path):
         raise UserError(f"{run} is of the benchmark {s.benchmark}; a request is of rows of your "
                         "own: bash run.sh unlearn MODEL FORGET")
     name = unlearned_name(s)
-    found = differences(s.run / name, s, data_inputs(s))
+    found = stale(s.run / name, s)
     if found:
         raise UserError(f"{s.run / name} is not of this request: {found[0]}; run it again")
     judged = verdict.verdict(run)
@@ -34,7 +33,7 @@ def write_request(run: Path):
         raise verdict.NotForgotten(f"not forgotten: {'; '.join(judged['reasons'])}; "
                                    f"{judged['change']}; no request.json is written")
     write_json(s.run / "request.json", sealed(dict(
-        when=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), files=data_digests(s),
+        when=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), files=data_inputs(s),
         forget_rows=len(data.load_rows(s.forget)), original=content(s.run / "original"),
         result=content(s.run / name), folder=name, verdict=judged,
         settings=without_places(asdict(s)))))
@@ -55,18 +54,17 @@ def verify(run: Path):
     """Check a request again: its own record, the rows' files, the original and the result."""
     path = Path(run) / "request.json"
     request = read_json(path)
-    if not has_types(request, dict(folder=str, when=str, forget_rows=int)) or sealed(
-            {k: v for k, v in request.items() if k != "sha256"}) != request:
+    if sealed({k: v for k, v in request.items() if k != "sha256"}) != request:
         raise UserError(f"{path} was changed since it was written, or is no request; what it says "
                         "cannot be trusted")
     s = read_settings(run)
-    now = dict(files=data_digests(s), original=content(s.run / "original"),
+    now = dict(files=data_inputs(s), original=content(s.run / "original"),
                result=content(s.run / str(request["folder"])))
     for name, value in now.items():
         if request.get(name) != value:
             raise UserError(f"{path}: {name} is not what it was when the request was served; the "
                             "record does not hold for what is here now")
-    found = differences(s.run / request["folder"], s, data_inputs(s))
+    found = stale(s.run / request["folder"], s)
     if found:
         raise UserError(f"{path}: of the result, {found[0]}; the record does not hold")
     if verdict.derived_again(s) != request.get("verdict") or not request["verdict"]["forgotten"]:

@@ -22,7 +22,6 @@ import simu
 from data import option
 from model import NO_TEXT, Config, Transformer, UserError, read_json
 from pipeline import checkpoint, objectives, slices
-from pipeline.files import json_digests, sha256
 
 HERE = Path(__file__).resolve().parent.parent  # the repository
 BENCHMARKS = ("demo", "tofu", "lume", "rows")  # rows: files of the user's
@@ -468,13 +467,6 @@ def load_benchmark(s: Settings) -> slices.Benchmark:
     else:
         bench = slices.load_benchmark(s.data_folder, s, layout=s.layout, made_here=made_here(s))
     return slices.set_aside(bench, s.level_share, s.seed)
-
-
-def data_digests(s: Settings) -> dict[str, str]:
-    """sha256 of every file that the rows come from."""
-    if s.layout == "rows":
-        return {name: sha256(file) for name, file in row_files(s).items()}
-    return json_digests(s.data_folder)
 
 
 def made_here(s: Settings) -> bool:

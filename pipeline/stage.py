@@ -1,52 +1,48 @@
-"""Stage folders: made whole or not at all, skipped, resumed, sealed, locked.
+"""Run folders: stages made whole or not at all, skipped where nothing changed, resumed where killed.
 
 A *stage* (original, attribution, mask, an unlearned model, an evaluation) is one folder. It is made
-under a temporary name and renamed when it is whole, beside a `stage.json` that says what made it:
-settings, inputs by content, code, time, memory. A stage that would be made of the same again is
-skipped; any other is made again. A killed stage leaves its unfinished folder and goes on from what
-resume.py kept there.
+under a temporary name and renamed when it is whole. Its stage.json says `why` it is what it is: the
+settings that it takes, digests of its inputs and of its code; and names its files. A stage that
+would be made of the same again is skipped, any other is made again. One made of something that the
+run no longer holds is *stale*, and no report shows it.
 """
 
 import contextlib
 import errno
+import functools
 import hashlib
 import json
 import os
-import re
-import resource
 import shutil
 import signal
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import MISSING, asdict, fields
+from dataclasses import asdict, fields
 from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+import simu
+from model import NO_TEXT, UserError, read_json, save_tensors, write_json, write_text
+from pipeline import objectives, slices
+from pipeline.code import code_digest
+from pipeline.settings import (TINY_MODELS, Making, Settings, Source, flag, row_files, taken)
 
 try:
     import fcntl
-except ImportError:  # Windows
+except ImportError:  # Windows, where nothing is locked
     fcntl = None
 
-import torch
-from safetensors import safe_open
-
-import simu
-from model import NO_TEXT, UserError, read_json, write_json, write_text
-from pipeline import checkpoint, objectives, slices
-from pipeline.files import has_types, sha256
-from pipeline.reach import code_digest
-from pipeline.resume import RESUME, Checkpoints
-from pipeline.settings import (TINY_MODELS, Making, Settings, Source, data_digests, settings_of,
-                               taken)
-
 OLDEST_TORCH = (2, 5)  # the first with enable_gqa; run.sh asks for it too
-LONGEST_MESSAGE = 1000  # characters of an error message, which may quote a damaged file
-REHASHED = 1 << 25  # bytes: a larger file is hashed again only where its date changed
 LOCK = ".simu-lock"  # also says that a folder is a run of ours
-OURS = "simu-"  # begins, after a dot, the name of every temporary of ours
+OLD, PARTIAL = ".simu-old-", ".simu-partial-"  # begin the temporary names of a stage's folder
+SMALL = 1 << 25  # bytes: what is larger is not hashed again to see whether it was altered
+LATER = ("README.md", "stage.json")  # written when all else of a stage is there
+DISK_RATE = 5e8  # bytes digested and written in a second, until the first checkpoint is timed
 
 
-# ------------------------------------------------------------------------------- files and digests
+# ---------------------------------------------------------------------------------------- digests
 
 
 def digest(value) -> str:
@@ -54,164 +50,102 @@ def digest(value) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def flush(path: Path):
-    """Have the disk hold a file's bytes."""
-    if path.is_file() and not path.is_symlink():
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
+def sha256(path) -> str:
+    """sha256 of a file. A large one that stays as it is, is read once, whatever links to it."""
+    info = os.stat(path)
+    read = read_sha256 if info.st_size > SMALL else read_sha256.__wrapped__
+    return read(os.path.realpath(path), info.st_size, info.st_mtime_ns)
 
 
-def seal(folder: Path) -> dict[str, list]:
-    """File name -> [bytes, sha256, time of change] of a stage's own files."""
-    later = ("stage.json", "README.md")  # the model card is written again by every report
-    files = [p for p in sorted(folder.iterdir()) if p.is_file() and p.name not in later]
-    return seal_files(files)
+@functools.cache
+def read_sha256(path: str, size: int, date: int) -> str:
+    total = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            total.update(block)
+    return total.hexdigest()
 
 
-def seal_files(files: list[Path]) -> dict[str, list]:
-    digests = digests_of(files)
-    return {p.name: [p.stat().st_size, digests[p.name], p.stat().st_mtime_ns] for p in files}
+def json_digests(folder: Path) -> dict[str, str]:
+    """sha256 of every JSON file in a folder, by name."""
+    files = sorted(p for p in Path(folder).rglob("*.json*") if p.is_file())
+    return {str(p.relative_to(folder)): sha256(p) for p in files}
 
 
-digests_here = {}  # of large files read by this process: (device, inode, size, date) -> sha256
+def data_inputs(s: Settings) -> dict[str, str]:
+    """The files that a run's rows come from, as a stage's inputs."""
+    files = ({name: sha256(file) for name, file in row_files(s).items()} if s.layout == "rows"
+             else json_digests(s.data_folder))
+    return {f"data/{name}": sha for name, sha in files.items()}
 
 
-def file_digest(file: Path) -> str:
-    """sha256 of a file; a large one, wherever it is linked or moved to, is read once."""
-    now = file.stat()
-    if now.st_size <= REHASHED:
-        return sha256(file)
-    key = now.st_dev, now.st_ino, now.st_size, now.st_mtime_ns
-    if key not in digests_here:
-        digests_here[key] = sha256(file)
-    return digests_here[key]
+# ------------------------------------------------------------------------------- finished stages
 
 
-def digests_of(files: list[Path]) -> dict[str, str]:
-    """File name -> sha256 of a folder's files; shards are read side by side."""
-    with ThreadPoolExecutor(max_workers=4) as pool:
-        return dict(zip((p.name for p in files), pool.map(file_digest, files)))
-
-
-def changed_file(file: Path, size: int, sha: str, when: int) -> bool:
-    """Does a file hold other bytes than its stage wrote?"""
-    now = file.stat()
-    if now.st_size != size:
-        return True
-    return (size <= REHASHED or now.st_mtime_ns != when) and file_digest(file) != sha
-
-
-STAGE_JSON = dict(fingerprint=str, why=dict, settings=dict, seconds=float, files=dict)
-WHY = dict(settings=dict, inputs=dict, code=str)
-SETTINGS = dict(benchmark=str, model=str, method=str, objective=str)
-NOTES = dict(source=dict, torch=str, threads=int, critical=int, total=int, critical_per_layer=list,
-             peak_host_bytes=int, peak_gpu_bytes=int, derived=dict)  # where a stage has them
-
-
-def is_stage(made) -> bool:
-    """Does a JSON value have the shape of a stage.json?"""
-    return (has_types(made, STAGE_JSON) and has_types(made["why"], WHY)
-            and has_types(made["settings"], SETTINGS)
-            and has_types(made, {k: t for k, t in NOTES.items() if k in made})
-            and isinstance(made["why"]["settings"].get("method", ""), str)
-            and all(isinstance(x, str) for x in made["why"]["inputs"].values())
-            and all(isinstance(x, list) and [type(v) for v in x] == [int, str, int]
-                    and Path(name).name == name for name, x in made["files"].items()))
-
-
-def read_stage(folder: Path, *, files: bool = True) -> dict:
-    """stage.json of a finished stage; UserError if it was never finished, or if it or one of its
-    files was changed or removed since."""
+def read_stage(folder: Path) -> dict:
+    """stage.json of a finished stage. UserError if it was never finished, or if a file of it is not
+    what it wrote: of another size, or, if it is not large, of other bytes."""
     path, again = Path(folder) / "stage.json", f"delete {folder} and run its stage again"
     if not path.is_file():
         raise UserError(f"{folder} is not a finished stage; run the stage that makes it first")
-    made = read_json(path)
+    info = read_json(path)
     try:
-        whole = isinstance(made, dict) and made.pop("sha256", "") == digest(made)
-    except RecursionError:
-        whole = False
-    if not whole or not is_stage(made):
-        raise UserError(f"{path} is damaged, edited or of another version; {again}")
-    for name, sealed in made["files"].items() if files else ():
-        file = path.with_name(name)
-        if not file.is_file():
-            raise UserError(f"{file} is gone; {again}")
-        if changed_file(file, *sealed):
+        files = [(path.parent / name, size, sha) for name, (size, sha) in info["files"].items()]
+        info["why"]["settings"], info["why"]["inputs"], info["why"]["code"], info["notes"]
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise UserError(f"{path} is damaged, or of another version; {again}") from None
+    for file, size, sha in files:
+        if not file.is_file() or file.stat().st_size != size or (
+                size <= SMALL and sha256(file) != sha):
             raise UserError(f"{file} is not what its stage wrote; {again}")
-    return made
+    return info
 
 
-def foreign(folder: Path) -> Path | None:
-    """A file in a finished stage, or in those inside it, that no stage made."""
-    made = read_stage(folder, files=False)
-    own = {*made["files"], *made.get("derived", {}), "stage.json"}
-    own |= {"README.md"} if "method" in made["why"]["settings"] else set()
-    for p in sorted(folder.iterdir()):
-        if p.name in own or p.name.startswith(f".{OURS}"):
-            continue
-        if (p / "stage.json").is_file():
-            if found := foreign(p):
-                return found
-        elif not p.is_dir() or any(p.iterdir()):
-            return p
-    return None
-
-
-def discard(path: Path):
-    """Remove a temporary folder of ours; a link in its place is no folder of ours, and only that
-    is removed."""
-    if path.is_symlink():
-        path.unlink()
-    shutil.rmtree(path, ignore_errors=True)
-
-
-def write_stage(folder: Path, made: dict):
-    """stage.json, with a digest of itself: a finished stage is not edited."""
-    write_json(Path(folder) / "stage.json", made | {"sha256": digest(made)})
-
-
-def rewrite_derived(folder: Path, name: str, value, code: str):
-    """Write a JSON file of a finished stage that follows from its other files again, by code of
-    that digest. A kill at any line leaves a whole stage, in which the file counts as stale."""
-    made = read_stage(folder)
-    files, derived = made["files"], made.get("derived", {})
-    others = {k: sealed for k, sealed in files.items() if k != name}
-    write_stage(folder, made | dict(files=others, derived=derived | {name: ""}))
-    write_json(folder / name, value)
-    write_stage(folder, made | dict(files=files | seal_files([folder / name]),
-                                    derived=derived | {name: code}))
+def seal(folder: Path) -> dict[str, list]:
+    """File name -> [bytes, sha256] of what a stage wrote. Its model card is no part of that: every
+    report writes it again."""
+    return {p.name: [p.stat().st_size, sha256(p)] for p in sorted(folder.iterdir())
+            if p.is_file() and not p.name.startswith(".") and p.name not in LATER}
 
 
 def content(folder: Path) -> str:
     """Digest of what a finished stage holds: made again with the same bytes, it is the same."""
-    return digest({name: sealed[1] for name, sealed in read_stage(folder)["files"].items()})
+    return digest({name: sha for name, (_, sha) in read_stage(folder)["files"].items()})
 
 
-def data_inputs(s: Settings) -> dict[str, str]:
-    """The benchmark's files as a stage's inputs."""
-    return {f"data/{name}": sha for name, sha in data_digests(s).items()}
+def refuse_strangers(folder: Path):
+    """UserError if a finished stage, or one inside it, holds a file that no stage wrote."""
+    info = read_stage(folder)
+    ours = {*info["files"], "stage.json"}
+    ours |= {"README.md"} if "method" in info["why"]["settings"] else set()  # the model card
+    for path in sorted(Path(folder).iterdir()):
+        if (path / "stage.json").is_file():
+            refuse_strangers(path)
+        elif path.name not in ours and not path.name.startswith((OLD, PARTIAL)):
+            raise UserError(f"{path} is no file of the stage in {folder}, which is to be made again "
+                            "and would take it along; move it elsewhere")
 
 
-def differences(folder: Path, s: Settings, inputs: dict[str, str]) -> list[str]:
-    """What of a finished stage, and of the stages below it, is not this run's: its slice, template
-    and seed; its data; the stages it was made of. inputs: data_inputs(s)."""
-    why, found = read_stage(folder)["why"], []
-    for name, value in taken(s, (slices.Slice, Source)).items():
-        if why["settings"].get(name, value) != value:
-            found.append(f"--{name.replace('_', '-')} was {why['settings'][name]!r}")
+def stale(folder: Path, s: Settings, inputs: dict | None = None) -> list[str]:
+    """What a finished stage, and those below it, was made of and the run no longer holds: its
+    slice, template and seed; its data; other stages. inputs: data_inputs(s), if read before."""
+    inputs = data_inputs(s) if inputs is None else inputs
+    why, reasons = read_stage(folder)["why"], []
+    for name, value in values_of(s, (slices.Slice, Source)).items():
+        before = why["settings"].get(name, value)
+        reasons += [f"{flag(name)} was {before!r}"] if before != value else []
     for name, sha in why["inputs"].items():
+        if name.startswith("weights/"):  # of a base or a linked folder: the stage names its files
+            continue
         if name.startswith("data/"):
-            if inputs.get(name) != sha:
-                found.append(f"{name} was another")
-        elif name.startswith("weights/"):
-            continue  # of a base or a linked folder: what the stage holds of it is sealed
+            reasons += [f"{name} was another"] if inputs.get(name) != sha else []
         elif not (s.run / name / "stage.json").is_file():
-            found.append(f"{name} is gone")
+            reasons.append(f"{name} is gone")
         elif content(s.run / name) != sha:
-            found.append(f"{name} was another")
+            reasons.append(f"{name} was another")
         else:
-            found += [f"{name}'s {x}" for x in differences(s.run / name, s, inputs)]
-    return list(dict.fromkeys(found))
+            reasons += [f"{name}'s {x}" for x in stale(s.run / name, s, inputs)]
+    return list(dict.fromkeys(reasons))
 
 
 def finished_models(run: Path) -> list[str]:
@@ -220,14 +154,25 @@ def finished_models(run: Path) -> list[str]:
                   if (p.parent / "stage.json").is_file() and not p.parent.name.startswith("."))
 
 
-# ------------------------------------------------------------------------------------------ stages
+# --------------------------------------------------------------------------------- their settings
+
+
+def values_of(s: Settings, takes: tuple) -> dict:
+    """The settings that dataclasses name. Of a path its name alone: stage.json goes where a model
+    goes, and what decides whether it is the same are digests."""
+    return bare_names(taken(s, takes))
+
+
+def bare_names(values: dict) -> dict:
+    return {k: Path(v).name if isinstance(v, str) and os.path.isabs(v) else v
+            for k, v in values.items()}
 
 
 def table_rows(s: Settings, takes: tuple) -> dict[str, str | None]:
-    """Of each table that a fork edits, the row that a stage's settings name (see reach.py)."""
+    """Of each table that a fork edits, the row that a stage's settings name (see code.py)."""
     # A stage that makes an original cannot ask it which architecture it is.
-    made = Making in takes and not s.tiny
-    rows = dict(ARCHITECTURES=None if made else architecture(s))
+    unknown = Making in takes and not s.tiny
+    rows = dict(ARCHITECTURES=None if unknown else architecture(s), NEURONS=s.neurons)
     if slices.Slice in takes:
         rows["TEMPLATES"] = s.template
     if simu.Masking in takes:
@@ -243,8 +188,8 @@ def architecture(s: Settings) -> str | None:
     """The run's model_type, where it is known already."""
     if s.tiny and not s.weights:
         return TINY_MODELS[s.model]
-    given = [Path(x) for x in (s.weights, s.model) if Path(x).is_absolute()]
-    for folder in (s.run / "original", *given):
+    named = [Path(x) for x in (s.weights, s.model) if Path(x).is_absolute()]
+    for folder in (s.run / "original", *named):
         if (folder / "config.json").is_file():
             raw = read_json(folder / "config.json")
             kind = raw.get("model_type") if isinstance(raw, dict) else None
@@ -272,74 +217,55 @@ def unlearned_name(s: Settings) -> str:
     return s.name or "-".join(filter(None, parts))
 
 
-def stored_dtype(folder: Path) -> torch.dtype:
-    """What the weights of a folder are stored in."""
-    file = sorted(Path(folder).glob("*.safetensors"))[0]
-    with safe_open(file, framework="pt") as tensors:
-        name = next(iter(tensors.keys()))
-        return tensors.get_tensor(name).dtype
+# ---------------------------------------------------------------------------------------- a stage
 
 
 class Stage:
-    """One stage folder. `is_made` says whether it is already there; as a context manager it gives
-    the folder to write into, and makes it final when the block ends well.
+    """One stage folder. `is_made` says whether it is already there; `making` gives the folder to
+    write into, and makes it final when its block ends well.
 
-    takes: dataclasses of settings that the result depends on; also: other values it depends on.
-    inputs: name -> content of what is read. code: the functions that make it. rows: over the table
-    rows that `takes` name."""
+    inputs: name -> digest of what is read. code: the functions that make it. takes: dataclasses of
+    settings that the result depends on; also: other values that it depends on."""
 
-    def __init__(self, folder: Path, *, settings: Settings, inputs: dict[str, str], code: tuple,
-                 takes: tuple = (), also: dict | None = None, rows: dict | None = None):
-        self.folder, self.settings = Path(folder), settings
-        self.partial, self.old = (self.folder.with_name(f".{OURS}{kind}-{self.folder.name}")
-                                  for kind in ("partial", "old"))
-        self.name = str(self.folder.relative_to(settings.run))
-        self.takes = takes
+    def __init__(self, folder: Path, s: Settings, *, inputs: dict[str, str], code: tuple,
+                 takes: tuple = (), also: dict | None = None):
         for name in inputs:  # refused before the work, not when stage.json is written
             if NO_TEXT.search(name):
                 raise UserError(f"the name of the file {name!r} is not UTF-8 text; rename it")
-        self.why = dict(
-            settings=taken(settings, takes) | (also or {}), inputs=inputs,
-            code=code_digest(code, table_rows(settings, takes) | (rows or {})))
-        self.fingerprint = digest(self.why)
-        self.notes = {}  # anything else the stage wants to leave in stage.json
-        self.checkpoints = None  # of the loop that runs now
-        self.quiet = False  # say nothing where nobody asked for it again
+        self.folder, self.s, self.takes = Path(folder), s, takes
+        self.partial, self.old = (self.folder.with_name(x + self.folder.name)
+                                  for x in (PARTIAL, OLD))
+        self.name = str(self.folder.relative_to(s.run))
+        self.why = dict(settings=values_of(s, takes) | (also or {}), inputs=inputs,
+                        code=code_digest(code, table_rows(s, takes)))
+        self.notes = {}  # anything else that is to stand in stage.json
+        self.logs = []  # names of the logs that `record` began
 
     def is_made(self) -> bool:
-        """Is the folder there, made of what we would make it of? Prints which, and why not."""
-        self._recover()
+        """Is the folder there, made of what we would make it of? Prints which, and why not.
+        UserError if it is to be made again and holds a file that no stage wrote."""
+        self.settle()
         if not (self.folder / "stage.json").is_file():
             if self.folder.exists() and any(self.folder.iterdir()):
                 raise UserError(f"{self.folder} is in the way: it is no finished stage; move or "
                                 "delete it, or choose another --out")
             return False
-        changed = ["--force"] if self.settings.force else [f"{x} changed" for x in self.changed()]
-        if changed and (path := foreign(self.folder)):
-            raise UserError(f"{path} is not {self.name}'s own, which is to be made again "
-                            f"({' and '.join(changed)}) and would take it along; move it elsewhere")
-        if changed or not self.quiet:
-            print(f"[{self.name}] " + (f"made again: {' and '.join(changed)}" if changed else
-                                       "already made; skipped"), flush=True)
-        return not changed
+        reasons = ["--force"] if self.s.force else [f"{x} changed" for x in self.changed()]
+        if reasons:
+            refuse_strangers(self.folder)
+        print(f"[{self.name}] " + (f"made again: {' and '.join(reasons)}" if reasons else
+                                   "already made; skipped"), flush=True)
+        return not reasons
 
     def changed(self) -> list[str]:
-        """Which of settings, inputs and code differ from what made the folder, and whether any of
-        its files is gone. UserError if one was altered."""
-        made = read_stage(self.folder, files=False)
-        old, new = made["why"], self.why
-        defaults = {f.name: f.default for t in self.takes for f in fields(t)
-                    if f.default is not MISSING}
-        then = defaults | old["settings"]
-        changed = [f"--{k.replace('_', '-')}" for k, v in new["settings"].items()
-                   if then.get(k) != v]
-        names = [*new["inputs"], *(k for k in old["inputs"] if k not in new["inputs"])]
-        changed += [k for k in names if old["inputs"].get(k) != new["inputs"].get(k)]
-        changed += ["code"] if old["code"] != new["code"] else []
-        changed += [name for name in made["files"] if not (self.folder / name).is_file()]
-        if not changed:
-            read_stage(self.folder)
-        return changed
+        """Which settings, inputs and code differ from what made the folder. A setting that it does
+        not name, because it is newer, had its default."""
+        old, new = read_stage(self.folder)["why"], self.why
+        defaults = {f.name: f.default for part in self.takes for f in fields(part)}
+        settings, inputs = defaults | old["settings"], old["inputs"]
+        changed = [flag(k) for k, v in new["settings"].items() if settings.get(k) != v]
+        changed += [k for k in inputs | new["inputs"] if inputs.get(k) != new["inputs"].get(k)]
+        return changed + (["code"] if old["code"] != new["code"] else [])
 
     def require(self):
         """UserError unless the folder is there and made of what we would make it of."""
@@ -347,87 +273,91 @@ class Stage:
             raise UserError(f"{self.folder} was made with other {' and '.join(changed)} than this "
                             "run now has; run its stage again, with the same options")
 
-    def __enter__(self) -> Path:
-        self._held = contextlib.ExitStack()
-        self._held.enter_context(lock(self.settings.run))
-        self.folder.parent.mkdir(parents=True, exist_ok=True)
-        mark = self.partial / RESUME / "fingerprint"
-        goes_on = mark.is_file() and mark.read_bytes() == self.fingerprint.encode()
-        logs = (p.is_symlink() for p in self.partial.rglob("*.jsonl"))  # they are appended to
-        if self.partial.is_symlink() or not goes_on or any(logs):
-            discard(self.partial)
-            mark.parent.mkdir(parents=True)
-            write_text(mark, self.fingerprint)
-        if self.settings.deterministic:
+    @contextlib.contextmanager
+    def making(self):
+        """The folder to write into. What a killed process left there stays if it was made of the
+        same."""
+        mark = self.partial / ".why.json"
+        if not mark.is_file() or read_json(mark) != self.why:
+            shutil.rmtree(self.partial, ignore_errors=True)
+            write_json(mark, self.why)
+        if self.s.deterministic:
             be_deterministic()
-        if self.settings.tiny and "OMP_NUM_THREADS" not in os.environ:
+        if self.s.tiny and "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(1)  # no slower on matrices so small; same bytes anywhere
-        self._start = time.monotonic()
-        checkpoint.SECONDS.clear()
         forget_peak_memory()
-        return self.partial
+        start = time.monotonic()
+        yield self.partial
+        seconds, peaks = round(time.monotonic() - start, 3), peak_memory()
+        write_json(self.partial / "stage.json", dict(
+            why=self.why, settings=bare_names(asdict(self.s)), seconds=seconds, **peaks,
+            torch=torch.__version__, files=seal(self.partial), notes=self.notes))
+        self.settle()
+        print(f"[{self.name}] {seconds:.1f} s, " + ", ".join(
+            f"{name.replace('_', ' ')} {x / 2**30:.2f} GiB" for name, x in peaks.items()),
+            flush=True)
 
-    def __exit__(self, kind, error, trace):
-        with self._held:
-            if kind is not None:
-                if isinstance(error, OSError) and not error.filename:  # a full disk names no file
-                    error.filename = str(self.partial)
-                if isinstance(error, UserError) and self.checkpoints and self.checkpoints.newest:
-                    error.args = (f"{error}; {self.checkpoints.newest} is the last good "
-                                  "checkpoint",)
-                return
-            self._seal()
-            self._recover()
-
-    def _seal(self):
-        memory = peak_memory()
-        with checkpoint.clocked("saving"):
-            for path in list(self.partial.iterdir()):
-                if path.name.startswith(".") and path.name.endswith("." + OURS + "partial"):
-                    path.unlink()  # a killed process was writing it
-                else:
-                    flush(path)
-            files = seal(self.partial)
-        seconds, spent = time.monotonic() - self._start, checkpoint.SECONDS
-        spent = dict(loading=spent["loading"], computing=seconds - sum(spent.values()),
-                     saving=spent["saving"])
-        write_stage(self.partial, dict(
-            fingerprint=self.fingerprint, why=self.why, settings=asdict(self.settings),
-            seconds=round(seconds, 3), spent={k: round(x, 3) for k, x in spent.items()},
-            **memory, torch=torch.__version__, threads=torch.get_num_threads(), **self.notes,
-            files=files))
-        peak = ", ".join(f"peak {k.split('_')[1]} {v / 2**30:.2f} GiB" for k, v in memory.items())
-        if "peak_gpu_bytes" in memory and "predicted_bytes" in self.notes:
-            peak += f" (predicted {self.notes['predicted_bytes'] / 2**30:.2f})"
-        parts = ", ".join(f"{kind} {x:.1f}" for kind, x in spent.items())
-        print(f"[{self.name}] {seconds:.1f} s ({parts}), {peak}", flush=True)
-
-    def _recover(self):
-        """Put a whole unfinished folder in its place: at a stage's end, or where a kill came after
-        its stage.json. A kill may come after any line here; the next call then does the rest."""
-        whole = (self.partial / "stage.json").is_file() and not self.partial.is_symlink()
-        if whole and read_stage(self.partial)["fingerprint"] == self.fingerprint:
-            shutil.rmtree(self.partial / RESUME, ignore_errors=True)
+    def settle(self):
+        """Put a whole unfinished folder in its place. A kill may come after any line here; the next
+        call then does the rest."""
+        if (self.partial / "stage.json").is_file():
+            for file in self.partial.glob(".*"):  # checkpoints, and what a killed process began
+                file.unlink()
             if self.folder.exists():
-                discard(self.old)
+                refuse_strangers(self.folder)
+                shutil.rmtree(self.old, ignore_errors=True)
                 os.replace(self.folder, self.old)
             os.replace(self.partial, self.folder)
         if self.folder.exists():
-            discard(self.old)
-
-    def loop(self, title: str, steps: int, tensors: dict):
-        """simu.plain_loop that goes on where a killed stage was, and keeps checkpoints."""
-        self.checkpoints = Checkpoints(self.partial, title, tensors, self.settings.resume_cost)
-        for step in range(self.checkpoints.restore() + 1, steps + 1):
-            yield step
-            self.checkpoints.keep(step)
+            shutil.rmtree(self.old, ignore_errors=True)
 
     def record(self, name: str):
-        """A function that appends a row to the stage's log `name` (*.jsonl)."""
+        """A function that appends a row to the stage's log `name` (*.jsonl), which begins empty."""
+        write_text(self.partial / name, "")
+        self.logs.append(name)
+
         def write(row: dict):
             with open(self.partial / name, "a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
         return write
+
+    def loop(self, title: str, steps: int, tensors: dict):
+        """simu.plain_loop that goes on where a killed stage was. A checkpoint holds what the loop
+        changes in place and the stage's logs, and is replaced whole, so seldom that it costs a set
+        share of the time. Whatever else decides a step, such as its rows and its random bits, has
+        to be a function of the step alone: then the bytes are those of an undisturbed run."""
+        path = self.partial / f".{title.replace(' ', '-')}.safetensors"
+        share, last = self.s.resume_cost, time.monotonic()
+        cost = sum(t.nbytes for t in tensors.values()) / DISK_RATE  # seconds for one
+        for step in range(self.restore(path, title, tensors) + 1, steps + 1):
+            yield step
+            start = time.monotonic()
+            if not share or (start - last) * share < cost * (1 - share):
+                continue
+            logs = {name: (self.partial / name).read_text("utf-8") for name in self.logs}
+            try:
+                save_tensors(path, tensors, dict(about=json.dumps([step, logs])))
+            except OSError as e:  # the stage itself may need no more room, so it goes on
+                share = 0
+                print(f"no more checkpoints: {path}: {e.strerror}", flush=True)
+            last = time.monotonic()
+            cost = last - start
+
+    def restore(self, path: Path, title: str, tensors: dict) -> int:
+        """How many steps a checkpoint holds, 0 without one; tensors and logs are then as they were
+        after these."""
+        try:
+            with safe_open(path, "pt") as file:
+                step, logs = json.loads(file.metadata()["about"])
+                stored = {name: file.get_tensor(name) for name in tensors}  # mapped, not read
+        except (OSError, SafetensorError):
+            return 0
+        for name, tensor in tensors.items():
+            tensor.copy_(stored[name])
+        for name, text in logs.items():
+            write_text(self.partial / name, text)
+        print(f"{title} goes on after step {step}", flush=True)
+        return step
 
 
 def be_deterministic():
@@ -446,109 +376,74 @@ def forget_peak_memory():
 
 
 def peak_memory() -> dict[str, int]:
-    """Bytes at the highest point so far: of this process, and of the GPU if one was used."""
-    try:
-        status = Path("/proc/self/status").read_text()
-        host = int(re.search(r"VmHWM:\s*(\d+)", status)[1]) * 1024
-    except (OSError, TypeError):  # TypeError: there is no such line
-        host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        host *= 1 if sys.platform == "darwin" else 1024
-    memory = dict(peak_host_bytes=host)
+    """Bytes at the highest point: of this process (on Linux), and of the GPU if one was used."""
+    peaks = {}
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        peaks["peak_host"] = 1024 * int(next(x for x in lines if x.startswith("VmHWM:")).split()[1])
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
-        memory["peak_gpu_bytes"] = torch.cuda.max_memory_allocated()
-    return memory
+        peaks["peak_gpu"] = torch.cuda.max_memory_allocated()
+    return peaks
 
 
-# ---------------------------------------------------------------------------------- run folders
+def stored_dtype(folder: Path) -> torch.dtype:
+    """What the weights of a folder are stored in."""
+    file = sorted(Path(folder).glob("*.safetensors"))[0]
+    with safe_open(file, framework="pt") as tensors:
+        return tensors.get_tensor(next(iter(tensors.keys()))).dtype
 
 
-def is_run(run: Path) -> bool:
-    """Is a folder a run, or a sweep, of ours?"""
-    path = Path(run) / "settings.json"
-    try:  # those of an older version have no lock file
-        points = Path(run) / "points.jsonl"
-        if (Path(run) / LOCK).is_file() or points.is_file() and b'"digest"' in points.read_bytes():
-            return True
-        return bool(settings_of(read_json(path), path))
-    except UserError:
-        return False
+def read_tensors(path: Path, names: tuple) -> list[torch.Tensor]:
+    """The named tensors of a safetensors file that a stage wrote; UserError if it lacks one."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return [file.get_tensor(name) for name in names]
+    except (OSError, SafetensorError):
+        raise UserError(f"{path} is missing or damaged; delete {Path(path).parent} and make it "
+                        "again") from None
+
+
+# ------------------------------------------------------------------------- run folders, the command
 
 
 def claim(run: Path):
     """Make a run folder. UserError if it exists and is not ours: its files are somebody's own."""
     run = Path(run)
-    if run.is_dir() and any(run.iterdir()) and not is_run(run):
+    if run.is_dir() and any(run.iterdir()) and not (run / LOCK).is_file():
         raise UserError(f"{run} is not empty and no run folder; choose another --out")
     run.mkdir(parents=True, exist_ok=True)
-    os.close(open_lock(run / LOCK))
-
-
-def open_lock(path: Path) -> int:
-    """A lock file, never through a link that somebody put there. Closing it frees the lock."""
-    return os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644)
-
-
-locked_here = set()  # run folders that this process holds
+    (run / LOCK).touch()
 
 
 @contextlib.contextmanager
-def lock(run: Path):
-    """Hold a run folder, if it is there, against other processes. The system lets go of it even if
-    this one is killed. A command holds it throughout; its stages' own holds then do nothing."""
-    run = Path(run).resolve()
-    if run in locked_here or not is_run(run) or fcntl is None:  # a lock would make it a run
+def lock(run: Path, *, new: bool = False):
+    """Hold a run folder against other processes; the system lets go of it even if this one is
+    killed. new: make it if it is not there yet."""
+    if new:
+        claim(run)
+    with contextlib.ExitStack() as stack:
+        if fcntl and (Path(run) / LOCK).is_file():
+            try:
+                fcntl.flock(stack.enter_context(open(Path(run) / LOCK)),
+                            fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as e:
+                if e.errno in (errno.EWOULDBLOCK, errno.EAGAIN):
+                    raise UserError(f"{run} is in use by another process; wait for it, or use "
+                                    "--out") from None
+                print(f"warning: {run} cannot be locked ({e.strerror}); let one process at a time "
+                      "use it", flush=True)
         yield
-        return
-    file = open_lock(run / LOCK)
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as e:
-        if e.errno in (errno.EWOULDBLOCK, errno.EAGAIN):
-            os.close(file)
-            raise UserError(f"{run} is in use by another process; wait for it, or use "
-                            "--out") from None
-        print(f"warning: {run} cannot be locked ({e.strerror}); let one process at a time use it",
-              flush=True)
-    locked_here.add(run)
-    try:
-        yield
-    finally:
-        locked_here.remove(run)
-        os.close(file)
 
-
-@contextlib.contextmanager
-def turn(folder: Path):
-    """Wait for other processes that have their turn in a folder. Nothing is left there; where the
-    system or its disk knows no locks, nobody waits."""
-    file = None
-    try:
-        with contextlib.suppress(OSError):
-            if fcntl:
-                file = os.open(folder, os.O_RDONLY)
-                fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-    finally:
-        if file is not None:
-            os.close(file)
-
-
-# ------------------------------------------------------------------------------- the command's end
 
 # What torch says where memory runs out and it raises no OutOfMemoryError.
 NO_MEMORY = ("DefaultCPUAllocator", "Cannot allocate memory", "_ALLOC_FAILED",
              "Storage size calculation overflowed")
-OUT_OF_MEMORY = ("out of memory; `python -m pipeline plan` says what each stage needs; lower "
-                 "--micro-tokens, --attribution-tokens or --eval-tokens, or add --checkpointing")
 
 
 def run_cli(main):
     """Run a command line: what the user can put right ends in one line and exit status 2."""
-    for name in ("stdout", "stderr"):
-        with contextlib.suppress(AttributeError):  # replaced by tests
-            getattr(sys, name).reconfigure(line_buffering=True, errors="replace")
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # clusters send it: as Ctrl-C
+    for name in (signal.SIGINT, signal.SIGTERM):  # clusters send SIGTERM: as Ctrl-C
+        signal.signal(name, signal.default_int_handler)
     try:
         if tuple(map(int, torch.__version__.split(".")[:2])) < OLDEST_TORCH:
             raise UserError(f"torch {torch.__version__} is too old; install "
@@ -558,17 +453,12 @@ def run_cli(main):
         stop(str(e), getattr(e, "status", 2))
     except KeyboardInterrupt:
         stop("stopped; the same command goes on from where it stopped", 130)
-    except (torch.OutOfMemoryError, MemoryError):
-        stop(OUT_OF_MEMORY, 2)
-    except RuntimeError as e:
-        if "Symlink loop" in str(e):  # pathlib's, before Python 3.13
-            stop(f"{e}; delete that link, or name another place", 2)
-        if not any(part in str(e) for part in NO_MEMORY):
+    except (MemoryError, RuntimeError) as e:  # torch.OutOfMemoryError is a RuntimeError
+        if type(e) not in (MemoryError, torch.OutOfMemoryError) and not any(
+                text in str(e) for text in NO_MEMORY):
             raise
-        stop(OUT_OF_MEMORY, 2)
-    except BrokenPipeError:  # as other tools end whose reader, say `head`, has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(128 + signal.SIGPIPE)
+        stop("out of memory; `python -m pipeline plan` says what each stage needs; lower "
+             "--micro-tokens, --attribution-tokens or --eval-tokens, or add --checkpointing", 2)
     except OSError as e:  # disk full, no permission, read-only
         where = f"{e.filename}: " if e.filename else ""
         stop(f"{where}{e.strerror or e}; free space there, see to its permissions, or choose "
@@ -576,9 +466,5 @@ def run_cli(main):
 
 
 def stop(message: str, status: int):
-    message = " ".join(message.split())
-    if len(message) > LONGEST_MESSAGE:
-        message = message[:LONGEST_MESSAGE] + " ..."
-    with contextlib.suppress(OSError):  # a stderr that takes nothing must not hide the status
-        print("error: " + message, file=sys.stderr)
+    print("error: " + " ".join(message.split())[:1000], file=sys.stderr)
     sys.exit(status)

@@ -14,13 +14,12 @@ from model import Transformer, UserError, save_tensors
 from pipeline import checkpoint, fused, objectives, reading, slices
 from pipeline.before import fitted
 from pipeline.card import write_card, write_generation_config
-from pipeline.files import read_tensors
 from pipeline.levels import forget_targets
 from pipeline.plan import fit_memory
 from pipeline.settings import (Level, Placement, Settings, Source, flag, load_benchmark,
                                placement, read_settings, taken)
 from pipeline.stage import (Stage, attribution_name, content, data_inputs, mask_name, read_stage,
-                            stored_dtype, unlearned_name)
+                            read_tensors, stored_dtype, unlearned_name)
 from pipeline.tokenizers import load_tokenizer
 
 
@@ -63,7 +62,7 @@ def load_original(s: Settings, job: Stage, name: str, encoded: dict, method: str
 
 
 def attribution_job(s: Settings) -> Stage:
-    return Stage(s.run / attribution_name(s), settings=s, code=(make_attribution,),
+    return Stage(s.run / attribution_name(s), s, code=(make_attribution,),
                  inputs=dict(original=content(s.run / "original")) | data_inputs(s),
                  takes=(slices.Slice, Source, Placement, simu.Attribution))
 
@@ -85,13 +84,13 @@ def attribute_stage(s: Settings):
     same_slice(s)
     job = attribution_job(s)
     if not job.is_made():
-        with job as folder:
+        with job.making() as folder:
             make_attribution(s, job, folder)
 
 
 def mask_job(s: Settings) -> Stage:
     attribution_job(s).require()
-    return Stage(s.run / mask_name(s), settings=s, code=(make_mask,),
+    return Stage(s.run / mask_name(s), s, code=(make_mask,),
                  inputs={name: content(s.run / name) for name in [attribution_name(s)]},
                  takes=(simu.Masking,))
 
@@ -117,7 +116,7 @@ def mask_stage(s: Settings):
     same_slice(s)
     job = mask_job(s)
     if not job.is_made():
-        with job as folder:
+        with job.making() as folder:
             make_mask(s, job, folder)
 
 
@@ -243,7 +242,7 @@ def unlearn_job(s: Settings) -> Stage:
     if simu.METHODS[s.method].masked:
         mask_job(s).require()
         inputs[mask_name(s)] = content(s.run / mask_name(s))
-    return Stage(s.run / unlearned_name(s), settings=s, inputs=inputs, code=code, takes=takes)
+    return Stage(s.run / unlearned_name(s), s, inputs=inputs, code=code, takes=takes)
 
 
 def make_unlearned(s: Settings, job: Stage, folder: Path, *, aim=None):
@@ -287,7 +286,7 @@ def unlearn_stage(s: Settings):
     same_slice(s)
     job = unlearn_job(s)
     if not job.is_made():
-        with job as folder:
+        with job.making() as folder:
             targeted = simu.OBJECTIVES[s.objective].targeted
             make_unlearned(s, job, folder, aim=forget_targets if targeted else None)
             write_generation_config(folder, s)

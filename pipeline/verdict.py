@@ -246,7 +246,7 @@ def verdict_job(s: Settings) -> Stage:
     inputs = {name: content(s.run / name)} | data_inputs(s)
     for x in ("original", name):
         inputs[f"evaluations/{x}/eval"] = content(evaluations_of(s, x) / "eval")
-    return Stage(s.run / "verdict", settings=s, inputs=inputs, code=(make_verdict,),
+    return Stage(s.run / "verdict", s, inputs=inputs, code=(make_verdict,),
                  takes=(slices.Slice, Source, Placement, Level, Judging))
 
 
@@ -271,7 +271,7 @@ def judged(s: Settings, rows: list[dict]) -> dict:
     kept = [[x for r in some if r["split"] == "retain"
              and (x := recall(r["answer"], r["generation"])) is not None]
             for some in (before, after)]
-    made = read_stage(s.run / name, files=False)
+    made = read_stage(s.run / name)["notes"]
     looks = made.get("stood", {})
     m = summarise(rows, target=looks.get("wanted"),
                   unseen_losses=[loss for r in after if r["split"] == "nonmembers"
@@ -292,9 +292,8 @@ def verdict(run: Path) -> dict:
         raise UserError(f"{run} is of the benchmark {s.benchmark}; a verdict is of rows of your "
                         "own: bash run.sh unlearn MODEL FORGET RETAIN")
     job = verdict_job(s)
-    job.quiet = True
     if not job.is_made():
-        with job as folder:
+        with job.making() as folder:
             make_verdict(s, folder)
     return read_json(s.run / "verdict" / "verdict.json")
 

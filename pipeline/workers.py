@@ -17,31 +17,22 @@ from tqdm import tqdm
 from model import UserError
 from pipeline.evaluate import evaluate
 from pipeline.settings import Settings, resolve
-from pipeline.stage import lock, locked_here, unlearned_name
+from pipeline.stage import lock, unlearned_name
 from pipeline.stages import unlearn_stage
 
 
-def start_worker(threads: int, held: list):
-    locked_here.update(held)  # what the parent holds is held for its workers
-    tqdm.set_lock(threading.RLock())  # its own is warned of where the worker is ended
+def start_worker(threads: int):
+    tqdm.set_lock(threading.RLock())  # tqdm's own leaves a warning where the worker is ended
     sys.stderr = open(os.devnull, "w")  # progress bars; the parent shows what a worker raises
     torch.set_num_threads(threads)
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 def end_with_parent():
-    """A worker whose parent was killed would wait for work for ever, its memory held."""
+    """Otherwise a worker would go on writing after its parent was killed, in a run that is no
+    longer locked."""
     multiprocessing.parent_process().join()
     os._exit(1)
-
-
-def submitted(pool, function, items: list) -> list:
-    """Their futures. A worker, which starts here, is deaf to Ctrl-C from its first instruction."""
-    heard = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        return [pool.submit(function, item) for item in items]
-    finally:
-        signal.signal(signal.SIGINT, heard)
 
 
 def run_each(function, items: list, jobs: int, title: str):
@@ -52,20 +43,22 @@ def run_each(function, items: list, jobs: int, title: str):
                 yield function(item)
                 bar.update()
             return
-        context = multiprocessing.get_context("spawn")
         threads = max(1, (os.cpu_count() or 1) // jobs)
-        pool = ProcessPoolExecutor(min(jobs, len(items)), context, start_worker,
-                                   (threads, [*locked_here]))
+        pool = ProcessPoolExecutor(min(jobs, len(items)), multiprocessing.get_context("spawn"),
+                                   start_worker, (threads,))
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # workers inherit it: Ctrl-C is ours
+        futures = [pool.submit(function, item) for item in items]
+        signal.signal(signal.SIGINT, handler)
         try:
-            for done in as_completed(submitted(pool, function, items)):
-                yield done.result()
+            for future in as_completed(futures):
+                yield future.result()
                 bar.update()
         except BrokenProcessPool:
             raise UserError(f"{title}: the system ended one of {jobs} workers, most likely for "
                             "want of memory; free some (a sweep: lower --jobs), and the same "
-                            "command goes on: what is done is kept") from None
+                            "command goes on from what is done") from None
         except BaseException:
-            for worker in multiprocessing.active_children():  # or they would end their points first
+            for worker in multiprocessing.active_children():  # or they would end their items first
                 worker.terminate()
             raise
         finally:
@@ -77,21 +70,21 @@ def unlearn_and_evaluate(s: Settings):
     evaluate(s.run, unlearned_name(s))
 
 
-def heard(work) -> str:
-    """What work() has to say, which the parent prints whole."""
-    with redirect_stdout(io.StringIO()) as told:
+def printed(work) -> str:
+    """What work() prints, which the parent then shows in one piece."""
+    with redirect_stdout(io.StringIO()) as text:
         work()
-    return told.getvalue()
+    return text.getvalue()
 
 
-def unlearn_each(given: dict, each: list[str]):
+def unlearn_each(options: dict, each: list[str]):
     """Unlearned models share nothing: on two cores two are made at once, with the same bytes, and
     what they are compared with is evaluated beside them."""
-    several = [resolve(given | dict(zip(("method", "objective"), pair.split(":"))))
+    several = [resolve(options | dict(zip(("method", "objective"), pair.split(":"))))
                for pair in each]
     run, jobs = several[0].run, [partial(unlearn_and_evaluate, s) for s in several]
     if (run / "retain-only").exists():
         jobs.append(partial(evaluate, run, "retain-only"))
     with lock(run):
-        for told in run_each(heard, jobs, os.cpu_count() or 1, "unlearn"):
-            tqdm.write(told, end="")
+        for text in run_each(printed, jobs, os.cpu_count() or 1, "unlearn"):
+            tqdm.write(text, end="")

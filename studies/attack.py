@@ -57,8 +57,8 @@ from pipeline.columns import as_code, label, number, table
 from pipeline.original import learn
 from pipeline.settings import (Parser, Placement, Settings, Source, choose_dtype, load_benchmark,
                                placement, read_settings)
-from pipeline.stage import (Stage, content, data_inputs, differences, finished_models, lock,
-                            read_stage)
+from pipeline.stage import (Stage, content, data_inputs, finished_models, lock, read_stage,
+                            stale)
 from pipeline.tokenizers import load_tokenizer
 
 CONTINUE = ("Continue this text: {}", "A text begins as follows. {}")
@@ -210,11 +210,11 @@ def attack_weights(model: Transformer, attack: str, bench: slices.Benchmark, tok
 
 
 def attack_job(s: Settings, name: str) -> Stage:
-    return Stage(s.run / name / "attack", settings=s, code=(make_attacks,),
+    tables = data.TEMPLATES, simu.METHODS["fo"], simu.MOVES["all"], simu.OPTIMISERS["adamw"]
+    return Stage(s.run / name / "attack", s, code=(make_attacks, *tables),
                  inputs=dict(model=content(s.run / name)) | data_inputs(s),
                  takes=(slices.Slice, Source, Placement, evaluation.Limits),
-                 also=dict(relearning=dataclasses.asdict(relearning(s))),
-                 rows=dict(TEMPLATES=None, METHODS="fo", MOVES="all", OPTIMISERS="adamw"))
+                 also=dict(relearning=dataclasses.asdict(relearning(s))))
 
 
 def make_attacks(source: Path, folder: Path, probes: dict, bench: slices.Benchmark, s: Settings):
@@ -349,9 +349,9 @@ def models_to_attack(s: Settings, names: list[str]) -> list[str]:
     """The named models of a run, or all, and always the two that every recovered fraction is
     measured against, in the paper's order. Those that are not of what the run now holds are left
     out."""
-    order, inputs = {}, data_inputs(s)
+    order = {}
     for name in finished_models(s.run):
-        if not differences(s.run / name, s, inputs):
+        if not stale(s.run / name, s):
             method = read_stage(s.run / name)["why"]["settings"].get("method", name)
             places = ["retain-only", "original", *simu.METHODS, method]
             order[name] = places.index(method), name
@@ -371,7 +371,7 @@ def attack(run: Path, names: list[str]):
     for name in names:
         job = attack_job(s, name)
         if not job.is_made():
-            with job as folder:
+            with job.making() as folder:
                 make_attacks(run / name, folder, probes, bench, s)
     write_report(s, compare(run, names))
 

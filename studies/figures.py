@@ -31,9 +31,8 @@ import torch
 import simu
 from model import UserError, read_json
 from pipeline.columns import PUBLISHED_CRITICAL, table
-from pipeline.files import read_tensors
 from pipeline.settings import HERE, Parser, read_settings
-from pipeline.stage import data_inputs, differences, finished_models, read_stage
+from pipeline.stage import finished_models, read_stage, read_tensors, stale
 from studies.drawing import BLACK, BLUE, RED, SKY, STYLES, canvas, save, style_of, write_csv
 from studies.sweep import BASELINES, COLUMNS
 
@@ -301,7 +300,7 @@ def read_logs(run: Path) -> dict[str, tuple]:
     run now holds."""
     s, logs = read_settings(run), {}
     for name in finished_models(run):
-        if name not in BASELINES and not differences(run / name, s, data_inputs(s)):
+        if name not in BASELINES and not stale(run / name, s):
             text = (run / name / "log.jsonl").read_text(encoding="utf-8")
             logs[name] = (read_stage(run / name)["why"]["settings"]["objective"],
                           [json.loads(line) for line in text.splitlines()])
@@ -349,7 +348,7 @@ def read_scores(folder: Path, about: dict):
         return [torch.tensor([float(x[name]) for x in neurons]).view(L, -1)  # [L, D]
                 for name in ("forget", "retain")]
     s, attribution = read_settings(folder), folder / "attribution"
-    if why := differences(attribution, s, data_inputs(s)):
+    if why := stale(attribution, s):
         raise UserError(f"{attribution} is not of what this run now holds: {'; '.join(why)}; run "
                         "its stages again")
     about["steps"] = read_stage(attribution)["why"]["settings"]["steps"]

@@ -33,12 +33,11 @@ from model import Transformer, UserError, write_json, write_text
 from pipeline import objectives, reading, settings, slices
 from pipeline.columns import table
 from pipeline.evaluate import splits_of
-from pipeline.files import read_tensors
 from pipeline.levels import forget_targets
 from pipeline.original import original_stage
 from pipeline.settings import (Aside, Level, Placement, Settings, Source, load_benchmark,
                                placement)
-from pipeline.stage import Stage, claim, content, data_inputs, digest, lock
+from pipeline.stage import Stage, claim, content, data_inputs, digest, lock, read_tensors
 from pipeline.stages import attribute_stage, encoded_rows, mask_of_scores
 from pipeline.tokenizers import load_tokenizer
 from pipeline.workers import run_each
@@ -140,7 +139,7 @@ def key_of(p: Point) -> str:
         if simu.METHODS[s.method].masked:
             takes.append(simu.Masking)
             inputs.append("attribution")
-    job = Stage(s.run / p.arm, settings=s, code=(make_point,), takes=tuple(takes),
+    job = Stage(s.run / p.arm, s, code=(make_point,), takes=tuple(takes),
                 inputs={name: content(s.run / name) for name in inputs} | data_inputs(s),
                 also=dict(arm=p.arm))
     return digest(job.why)

@@ -254,8 +254,6 @@ KINDS = {
                                  "data/tofu/world_facts_perturbed.json"]),
     "data, LUME": (spoil_lines, ["data/lume/forget.jsonl", "data/lume/retain.jsonl"]),
     "settings": (spoil_object, ["run-{}/settings.json"]),
-    "stage.json": (spoil_object, ["run-{}/" + f"{x}/stage.json" for x in (
-        "original", "attribution", "mask", "simu-graddiff", "original/eval")]),
     "generations": (spoil_lines, ["run-{}/simu-graddiff/eval/generations.jsonl"]),
     "scores, mask": (spoil_header, ["run-{}/attribution/scores.safetensors",
                                     "run-{}/mask/mask.safetensors"])}

@@ -300,7 +300,7 @@ def test_a_model_of_another_original_is_left_out_or_if_it_was_named_refused(lab,
     run = tmp_path / "run"
     shutil.copytree(lab.run, run, ignore=shutil.ignore_patterns("retain-only"))
     s = replace(lab.s, out=str(run))
-    with Stage(run / "mine", settings=s, inputs=dict(original="0" * 64), code=()) as folder:
+    with Stage(run / "mine", s, inputs=dict(original="0" * 64), code=()).making() as folder:
         lab.model.save_pretrained(folder)
     with pytest.raises(UserError, match="no finished model mine of what this run now holds"):
         attack.main([str(run), "mine"])

@@ -364,12 +364,6 @@ FAULTS = {
     "stage.json: null": (put("run-tofu/mask/stage.json", None), UNLEARN, "stage.json is damaged"),
     "stage.json: {}": (put("run-tofu/original/stage.json", {}), UNLEARN, "stage.json is damaged"),
     "stage.json: cut": (cut("run-tofu/original/stage.json"), UNLEARN, "is not valid JSON"),
-    "stage.json: edited": (
-        field("run-tofu/mask/stage.json", critical=1), REPORT, "damaged, edited"),
-    "stage.json: nested": (
-        change("run-tofu/mask/stage.json",
-               lambda x: b'{"a": ' + b"[" * 900 + b"]" * 900 + b"," + x[1:]),
-        UNLEARN, "stage.json is (damaged|not valid JSON)"),
     "stage.json: gone": (gone("run-tofu/mask/stage.json"), UNLEARN, "not a finished stage"),
     "generations: cut": (
         change(f"{EVAL}/generations.jsonl", lambda x: b"".join(x.splitlines(True)[:-1])), REPORT,
@@ -377,8 +371,7 @@ FAULTS = {
     "generations: reordered": (change(f"{EVAL}/generations.jsonl", swap_lines), REPORT, CHANGED),
     "generations: edited": (
         change(f"{EVAL}/generations.jsonl", lambda x: x.replace(b"Ann", b"Abe")), REPORT, CHANGED),
-    "generations: gone": (
-        gone(f"{EVAL}/generations.jsonl"), REPORT, "generations.jsonl is gone"),
+    "generations: gone": (gone(f"{EVAL}/generations.jsonl"), REPORT, CHANGED),
     "scores: cut": (cut("run-tofu/attribution/scores.safetensors"), MASK, CHANGED),
     "scores: edited": (change("run-tofu/attribution/scores.safetensors",
                               lambda x: x[:-4] + b"\0\0\x80?"), MASK, CHANGED),
@@ -447,27 +440,10 @@ def test_a_folder_that_is_no_stage_is_left_alone(w):
     refused(w, ["original weights-tofu --force"], "out/original is in the way")
 
 
-def test_a_stage_without_its_files_is_made_again(w, capsys):
-    (w / "run-tofu/mask/mask.safetensors").unlink()
-    refused(w, UNLEARN, "mask was made with other mask.safetensors")
-    command_line([str(x) for x in words_of(w, "mask run-tofu")])
-    assert "[mask] made again: mask.safetensors changed" in capsys.readouterr().out
-    assert (w / "run-tofu/mask/mask.safetensors").is_file()
-
-
 def test_more_files_in_a_stage_are_no_damage(w):
     (w / "run-tofu/original/README.md").write_text("A card.")
     (w / "run-tofu/original/notes").mkdir()
     assert fuzz.cli(*words_of(w, "report run-tofu")) == (0, "")
-
-
-def test_a_large_file_is_hashed_again_where_its_date_changed(w, monkeypatch):
-    monkeypatch.setattr(stage, "REHASHED", 1000)
-    weights = w / "run-tofu/original/model.safetensors"
-    weights.touch()  # as a copy of the run on another disk
-    assert fuzz.cli(*words_of(w, "evaluate run-tofu original")) == (0, "")
-    change("run-tofu/original/model.safetensors", lambda x: x[:-4] + bytes(4))(w)
-    refused(w, ["evaluate run-tofu original"], CHANGED)
 
 
 # -------------------------------------------------------------------------- disk, memory, device
@@ -776,30 +752,6 @@ def test_altered_scores_are_not_drawn(w):
     assert fuzz.is_one_line(status, stderr) and re.search(CHANGED, stderr), stderr
 
 
-CRAFTED = {"files: a list": ("mask", dict(files=[])),
-           "files: outside": ("mask", dict(files={"../../x": [1, "a", 1]})),
-           "files: not sealed": ("mask", dict(files={"mask.safetensors": 3})),
-           "why: empty": ("mask", dict(why={})),
-           "why: other types": ("mask", dict(why=dict(settings=[], inputs=3, code=1))),
-           "a method that is a list": ("mask", dict(why=dict(settings=dict(method=[]), inputs={},
-                                                             code=""))),
-           "settings: empty": ("simu-graddiff", dict(settings={})),
-           "a count: null": ("mask", dict(critical=None)),
-           "counts: a number": ("mask", dict(critical_per_layer=3)),
-           "memory: a text": ("mask", dict(peak_host_bytes="x")),
-           "source: a number": ("mask", dict(source=3))}
-
-
-@pytest.mark.parametrize("case", CRAFTED)
-def test_a_crafted_stage_json_is_refused(w, case):
-    """Its digest of itself is right: only its shape can tell."""
-    name, values = CRAFTED[case]
-    made = {k: v for k, v in json.loads((w / f"run-tofu/{name}/stage.json").read_text()).items()
-            if k != "sha256"}
-    stage.write_stage(w / "run-tofu" / name, made | values)
-    refused(w, REPORT, "stage.json is damaged, edited or of another version")
-
-
 # ----------------------------------------------------------------------- rows at the edge of sense
 
 QA = [dict(question=f"What does {x} sell?", answer=f"{x} sells tea.") for x in ("Hal", "Ivy", "Jo")]
@@ -949,19 +901,7 @@ def test_a_file_that_no_stage_made_is_not_taken_along(w, name):
     (w / "run-tofu" / name).write_text("the only copy")
     assert fuzz.cli(*words_of(w, "mask run-tofu")) == (0, "")  # made already
     for more in ("--force", "--threshold 0.4"):
-        refused(w, [f"mask run-tofu {more}"], "is not mask's own, .*move it elsewhere")
-
-
-def test_a_link_in_place_of_a_folder_of_ours_is_not_followed(w):
-    (w / "mine").mkdir()
-    for name in ("mask.safetensors", "stage.json"):
-        (w / "mine" / name).write_text("the only copy")
-    for kind in ("partial", "old"):
-        (w / f"run-tofu/.simu-{kind}-mask").symlink_to(w / "mine")
-    assert fuzz.cli(*words_of(w, MASK[0])) == (0, "")
-    assert {p.name: p.read_text() for p in (w / "mine").iterdir()} == dict.fromkeys(
-        ("mask.safetensors", "stage.json"), "the only copy")
-    assert not (w / "run-tofu/mask").is_symlink()
+        refused(w, [f"mask run-tofu {more}"], "is no file of the stage .*move it elsewhere")
 
 
 def test_links_to_themselves(w):

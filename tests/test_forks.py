@@ -13,7 +13,7 @@ import simu
 from data import collate
 from model import NEURONS, Config
 from pipeline.__main__ import main
-from pipeline.files import read_tensors
+from pipeline.stage import read_tensors
 
 SCORES = {"output": 32, "inner": 48}
 

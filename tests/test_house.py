@@ -1,6 +1,7 @@
 """The house: who imports whom, what the core needs, and what an edit makes again."""
 
 import ast
+import importlib
 import shutil
 import subprocess
 import sys
@@ -8,12 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import objectives, reach, slices
-from pipeline.evaluate import measured_rows
-from pipeline.original import make_original, make_retain_only
-from pipeline.settings import Judging, Settings
-from pipeline.stage import table_rows
-from pipeline.stages import make_attribution, make_mask, make_unlearned
 import simu
 
 ROOT = Path(simu.__file__).parent
@@ -100,31 +95,45 @@ def test_each_core_file_can_be_read_alone(tmp_path):
 
 # ------------------------------------------------------------------------------------- staleness
 
-UNLEARNING = (slices.Slice, objectives.Unlearning)
-STAGES = {"retain-only": ((make_retain_only,), (slices.Slice,)),
-          "original": ((make_original,), (slices.Slice,)),
-          "attribution": ((make_attribution,), (slices.Slice, simu.Attribution)),
-          "mask": ((make_mask,), (simu.Masking,)),
-          "fo-graddiff": ((make_unlearned,), UNLEARNING, dict(method="fo")),
-          "so-graddiff": ((make_unlearned,), UNLEARNING, dict(method="so")),
-          "simu-npo": ((make_unlearned,), UNLEARNING, dict(objective="npo")),
-          "generations": ((measured_rows,), (slices.Slice, Judging))}
-ABOVE = {"retain-only", "original", "attribution", "mask"}
-UNLEARNED = set(STAGES) - ABOVE - {"generations"}
+# Stage -> the function that makes it, the dataclasses of settings that it takes, settings.
+UNLEARN = "pipeline.stages.make_unlearned", "pipeline.slices.Slice pipeline.objectives.Unlearning"
+STAGES = {"retain-only": ("pipeline.original.make_retain_only", "pipeline.slices.Slice"),
+          "original": ("pipeline.original.make_original", "pipeline.slices.Slice"),
+          "attribution": ("pipeline.stages.make_attribution",
+                          "pipeline.slices.Slice simu.Attribution"),
+          "mask": ("pipeline.stages.make_mask", "simu.Masking"),
+          "fo-graddiff": (*UNLEARN, dict(method="fo")),
+          "so-graddiff": (*UNLEARN, dict(method="so")),
+          "simu-npo": (*UNLEARN, dict(objective="npo")),
+          "generations": ("pipeline.evaluate.measured_rows",
+                          "pipeline.slices.Slice pipeline.settings.Judging")}
+UNLEARNED = {"fo-graddiff", "so-graddiff", "simu-npo"}
 
 
-def forget_code():
-    reach.read_module.cache_clear()
-    reach.digest_of.cache_clear()
+def named(path: str):
+    module, _, name = path.rpartition(".")
+    return getattr(importlib.import_module(module), name)
 
 
-def digests():
-    forget_code()
-    out = {}
-    for name, (code, takes, *changed) in STAGES.items():
-        s = Settings(**(changed[0] if changed else {}))
-        out[name] = reach.code_digest(code, table_rows(s, takes))
-    return out
+def digests(folder: Path) -> dict[str, str]:
+    """Code digest of each stage, by the code in a folder, which is imported beside ours."""
+    ours = {name: module for name, module in sys.modules.items() if str(ROOT) in str(
+        getattr(module, "__file__", "")) and name.split(".")[0] in (*CORE, "pipeline", "studies")}
+    for name in ours:
+        del sys.modules[name]
+    sys.path.insert(0, str(folder))
+    try:
+        out = {}
+        for stage, (code, takes, *changed) in STAGES.items():
+            s = named("pipeline.settings.Settings")(**(changed[0] if changed else {}))
+            rows = named("pipeline.stage.table_rows")(s, tuple(map(named, takes.split())))
+            out[stage] = named("pipeline.code.code_digest")((named(code),), rows)
+        return out
+    finally:
+        sys.path.remove(str(folder))
+        for name in [x for x in sys.modules if x.split(".")[0] in (*CORE, "pipeline", "studies")]:
+            del sys.modules[name]
+        sys.modules.update(ours)
 
 
 EDITS = [  # file, text, its replacement, stages made again
@@ -155,22 +164,18 @@ EDITS = [  # file, text, its replacement, stages made again
 ]
 
 
+@pytest.fixture(scope="module")
+def before():
+    return digests(ROOT)
+
+
 @pytest.mark.parametrize("file, old, new, again", EDITS, ids=[e[1][:40] for e in EDITS])
-def test_what_an_edit_makes_again(tmp_path, monkeypatch, file, old, new, again):
-    before = digests()
-    copied = {}
-    for name, path in reach.FOLLOWED.items():
-        if path.is_file():
-            copied[name] = tmp_path / path.relative_to(ROOT)
-            copied[name].parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(path, copied[name])
+def test_what_an_edit_makes_again(tmp_path, before, file, old, new, again):
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("pipeline/*.py")]:
+        (tmp_path / path.relative_to(ROOT)).parent.mkdir(exist_ok=True)
+        shutil.copy(path, tmp_path / path.relative_to(ROOT))
     text = (tmp_path / file).read_text()
     assert old in text
     (tmp_path / file).write_text(text.replace(old, new, 1))
-    monkeypatch.setattr(reach, "FOLLOWED", copied)
-    try:
-        after = digests()
-    finally:
-        monkeypatch.undo()
-        forget_code()
-    assert {k for k in before if before[k] != after[k]} == again
+    after = digests(tmp_path)
+    assert {stage for stage in before if before[stage] != after[stage]} == again

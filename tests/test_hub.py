@@ -21,7 +21,7 @@ import torch
 import data
 from model import Transformer, UserError, read_json
 from pipeline import hub, settings, stage
-from pipeline.files import json_digests
+from pipeline.stage import json_digests
 from pipeline.hub import Repo, Sources
 from pipeline.tokenizers import train_tokenizer
 from test_unlearn import LAYOUTS, run_tofu, somebodys
@@ -534,9 +534,9 @@ def test_neither_pipe_nor_link_in_the_way_is_followed(server, tmp_path, name):
 def test_a_disk_that_knows_no_locks_is_used(server, monkeypatch):
     def no_locks(*_):
         raise OSError(38, "Function not implemented")
-    monkeypatch.setattr(stage.fcntl, "flock", no_locks)
+    monkeypatch.setattr(hub.fcntl, "flock", no_locks)
     assert hub.download(TINY) == hub.have(TINY)
-    monkeypatch.setattr(stage, "fcntl", None)
+    monkeypatch.setattr(hub, "fcntl", None)
     assert hub.download(hub.DATA["tofu"]).is_dir()
 
 
@@ -566,9 +566,9 @@ def test_run_sh_from_the_hub_to_the_report(server, tmp_path):
     assert [e["name"] for e in report["evaluations"]] == [
         "original", "fo-graddiff", "so-graddiff", "simu-graddiff"]
     made = read_json(run / "original" / "stage.json")
-    assert made["source"]["commit"] == COMMIT and made["source"]["repo"] == "me/tiny"
+    assert made["notes"]["source"]["commit"] == COMMIT and made["notes"]["source"]["repo"] == "me/tiny"
     inputs = made["why"]["inputs"]
-    for name, sha in made["source"]["sha256"].items():
+    for name, sha in made["notes"]["source"]["sha256"].items():
         assert inputs[f"weights/{name}"] == sha
     for name in ("full.json", "retain90.json"):
         assert inputs[f"data/{name}"] == hashlib.sha256(dataset[name]).hexdigest()
@@ -580,7 +580,7 @@ def test_a_benchmark_on_any_layout_of_the_hub(server, tmp_path, layout):
     server.repos["models", "somebody/theirs"] = files(somebodys(tmp_path / "local", layout))
     run_tofu("hf:somebody/theirs", tmp_path / "run", layout)
     made = read_json(tmp_path / "run" / "original" / "stage.json")
-    assert made["source"] | dict(sha256="", files="") == dict(
+    assert made["notes"]["source"] | dict(sha256="", files="") == dict(
         repo="somebody/theirs", revision="main", commit=COMMIT, sha256="", files="")
 
 
@@ -613,8 +613,8 @@ def test_an_original_nobody_published_is_fine_tuned_here(server, tmp_path, monke
     log = [json.loads(x) for x in (folder / "log.jsonl").read_text().splitlines()]
     assert log[-1]["loss"] < 0.8 * log[0]["loss"]
     made = read_json(folder / "stage.json")
-    assert made["source"]["commit"] == COMMIT and made["settings"]["learn_decay"] == 0.01
-    assert made["predicted_bytes"] > 0 and (folder / "tokenizer.model").is_file()
+    assert made["notes"]["source"]["commit"] == COMMIT and made["settings"]["learn_decay"] == 0.01
+    assert made["notes"]["predicted_bytes"] > 0 and (folder / "tokenizer.model").is_file()
     s = settings.read_settings(tmp_path / "run")
     assert s.weight_decay == 0.1 and settings.load_benchmark(s).nonmembers
     server.seen.clear()
@@ -630,7 +630,7 @@ def test_a_published_original_is_linked(server, tmp_path, monkeypatch):
     cli(["original", "tofu", "llama2-7b", "--out", str(tmp_path / "run")])
     assert (tmp_path / "run" / "original" / "model.safetensors").resolve().parent == hub.have(TINY)
     made = read_json(tmp_path / "run" / "original" / "stage.json")
-    assert made["source"]["repo"] == "me/tiny"
+    assert made["notes"]["source"]["repo"] == "me/tiny"
 
 
 @pytest.mark.parametrize("cell", hub.ORIGINALS, ids="-".join)

@@ -416,7 +416,7 @@ def test_the_card_says_what_was_done_and_then_what_came_of_it(runs):
     before = (folder / "stage.json").read_bytes()
     card = (folder / "README.md").read_text()
     assert "Not evaluated yet" in card and "| epochs " in card and str(out) not in card
-    made = stage.read_stage(out / "mask")
+    made = stage.read_stage(out / "mask")["notes"]
     assert f"{made['critical']} of {made['total']}" in card
     main(["evaluate", str(out), "original", "simu-graddiff", "--limit", "4"])
     main(["report", str(out)])

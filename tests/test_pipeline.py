@@ -21,7 +21,7 @@ import simu
 from model import UserError, read_json
 from pipeline import objectives, settings, slices, stage
 from pipeline.__main__ import main
-from pipeline.files import read_tensors
+from pipeline.stage import read_tensors
 
 ROOT = Path(simu.__file__).parent
 DEMO = ROOT / "pipeline" / "demo"
@@ -68,7 +68,7 @@ def test_every_artefact_is_there_and_nothing_half_written(runs, cell):
     assert (out / "report.md").is_file() and (out / "report.json").is_file()
     assert not [p for p in out.rglob(".simu-*") if p.name != ".simu-lock"]
     made = read_json(out / "simu-graddiff" / "stage.json")
-    assert made["seconds"] > 0 and made["peak_host_bytes"] > 1e6
+    assert made["seconds"] > 0 and made["peak_host"] > 1e6
     assert made["settings"]["lam"] == 2.0
 
 
@@ -103,7 +103,7 @@ def test_the_mask_is_the_rule_on_the_scores(runs):
     threshold = made["settings"]["threshold"]
     assert scores["forget"].shape == scores["retain"].shape == mask.shape == (2, 64)
     assert torch.equal(mask, simu.critical_mask(scores["forget"], threshold))
-    assert made["critical"] == int(mask.sum()) and made["total"] == 128
+    assert made["notes"]["critical"] == int(mask.sum()) and made["notes"]["total"] == 128
 
 
 def test_a_second_run_does_nothing_and_a_changed_one_only_what_depends(runs, tmp_path, capsys):
@@ -372,9 +372,9 @@ def test_commands_with_then_between_them_run_in_turn_until_one_fails(runs, capsy
 def test_a_stage_does_not_count_what_an_earlier_one_of_its_process_took():
     big = torch.zeros(100 << 20)  # 400 MiB
     del big
-    before = stage.peak_memory()["peak_host_bytes"]
+    before = stage.peak_memory()["peak_host"]
     stage.forget_peak_memory()
-    assert stage.peak_memory()["peak_host_bytes"] < before - (300 << 20)
+    assert stage.peak_memory()["peak_host"] < before - (300 << 20)
 
 
 def test_a_reader_that_has_gone_is_no_fault_of_the_disk():

@@ -16,7 +16,7 @@ from model import UserError, read_json, write_json
 from pipeline import card, columns, evaluate, report
 from pipeline.__main__ import main
 from pipeline.settings import read_settings
-from pipeline.stage import read_stage, write_stage
+from pipeline.stage import read_stage
 
 # -------------------------------------------------------------------------- the paper's own numbers
 
@@ -284,7 +284,7 @@ def test_where_it_was_computed_makes_no_row_stale(run):
     for name in MODELS:
         made = read_stage(run / name / "eval")
         made["why"]["settings"] |= dict(device="cuda", dtype="bfloat16")
-        write_stage(run / name / "eval", made)
+        write_json(run / name / "eval" / "stage.json", made)
     assert reported(run)[0]["stale"] == {}
 
 

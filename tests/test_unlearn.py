@@ -17,7 +17,7 @@ import simu
 from model import Config, Transformer, UserError
 from pipeline import evaluate
 from pipeline.__main__ import main
-from pipeline.files import read_tensors
+from pipeline.stage import read_tensors
 from pipeline.tokenizers import train_tokenizer
 
 ROOT = Path(simu.__file__).parent

@@ -332,7 +332,7 @@ def test_a_killed_run_ends_at_the_same_update(taught, tmp_path, monkeypatch):
     assert same[0] == same[1]
     same = [(x / "model" / "looks.jsonl").read_text() for x in (one, two)]
     assert same[0] == same[1]
-    assert read_stage(one / "model")["stood"]["ended"] in ("there", "")
+    assert read_stage(one / "model")["notes"]["stood"]["ended"] in ("there", "")
 
 
 def test_no_token_of_a_taught_model_is_to_be_less_likely_than_to_its_base(taught, tmp_path,

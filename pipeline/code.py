@@ -1,0 +1,133 @@
+"""What code a result depends on: the functions that make it, and all of ours that these reach.
+
+A digest of that code decides whether a stage is stale. Comments, docstrings and messages are left
+out: rewording one must not cost anyone a training run. Of a table that a fork edits (an objective,
+an optimiser), only the row that the stage's own settings name counts, so adding or editing another
+row makes nothing again.
+"""
+
+import ast
+import functools
+import hashlib
+import inspect
+import re
+import sys
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from types import FunctionType, ModuleType
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+# Modules whose code changes no number: settings, folders, plans, reports.
+IGNORED = {f"pipeline.{name}" for name in (
+    "settings", "stage", "code", "hub", "plan", "before", "pace", "report", "columns", "card")}
+TABLES = ("OBJECTIVES", "OPTIMISERS", "MOVES", "METHODS", "MASKS", "TEMPLATES", "ARCHITECTURES",
+          "NEURONS")
+MESSAGES = ("print", "UserError", "NoAccess", "tqdm")  # calls whose arguments only people read
+LABELS = ("title", "desc", "about")  # arguments and fields that only people read
+PLAIN = (str, bytes, int, float, range, torch.dtype, type(None))
+
+
+def code_digest(functions: tuple, rows: dict[str, str | None]) -> str:
+    """sha256 of all code that the functions reach. rows: of each table, the key of the row that
+    counts; None for all of it; a table that is not named does not count."""
+    texts, left, seen = set(), [], set()
+    describe(functions, left)
+    while left:
+        thing = left.pop()
+        if thing in seen:
+            continue
+        seen.add(thing)
+        for tree in trees_of(thing):
+            texts.add(f"{thing.__module__}.{thing.__qualname__}: {text_of(tree)}")
+            for name, value in names_in(tree, vars(sys.modules[thing.__module__])):
+                if name in TABLES and isinstance(value, dict):
+                    key = rows.get(name, "")
+                    value = value if key is None else value.get(key)
+                if name.isupper() or is_code(inspect.unwrap(value) if callable(value) else value):
+                    texts.add(f"{thing.__module__}, {name}: {describe(value, left)}")
+    return hashlib.sha256(repr(sorted(texts)).encode()).hexdigest()
+
+
+def is_code(thing) -> bool:
+    """Is it a function or a class of ours that can change a number? A dataclass of options cannot:
+    a stage records the values that it takes."""
+    if not isinstance(thing, (FunctionType, type)):
+        return False
+    if is_dataclass(thing) and any("effect" in f.metadata for f in fields(thing)):
+        return False
+    module = sys.modules.get(thing.__module__)
+    return (thing.__module__ not in IGNORED
+            and Path(getattr(module, "__file__", None) or "/").is_relative_to(ROOT))
+
+
+def describe(value, reached: list) -> str:
+    """A value as a text that is the same in every process. Functions and classes of ours in it go
+    to `reached`, and stand by their names in the text."""
+    value = inspect.unwrap(value) if callable(value) else value
+    if is_code(value):
+        reached.append(value)
+        return value.__qualname__
+    if isinstance(value, functools.partial):
+        return describe([value.func, value.args, value.keywords], reached)
+    if is_dataclass(value) and not isinstance(value, type):
+        return describe({f.name: getattr(value, f.name) for f in fields(value)
+                         if f.name not in LABELS}, reached)
+    if isinstance(value, dict):
+        return describe(list(value.items()), reached)
+    if isinstance(value, (set, frozenset)):
+        return repr(sorted(describe(x, reached) for x in value))
+    if isinstance(value, (list, tuple)):
+        return repr([describe(x, reached) for x in value])
+    if isinstance(value, re.Pattern):
+        return value.pattern
+    return repr(value) if isinstance(value, PLAIN) else type(value).__name__
+
+
+class Quiet(ast.NodeTransformer):
+    """Drops what only people read: docstrings and messages."""
+
+    def visit_Expr(self, node):
+        return ast.Pass() if isinstance(node.value, ast.Constant) else self.generic_visit(node)
+
+    def visit_Call(self, node):
+        self.generic_visit(node)
+        name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+        node.args = [] if name in MESSAGES else node.args
+        node.keywords = [k for k in node.keywords if k.arg not in LABELS]
+        return node
+
+
+@functools.cache
+def trees_in(file: str) -> dict[tuple, list]:
+    """Syntax trees of a file: of functions by name and first line, of classes by name."""
+    trees = {}
+    for node in ast.walk(Quiet().visit(ast.parse(Path(file).read_text(encoding="utf-8")))):
+        if isinstance(node, ast.ClassDef):
+            trees.setdefault(node.name, []).append(node)
+        elif isinstance(node, (ast.FunctionDef, ast.Lambda)):
+            first = min(n.lineno for n in (node, *getattr(node, "decorator_list", ())))
+            trees.setdefault((getattr(node, "name", "<lambda>"), first), []).append(node)
+    return trees
+
+
+text_of = functools.cache(ast.unparse)  # stages share most of their functions
+
+
+def trees_of(thing) -> list:
+    """Syntax trees of a function or a class; of a lambda, all that begin on its line."""
+    key = thing.__name__ if isinstance(thing, type) else (
+        thing.__code__.co_name, thing.__code__.co_firstlineno)
+    return trees_in(sys.modules[thing.__module__].__file__).get(key, [])
+
+
+def names_in(tree, names: dict):
+    """(name, value) of every global, and every member of a module, that a syntax tree names."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name) and node.id in names:
+            yield node.id, names[node.id]
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            module = names.get(node.value.id)
+            if isinstance(module, ModuleType):
+                yield node.attr, vars(module).get(node.attr)
