@@ -303,7 +303,7 @@ class Stage:
         if (self.partial / "stage.json").is_file():
             for file in self.partial.glob(".*"):  # checkpoints, and what a killed process began
                 file.unlink()
-            if self.folder.exists():
+            if (self.folder / "stage.json").is_file():
                 refuse_strangers(self.folder)
                 shutil.rmtree(self.old, ignore_errors=True)
                 os.replace(self.folder, self.old)
