@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import simu
 from data import Encoded, collate, encode_all
-from model import Config, Transformer, UserError, generate
+from model import Config, Transformer, UserError, generate, write_json
 from pipeline import fused, hub, original, pace, plan, reading, stage, tokenizers
 from pipeline.plan import LiveBytes, Need
 from pipeline.settings import Settings, load_benchmark, resolve
