@@ -5,7 +5,6 @@ The unlearn stage writes both, the report the card again with the metrics: a sta
 its files but that one. The card leaves with the model, so no row's text and no path stands in it.
 """
 
-import os
 import re
 from dataclasses import fields, replace
 from pathlib import Path
@@ -107,11 +106,6 @@ def recipe_of(values: dict) -> dict:
     return dict(optimiser=method.optimiser) | {k: values[k] for k in names if k in values}
 
 
-def last_part(value):
-    """A setting as others may see it: of a path on this machine, its last part."""
-    return Path(value).name if isinstance(value, str) and os.path.isabs(value) else value
-
-
 def write_card(folder: Path, name: str, s: Settings, values: dict, evaluations: list[dict] = (),
                verdict_text: str = ""):
     """README.md of the model `name` of a run, unlearned with the settings `values`. evaluations: of
@@ -134,8 +128,7 @@ def write_card(folder: Path, name: str, s: Settings, values: dict, evaluations: 
              "measured below, not guaranteed.",
              "## Use", use(s.template),
              "## Metrics", verdict_text, metrics,
-             "## Settings", table(["Setting", "Value"],
-                                  [[k, last_part(value)] for k, value in settings.items()])]
+             "## Settings", table(["Setting", "Value"], [[k, x] for k, x in settings.items()])]
     if simu.METHODS[values["method"]].masked:
         mask = mask_name(replace(s, mask=values["mask"], neurons=values["neurons"]))
         parts += ["## Critical neurons", critical_neurons(s.run / mask)]

@@ -15,29 +15,29 @@ import simu
 from model import UserError, write_json, write_text
 from pipeline import metrics as more_metrics
 from pipeline import slices, verdict
-from pipeline.card import critical_neurons, last_part, recipe_of, write_card
+from pipeline.card import critical_neurons, recipe_of, write_card
 from pipeline.columns import (PUBLISHED_CRITICAL, SOUL_READING, as_code, label, main_columns,
                               number, published, reading, table, table_by_name, table_of)
 from pipeline.evaluate import (evaluated_stages, evaluations_of, newest_evaluation, read_metrics,
                                read_rows, stale_because)
 from pipeline.settings import Settings, read_settings, taken
-from pipeline.stage import data_inputs, read_stage, stale as stale_of
+from pipeline.stage import data_inputs, read_stage, stale
 
 
 def report(run: Path, *, others: list[Path] = (), retain_only: Path | None = None):
     """RUN/report.md and RUN/report.json, and the main table on stdout. others: runs of other seeds;
     retain_only: RUN/STAGE of a model that never saw the forget set."""
     s = read_settings(run)
-    evaluations, stale = read_evaluations(s, retain_only and reference_rows(retain_only, s))
+    evaluations, left_out = read_evaluations(s, retain_only and reference_rows(retain_only, s))
     seeds, judged = over_seeds(s, evaluations, list(others)), verdict.stored(s)
     verdict_text = as_code(verdict.as_text(judged)) if judged else ""
     lines = [(e["label"], e["metrics"]["values"]) for e in evaluations]
     main = table_of(main_columns(s), lines + published(s))
-    sections = [("", verdict_text), ("", main), *sections_of(s, evaluations, stale, seeds)]
+    sections = [("", verdict_text), ("", main), *sections_of(s, evaluations, left_out, seeds)]
     text = "\n\n".join(f"## {title}\n\n{x}" if title else x for title, x in sections if x)
     write_text(s.run / "report.md", f"# {s.benchmark}, {s.label}, seed {s.seed}\n\n{text}\n")
     write_json(s.run / "report.json", dict(
-        settings=asdict(s), verdict=judged, stale=stale, seeds=seeds, evaluations=[
+        settings=asdict(s), verdict=judged, stale=left_out, seeds=seeds, evaluations=[
             {k: v for k, v in e.items() if k != "rows"} for e in evaluations]))
     for e in evaluations:
         if e["settings"].get("method") in simu.METHODS:  # else of a fork whose method is gone
@@ -47,22 +47,18 @@ def report(run: Path, *, others: list[Path] = (), retain_only: Path | None = Non
     print(f"report: {os.path.relpath(s.run / 'report.md')}")
 
 
-def sections_of(s: Settings, evaluations: list[dict], stale: dict, seeds: dict | None
+def sections_of(s: Settings, evaluations: list[dict], left_out: dict, seeds: dict | None
                 ) -> list[tuple[str, str]]:
     """(title, text) of each part of report.md below the main table; without text it is left out."""
-    metrics, of_seeds = evaluations[0]["metrics"], []
-    if seeds:
-        labels = {e["name"]: e["label"] for e in evaluations}
-        of_seeds = [(labels[name], values) for name, values in seeds["values"].items()]
-    settings = [(e["label"], {name: last_part(x) for name, x in e["settings"].items()})
-                for e in evaluations]
+    metrics = evaluations[0]["metrics"]
+    of_seeds = [(label(name), x) for name, x in seeds["values"].items()] if seeds else []
     numbers = [(e["label"], {name: number(x, ".4g") for name, x in e["metrics"]["values"].items()
                              if x is not None}) for e in evaluations]
     sections = [
         ("", reading(metrics)),
         ("", SOUL_READING if s.layout == "tofu" and published(s) else ""),
         ("Left out, because they are not of what this run now holds",
-         "\n".join(f"- {name}: {why}" for name, why in stale.items())),
+         "\n".join(f"- {name}: {why}" for name, why in left_out.items())),
         (f"Mean ± standard deviation over seeds {seeds and seeds['seeds']}",
          table_of(main_columns(s), of_seeds)),
         ("Every number, by its name in eval.py", table_by_name("Metric", numbers)),
@@ -77,7 +73,8 @@ def sections_of(s: Settings, evaluations: list[dict], stale: dict, seeds: dict |
                      ("Definitions", as_code(evaluation.__doc__)),
                      ("", as_code(more_metrics.__doc__))]
     return sections + [("Time and memory", costs(s.run)),
-                       ("Settings", table_by_name("Setting", settings))]
+                       ("Settings", table_by_name("Setting", [
+                           (e["label"], e["settings"]) for e in evaluations]))]
 
 
 # ------------------------------------------------------------------------ the evaluations of a run
@@ -89,18 +86,19 @@ def read_evaluations(s: Settings, reference: list[dict] | None = None
     and settings; and the stages that are left out as stale, with the reason. reference: the rows of
     a retain-only model; default: of the run's."""
     jobs = {name: job for name in evaluated_stages(s) if (job := newest_evaluation(s, name))}
-    stale = {name: "; ".join(why) for name, job in jobs.items()
-             if (why := stale_because(s, name, job))}
-    for name, why in stale.items():
+    left_out = {name: "; ".join(why) for name, job in jobs.items()
+                if (why := stale_because(s, name, job))}
+    for name, why in left_out.items():
         print(f"left out: {s.run / name}: {why}; run its stages again", flush=True)
-    current = sorted(jobs.keys() - stale.keys(), key=lambda name: table_order(s.run / name))
+    current = sorted(jobs.keys() - left_out.keys(), key=lambda name: table_order(s.run / name))
     if not current:
-        why = f" of what it now holds ({next(iter(stale.values()))})" if stale else ""
+        why = f" of what it now holds ({next(iter(left_out.values()))})" if left_out else ""
         raise UserError(f"{s.run} holds no evaluation{why}; run `python -m pipeline evaluate "
-                        f"{s.run} {' '.join(stale) or 'STAGE'}`")
+                        f"{s.run} {' '.join(left_out) or 'STAGE'}`")
     if not reference and "retain-only" in current:
         reference = read_rows(jobs["retain-only"].folder)
-    return [read_evaluation(s.run / name, jobs[name].folder, reference) for name in current], stale
+    evaluations = [read_evaluation(s.run / name, jobs[name].folder, reference) for name in current]
+    return evaluations, left_out
 
 
 def table_order(folder: Path) -> tuple:
@@ -112,14 +110,14 @@ def table_order(folder: Path) -> tuple:
 
 def read_evaluation(folder: Path, evaluated: Path, reference: list[dict] | None) -> dict:
     """One stage. settings: all that its numbers depend on, how it was made and evaluated."""
-    rows, stage = read_rows(evaluated), read_stage(folder)
-    metrics = read_metrics(evaluated, reference)
+    metrics, stage = read_metrics(evaluated, reference), read_stage(folder)
     partial = f" (partial: {metrics['partial']})" if metrics["partial"] else ""
     settings = stage["why"]["settings"]
     if settings.get("method") in simu.METHODS:
         settings = recipe_of(stage["settings"]) | settings
     return dict(name=folder.name, label=label(folder.name) + partial, metrics=metrics,
-                rows=rows, settings=read_stage(evaluated)["why"]["settings"] | settings)
+                rows=read_rows(evaluated),
+                settings=read_stage(evaluated)["why"]["settings"] | settings)
 
 
 def reference_rows(folder: Path, s: Settings) -> list[dict]:
@@ -140,8 +138,7 @@ def reference_rows(folder: Path, s: Settings) -> list[dict]:
 
 def data_of(s: Settings) -> dict:
     """Which rows a run is about, and how they are put to which model."""
-    return (taken(s, (slices.Slice,)) | data_inputs(s)
-            | dict(benchmark=s.benchmark, model=s.model))
+    return taken(s, (slices.Slice,)) | data_inputs(s) | dict(benchmark=s.benchmark, model=s.model)
 
 
 def differing(one: dict, other: dict, aside: tuple = ()) -> str:
@@ -242,7 +239,7 @@ def masks(s: Settings) -> str:
     longer holds; and Table 5's, also where there is no mask."""
     lines = []
     for folder in sorted(path.parent for path in s.run.glob("mask*/stage.json")):
-        why = "; ".join(stale_of(folder, s))
+        why = "; ".join(stale(folder, s))
         lines.append(f"{folder.name}: " + (f"not of what this run now holds: {why}" if why else
                                            critical_neurons(folder)))
     if (s.benchmark, s.model) in PUBLISHED_CRITICAL:
