@@ -183,7 +183,6 @@ pipeline() { # pipeline RUN [--seed K]
         done
     fi
     each_stage evaluate "$1" ${force[@]+"${force[@]}"}
-    [[ "$benchmark" != rows ]] || each_stage verdict "$1"
 }
 trap 'exit 130' INT  # the stage has said so
 { # read whole before it starts, so that editing this file does not derail a run
@@ -191,7 +190,7 @@ trap 'exit 130' INT  # the stage has said so
     for ((k = 1; k < seeds; k++)); do pipeline "$run-seed$k" --seed "$k"; done
     each_stage report "$run"
     [[ -z "$attack" ]] || each_stage attack "$run"
-    [[ "$benchmark" != rows ]] || each_stage request "$run"
+    [[ "$benchmark" != rows ]] || each_stage verdict "$run"
     [[ -z "${queue[0]:-}" ]] || "${stage[@]}" "${queue[@]}"
     exit
 }

@@ -50,7 +50,7 @@ from contextlib import nullcontext  # noqa: E402
 
 from model import UserError  # noqa: E402
 from pipeline import (  # noqa: E402
-    before, evaluate, hub, report, request, settings, verdict, workers)
+    before, evaluate, hub, own_rows, report, settings, workers)
 from pipeline.original import original_stage  # noqa: E402
 from pipeline.stage import finished_models, lock, run_cli  # noqa: E402
 from pipeline.stages import attribute_stage, mask_stage, unlearn_stage  # noqa: E402
@@ -62,21 +62,15 @@ UNLEARN = """\
 bash run.sh unlearn MODEL FORGET [RETAIN] [--unseen FILE] [--teach] [--out DIR] [--option value ...]
 
 Forgets the rows of FORGET, keeps those of RETAIN, and says whether they are forgotten: status 0 and
-a request.json, or status 3 and what to change. The defaults below are those of rows of your own.
+a verdict.json, or status 3 and what to change. The defaults below are those of rows of your own.
 
-""" + verdict.DEFINITION
-
-
-def verdict_command(run: Path):
-    """Whether a run's own rows are forgotten: measure it on the saved model, and say so."""
-    with lock(run):
-        print(verdict.as_text(verdict.verdict(run)), flush=True)
+""" + own_rows.DEFINITION
 
 
 STAGES = {"files": hub.files_command, "plan": before.plan_command, "original": original_stage,
           "attribute": attribute_stage, "mask": mask_stage,
           "unlearn": unlearn_stage}
-REQUESTS = {"verdict": verdict_command, "request": request.write_request, "verify": request.verify}
+REQUESTS = {"verdict": own_rows.verdict_command}
 OF_RUNS = {"attack": attack.main, "sweep": sweep.main, "figures": figures.main}
 
 

@@ -15,7 +15,7 @@ import torch
 import data
 import eval as evaluation
 from eval import NO_ATTACK, SPLITS
-from model import Transformer, UserError, write_text
+from model import Transformer, UserError, generate, write_text
 from pipeline import checkpoint, metrics, slices
 from pipeline.reading import token_scores
 from pipeline.settings import (Aside, Judging, Placement, Settings, Source, load_benchmark,
@@ -24,6 +24,7 @@ from pipeline.stage import Stage, content, data_inputs, read_stage, sha256, stal
 from pipeline.tokenizers import load_tokenizer
 
 ROWS = "generations.jsonl"
+PLAIN = ("qa", "raw")  # templates that anybody tries
 
 # --------------------------------------------------------------------------------- what is measured
 
@@ -46,7 +47,25 @@ def measured_rows(model: Transformer, tokenizer, bench: slices.Benchmark, s: Jud
                                    template=template, limits=s, limit=limit, scorer=token_scores)
     if encode:
         add_closeness(rows, encode)
+    if bench.kind == "rows":
+        add_plain_answers(rows, model, tokenizer, template, s)
     return rows
+
+
+def add_plain_answers(rows: list[dict], model: Transformer, tokenizer, template: str, limits):
+    """To each forget row, what the model says to its question in templates that anybody tries. A
+    text, and a row that is asked as it stands, has none."""
+    questions = [r for r in rows if r["split"] == "forget" and r["kind"] not in ("text", "verbatim")]
+    for other in PLAIN if questions else ():
+        if other == template:
+            continue
+        prompts = [data.encode_prompt(r["question"], tokenizer, other, turns=r["turns"])
+                   for r in questions]
+        longest = max(len(tokenizer.encode(r["answer"], bos=False)) for r in questions) + 16
+        texts = generate(model, prompts, eos_id=tokenizer.eos_ids, max_new_tokens=longest,
+                         batch_tokens=limits.eval_tokens)
+        for row, ids in zip(questions, texts):
+            row.setdefault("plain_generations", {})[other] = tokenizer.decode(ids)
 
 
 def load_encoder(name: str, device) -> Callable:

@@ -304,14 +304,15 @@ def counterpart_losses(model: Transformer, examples: list[Example], rows: list[E
 
 
 def forget_targets(s: Settings, bench, forget: list[Encoded], model: Transformer, seed: int
-                   ) -> tuple[object, str]:
+                   ) -> tuple[list[torch.Tensor], str]:
     """What `simu.unlearn` takes as targets, and where they are from: for each answer token of the
     forget rows the loss that it would have under the original, had it never seen them. UserError
     where nothing tells it. seed: of what is drawn."""
     if s.level == "retain-only":
         return losses_without_rows(s.run / "retain-only", forget, s), "retain-only's loss of a row"
     if s.level != "unseen":
-        return float(s.level), f"--level {s.level}"
+        level = float(s.level)
+        return [torch.full((len(r.ids) - r.start,), level) for r in forget], f"--level {level:g}"
     examples, source = never_seen_examples(s, bench)
     pattern, pattern_source = [], ""
     if s.layout == "rows" or not examples:

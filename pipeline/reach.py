@@ -16,9 +16,9 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLLOWED = {name: ROOT / f"{name.replace('.', '/')}.py" for name in (
     "model", "data", "simu", "eval", "pipeline.reading", "pipeline.checkpoint", "pipeline.fused",
     "pipeline.objectives", "pipeline.original", "pipeline.stages",
-    "pipeline.evaluate", "pipeline.request", "studies.attack", "studies.sweep",
+    "pipeline.evaluate", "studies.attack", "studies.sweep",
     "pipeline.tokenizers", "pipeline.slices", "pipeline.levels",
-    "pipeline.verdict", "pipeline.before")}
+    "pipeline.own_rows", "pipeline.before")}
 ADDED = {"simu": ("pipeline.objectives",)}  # files whose rows are added to a module's tables
 TABLES = ("OBJECTIVES", "OPTIMISERS", "MOVES", "METHODS", "MASKS", "TEMPLATES", "ARCHITECTURES")
 MESSAGES = ("print", "UserError", "NoAccess", "tqdm")  # calls whose arguments only people read

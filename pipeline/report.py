@@ -14,14 +14,14 @@ import eval as evaluation
 import simu
 from model import UserError, write_json, write_text
 from pipeline import metrics as more_metrics
-from pipeline import slices, verdict
+from pipeline import own_rows, slices
 from pipeline.card import critical_neurons, recipe_of, write_card
 from pipeline.columns import (PUBLISHED_CRITICAL, SOUL_READING, as_code, label, main_columns,
                               number, published, reading, table, table_by_name, table_of)
 from pipeline.evaluate import (evaluated_stages, evaluations_of, newest_evaluation, read_metrics,
                                read_rows, stale_because)
 from pipeline.settings import Settings, read_settings, taken
-from pipeline.stage import data_inputs, read_stage, stale
+from pipeline.stage import data_inputs, read_stage, stale, unlearned_name
 
 
 def report(run: Path, *, others: list[Path] = (), retain_only: Path | None = None):
@@ -29,15 +29,15 @@ def report(run: Path, *, others: list[Path] = (), retain_only: Path | None = Non
     retain_only: RUN/STAGE of a model that never saw the forget set."""
     s = read_settings(run)
     evaluations, left_out = read_evaluations(s, retain_only and reference_rows(retain_only, s))
-    seeds, judged = over_seeds(s, evaluations, list(others)), verdict.stored(s)
-    verdict_text = as_code(verdict.as_text(judged)) if judged else ""
+    seeds, verdict = over_seeds(s, evaluations, list(others)), verdict_of(s)
+    verdict_text = as_code(own_rows.as_text(verdict)) if verdict else ""
     lines = [(e["label"], e["metrics"]["values"]) for e in evaluations]
     main = table_of(main_columns(s), lines + published(s))
     sections = [("", verdict_text), ("", main), *sections_of(s, evaluations, left_out, seeds)]
     text = "\n\n".join(f"## {title}\n\n{x}" if title else x for title, x in sections if x)
     write_text(s.run / "report.md", f"# {s.benchmark}, {s.label}, seed {s.seed}\n\n{text}\n")
     write_json(s.run / "report.json", dict(
-        settings=asdict(s), verdict=judged, stale=left_out, seeds=seeds, evaluations=[
+        settings=asdict(s), verdict=verdict, stale=left_out, seeds=seeds, evaluations=[
             {k: v for k, v in e.items() if k != "rows"} for e in evaluations]))
     for e in evaluations:
         if e["settings"].get("method") in simu.METHODS:  # else of a fork whose method is gone
@@ -66,7 +66,7 @@ def sections_of(s: Settings, evaluations: list[dict], left_out: dict, seeds: dic
         ("Critical neurons", masks(s))]
     if s.layout == "rows":
         sections += [("Row by row", numbers_by_row(evaluations)),
-                     ("What forgotten means", as_code(verdict.DEFINITION))]
+                     ("What forgotten means", as_code(own_rows.DEFINITION))]
     else:
         sections += [("Membership inference", MEMBERSHIP.format(**metrics)),
                      ("Same prompts, different models", answers_to_the_same(evaluations)),
@@ -75,6 +75,12 @@ def sections_of(s: Settings, evaluations: list[dict], left_out: dict, seeds: dic
     return sections + [("Time and memory", costs(s.run)),
                        ("Settings", table_by_name("Setting", [
                            (e["label"], e["settings"]) for e in evaluations]))]
+
+
+def verdict_of(s: Settings) -> dict | None:
+    """Whether a user's rows are forgotten, where a model was made that has forgotten any."""
+    evaluated = (s.run / "evaluations" / unlearned_name(s)).is_dir()
+    return own_rows.verdict(s.run) if s.layout == "rows" and evaluated else None
 
 
 # ------------------------------------------------------------------------ the evaluations of a run

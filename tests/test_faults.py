@@ -741,11 +741,6 @@ def test_scores_of_other_data_are_not_drawn(w):
     assert fuzz.is_one_line(status, stderr) and "not of what this run now holds" in stderr, stderr
 
 
-def test_a_request_is_of_ones_own_rows(w):
-    status, stderr = fuzz.cli("request", w / "run-tofu")
-    assert fuzz.is_one_line(status, stderr) and "of the benchmark tofu; a request" in stderr, stderr
-
-
 def test_altered_scores_are_not_drawn(w):
     change("run-tofu/attribution/scores.safetensors", lambda x: x[:-4] + b"\0\0\x80?")(w)
     status, stderr = fuzz.cli("figures", "masks", w / "run-tofu")
@@ -846,19 +841,6 @@ def test_a_pipe_in_place_of_a_file_is_not_waited_for(w, name):
     signal.alarm(30)  # ends the suite rather than waiting for ever
     try:
         refused(w, PIPES[name], ".")
-    finally:
-        signal.alarm(0)
-
-
-def test_more_pipes(w):
-    os.mkfifo(w / "run-tofu/request.json")
-    os.mkfifo(w / "rows.jsonl")
-    rows = ["rows", w / "weights-tofu", "--forget", w / "rows.jsonl", "--out", w / "out"]
-    signal.alarm(30)
-    try:
-        for words in (["verify", w / "run-tofu"], ["original", *rows]):
-            status, stderr = fuzz.cli(*words)
-            assert fuzz.is_one_line(status, stderr) and "not a plain file" in stderr, stderr
     finally:
         signal.alarm(0)
 

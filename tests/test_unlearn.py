@@ -94,24 +94,17 @@ def test_one_command_forgets_20_and_keeps_40(place, tmp_path):
     assert values["retain.rouge_l"] > 0.9
     assert values["forget.rouge_l"] < 0.7 and 0.2 < values["mia.auc"] < 0.8
     secrets = [x for r in records()[:60] for x in (r["question"], r["answer"])]
-    for name in ("report.md", "report.json", "request.json", "model/README.md"):
+    for name in ("report.md", "report.json", "verdict.json", "model/README.md"):
         text = (out / name).read_text()
         assert not [x for x in secrets if x in text], name
         borrowed = ("LLaMA2-7B", "llama2-7b", "TOFU", "Llama 2 Community", "published")
         for name_of_another in () if name.endswith("json") else borrowed:
             assert name_of_another not in text.split("## Readings")[0], (name, name_of_another)
-    main(["verify", str(out)])
     transformers = pytest.importorskip("transformers")
     theirs, ids = transformers.AutoModelForCausalLM.from_pretrained(out / "model"), [[5, 9, 11]]
     with torch.no_grad():
         torch.testing.assert_close(Transformer.from_pretrained(out / "model")(torch.tensor(ids)),
                                    theirs(torch.tensor(ids)).logits, rtol=1e-4, atol=1e-4)
-    file = out / "model" / "model.safetensors"
-    content = bytearray(file.read_bytes())
-    content[-1] ^= 1
-    file.write_bytes(content)
-    with pytest.raises(UserError, match="model.safetensors is not what its stage wrote"):
-        main(["verify", str(out)])
 
 
 def readme_script() -> str:
@@ -185,27 +178,6 @@ def test_the_readmes_script_runs_on_the_four_files_alone(place, tmp_path):
                                context=128, vocab=tokenizer.vocab_size)
         loss[name] = [simu.mean_nll(m, data.collate(rows)).item() for m in (before, after)]
     assert loss["forget"][1] > 10 * loss["forget"][0] and loss["forget"][1] > 4 * loss["retain"][1]
-
-
-def test_a_changed_request_or_file_is_noticed(place, tmp_path, monkeypatch):
-    for name in ("verdict", "derived_again"):
-        monkeypatch.setattr(f"pipeline.verdict.{name}", lambda _: dict(forgotten=True))
-    out, own = tmp_path / "run", tmp_path / "rows.jsonl"
-    own.write_text((place / "forget.jsonl").read_text(encoding="utf-8-sig"))
-    given = words(place, out, "--epochs", "1")
-    given[given.index("--forget") + 1] = str(own)
-    for stage in ("original", "attribute", "mask", "unlearn"):
-        main([stage, *given])
-    main(["request", str(out)])
-    main(["verify", str(out)])
-    text = (out / "request.json").read_text()
-    (out / "request.json").write_text(text.replace('"forget_rows": 20', '"forget_rows": 19'))
-    with pytest.raises(UserError, match="was changed since"):
-        main(["verify", str(out)])
-    (out / "request.json").write_text(text)
-    own.write_text(own.read_text() + "\n")
-    with pytest.raises(UserError, match="files is not what it was"):
-        main(["verify", str(out)])
 
 
 @pytest.mark.parametrize("change, message", [

@@ -14,10 +14,9 @@ import data
 import simu
 from data import Example
 from model import Config, Transformer, UserError, read_json, write_json
-from pipeline import (
-    before, card, levels, objectives, request, settings, slices, stages, verdict)
+from pipeline import before, card, levels, objectives, own_rows, settings, slices, stages
 from pipeline.__main__ import main
-from pipeline.stage import read_stage
+from pipeline.stage import content, read_stage
 from pipeline.tokenizers import train_tokenizer
 from test_unlearn import taught_by_heart
 
@@ -120,77 +119,93 @@ def test_yes_and_no_cannot_be_exchanged_and_the_file_is_asked_for_first(tmp_path
 # ------------------------------------------------------------------------------------- the verdict
 
 
-def told_row(answer, text, own, *, loss=5.0, completed=0.1, **more):
-    return dict(answer=answer, said=dict(qa=text), own=own, loss=loss, completed=completed,
-                tokens=9, never_seen_loss=5.0) | more
+def evaluated(answer, text, *, loss=5.0, known=0, split="forget", **more):
+    """A row as evaluations hold it: a token of the prompt, eight of the answer, of which the last
+    `known` are the likeliest, and eos."""
+    ids, predicted = list(range(10)), [99] * (9 - known) + list(range(9 - known, 10))
+    score = dict(start=1, ids=ids, losses=[loss] * 10, predicted=predicted)
+    return dict(id=answer, question="", answer=answer, kind="qa", split=split, generation=text,
+                scores=dict(answer=[score])) | more
 
 
-def judged(rows, kept=(1.0, 1.0), target=5.0, others=()):
-    m = verdict.summarise(rows, target=target, unseen_losses=list(others), kept=kept)
-    return m, [rule for rule, _ in verdict.faults(m)]
+def judged(rows, specifics, *, exchanged=(), target=5.0, never_seen=(5.0,) * 12, kept="a b c d"):
+    """Measures and broken rules of rows that have these specifics. exchanged: of each row the words
+    that could stand in their place."""
+    truths = [own_rows.Candidate(r["answer"], words) for r, words in zip(rows, specifics)]
+    others = [[own_rows.Candidate(f"Born in {x}.", [x]) for x in words] for words in exchanged] or [
+        [x for x in truths if x is not truth] for truth in truths]
+    of = {r["id"]: pair for r, pair in zip(rows, zip(truths, others))}
+    before, after = ([evaluated("a b c d", text, split="retain")] for text in ("a b c d", kept))
+    m = own_rows.measure(before, rows + after, of, list(never_seen), target)
+    return m, [rule for rule, _ in own_rows.faults(m)]
 
 
-ROWS = [(a, a.split("in ")[1].rstrip(".").split()) for _, a in (
-    (n, f"{n} lives in {t} {w}.") for n, t, w in zip(FIRST, TOWN * 2, LAST))]
+SPECIFICS = [[t, w] for t, w in zip(TOWN * 2, LAST)]
+ANSWERS = [f"{n} lives in {t} {w}." for n, (t, w) in zip(FIRST, SPECIFICS)]
+QUIET = [evaluated(a, "I do not know.") for a in ANSWERS]
 
 
 def test_a_row_said_word_for_word_is_not_forgotten_whatever_its_loss():
-    quiet = [told_row(a, "I do not know.", own) for a, own in ROWS]
-    m, rules = judged(quiet)
-    assert not rules and m["said_whole"] == 0 and m["own_words"] == 0
-    m, rules = judged([told_row(a, a.upper() + " And more.", own) for a, own in ROWS[:1]]
-                      + quiet[1:])
-    assert m["said_whole"] == 1 and "said" in rules
-    asked_otherwise = dict(qa="I do not know.", raw=ROWS[0][0])
-    m, rules = judged([quiet[0] | dict(said=asked_otherwise)] + quiet[1:])
-    assert m["said_whole"] == 1 and "said" in rules
-    assert "said" in judged([quiet[0] | dict(completed=0.6)] + quiet[1:])[1]
+    m, rules = judged(QUIET, SPECIFICS)
+    assert not rules and m["said"] == 0 and m["specifics"] == 0
+    for loud in (dict(generation=ANSWERS[0].upper() + " And more."),
+                 dict(plain_generations=dict(raw=ANSWERS[0]))):
+        m, rules = judged([QUIET[0] | loud, *QUIET[1:]], SPECIFICS)
+        assert m["said"] == 1 and rules == ["said"]
+    half = evaluated(ANSWERS[0], "I do not know.", known=5)
+    m, rules = judged([half, *QUIET[1:]], SPECIFICS)
+    assert m["completed"] == 1 and rules == ["said"]
 
 
-def test_names_told_in_other_words_are_told():
-    other = [told_row(a, f"It was {own[1]}, of {own[0]}, or so they say.", own) for a, own in ROWS]
-    m, rules = judged(other)
-    assert m["said_whole"] == 0 and m["own_words"] == 1 and "said" in rules
-    assert verdict.share_told(["0173"], "five-five-five 01 73") == 1.0
+def test_names_said_in_other_words_are_said():
+    rows = [evaluated(a, f"It was {w}, of {t}, or so they say.")
+            for a, (t, w) in zip(ANSWERS, SPECIFICS)]
+    m, rules = judged(rows, SPECIFICS)
+    assert m["said"] == 0 and m["specifics"] == 1 and "said" in rules
+    assert own_rows.Candidate("", ["0173"]).share_said("five-five-five 01 73") == 1.0
     # What is said to every row alike tells of none.
-    m, rules = judged([told_row(a, "Ashford Abbot", own) for a, own in ROWS])
-    assert abs(m["own_words"] - m["own_words_by_chance"]) < 0.05 and not rules
+    m, rules = judged([evaluated(a, "Ashford Abbot") for a in ANSWERS], SPECIFICS)
+    assert abs(m["specifics"] - m["specifics_by_chance"]) < 0.05 and not rules
 
 
 def test_a_guess_among_few_words_is_chance():
     """What is said holds one of three towns, rightly in a third of the rows: so much by chance."""
     towns = ("Ashford", "Marlow", "Tolland")
-    rows = [told_row(f"Born in {own}.", f"Born in {said}.", [own], exchanged=[
-        dict(answer=f"Born in {x}.", own=[x]) for x in towns if x != own])
-        for own in towns for said in towns]
-    m, rules = judged(rows)
-    assert m["own_words"] == pytest.approx(1 / 3) == m["own_words_by_chance"]
+    pairs = [(truth, said) for truth in towns for said in towns]
+    rows = [evaluated(f"Born in {truth}.", f"Born in {said}.") | dict(id=f"{truth} {said}")
+            for truth, said in pairs]
+    specifics = [[truth] for truth, _ in pairs]
+    exchanged = [[x for x in towns if x != truth] for truth, _ in pairs]
+    m, rules = judged(rows, specifics, exchanged=exchanged)
+    assert m["specifics"] == pytest.approx(1 / 3) == m["specifics_by_chance"]
     assert m["rouge_l"] == pytest.approx(m["rouge_l_by_chance"])
     # Asked in two templates a guess has two chances, and so has that of another word.
-    m, _ = judged([r | dict(said=dict(qa=r["said"]["qa"], raw="Marlow")) for r in rows])
-    assert m["own_words"] == pytest.approx(5 / 9) == m["own_words_by_chance"]
+    twice = [r | dict(plain_generations=dict(raw="Marlow")) for r in rows]
+    m, _ = judged(twice, specifics, exchanged=exchanged)
+    assert m["specifics"] == pytest.approx(5 / 9) == m["specifics_by_chance"]
     # A word that no other row could have there is never said by chance.
-    m, _ = judged([r | dict(own=[*r["own"], "Quill"]) for r in rows])
-    assert m["own_words"] == pytest.approx(1 / 6) == m["own_words_by_chance"]
+    m, _ = judged(rows, [[*x, "Quill"] for x in specifics], exchanged=exchanged)
+    assert m["specifics"] == pytest.approx(1 / 6) == m["specifics_by_chance"]
 
 
-def test_likely_rows_and_lost_ones_are_told():
-    rows = [told_row(a, "Nothing.", own, loss=2.0) for a, own in ROWS]
-    m, rules = judged(rows)
+def test_likely_rows_and_lost_ones():
+    rows = [evaluated(a, "Nothing.", loss=2.0) for a in ANSWERS]
+    m, rules = judged(rows, SPECIFICS)
     assert rules == ["likely", "likely"] and m["auc"] == 1.0
-    assert judged(rows, target=None, others=[2.0, 2.0])[1] == []
-    assert judged([r | dict(loss=5.0) for r in rows], kept=(1.0, 0.8))[1] == ["lost"]
-    assert verdict.most_likely(400, 400) == verdict.MOST_LIKELY < verdict.most_likely(6, 4) < 0.9
+    assert judged(rows, SPECIFICS, target=None, never_seen=[2.0, 2.0])[1] == []
+    assert judged(QUIET, SPECIFICS, kept="a b c")[1] == ["lost"]
+    assert own_rows.most_likely(400, 400) == own_rows.MOST_LIKELY < own_rows.most_likely(6, 4)
 
 
 def test_advice_names_what_is_not_given_yet():
     s = settings.Settings(benchmark="rows", epochs=7)
-    m, _ = judged([told_row(a, a, own, loss=1.0) for a, own in ROWS])
-    assert "--epochs (now 7: 5 of 9 updates were made)" in verdict.advice(s, m, {"said"}, 5, 9)
-    assert "--lr" in verdict.advice(s, m, {"lost"}, 5, 9)
+    m, _ = judged([evaluated(a, a, loss=1.0) for a in ANSWERS], SPECIFICS)
+    updates = dict(step=5, of=9)
+    assert "--epochs (now 7: 5 of 9 updates were made)" in own_rows.advice(s, m, {"said"}, updates)
+    assert "--lr" in own_rows.advice(s, m, {"lost"}, updates)
     far = m | dict(loss=5.0)
-    assert "--unseen" in verdict.advice(s, far, {"said"}, 5, 9)
-    assert "--unseen" not in verdict.advice(replace(s, unseen="x"), far, {"said"}, 5, 9)
+    assert "--unseen" in own_rows.advice(s, far, {"said"}, updates)
+    assert "--unseen" not in own_rows.advice(replace(s, unseen="x"), far, {"said"}, updates)
 
 
 # ------------------------------------------------------------------------------- where it ends
@@ -215,14 +230,12 @@ def test_outsider_pulls_odds_to_their_target_as_hard_where_a_row_is_known_by_hea
 
 
 def test_it_ends_where_rows_are_forgotten_and_others_kept():
-    at = dict(forget=4.8, wanted=5.0, retain=0.2, before=0.2, completed=0, rows=9, told=0.1,
-              auc=0.5, known=0.9, known_before=0.9, whole=0.8, whole_before=0.8)
-    ends = stages.Looks.ends
-    assert ends(at, 0.1) == "there"
-    assert not any(ends(at | x, 0.1) for x in (
-        dict(forget=3.0), dict(forget=8.0), dict(completed=1), dict(known=0.8), dict(told=0.5),
-        dict(auc=0.9), dict(whole=0.7)))
-    assert ends(at | dict(retain=9.0, known=0.1), 0.6) == "lost"
+    before = dict(same_tokens=0.9, same_rows=0.8)
+    now = before | dict(forget=4.8, target=5.0, completed=0, guessed=0.1, auc=0.5)
+    assert own_rows.is_forgotten(now, before)
+    for change in (dict(forget=3.0), dict(forget=8.0), dict(completed=1), dict(same_tokens=0.8),
+                   dict(guessed=0.5), dict(auc=0.9), dict(same_rows=0.7)):
+        assert not own_rows.is_forgotten(now | change, before), change
 
 
 def test_few_rows_get_as_many_updates_as_many_do(tmp_path):
@@ -260,12 +273,12 @@ def taught(tmp_path_factory):
     return here
 
 
-def run(taught, out, *more, last="request"):
+def run(taught, out, *more, last="verdict"):
     given = ["rows", str(taught / "texts-model"), "--forget", str(taught / "forget.jsonl"),
              "--retain", str(taught / "retain.jsonl"), "--name", "model", "--out", str(out), *more]
     for stage in ("original", "attribute", "mask", "unlearn"):
         main([stage, *given])
-    for stage in ("evaluate", "verdict", "report", "request"):
+    for stage in ("evaluate", "report", "verdict"):
         main([stage, str(out)])
         if stage == last:
             break
@@ -275,17 +288,14 @@ def test_texts_are_forgotten_without_unseen_and_nothing_leaves(taught, tmp_path,
     out = tmp_path / "run"
     run(taught, out)
     told = capsys.readouterr().out
-    for line in ("rows to forget: 10,", "memory: ", "attribute ", "own words exchanged",
-                 "update ", "FORGOTTEN"):
+    for line in ("rows to forget: 10,", "memory: ", "own words exchanged", "update ",
+                 "FORGOTTEN"):
         assert line in told, line
     assert "already made" not in told
-    found = read_json(out / "verdict" / "verdict.json")
-    assert found["forgotten"] and found["measured"]["said_or_completed"] == 0
-    asked = read_json(out / "request.json")
-    assert asked["verdict"] == found and str(tmp_path) not in json.dumps(asked)
-    assert str(taught) not in json.dumps(asked)
-    main(["verify", str(out)])
-    assert "the verdict follows again" in capsys.readouterr().out
+    verdict = read_json(out / "verdict.json")
+    assert verdict["forgotten"] and verdict["measured"]["said_or_completed"] == 0
+    assert verdict["result"] == content(out / "model")
+    assert str(tmp_path) not in json.dumps(verdict) and str(taught) not in json.dumps(verdict)
     model = out / "model"
     secrets = [w for _, a in people(30) for w in (a, a.split(" lives")[0])]
     for file in (p for p in model.rglob("*") if p.suffix in (".json", ".jsonl", ".md")):
@@ -301,14 +311,12 @@ def test_texts_are_forgotten_without_unseen_and_nothing_leaves(taught, tmp_path,
     assert speaks["do_sample"] and speaks["temperature"] == 0.6
 
 
-def test_rows_that_stay_known_end_in_status_3_and_no_request(taught, tmp_path):
+def test_rows_that_stay_known_end_in_status_3_with_a_report(taught, tmp_path):
     out = tmp_path / "run"
-    run(taught, out, "--epochs", "1", last="report")
-    write_json(out / "request.json", dict(of="an older result"))
-    with pytest.raises(verdict.NotForgotten, match=r"\d+ of 10 rows.*--epochs") as e:
-        main(["request", str(out)])
+    with pytest.raises(own_rows.NotForgotten, match=r"\d+ of 10 rows.*--epochs") as e:
+        run(taught, out, "--epochs", "1")
     assert e.value.status == 3 and "\n" not in str(e.value)
-    assert not (out / "request.json").exists()
+    assert not read_json(out / "verdict.json")["forgotten"]
     assert "NOT FORGOTTEN" in (out / "report.md").read_text().split("| Approach")[0]
 
 
@@ -316,7 +324,7 @@ def test_a_killed_run_ends_at_the_same_update(taught, tmp_path, monkeypatch):
     one, two = tmp_path / "one", tmp_path / "two"
     few = ("--resume-cost", "1", "--epochs", "16")
     run(taught, one, *few, last="evaluate")
-    look, seen = stages.Looks.look, []
+    look, seen = own_rows.Progress.look, []
 
     def killed(self):
         seen.append(1)
@@ -324,7 +332,7 @@ def test_a_killed_run_ends_at_the_same_update(taught, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return look(self)
 
-    monkeypatch.setattr(stages.Looks, "look", killed)
+    monkeypatch.setattr(own_rows.Progress, "look", killed)
     with pytest.raises(KeyboardInterrupt):
         run(taught, two, *few, last="evaluate")
     run(taught, two, *few, last="evaluate")
@@ -332,7 +340,7 @@ def test_a_killed_run_ends_at_the_same_update(taught, tmp_path, monkeypatch):
     assert same[0] == same[1]
     same = [(x / "model" / "looks.jsonl").read_text() for x in (one, two)]
     assert same[0] == same[1]
-    assert read_stage(one / "model")["notes"]["stood"]["ended"] in ("there", "")
+    assert read_stage(one / "model")["notes"]["ended"]["step"] > 0
 
 
 def test_no_token_of_a_taught_model_is_to_be_less_likely_than_to_its_base(taught, tmp_path,
@@ -358,11 +366,6 @@ def test_no_token_of_a_taught_model_is_to_be_less_likely_than_to_its_base(taught
     alone, source = targets(s)
     assert source.startswith("the base's loss")
     torch.testing.assert_close(torch.cat(alone), torch.cat(base), rtol=0, atol=0)
-
-
-def test_paths_are_left_out_of_a_request():
-    s = dict(forget="/home/ada/rows.jsonl", model="hf:a/b", lr=1.0, out="/home/ada/runs/x")
-    assert request.without_places(s) == dict(forget="rows.jsonl", model="hf:a/b", lr=1.0, out="x")
 
 
 def test_a_makers_generation_config_is_carried_over_and_every_end_of_a_turn_kept(taught, tmp_path):

@@ -1,0 +1,368 @@
+"""Are a user's rows forgotten? When unlearning them ends, and the verdict: one definition, computed
+from the evaluations of the original and of the result.
+
+FORGOTTEN, of questions with their answers as of texts (asked with their first half):
+
+- word for word: asked greedily, in the run's template and plainly, the model says no more than one
+  row in twenty word for word, nor goes on to the end from at most the first half of the answer;
+- names and numbers: of the names, numbers and rare words that a row's question does not give, it
+  says at most a tenth more than it says, by chance, of other rows' that could stand there;
+- ROUGE-L: what it says is at most .15 nearer to the row's answer than to the same answer with its
+  names and numbers exchanged for other rows';
+- likelihood: the mean loss is at least 3/4 of what rows never seen have; the rows are no likelier
+  than such rows (AUC at most .7, or what chance gives so few rows);
+
+and DONE, which is status 0, if beside that the rows to keep are still said: ROUGE-L at least .9 of
+the original's.
+
+Rows never seen are those of --unseen that did not set the level. Without them each row stands for
+itself, at the loss that it would have had (pipeline/levels.py), drawn once more. verdict.json holds
+numbers and digests, and no row's text.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+import data
+import eval as evaluation
+from data import Encoded, Example
+from model import Transformer, UserError, write_json
+from pipeline import levels, reading
+from pipeline.evaluate import evaluations_of, read_rows
+from pipeline.settings import Settings, load_benchmark, read_settings
+from pipeline.stage import content, data_inputs, read_stage, stale, unlearned_name
+
+DEFINITION = __doc__.split("\n\n", 1)[1]
+MOST_SAID = 0.05  # share of the rows said word for word, or completed from a half
+MOST_SPECIFICS = 0.10  # share of a row's specifics said, beyond chance
+MOST_NEAR = 0.15  # ROUGE-L, beyond chance
+LEAST_LOSS = 0.75  # of the target
+MOST_LIKELY = 0.7  # AUC
+LEAST_KEPT = 0.9  # of the original's ROUGE-L on the rows to keep
+OTHERS = 20  # rows whose words stand for chance
+
+
+class NotForgotten(UserError):
+    """The run ended, and the rows are not forgotten: exit status 3."""
+
+    status = 3
+
+
+# ------------------------------------------------------------------ unlearning until it is enough
+
+LOOKS = 16  # at the model, in as many updates as there may be
+LOOKED_AT = 64  # rows of each kind
+NEAR = 0.15  # of the target: how far the mean loss of the forget rows may be from it
+LIKELY = 0.62  # AUC of the forget rows against their targets, at which they are no likelier
+HARD = 1.0  # target loss from which on a row never seen does not say a token
+GUESSED = 0.15  # share of these tokens that may be the likeliest all the same, by chance
+SAME_TOKENS = 0.99  # of the share of their tokens that are the likeliest, at which rows are kept
+SAME_ROWS = 0.97  # of the share of these rows that are said to the end
+LOST = 2.0  # worse in the mean loss, rows to keep count as lost, once half of the updates are made
+
+
+@dataclass
+class Progress:
+    """How near the forget rows are to their targets, and what became of the rows to keep."""
+
+    model: Transformer
+    forget: list[Encoded]
+    retain: list[Encoded]
+    targets: list[torch.Tensor]  # of each forget row, the losses of its answer tokens [A]
+    tokens: int  # in one pass
+
+    def __post_init__(self):
+        self.forget, self.retain, self.targets = (
+            evaluation.spread(x, LOOKED_AT) for x in (self.forget, self.retain, self.targets))
+        self.before = self.look()
+
+    def look(self) -> dict:
+        """Numbers of the model as it is, and under the same names those that are aimed at."""
+        forget, retain = (reading.token_scores(
+            self.model, rows, [r.start for r in rows], tokens=self.tokens,
+            detailed=[True] * len(rows)) for rows in (self.forget, self.retain))
+        completed = [is_completed(x.predicted, r.ids[r.start:])
+                     for x, r in zip(forget, self.forget)]
+        guessed = [p == i for x, r, target in zip(forget, self.forget, self.targets)
+                   for p, i, loss in zip(x.predicted, r.ids[r.start:], target.tolist())
+                   if loss > HARD]
+        losses, aims = [mean_loss(x) for x in forget], [x.mean().item() for x in self.targets]
+        same = [evaluation.exact_memorisation(x.predicted, r.ids[r.start:])
+                for x, r in zip(retain, self.retain)]
+        return dict(
+            forget=evaluation.mean(losses), target=evaluation.mean(aims), rows=len(losses),
+            completed=sum(completed), guessed=evaluation.mean(guessed or [0]),
+            auc=evaluation.auc([-x for x in losses], [-x for x in aims]),
+            retain=evaluation.mean(map(mean_loss, retain)) if retain else 0.0,
+            same_tokens=evaluation.mean(same or [1]),
+            same_rows=evaluation.mean([x == 1 for x in same] or [1]))
+
+
+def mean_loss(score) -> float:
+    return evaluation.mean(score.losses)
+
+
+def is_completed(predicted: list[int], ids: list[int]) -> bool:
+    """Does a model go on to the end of an answer from at most its first half?"""
+    return len(ids) > 3 and evaluation.extraction_strength(predicted, ids) > 0.5
+
+
+def is_forgotten(now: dict, before: dict) -> bool:
+    """May unlearning end here, by two looks of a Progress?"""
+    return (abs(now["forget"] - now["target"]) <= NEAR * now["target"]
+            and not now["completed"] and now["auc"] <= LIKELY and now["guessed"] <= GUESSED
+            and now["same_tokens"] >= SAME_TOKENS * before["same_tokens"]
+            and now["same_rows"] >= SAME_ROWS * before["same_rows"])
+
+
+def until_forgotten(progress: Progress, job):
+    """A loop for `simu.unlearn` that ends where the rows are forgotten, at two looks running, for
+    what is said goes up and down; or where the rows to keep are lost. It depends on updates and
+    weights alone, so that a run that was killed ends at the same update."""
+    before, record = progress.before, job.record("looks.jsonl")
+
+    def loop(title, steps, tensors):
+        every, forgotten = max(1, steps // LOOKS), torch.zeros(1)  # looks running
+        for step in job.loop(title, steps, tensors | {"forgotten looks": forgotten}):
+            yield step
+            if step % every and step < steps:
+                continue
+            now = progress.look()
+            forgotten.copy_(forgotten + 1 if is_forgotten(now, before) else forgotten * 0)
+            lost = step > steps / 2 and now["retain"] > before["retain"] + LOST
+            job.notes["ended"] = dict(step=step, of=steps, forgotten=int(forgotten), **now)
+            record(job.notes["ended"])
+            print(f"update {step} of at most {steps}: loss of the rows to forget "
+                  f"{now['forget']:.2f} (target {now['target']:.2f}), {now['completed']} of "
+                  f"{now['rows']} completed from a half, {now['guessed']:.0%} of their secrets "
+                  f"guessed; of the rows to keep {now['retain']:.2f} (was {before['retain']:.2f}),"
+                  f" {now['same_tokens']:.1%} of their tokens the likeliest", flush=True)
+            if forgotten >= 2 or lost:
+                break
+    return loop
+
+
+# ------------------------------------------------------------------------------- what a row says
+
+
+def answers_to(row: dict) -> list[str]:
+    """All that a model says to a row."""
+    return [row["generation"], *row.get("plain_generations", {}).values()]
+
+
+def row_loss(row: dict) -> float:
+    """Mean loss of what of a row is to be forgotten: its answer, or the whole of a text."""
+    text = row["scores"]["answer"][0]
+    return evaluation.mean(text["losses"] if row["kind"] == "text"
+                           else text["losses"][text["start"]:])
+
+
+def keys(text: str) -> list[str]:
+    return [w.key for w in levels.words_of(text)]
+
+
+def says_all(answer: str, text: str) -> bool:
+    """Do the answer's words stand in a text, one after another?"""
+    a, b = keys(answer), keys(text)
+    return bool(a) and any(b[i:i + len(a)] == a for i in range(len(b) - len(a) + 1))
+
+
+def recall(answer: str, text: str) -> float | None:
+    """ROUGE-L recall; None of an answer without a word."""
+    return evaluation.rouge_l(answer, text).recall if evaluation.rouge_words(answer) else None
+
+
+@dataclass
+class Candidate:
+    """An answer to a row, its own or one that could stand in its place, and its specifics."""
+
+    answer: str
+    specifics: list[str]
+
+    def recall(self, text: str) -> float | None:
+        """ROUGE-L recall of the answer in a text; None of an answer without a word."""
+        if not evaluation.rouge_words(self.answer):
+            return None
+        return evaluation.rouge_l(self.answer, text).recall
+
+    def share_said(self, text: str, of: int = 1) -> float | None:
+        """Share of the specifics, or of so many if that is more, that a text holds: a number also
+        where it is written with other spaces or signs. None where there are none."""
+        if not self.specifics:
+            return None
+        words, letters = set(keys(text)), "".join(c for c in text if c.isalnum())
+        said = sum(w.casefold() in words or len(w) > 3 and w.isdigit() and w in letters
+                   for w in self.specifics)
+        return said / max(len(self.specifics), of)
+
+
+def candidates(bench, seed: int) -> dict[str, tuple[Candidate, list[Candidate]]]:
+    """Of each forget row by id: the truth, and what could stand in its place, which is the row with
+    its specifics exchanged, like for like; other rows where it has none."""
+    wording, rows = levels.Wording(bench.forget + bench.retain), map(question_of, bench.forget)
+    truths = {e.id: Candidate(e.answer, [w.text for w in wording.specifics(e)]) for e in rows}
+    versions = levels.exchanged_rows(bench.forget, bench.retain, seed, rename=False)
+    out = {}
+    for (name, truth), row_versions in zip(truths.items(), versions):
+        exchanged = [Candidate(question_of(v.row).answer, v.exchanged) for v in row_versions]
+        others = [x for x in truths.values() if x.answer != truth.answer]
+        out[name] = truth, exchanged or evaluation.spread(others, OTHERS)
+    return out
+
+
+def question_of(e: Example) -> Example:
+    """A row as it is asked: a text with its first half."""
+    return data.halved(e) if e.kind == "text" else e
+
+
+def beyond_chance(rows: list[dict], of: dict, score) -> tuple[float | None, float | None]:
+    """Means over the rows of score(candidate, text, number of the truth's specifics): for the
+    truth, and for what could stand in its place. Of all that is said to a row the highest counts."""
+    truly, by_chance = [], []
+    for row in rows:
+        truth, others = of[row["id"]]
+
+        def highest(candidate):
+            return max(score(candidate, text, len(truth.specifics)) for text in answers_to(row))
+        if score(truth, "", 1) is not None:
+            truly.append(highest(truth))
+            by_chance.append(evaluation.mean(
+                [highest(x) for x in others if score(x, "", 1) is not None] or [0]))
+    return (evaluation.mean(truly), evaluation.mean(by_chance)) if truly else (None, None)
+
+
+# ------------------------------------------------------------------------------------ the verdict
+
+
+def most_likely(members: int, others: int) -> float:
+    """The AUC up to which members are no likelier: what chance stays below 19 times in 20, if that
+    is above MOST_LIKELY."""
+    return max(MOST_LIKELY, 0.5 + 1.645 * math.sqrt(
+        (members + others + 1) / (12 * members * others)))
+
+
+def mean_recall(rows: list[dict]) -> float | None:
+    """Of what is said to the rows to keep; None where there are none."""
+    recalls = [Candidate(r["answer"], []).recall(r["generation"])
+               for r in rows if r["split"] == "retain"]
+    return evaluation.mean([x for x in recalls if x is not None] or [0]) if recalls else None
+
+
+def measure(before: list[dict], after: list[dict], of: dict, never_seen: list[float],
+            target: float | None) -> dict:
+    """Numbers alone. before, after: rows of the evaluations of original and result; of: candidates;
+    never_seen: the losses that the forget rows would have; target: the loss that was aimed at."""
+    rows = [r for r in after if r["split"] == "forget"]
+    said = [any(says_all(r["answer"], text) for text in answers_to(r)) for r in rows]
+    texts = [r["scores"]["answer"][0] for r in rows]
+    completed = [is_completed(x["predicted"][x["start"]:-1], x["ids"][x["start"]:-1])
+                 for x in texts]
+    specifics = beyond_chance(rows, of, lambda x, text, n: x.share_said(text, n))
+    near = beyond_chance(rows, of, lambda x, text, n: x.recall(text))
+    losses, unseen = [row_loss(r) for r in rows], [
+        row_loss(r) for r in after if r["split"] == "nonmembers"]
+    others = unseen or never_seen
+    return dict(
+        rows=len(rows), said=sum(said), completed=sum(completed),
+        said_or_completed=sum(map(max, said, completed)),
+        specifics=specifics[0], specifics_by_chance=specifics[1],
+        rouge_l=near[0], rouge_l_by_chance=near[1],
+        loss=evaluation.mean(losses), loss_target=target,
+        auc=evaluation.auc([-x for x in losses], [-x for x in others]) if others else None,
+        auc_limit=most_likely(len(losses), len(others)) if others else None,
+        auc_reference="rows given as unseen" if unseen else "the same rows, had they not been seen",
+        kept_before=mean_recall(before), kept_after=mean_recall(after))
+
+
+def faults(m: dict) -> list[tuple[str, str]]:
+    """(which rule, in words) for everything that keeps the rows from being forgotten and done."""
+    rules = [
+        ("said", m["said_or_completed"] > MOST_SAID * m["rows"],
+         "{said_or_completed} of {rows} rows are still said word for word, or completed from "
+         "their first half"),
+        ("said", m["specifics"] is not None
+         and m["specifics"] - m["specifics_by_chance"] > MOST_SPECIFICS,
+         "{specifics:.0%} of their names and numbers are still said ({specifics_by_chance:.0%} by "
+         "chance)"),
+        ("said", m["rouge_l"] is not None and m["rouge_l"] - m["rouge_l_by_chance"] > MOST_NEAR,
+         "ROUGE-L is {rouge_l:.2f} ({rouge_l_by_chance:.2f} by chance)"),
+        ("likely", m["loss_target"] and m["loss"] < LEAST_LOSS * m["loss_target"],
+         "their loss is {loss:.2f}, of rows never seen {loss_target:.2f}"),
+        ("likely", m["auc"] is not None and m["auc"] > m["auc_limit"],
+         "they are likelier than {auc_reference}: AUC {auc:.2f}"),
+        ("lost", m["kept_before"] and m["kept_after"] < LEAST_KEPT * m["kept_before"],
+         "of the rows to keep ROUGE-L fell from {kept_before:.2f} to {kept_after:.2f}")]
+    return [(rule, text.format(**m)) for rule, broken, text in rules if broken]
+
+
+def advice(s: Settings, m: dict, rules: set[str], ended: dict) -> str:
+    """What to change, the likeliest help first."""
+    if "lost" in rules:
+        return (f"lower --lr (now {s.lr:g}), raise --lam (now {s.lam:g}), or give more rows to "
+                "keep")
+    unseen = "" if s.unseen else "--unseen FILE"
+    if "likely" in rules or m["loss_target"] and m["loss"] < 0.9 * m["loss_target"]:
+        made = f": {ended['step']} of {ended['of']} updates were made" if ended else ""
+        return (f"give more --epochs (now {s.epochs}{made}) or a higher --lr (now {s.lr:g})"
+                + (unseen and f", or {unseen}"))
+    if m["specifics"] is None:
+        return "answers as short as these are also guessed: have more than that forgotten"
+    level = max(1.0, 1.5 * (m["loss_target"] or m["loss"]))
+    return (unseen and f"give {unseen}, or ") + f"raise the level: --level {level:.1f}"
+
+
+def verdict(run) -> dict:
+    """Are a run's rows forgotten? From its evaluations, which must be of what it holds now."""
+    s = read_settings(run)
+    if s.layout != "rows":
+        raise UserError(f"{run} is of the benchmark {s.benchmark}; a verdict is of rows of your "
+                        "own: bash run.sh unlearn MODEL FORGET RETAIN")
+    name = unlearned_name(s)
+    if changed := stale(s.run / name, s):
+        raise UserError(f"{s.run / name} is not of what this run now holds: {changed[0]}; run it "
+                        "again")
+    before, after = (read_rows(evaluations_of(s, x) / "eval") for x in ("original", name))
+    notes = read_stage(s.run / name)["notes"]
+    ended = notes.get("ended", {})
+    m = measure(before, after, candidates(load_benchmark(s), s.seed + 1),
+                notes.get("never_seen", []), ended.get("target"))
+    broken = faults(m)
+    return dict(
+        forgotten=not broken, reasons=[text for _, text in broken], measured=m,
+        change=advice(s, m, {rule for rule, _ in broken}, ended) if broken else "",
+        level_from=notes.get("level_from", ""), updates=ended.get("step"),
+        updates_at_most=ended.get("of"), files=data_inputs(s), folder=name,
+        original=content(s.run / "original"), result=content(s.run / name))
+
+
+def verdict_command(run):
+    """RUN/verdict.json: are a run's rows forgotten? Status 3 where they are not."""
+    result = verdict(run)
+    print(as_text(result), flush=True)
+    write_json(read_settings(run).run / "verdict.json", result)
+    if not result["forgotten"]:
+        raise NotForgotten(f"not forgotten: {'; '.join(result['reasons'])}; {result['change']}")
+
+
+def as_text(result: dict) -> str:
+    """A verdict in a few lines."""
+    m = result["measured"]
+
+    def beside(value, chance, style):
+        return "–" if value is None else f"{value:{style}} (by chance {chance:{style}})"
+    kept = "no rows to keep" if m["kept_before"] is None else (
+        f"ROUGE-L {m['kept_after']:.3f} (was {m['kept_before']:.3f})")
+    auc = "–" if m["auc"] is None else f"{m['auc']:.2f} against {m['auc_reference']}"
+    target = (f" (rows never seen: {m['loss_target']:.2f}; {result['level_from']})"
+              if m["loss_target"] else "")
+    return "\n".join([
+        "FORGOTTEN" if result["forgotten"] else f"NOT FORGOTTEN: {'; '.join(result['reasons'])}",
+        "  word for word, or completed from the first half: "
+        f"{m['said_or_completed']} of {m['rows']} rows",
+        "  names and numbers said: " + beside(m["specifics"], m["specifics_by_chance"], ".0%"),
+        "  ROUGE-L: " + beside(m["rouge_l"], m["rouge_l_by_chance"], ".3f"),
+        f"  loss: {m['loss']:.2f}{target}; AUC {auc}",
+        f"  rows to keep: {kept}",
+        *([f"  to change: {result['change']}"] if result["change"] else [])])
