@@ -148,7 +148,7 @@ def make_unlearned(s: Settings, job: Stage, folder: Path, *, aim=None):
     targets, loop = None, job.loop
     if aim:
         targets, job.notes["level_from"] = aim(s, bench, encoded["forget"], model, s.seed)
-        print(f"[{job.name}] the loss that rows never seen have: {job.notes['level_from']}", flush=True)
+        print(f"[{job.name}] loss of rows never seen: {job.notes['level_from']}", flush=True)
         if s.layout == "rows":
             # Drawn once more, for what a model was led to must not also judge it.
             again, _ = aim(s, bench, encoded["forget"], model, s.seed + 1)
