@@ -115,9 +115,6 @@ def label(name: str) -> str:
     return next((x for x in PUBLISHED["tofu", "llama2-7b"] if x.lower() == name), name)
 
 
-# ------------------------------------------------------------------------------------------ as text
-
-
 def number(x: float | list | None, style: str = ".4f") -> str:
     """A value as text; of a list, which has one for each seed, mean and standard deviation."""
     if x is None or (isinstance(x, list) and None in x):

@@ -29,7 +29,10 @@ def report(run: Path, *, others: list[Path] = (), retain_only: Path | None = Non
     retain_only: RUN/STAGE of a model that never saw the forget set."""
     s = read_settings(run)
     evaluations, left_out = read_evaluations(s, retain_only and reference_rows(retain_only, s))
-    seeds, verdict = over_seeds(s, evaluations, list(others)), verdict_of(s)
+    seeds = over_seeds(s, evaluations, list(others))
+    names = {e["name"] for e in evaluations if not e["metrics"]["partial"]}
+    is_judged = s.layout == "rows" and {"original", unlearned_name(s)} <= names
+    verdict = own_rows.verdict(s.run) if is_judged else None
     verdict_text = as_code(own_rows.as_text(verdict)) if verdict else ""
     lines = [(e["label"], e["metrics"]["values"]) for e in evaluations]
     main = table_of(main_columns(s), lines + published(s))
@@ -75,12 +78,6 @@ def sections_of(s: Settings, evaluations: list[dict], left_out: dict, seeds: dic
     return sections + [("Time and memory", costs(s.run)),
                        ("Settings", table_by_name("Setting", [
                            (e["label"], e["settings"]) for e in evaluations]))]
-
-
-def verdict_of(s: Settings) -> dict | None:
-    """Whether a user's rows are forgotten, where a model was made that has forgotten any."""
-    evaluated = (s.run / "evaluations" / unlearned_name(s)).is_dir()
-    return own_rows.verdict(s.run) if s.layout == "rows" and evaluated else None
 
 
 # ------------------------------------------------------------------------ the evaluations of a run
@@ -304,11 +301,10 @@ def in_a_cell(text: str, most: int = 300) -> str:
 def costs(run: Path) -> str:
     """Wall time and peak memory of every finished stage, oldest first."""
     lines = []
-    for path in sorted(run.rglob("stage.json"), key=lambda path: path.stat().st_mtime_ns):
-        name = path.parent.relative_to(run)
-        if not any(part.startswith(".") for part in name.parts):
-            stage = read_stage(path.parent)
-            sizes = [stage.get(k) for k in ("peak_host", "peak_gpu")]
-            lines.append([name, f"{stage['seconds']:.1f}",
-                          *(number(size and size / 2**30, ".2f") for size in sizes)])
+    finished = run.glob("[!.]*/**/stage.json")
+    for path in sorted(finished, key=lambda path: path.stat().st_mtime_ns):
+        stage = read_stage(path.parent)
+        sizes = [stage.get(k) for k in ("peak_host", "peak_gpu")]
+        lines.append([path.parent.relative_to(run), f"{stage['seconds']:.1f}",
+                      *(number(size and size / 2**30, ".2f") for size in sizes)])
     return table(["Stage", "Seconds", "Peak host GiB", "Peak GPU GiB"], lines)
