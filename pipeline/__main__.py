@@ -1,123 +1,136 @@
-"""The command line: python -m pipeline STAGE ... [--then STAGE ...]"""
+"""The command line: `python -m pipeline run demo|tofu|lume|unlearn ...`, all stages of a run in
+order; `python -m pipeline COMMAND ...`, one of them."""
 
 import argparse
-import errno
-import os
+import importlib
+import shlex
 import signal
+import subprocess
 import sys
+from contextlib import nullcontext
+from functools import lru_cache
 from pathlib import Path
 
+if not __package__:  # run.sh starts this folder, and no module of the caller's may be imported
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-def stopped_early(*_):
-    os.write(2, b"error: stopped before anything was done\n")
-    os._exit(130)
+# Before torch, because importing the package silences a warning of torch's import.
+from pipeline import before, evaluate, hub, own_rows, report, settings, workers
+from pipeline.original import original_stage
+from pipeline.stage import finished_models, lock, run_cli
+from pipeline.stages import attribute_stage, mask_stage, unlearn_stage
+from model import UserError
+import simu
 
-
-def cannot_load(kind, error, trace):
-    """An exception before anything runs: a package is missing, or there is no memory for it."""
-    if not issubclass(kind, (ImportError, MemoryError, OSError)):
-        return sys.__excepthook__(kind, error, trace)
-    why = " ".join(f"{kind.__name__}: {error}".split())[:300]
-    os.write(2, f"error: Python cannot load what this needs ({why}); install requirements.txt, or "
-                "allow more memory (ulimit -v)\n".encode(errors="replace"))
-    os._exit(2)
+# ------------------------------------------------------------------ a run: its stages, in order
 
 
-def open_closed_streams():
-    """Or the next file that is opened would get the number of a stream that cron or 2>&- closed,
-    and a native library's warnings with it."""
-    for number, name in enumerate(("stdin", "stdout", "stderr")):
-        try:
-            os.write(number, b"") if number else os.fstat(number)
-        except OSError as e:
-            if e.errno != errno.EBADF:  # closed, or not to be written to
-                continue
-            os.dup2(os.open(os.devnull, os.O_RDWR), number)
-            os.set_inheritable(number, True)
-            setattr(sys, name, open(number, "w" if number else "r", encoding="utf-8"))
+def stages_of(options: dict, models: list[dict]) -> list[list[str]]:
+    """The stages of one seed, in order, each as words of a command line. models: settings of each
+    model to unlearn."""
+    at, run = words_of(options), str(settings.resolve(options).run)
+    stages = [["original", *at], ["check", run], ["attribute", *at], ["mask", *at]]
+    if options["model"] in settings.TINY_MODELS:  # all at once
+        each = [":".join(model.values()) for model in models]
+        stages.append(["unlearn", *at, "--each", *each])
+    else:  # one at a time fits
+        stages += [["unlearn", *at, *words_of(model)] for model in models]
+    return [*stages, ["evaluate", run, *(["--force"] if options.get("force") else [])]]
 
 
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, stopped_early)  # importing torch takes a second
-    sys.excepthook = cannot_load
-    open_closed_streams()
-    if not __package__:  # run.sh runs this folder, so that nothing in the caller's is imported
-        here = Path(__file__).resolve().parent
-        sys.path[:] = [str(here.parent), *(p for p in sys.path if Path(p).resolve() != here)]
-
-import pipeline  # noqa: E402, F401  before torch: it silences a warning of torch's import
-from contextlib import nullcontext  # noqa: E402
-
-from model import UserError  # noqa: E402
-from pipeline import (  # noqa: E402
-    before, evaluate, hub, own_rows, report, settings, workers)
-from pipeline.original import original_stage  # noqa: E402
-from pipeline.stage import finished_models, lock, run_cli  # noqa: E402
-from pipeline.stages import attribute_stage, mask_stage, unlearn_stage  # noqa: E402
-from studies import attack, figures, sweep  # noqa: E402
+def models_of(kind: str, methods: list[str] | None, objectives: list[str] | None) -> list[dict]:
+    """The settings of each model that `run KIND` unlearns."""
+    if kind == "unlearn":
+        if len(methods or ()) > 1 or len(objectives or ()) > 1:
+            raise UserError("rows of your own are forgotten by one model: name one method and one "
+                            "objective")
+        model = dict(method=methods[0] if methods else "simu")
+        return [model | dict(objective=objectives[0]) if objectives else model]
+    models = [dict(method=method, objective=objective) for method in methods or ("fo", "so", "simu")
+              for objective in objectives or ("graddiff",)]
+    if kind == "demo" and not objectives:  # beside the paper's
+        models.append(dict(method="simu", objective="stranger"))
+    return models
 
 
-
-UNLEARN = """\
-bash run.sh unlearn MODEL FORGET [RETAIN] [--unseen FILE] [--teach] [--out DIR] [--option value ...]
-
-Forgets the rows of FORGET, keeps those of RETAIN, and says whether they are forgotten: status 0 and
-a verdict.json, or status 3 and what to change. The defaults below are those of rows of your own.
-
-""" + own_rows.DEFINITION
-
-
-STAGES = {"files": hub.files_command, "plan": before.plan_command, "original": original_stage,
-          "attribute": attribute_stage, "mask": mask_stage,
-          "unlearn": unlearn_stage}
-REQUESTS = {"verdict": own_rows.verdict_command}
-OF_RUNS = {"attack": attack.main, "sweep": sweep.main, "figures": figures.main}
-
-
-def parser_of_stages() -> settings.Parser:
-    parser = settings.Parser(prog="python -m pipeline", description="The stages of SIMU, in the "
-                             "order run.sh calls them, and what is done with finished runs.")
-    commands = parser.add_subparsers(dest="stage", required=True, metavar="STAGE")
-    for name, function in STAGES.items():
-        command = commands.add_parser(
-            name, help=function.__doc__, usage="python -m pipeline unlearn rows MODEL --forget "
-            "FILE --retain FILE [--option value ...]" if name == "unlearn" else None,
-            description=UNLEARN if name == "unlearn" else
-            function.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-        command.add_argument("benchmark", choices=settings.BENCHMARKS)
-        command.add_argument("model")
-        settings.add_options(command, skip=("benchmark", "model"))
-        if name == "unlearn":
-            command.add_argument("--each", nargs="+", metavar="METHOD:OBJECTIVE", help="several "
-                                 "models at once, each evaluated as soon as it is made")
-        command.add_argument("--config", type=Path, default=argparse.SUPPRESS, metavar="FILE",
-                             help="a run's settings.json: what it was given, where no option of "
-                             "this command says otherwise")
-    check = commands.add_parser("check", help="evaluate the original; stop unless it knows the "
-                                              "forget set (--must-know)")
-    check.add_argument("run", type=Path)
-    one = commands.add_parser("evaluate", help="generations.jsonl of stages")
-    one.add_argument("run", type=Path)
-    one.add_argument("stages", nargs="*", default=[], metavar="STAGE",
-                     help="e.g. original simu-graddiff; default: every model of the run")
-    one.add_argument("--limit", type=int, default=0,
-                     help="at most so many rows of each split: a quick look, marked as partial")
-    one.add_argument("--force", action="store_true", help="evaluate again what is evaluated")
-    two = commands.add_parser("report", help="report.md and report.json of a run")
-    two.add_argument("run", type=Path)
-    two.add_argument("--runs", type=Path, nargs="+", default=[], metavar="RUN",
-                     help="the same run under other seeds; default: RUN-seed*")
-    two.add_argument("--retain-only", type=Path, metavar="STAGE_FOLDER",
-                     help="an evaluated model that never saw the forget set; default: RUN's own")
-    for name, function in REQUESTS.items():
-        command = commands.add_parser(name, help=function.__doc__, description=function.__doc__)
-        command.add_argument("run", type=Path)
-    for name, function in OF_RUNS.items():
-        commands.add_parser(name, help=function.__doc__, add_help=False)
-    return parser
+def run_command(kind: str, methods, objectives, seeds: int, attack: bool, dry_run: bool, **options):
+    """All stages of a run, in order."""
+    if not 1 <= seeds < 10_000:
+        raise UserError(f"--seeds is {seeds}; it must be 1 to 9999")
+    if seeds > 1 and "seed" in options:
+        raise UserError(f"--seeds {seeds} chooses the seeds 0 to {seeds - 1}; drop --seed")
+    if kind == "unlearn":
+        options = dict(benchmark="rows", name="model") | options
+    else:
+        options = dict(benchmark=kind) | options
+    models = models_of(kind, methods, objectives)
+    s = settings.resolve(options)  # refuses what is wrong before anything is done
+    run = str(s.run)
+    stages = stages_of(options | dict(out=run), models)
+    for seed in range(1, seeds):
+        stages += stages_of(options | dict(out=f"{run}-seed{seed}", seed=seed), models)
+    if attack:
+        stages.append(["attack", run])
+    stages.append(["report", run])
+    if kind == "unlearn":  # last, because it ends with status 3 where the rows are not forgotten
+        stages.append(["verdict", run])
+    if dry_run:
+        return print_plan(s, stages)
+    for words in stages:
+        if s.tiny:  # one process for all: each would import torch for longer than it computes
+            main(words)
+        else:
+            run_alone(words)
 
 
-def evaluate_stages(run: Path, stages: list[str], *, limit: int, force: bool):
+def print_plan(s: settings.Settings, stages: list[list[str]]):
+    """--dry-run: the files to fetch, the memory that is needed, and the stages."""
+    hub.files_command(s)
+    print()
+    before.plan_command(s)
+    print()
+    for words in stages:
+        print(shlex.join(["python", "-m", "pipeline", *words]))
+
+
+def run_alone(words: list[str]):
+    """A stage as a process, which gives the memory of a large model back."""
+    child = subprocess.Popen([sys.executable, str(settings.HERE / "pipeline"), *words])
+    # Ctrl-C reaches the child too, which then ends with a line; clusters send SIGTERM to us alone.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: child.terminate())
+    status = child.wait()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if status < 0:
+        raise UserError(f"the system ended `{words[0]}` by signal {-status}, most likely for want "
+                        "of memory; free some, and the same command goes on from where it was")
+    if status:
+        sys.exit(status)
+
+
+def words_of(options: dict) -> list[str]:
+    """Settings as words of a command line: benchmark and model, where they are named, first."""
+    words = [options[name] for name in ("benchmark", "model") if name in options]
+    for name, value in options.items():
+        if isinstance(value, bool):
+            words.append(settings.flag(name if value else f"no_{name}"))
+        elif name not in ("benchmark", "model"):
+            words.append(f"{settings.flag(name)}={value}")
+    return words
+
+
+# ---------------------------------------------------------------------------------- one command
+
+
+def check_command(run: Path):
+    """Evaluate the original; stop unless it knows the forget set (--must-know)."""
+    evaluate.evaluate(run, "original")
+    report.check_original(run)
+
+
+def evaluate_command(run: Path, stages: list[str], limit: int, force: bool):
+    """Ask models of a run, and keep what they say."""
     if not 0 <= limit < settings.LIMIT:
         raise UserError(f"--limit is {limit}; it must be 0 (all rows) or more, and below 2**31")
     stages = stages or finished_models(run)
@@ -128,37 +141,110 @@ def evaluate_stages(run: Path, stages: list[str], *, limit: int, force: bool):
             evaluate.evaluate(run, name, limit=limit, force=force)
 
 
-def main(argv: list[str]):
-    """Commands with --then between them, one after another. A process of its own costs each some
-    three seconds, which is more than most stages of a tiny model take."""
-    ends = [i for i, word in enumerate(argv) if word == "--then"] + [len(argv)]
-    for start, end in zip([0, *(i + 1 for i in ends)], ends):
-        command(argv[start:end])
+STAGES = {"files": hub.files_command, "plan": before.plan_command, "original": original_stage,
+          "attribute": attribute_stage, "mask": mask_stage, "unlearn": unlearn_stage}
+OF_RUNS = {"check": check_command, "evaluate": evaluate_command, "report": report.report,
+           "verdict": own_rows.verdict_command}
+STUDIES = dict(attack="what of a run stays forgotten under attack",
+               sweep="every method over learning rates and seeds",
+               figures="figures of finished sweeps and runs", depth="how deep forgetting goes")
 
 
-def command(argv: list[str]):
-    if argv[:1] and argv[0] in OF_RUNS:
-        return OF_RUNS[argv[0]](argv[1:])
-    given = vars(parser_of_stages().parse_args(argv))
-    name = given.pop("stage")
-    if each := given.pop("each", None):
-        workers.unlearn_each(given, each)
-    elif name in STAGES:
-        s = settings.resolve(given)
-        reads = name in ("plan", "files")
-        with nullcontext() if reads else lock(s.run, new=name == "original"):
-            STAGES[name](s)
-    elif name in REQUESTS:
-        REQUESTS[name](**given)
-    elif name == "check":
-        evaluate.evaluate(given["run"], "original")
-        report.check_original(given["run"])
-    elif name == "evaluate":
-        evaluate_stages(**given)
+def main(words: list[str]):
+    """Run one command."""
+    if words and words[0] in STUDIES:
+        return importlib.import_module(f"studies.{words[0]}").main(words[1:])
+    options = vars(parser_of_commands().parse_args(words))
+    command, each = options.pop("command"), options.pop("each", None)
+    if command == "run":
+        run_command(**options)
+    elif command in OF_RUNS:
+        OF_RUNS[command](**options)
+    elif each:
+        workers.unlearn_each(options, each)
     else:
-        report.report(given["run"], others=given["runs"], retain_only=given["retain_only"])
+        s = settings.resolve(options)
+        reads = command in ("plan", "files")
+        with nullcontext() if reads else lock(s.run, new=command == "original"):
+            STAGES[command](s)
+
+
+@lru_cache  # each stage of a tiny model asks for it
+def parser_of_commands() -> settings.Parser:
+    parser = settings.Parser(prog="python -m pipeline", description="All stages of a run, or one "
+                             "of them; a finished stage is skipped, a killed one goes on.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    add_run(commands)
+    for name, function in STAGES.items():
+        command = commands.add_parser(name, help=function.__doc__, description=function.__doc__)
+        command.add_argument("benchmark", choices=settings.BENCHMARKS)
+        command.add_argument("model")
+        if name == "unlearn":
+            command.add_argument("--each", nargs="+", metavar="METHOD:OBJECTIVE", help="several "
+                                 "models at once, each evaluated as soon as it is finished")
+        add_settings(command, skip=("benchmark", "model"))
+    for name, function in OF_RUNS.items():
+        command = commands.add_parser(name, help=function.__doc__, description=function.__doc__)
+        command.add_argument("run", type=Path)
+        if name == "evaluate":
+            command.add_argument("stages", nargs="*", metavar="STAGE", help="e.g. original "
+                                 "simu-graddiff; default: every model of the run")
+            command.add_argument("--limit", type=int, default=0, help="at most so many rows of "
+                                 "each split: a quick look, marked as partial")
+            command.add_argument("--force", action="store_true", help="ask again")
+        if name == "report":
+            command.add_argument("--runs", type=Path, nargs="+", default=[], dest="others",
+                                 metavar="RUN", help="the same run under other seeds; default: "
+                                 "RUN-seed*")
+            command.add_argument("--retain-only", type=Path, metavar="STAGE_FOLDER", help="an "
+                                 "evaluated model that never saw the forget set; default: RUN's")
+    for name, about in STUDIES.items():
+        commands.add_parser(name, help=about, add_help=False)
+    return parser
+
+
+UNLEARN = """\
+Forgets the rows of FORGET, keeps those of RETAIN, and says whether they are forgotten: status 0, or
+status 3 and what to change. The defaults that are listed below are those of a benchmark: for your
+rows the rate, the epochs, the batch and more follow from the model's size and the number of rows.
+
+""" + own_rows.DEFINITION
+
+
+def add_run(commands):
+    """`run` and what it runs: demo, tofu, lume, unlearn."""
+    kinds = commands.add_parser("run", help=run_command.__doc__).add_subparsers(
+        dest="kind", required=True, metavar="demo|tofu|lume|unlearn")
+    words = dict(demo="[MODEL]", tofu="MODEL", lume="MODEL", unlearn="MODEL FORGET [RETAIN]")
+    for kind in words:
+        run = kinds.add_parser(kind, prog=f"bash run.sh {kind}",
+                               usage=f"%(prog)s {words[kind]} [--option value ...]",
+                               formatter_class=argparse.RawDescriptionHelpFormatter,
+                               description=UNLEARN if kind == "unlearn" else run_command.__doc__)
+        if kind == "demo":
+            run.add_argument("model", nargs="?", default="tiny-llama")
+        else:
+            run.add_argument("model", help=f"{', '.join(settings.MODELS)}, a folder in Hugging "
+                             "Face layout, or hf:OWNER/NAME[@REVISION]")
+        if kind == "unlearn":
+            run.add_argument("forget", metavar="FORGET", help="file of the rows to forget")
+            run.add_argument("retain", metavar="RETAIN", nargs="?", default=argparse.SUPPRESS,
+                             help="file of the rows to keep")
+        run.add_argument("--methods", "--method", nargs="+", choices=simu.METHODS)
+        run.add_argument("--objectives", "--objective", nargs="+", choices=simu.OBJECTIVES)
+        run.add_argument("--seeds", type=int, default=1, help="run seeds 0 to N-1")
+        run.add_argument("--attack", action="store_true", help="and attack the models")
+        run.add_argument("--dry-run", action="store_true", help="print the files to fetch, the "
+                         "memory that is needed and the stages; do nothing")
+        add_settings(run, skip=("benchmark", "model", "method", "objective"))
+
+
+def add_settings(command, skip: tuple):
+    settings.add_options(command, skip=skip)
+    command.add_argument("--config", type=Path, default=argparse.SUPPRESS, metavar="FILE",
+                         help="a run's settings.json: its user's choices, where no option of this "
+                         "command says otherwise")
 
 
 if __name__ == "__main__":
-    sys.excepthook = sys.__excepthook__
     run_cli(lambda: main(sys.argv[1:]))

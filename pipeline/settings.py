@@ -548,7 +548,7 @@ def add_options(to: argparse.ArgumentParser, *, skip: tuple = ()):
     for f in OPTIONS:
         if f.name in skip:
             continue
-        effect, choices = f.metadata["effect"], tuple(f.metadata["choices"])
+        effect, choices = f.metadata["effect"], f.metadata["choices"] or None
         if f.name == "objective":
             effect += ": " + "; ".join(f"{k}: {v.about}" for k, v in simu.OBJECTIVES.items())
         effect = effect.replace("%", "%%")
@@ -559,5 +559,5 @@ def add_options(to: argparse.ArgumentParser, *, skip: tuple = ()):
         limits = range_in_words(f)
         shown = f"{effect} (default {f.default!r}{limits and '; ' + limits})"
         to.add_argument(flag(f.name), type=f.type, help=shown, default=argparse.SUPPRESS,
-                        choices=choices or None,
+                        choices=choices,
                         metavar=None if choices else f.type.__name__.upper())

@@ -309,7 +309,7 @@ def read_options(argv: list[str]) -> tuple[argparse.Namespace, dict]:
     parser = settings.Parser(prog="python -m pipeline sweep", description=__doc__,
                              formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("benchmark", choices=settings.BENCHMARKS)
-    parser.add_argument("model")
+    parser.add_argument("model", nargs="?", default="tiny-llama")
     parser.add_argument("--seeds", type=int, default=3, help="seeds 0 to N-1 (default 3)")
     parser.add_argument("--arms", nargs="+", default=ARMS, metavar="ARM",
                         help=f"METHOD[-MASK][-OBJECTIVE] (default {' '.join(ARMS)}); methods: "
@@ -326,6 +326,8 @@ def read_options(argv: list[str]) -> tuple[argparse.Namespace, dict]:
                         "tiny models, else one")
     settings.add_options(parser, skip=("benchmark", "model", "seed", "name", *OF_ARMS))
     options = vars(parser.parse_args(argv))
+    if options["benchmark"] == "demo":
+        options.setdefault("epochs", 10)  # so that it ends in half an hour
     sweep = argparse.Namespace(**{name: options.pop(name) for name in (
         "seeds", "arms", "factors", "variants", "vary", "jobs")})
     if sweep.seeds < 1 or sweep.jobs < 0 or min(sweep.factors) <= 0:

@@ -20,6 +20,7 @@ import data
 import simu
 from model import UserError, read_json
 from pipeline import objectives, settings, slices, stage
+from pipeline import __main__ as command_line
 from pipeline.__main__ import main
 from pipeline.stage import read_tensors
 
@@ -233,9 +234,10 @@ def test_a_report_leaves_out_what_is_of_another_mask(runs, tmp_path, capsys):
           "--threshold", "0.05"])
     main(["report", str(out)])
     assert "mask was another" in capsys.readouterr().out
-    table = (out / "report.md").read_text().split("## Every number")[0]
+    text = (out / "report.md").read_text()
+    table = text.split("##")[0]
     assert "| FO-GradDiff" in table and "| SIMU-GradDiff" not in table
-    assert "- simu-graddiff: " in table
+    assert re.search(r"^- simu-graddiff: .*mask was another", text, re.M)
 
 
 def test_forget_only_drops_what_the_retain_set_needs(runs, tmp_path):
@@ -293,7 +295,7 @@ def command(*words, **environment):
     ("original demo tiny-llama --vocab 300", "--vocab 300"),
     ("original demo tiny-llama --forget-split retain90", "every row of retain90"),
     ("plan tofu llama3", "llama3"),
-    ("", "STAGE"),
+    ("", "COMMAND"),
 ])
 def test_mistakes_end_in_one_line(tmp_path, words, told, monkeypatch, capsys):
     out = [] if not words else ["--out", str(tmp_path / "run")]
@@ -339,15 +341,64 @@ def test_a_run_in_use_is_refused(runs, tmp_path):
 
 
 @pytest.mark.parametrize("words, says", [
-    ("", "'' is not"), ("nonsense", "'nonsense' is not"), ("tofu", "tofu: name a model"),
-    ("lume --seed 1", "lume: name a model"), ("demo --seeds x", "--seeds must be"),
-    ("demo --seeds", "--seeds must be"), ("demo --seeds 0", "--seeds must be"),
-    ("demo --out", "--out: name"), ("demo --out=", "--out: name"), ("sweep", "sweep: name"),
-    ("attack", "attack: name"), ("demo --ou x", "--ou x"), ("demo --seeds 2 --see 1", "--see 1")])
-def test_run_sh_says_what_is_wrong_in_one_line(words, says):
-    done = command("bash", "run.sh", *words.split())
-    assert done.returncode == 2 and done.stdout == ""
-    assert re.fullmatch(rf"error: .*{re.escape(says)}.*\n", done.stderr), done.stderr
+    ("", "COMMAND"), ("run", "demo|tofu"), ("run nonsense", "nonsense"), ("run tofu", "model"),
+    ("run lume --seed 1", "model"), ("run unlearn tiny-llama", "FORGET"),
+    ("run demo --seeds x", "--seeds"), ("run demo --seeds 0", "--seeds is 0"),
+    ("run demo --seeds", "--seeds"), ("run demo --seeds 2 --seed 1", "drop --seed"),
+    ("run demo --out", "--out"), ("run demo --out=", "--out is empty"),
+    ("run demo --ou x", "--ou"), ("run demo --treshold 1", "--treshold"),
+    ("run demo --methods none", "none"), ("run demo --weights=", "--weights is empty"),
+    ("run unlearn tiny-llama f --methods fo so", "one method"), ("sweep", "benchmark"),
+    ("attack", "run"), ("run tofu llama3", "llama3")])
+def test_a_run_that_cannot_be_refuses_before_its_first_stage(monkeypatch, words, says):
+    monkeypatch.setattr(command_line, "run_alone", None)
+    with pytest.raises(UserError, match=re.escape(says)) as e:
+        main(words.split())
+    assert "\n" not in str(e.value)
+
+
+def stages_of(monkeypatch, *words):
+    """The command lines of a run's stages."""
+    stages = []
+    monkeypatch.setattr(command_line, "main", stages.append)
+    monkeypatch.setattr(command_line, "run_alone", stages.append)
+    main(["run", *words])
+    return stages
+
+
+def test_a_tiny_model_runs_through_all_stages(monkeypatch, tmp_path):
+    at = ["demo", "tiny-llama", f"--out={tmp_path}"]
+    every = stages_of(monkeypatch, "demo", "--out", str(tmp_path), "--no-teach", "--seeds", "2")
+    assert every[:6] == [
+        ["original", *at, "--no-teach"], ["check", str(tmp_path)], ["attribute", *at, "--no-teach"],
+        ["mask", *at, "--no-teach"],
+        ["unlearn", *at, "--no-teach", "--each", "fo:graddiff", "so:graddiff", "simu:graddiff",
+         "simu:stranger"], ["evaluate", str(tmp_path)]]
+    assert every[6] == ["original", "demo", "tiny-llama", f"--out={tmp_path}-seed1", "--no-teach",
+                        "--seed=1"]
+    assert every[11:] == [["evaluate", f"{tmp_path}-seed1"], ["report", str(tmp_path)]]
+
+
+def test_a_large_model_takes_a_process_for_each_stage(monkeypatch, tmp_path):
+    every = stages_of(monkeypatch, "tofu", "olmo-1b", "--methods", "so", "simu", "--objectives",
+                      "npo", "--attack", "--force", "--out", str(tmp_path), "--lr", "1e-4")
+    at = ["tofu", "olmo-1b", "--lr=0.0001", f"--out={tmp_path}", "--force"]
+    assert [sorted(words) for words in every[4:6]] == [
+        sorted(["unlearn", *at, f"--method={method}", "--objective=npo"])
+        for method in ("so", "simu")]
+    assert every[6:] == [["evaluate", str(tmp_path), "--force"], ["attack", str(tmp_path)],
+                         ["report", str(tmp_path)]]
+
+
+def test_the_words_of_a_run_reach_its_stages_as_they_are(monkeypatch, tmp_path):
+    """Nothing is read as an option, or by a shell."""
+    for word in ("a b", "$(touch x)", "--help me", "-n", "x\ntouch x", "'\"", "*", "é\u202e"):
+        (tmp_path / word).mkdir()
+        at, *_ = stages_of(monkeypatch, "tofu", str(tmp_path / word), f"--out={tmp_path / word}",
+                           f"--forget-split={word}")
+        options = vars(command_line.parser_of_commands().parse_args(at))
+        assert at[0] == "original" and options["forget_split"] == word
+        assert options["model"] == options["out"] == str(tmp_path / word)
 
 
 def test_run_sh_shows_its_help_and_may_be_a_link(tmp_path):
@@ -355,17 +406,8 @@ def test_run_sh_shows_its_help_and_may_be_a_link(tmp_path):
     done = command("bash", str(tmp_path / "link.sh"), "--help")
     assert done.returncode == 0 and "bash run.sh demo" in done.stdout and done.stderr == ""
     done = command("bash", str(tmp_path / "link.sh"), "demo", "--dry-run")
-    assert done.returncode == 0 and f"{ROOT}/pipeline original demo tiny-llama" in done.stdout
-
-
-def test_commands_with_then_between_them_run_in_turn_until_one_fails(runs, capsys):
-    run = str(runs["demo"])
-    main(["evaluate", run, "original", "--then", "report", run])
-    told = capsys.readouterr().out
-    assert told.index("[original/eval] already made") < told.index("report: ")
-    with pytest.raises(UserError, match="no-such-run"):
-        main(["evaluate", str(runs["demo"].parent / "no-such-run"), "--then", "report", run])
-    assert "report: " not in capsys.readouterr().out
+    assert done.returncode == 0 and "pipeline original demo tiny-llama" in done.stdout
+    assert command("bash", "run.sh", "nonsense").stderr.startswith("error: 'nonsense' is not")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a process has one peak for life")
