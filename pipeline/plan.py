@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 import simu
 from data import Encoded
-from model import LOGITS, Config, KVCache, Transformer, UserError
+from model import Config, KVCache, Transformer, UserError
 from pipeline import checkpoint, hub, pace, reading
 from pipeline.settings import (AUTO, LIMIT, Settings, choose_device, choose_dtype, flag, is_on_gpu, load_benchmark,
                                tiny_config, with_choices)
@@ -306,16 +306,18 @@ def _trace_evaluation(model, s, longest, answer) -> int:
     tokens = s.eval_tokens if is_on_gpu(s) else min(s.eval_tokens, max(reading.CPU_PASS, longest))
     scored = _widest(tokens, longest, most=ANY_NUMBER)
     B, T = _widest(s.eval_tokens, longest, most=ANY_NUMBER)
-    return max(_hidden_bytes(model, s, *scored),
+    return max(_scoring_bytes(model, s, *scored),
                _decoding_bytes(model, s, B, max(1, T - answer), T))
 
 
-def _hidden_bytes(model, s, B: int, T: int) -> int:
-    """Of a pass over ids [B, T], its logits or their log-softmax counted in."""
+def _scoring_bytes(model, s, B: int, T: int) -> int:
+    """Of a pass over B texts that share nothing, its logits or their log-softmax counted in."""
+    texts = reading.Pass([0] * (B * T), [*range(T)] * B, {
+        b: [*range(b * T, b * T + T)] for b in range(B)})
     with LiveBytes(*model.parameters()) as live, _fused_attention(s):
         held = live.now
-        h = model.hidden(_ids(B, T)).flatten(0, 1)
-        model.logits(h[:max(1, LOGITS // model.config.vocab_size)]).log_softmax(-1)
+        h = reading.read_pass(model, texts)
+        model.logits(h[:max(1, reading.LOGITS // model.config.vocab_size)]).log_softmax(-1)
     return live.peak - held
 
 
@@ -324,7 +326,8 @@ def _decoding_bytes(model, s, B: int, T: int, columns: int) -> int:
     with LiveBytes(*model.parameters()) as live, _fused_attention(s):
         held = live.now
         cache = KVCache(model.config, B, columns, model.embed_tokens.weight)
-        model.logits(model.hidden(_ids(B, T), cache.prompts())[:, -1])
+        ids, positions = _ids(B, T), _ids(1, B)[0]  # as model.decode holds them
+        model.logits(model.hidden(ids, cache.prompts())[cache.rows, positions])
     return live.peak - held
 
 
