@@ -2,79 +2,43 @@
 
 A row is an `Example`. `encode` turns it into token ids with the prompt's end found in them,
 `collate` stacks rows into a `Batch` whose `targets` mark the tokens that count: the answer and one
-eos [D14]. Rows are padded on the right, to the longest of their batch only; under causal attention
-a token never sees what is right of it, so no attention mask is needed.
-
-Not here: chat templates (pipeline/tokenizers.py), tools in chats, streaming, several processes.
+eos [D14]. Rows are padded on the right, to the longest of their batch: under causal attention no
+token sees what is right of it, so no attention mask is needed.
 """
 
-import contextlib
-import csv
-import importlib
-import io
-import itertools
 import json
-import os
-import re
 import reprlib
 import shutil
-import unicodedata
 from dataclasses import dataclass, field, replace
-from importlib.metadata import version
+from itertools import accumulate
 from pathlib import Path
 
 import sentencepiece
 import torch
 from torch import Tensor
 
-from model import NO_TEXT, Config, UserError, read_json, write_json
+from model import Config, UserError, read_json
 
 IGNORE = -100  # a target that is not predicted; also cross_entropy's default
-LONGEST_TOKEN = 1024  # characters: longer than any tokenizer's
+TASKS = ("Task1", "Task2", "Task3")  # LUME's: stories, private data, encyclopedia entries
+TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json",
+                   "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
 
-# name: (before the question, after it, before the answer) [D14]. The prompt ends before the third.
+# name: what stands before the question, after it, and before the answer [D14]. The prompt ends
+# after the second; the third already counts as the answer's.
 TEMPLATES = {
     "llama2": ("[INST] ", " [/INST]", ""),
     "qa": ("Question: ", "\nAnswer:", " "),
     "raw": ("", "", " "),
     "verbatim": ("", "", ""),
-    "llama3": ("<|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: December 2023"
-               "\nToday Date: 10 Apr 2025\n\nYou are a helpful assistant.<|eot_id|>"
-               "<|start_header_id|>user<|end_header_id|>\n\n",
-               "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n", ""),
-    "chat": None,  # the model's chat template, in jinja: tokenizer.render_chat
-}
-TURN_END = {"llama3": "<|eot_id|>"}  # ends an answer where it is one of the model's eos tokens
+}  # or, in place of the three texts, a function that gives what `full_text` does
+TURN_END = {}  # template: the token that ends its answers, where the model ends a turn by that
 
 
-# ---------------------------------------------------------------------------------------- settings
-
-
-def option(default, effect: str, *, choices: tuple = (), low=None, above=None, high=None,
-           below=None):
+def option(default, effect: str, *, choices: tuple = (), **limits):
     """A settings field: its default, its effect or unit, and what it may be: one of `choices`, or
-    a number x with low <= x, above < x, x <= high, x < below. pipeline/settings.py checks that,
-    for only there do values come from outside."""
-    limits = dict(low=low, above=above, high=high, below=below)
-    limits = {name: limit for name, limit in limits.items() if limit is not None}
+    a number x with low <= x, above < x, x <= high, x < below. Whoever reads values checks that."""
     return field(default=default, metadata=dict(effect=effect, choices=choices, limits=limits))
-
-
-def optional_package(name: str, needed_by, least: tuple = ()):
-    """The module `name`, which only `needed_by` needs; UserError if it is missing or older than
-    `least`."""
-    try:
-        module = importlib.import_module(name)
-        if least and [int(n) for n in re.findall(r"\d+", version(name))[:3]] < list(least):
-            raise ImportError
-    except ImportError:
-        wanted = f"'{name}>={'.'.join(map(str, least))}'" if least else name.split(".")[0]
-        raise UserError(f"{needed_by} needs a package: pip install "
-                        f"{wanted.replace('_', '-')}") from None
-    return module
-
-
-# -------------------------------------------------------------------- rows, templates, encoding
 
 
 @dataclass(frozen=True)
@@ -85,13 +49,13 @@ class Example:
     answer: str
     id: str = ""     # "forget10:12" (file:row), or the id that LUME gives it
     task: str = ""   # "Task1".."Task3" for LUME
-    kind: str = "qa"  # "sc": LUME's completions; "text", "verbatim": put in no template
+    kind: str = "qa"  # or "sc", LUME's completions; "text" and "plain" are put in no template
     group: str = ""  # author or document: the unit of slicing
     paraphrased_question: str = ""
     paraphrased_answer: str = ""
     perturbed_answers: tuple[str, ...] = ()
     turns: tuple[tuple[str, str], ...] = ()  # (role, text) of a chat before the question
-    where: str = field(default="", compare=False)  # file and line
+    where: str = field(default="", compare=False)  # file and line, for messages
 
 
 @dataclass(frozen=True)
@@ -116,86 +80,53 @@ class Batch:
     targets: Tensor
 
 
-def template_of(template: str, kind: str) -> str:
-    """The template of a row: none but "verbatim" for rows of the kinds "text" and "verbatim"."""
+def template_of(template: str, kind: str):
+    """The entry of TEMPLATES for a row: "verbatim" for the kinds that are put in no template."""
     if template not in TEMPLATES:
         raise UserError(f"template {template!r} is unknown; choose {' or '.join(TEMPLATES)}")
-    return "verbatim" if kind in ("text", "verbatim") else template
-
-
-def render_chat(tokenizer, turns: list[tuple[str, str]], *, ask: bool) -> str:
-    """(role, text) turns in the model's chat template; ask: with the start of the answer's turn."""
-    if not hasattr(tokenizer, "render_chat"):
-        raise UserError("--template chat needs a tokenizer that renders chats: load it by "
-                        "pipeline.tokenizers.load_tokenizer")
-    return tokenizer.render_chat(turns, ask=ask)
-
-
-def joined(lead: str, text: str) -> str:
-    """A template's lead and a text, with one space between them where both bring one."""
-    return (lead.rstrip(" ") if text.startswith(" ") else lead) + text
-
-
-def prompt_text(question: str, tokenizer, template: str, *, turns=(), kind: str = "qa") -> str:
-    """What an answer is generated from."""
-    template = template_of(template, kind)
-    if template == "chat":
-        return render_chat(tokenizer, [*turns, ("user", question)], ask=True)
-    before, after, lead = TEMPLATES[template]
-    write = {"user": lambda text: before + text + after, "system": lambda text: text + "\n",
-             "assistant": lambda text: joined(lead, text) + "\n"}
-    return "".join(write[role](text) for role, text in [*turns, ("user", question)])
+    return TEMPLATES["verbatim" if kind in ("text", "plain") else template]
 
 
 def full_text(example: Example, tokenizer, template: str) -> tuple[str, str]:
     """The prompt, and all that follows it: the answer with what the template puts around it."""
-    e = example
-    prompt = prompt_text(e.question, tokenizer, template, turns=e.turns, kind=e.kind)
-    template = template_of(template, e.kind)
-    if template != "chat":
-        return prompt, joined(TEMPLATES[template][2], e.answer)
-    turns = [*e.turns, ("user", e.question), ("assistant", e.answer)]
-    text = render_chat(tokenizer, turns, ask=False)
-    if not text.startswith(prompt):
-        raise UserError("the model's chat template puts the answer elsewhere than after the prompt "
-                        "that it writes; choose another --template")
-    return prompt, text[len(prompt):]
+    e, shape = example, template_of(template, example.kind)
+    if callable(shape):
+        return shape(tokenizer, [*e.turns, ("user", e.question)], e.answer)
+    (before, after, lead), texts = shape, []
+    for role, text in [*e.turns, ("user", e.question), ("assistant", e.answer)]:
+        if role == "user":
+            texts.append(before + text + after)
+        elif role == "assistant":  # one space where both bring one
+            texts.append((lead.rstrip(" ") if text.startswith(" ") else lead) + text + "\n")
+        else:  # the system's
+            texts.append(text + "\n")
+    return "".join(texts[:-1]), texts[-1].removesuffix("\n")
 
 
-def encode_prompt(question: str, tokenizer, template: str, *, turns=(),
-                  kind: str = "qa") -> list[int]:
+def encode_prompt(question, tokenizer, template: str, *, turns=(), kind="qa") -> list[int]:
     """ids from which an answer is generated. A chat template writes bos itself, if it wants one."""
-    prompt = prompt_text(question, tokenizer, template, turns=turns, kind=kind)
-    return tokenizer.encode(prompt, bos=template_of(template, kind) != "chat")
-
-
-def turn_end(tokenizer, template: str) -> int:
-    """The token that ends an answer in a template that does not write one itself."""
-    named = tokenizer.encode(TURN_END[template], bos=False) if template in TURN_END else []
-    return named[0] if len(named) == 1 and named[0] in tokenizer.eos_ids else tokenizer.eos_id
+    prompt, _ = full_text(Example(question, "", turns=turns, kind=kind), tokenizer, template)
+    return tokenizer.encode(prompt, bos=not callable(template_of(template, kind)))
 
 
 def encode(example: Example, tokenizer, template: str) -> Encoded:
     """Prompt, answer and eos, encoded as one string [D14]: prompt and answer encoded separately
     can give other tokens where they meet. A token that reaches into the answer counts as the
-    answer's. A chat template writes an eos itself: what it puts after that is left out."""
-    e, prompt_and_rest = example, full_text(example, tokenizer, template)
-    template = template_of(template, e.kind)
-    ids, ends = tokenizer.ends("".join(prompt_and_rest))
-    prompt_bytes = len(prompt_and_rest[0].encode())
-    n_prompt = sum(end <= prompt_bytes for end in ends)
-    has_eos = template == "chat" and not set(tokenizer.eos_ids).isdisjoint(ids[n_prompt:])
-    while has_eos and ids[-1] not in tokenizer.eos_ids:
-        ids.pop()
-    if n_prompt == len(ids) - has_eos:
-        raise UserError(f"row {e.id or reprlib.repr(e.question)}: its answer "
-                        f"{reprlib.repr(e.answer)} gives no token; use another tokenizer")
-    bos = [] if template == "chat" or tokenizer.bos_id is None else [tokenizer.bos_id]
-    if not bos and n_prompt == 0 and len(e.answer) < 2:
-        raise UserError(f"row {e.id}: nothing stands before its text {e.answer!r}, of "
-                        "one letter, for a model without bos to go on from; drop the row")
-    eos = [] if has_eos else [turn_end(tokenizer, template)]
-    return Encoded(bos + ids + eos, len(bos) + n_prompt)
+    answer's."""
+    prompt, rest = full_text(example, tokenizer, template)
+    ids, ends = tokenizer.ends(prompt + rest)
+    n_prompt = sum(end <= len(prompt.encode()) for end in ends)
+    answer, turn_end = ids[n_prompt:], tokenizer.added.get(TURN_END.get(template))
+    eos = [turn_end if turn_end in tokenizer.eos_ids else tokenizer.eos_id]
+    bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    if callable(template_of(template, example.kind)):
+        bos = []  # the chat template writes it, and mostly an eos: what follows that is left out
+        last = max((i for i, x in enumerate(answer) if x in tokenizer.eos_ids), default=None)
+        if last is not None:
+            answer, eos = answer[:last], [answer[last]]
+    if not answer:
+        raise UserError(f"row {example.id}: its answer {reprlib.repr(example.answer)} has no token")
+    return Encoded(bos + ids[:n_prompt] + answer + eos, len(bos) + n_prompt)
 
 
 def encode_for(config: Config, examples: list[Example], tokenizer, template: str) -> list[Encoded]:
@@ -207,45 +138,13 @@ def encode_for(config: Config, examples: list[Example], tokenizer, template: str
 def encode_all(examples: list[Example], tokenizer, template: str, *, context: int,
                vocab: int) -> list[Encoded]:
     """Every example encoded; UserError if one does not fit the model's context or vocabulary."""
-    rows = []
-    for e in examples:
-        size, unit = len(e.question) + len(e.answer), "characters"
-        if size <= context * LONGEST_TOKEN:  # a longer row cannot fit: not worth encoding
-            rows.append(encode(e, tokenizer, template))
-            size, unit = len(rows[-1].ids), "tokens"
-        if unit == "characters" or size > context:
-            raise UserError(f"row {e.id or reprlib.repr(e.question)} has {size} {unit}, more than "
-                            f"the model's context of {context} tokens can hold; drop the row")
-        if max(rows[-1].ids) >= vocab:
-            raise UserError(f"the tokenizer gives token {max(rows[-1].ids)}, the model has {vocab}:"
-                            " they are not of one model; copy the tokenizer the weights came with")
+    rows = [encode(e, tokenizer, template) for e in examples]
+    for e, row in zip(examples, rows):
+        if len(row.ids) > context or max(row.ids) >= vocab:
+            raise UserError(f"row {e.id or reprlib.repr(e.question)}: {len(row.ids)} tokens up to "
+                            f"id {max(row.ids)} do not fit the model's context of {context} and "
+                            f"its {vocab} tokens; drop the row, or use the model's own tokenizer")
     return rows
-
-
-def collate(rows: list[Encoded], device="cpu", pad_id: int = 0) -> Batch:
-    """Stack rows, padded on the right to the longest."""
-    width = max(len(r.ids) for r in rows)
-    ids = torch.full((len(rows), width), pad_id)
-    targets = torch.full((len(rows), width), IGNORE)
-    for b, row in enumerate(rows):
-        ids[b, :len(row.ids)] = torch.tensor(row.ids)
-        targets[b, row.start - 1:len(row.ids) - 1] = torch.tensor(row.ids[row.start:])
-    return Batch(ids.to(device), targets.to(device))
-
-
-def batches_by_length(lengths: list[int], tokens: int) -> list[list[int]]:
-    """Indices of rows, longest first, cut so that rows times longest stays within `tokens`."""
-    batches = []
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if lengths[i] > tokens:
-            raise UserError(f"a budget of {tokens} tokens per pass cannot hold a row of "
-                            f"{lengths[i]}; raise --micro-tokens, or --attribution-tokens "
-                            "(which the m - 1 nodes of the path share: or lower --steps)")
-        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= tokens:
-            batches[-1].append(i)
-        else:
-            batches.append([i])
-    return batches
 
 
 def halved(example: Example) -> Example:
@@ -257,573 +156,215 @@ def halved(example: Example) -> Example:
     return replace(example, question=text[:middle], answer=text[middle:])
 
 
+def collate(rows: list[Encoded], device="cpu", pad_id: int = 0) -> Batch:
+    """Stack rows, padded on the right to the longest."""
+    width = max(len(r.ids) for r in rows)
+    ids = torch.full((len(rows), width), pad_id)  # [B, T]
+    targets = torch.full((len(rows), width), IGNORE)  # [B, T]
+    for b, row in enumerate(rows):
+        ids[b, :len(row.ids)] = torch.tensor(row.ids)
+        targets[b, row.start - 1:len(row.ids) - 1] = torch.tensor(row.ids[row.start:])
+    return Batch(ids.to(device), targets.to(device))
+
+
+def batches_by_length(lengths: list[int], tokens: int) -> list[list[int]]:
+    """Indices of rows, longest first, cut so that rows times longest stays within `tokens`."""
+    batches = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if lengths[i] > tokens:
+            raise UserError(f"a pass of {tokens} tokens cannot hold a row of {lengths[i]}; raise "
+                            "--micro-tokens, or --attribution-tokens (shared by --steps - 1 nodes)")
+        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= tokens:
+            batches[-1].append(i)
+        else:
+            batches.append([i])
+    return batches
+
+
 # ------------------------------------------------------------------------------------ files of rows
-
-ROW_SHAPES = ("{question, answer}, {prompt, completion}, {instruction, input, output}, {input, "
-              "output}, {text} or {messages: [{role, content}, ...]} with the assistant's turn "
-              "last, after a user's")
-PAIRS = (("question", "answer"), ("prompt", "completion"), ("instruction", "output"),
-         ("instruction", "response"), ("input", "output"))
-SPEAKERS = {"human": "user", "gpt": "assistant", "model": "assistant"}  # ShareGPT's and Gemini's
-# Keys that change what a model is asked, or how much a row counts: refused where they are not used.
-MEANINGFUL = {"system", "system_prompt", "context", "instruction", "input", "passage", "document",
-              "documents", "history", "tools", "functions", "tool_calls", "function_call", "weight",
-              "images", "image", "audio", "thinking", "reasoning", "reasoning_content"}
-
-
-def read_rows(path: Path) -> list[tuple[str, object]]:
-    """(file and line, row) of a file of JSON lines, of one JSON array, or of a .csv or .tsv with a
-    head line, whose empty cells are absent. What is not JSON stays text."""
-    if not path.is_file():
-        what = ("is a folder, not a file; name the file" if path.is_dir() else
-                ("is not a plain file" if path.exists() else "is missing") + "; name another, or "
-                f"point --data or SIMU_DATA at the folder that holds "
-                f"{path.parent.name}/{path.name}")
-        raise UserError(f"{path} {what}")
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as e:
-        raise UserError(f"{path} is not UTF-8 text (byte {e.start}); save it as JSON lines or CSV "
-                        "in UTF-8") from None
-
-    def parsed(text):
-        try:
-            return json.loads(text)
-        except (ValueError, RecursionError):
-            return text
-
-    if path.suffix in (".csv", ".tsv"):
-        table = csv.DictReader(io.StringIO(text, newline=""), strict=True,
-                               delimiter="\t" if path.suffix == ".tsv" else ",")
-        try:
-            rows = [(f"{path} line {table.line_num}", {k: v or None for k, v in row.items()})
-                    for row in table]
-        except csv.Error as e:
-            raise UserError(f"{path} line {table.line_num} is not CSV ({e}); save it "
-                            "again") from None
-    elif text.lstrip()[:1] == "[" and isinstance(array := parsed(text), list):
-        rows = [(f"{path} row {n}", row) for n, row in enumerate(array, 1)]
-    else:
-        rows = [(f"{path} line {n}", parsed(line)) for n, line in enumerate(text.split("\n"), 1)
-                if line.strip()]
-    if not rows:
-        raise UserError(f"{path} holds no rows; fetch or make it again")
-    return rows
 
 
 def examples_of(path: Path, make) -> list[Example]:
-    """make(row, where, number) of every row of a file. UserError tells the first wrong row, and how
-    many more there are."""
-    examples, wrong = [], []
-    for number, (where, row) in enumerate(read_rows(path)):
+    """make(row, number) of every row of a file of JSON lines. UserError names the line of one that
+    is wrong."""
+    examples = []
+    for n, line in enumerate(path.read_text("utf-8-sig").split("\n"), 1):
         try:
-            if not isinstance(row, dict) or None in row:  # None: a table's cells beyond its head
-                raise UserError(f"{where} is not a JSON object on one line, nor a table's row as "
-                                "long as its head line: mend it, or fetch the file again")
-            examples.append(replace(make(row, where, number), where=where))
-        except UserError as e:
-            wrong.append(str(e))
-    if wrong:
-        raise UserError(wrong[0] + (f" ({len(wrong) - 1} more rows of the file are wrong)"
-                                    if wrong[1:] else ""))
+            if line.strip():
+                examples.append(make(json.loads(line), len(examples)))
+        except (ValueError, KeyError, TypeError) as e:
+            raise UserError(f"{path} line {n}: {type(e).__name__} {e}; mend the row") from None
     return examples
 
 
-def text_at(row: dict, key: str, where: str) -> str:
-    value = row.get(key)
-    if key not in row:
-        raise UserError(f"{where} has no {key!r}; rows need it")
-    if not isinstance(value, str) or not value.strip() or NO_TEXT.search(value):
-        raise UserError(f"{where}: {key!r} is not a filled text; mend or drop the row")
-    return value
-
-
-def tofu_row(row: dict, where: str, **more) -> Example:
-    """A row of TOFU's files, with paraphrases and wrong answers where it has them."""
-    extra = {k: text_at(row, k, where) for k in ("paraphrased_question", "paraphrased_answer")
-             if k in row}
-    if wrong := row.get("perturbed_answer"):
-        if not isinstance(wrong, list):
-            raise UserError(f"{where}: 'perturbed_answer' is not a list of texts; mend the row")
-        extra["perturbed_answers"] = tuple(
-            text_at({"perturbed_answer": x}, "perturbed_answer", where) for x in wrong)
-    return Example(text_at(row, "question", where), text_at(row, "answer", where), **extra, **more)
+def qa_row(row: dict, **more) -> Example:
+    """A row {question, answer}, with TOFU's paraphrases and wrong answers where it has them."""
+    other = {key: row[key] for key in ("paraphrased_question", "paraphrased_answer") if key in row}
+    return Example(row["question"], row["answer"], **other, **more,
+                   perturbed_answers=tuple(row.get("perturbed_answer", ())))
 
 
 def load_tofu(folder, split: str, *, rows_per_author: int = 20) -> list[Example]:
     """The rows of `<folder>/<split>.json` (JSON lines)."""
-    return examples_of(Path(folder) / f"{split}.json", lambda row, where, n: tofu_row(
-        row, where, id=f"{split}:{n}", group=f"{split}/{n // rows_per_author}"))
-
-
-TASKS = ("Task1", "Task2", "Task3")  # LUME's: stories, private data, encyclopedia entries
+    return examples_of(Path(folder) / f"{split}.json", lambda row, n: qa_row(
+        row, id=f"{split}:{n}", group=f"{split}/{n // rows_per_author}"))
 
 
 def load_lume(folder, split: str) -> list[Example]:
-    """The rows of `<folder>/<split>.jsonl`: LUME's open release, split forget or retain."""
-    seen = set()
-
-    def make(row, where, _):
-        name, asked, answer, task = (text_at(row, k, where) for k in ("id", "input", "output",
-                                                                      "task"))
-        kind = name[:-1][-2:]  # the id is <document>sc1 or <document>qa0
-        if kind not in ("sc", "qa"):
-            raise UserError(f"{where}: id {name!r} does not end in sc or qa and a digit")
-        if task not in TASKS:
-            raise UserError(f"{where}: task {task!r} is not {' or '.join(TASKS)}")
-        if name in seen:
-            raise UserError(f"{where}: id {name!r} stands twice in the file; drop one")
-        seen.add(name)
-        return Example(asked, answer, id=name, task=task, kind=kind, group=name[:-3])
-
-    return examples_of(Path(folder) / f"{split}.jsonl", make)
+    """The rows of `<folder>/<split>.jsonl`: LUME's open release, split forget or retain. An id is
+    <document>sc1 or <document>qa0."""
+    return examples_of(Path(folder) / f"{split}.jsonl", lambda row, n: Example(
+        row["input"], row["output"], id=row["id"], task=row["task"], kind=row["id"][-3:-1],
+        group=row["id"][:-3]))
 
 
 def load_rows(file) -> list[Example]:
-    """The rows of a user's file, each of one of ROW_SHAPES; a null value counts as absent."""
-    return examples_of(Path(file), lambda row, where, n: user_row(
-        {k: v for k, v in row.items() if v is not None}, where, f"{Path(file).stem}:{n}"))
-
-
-def refuse_unused(row: dict, used: set, where: str):
-    for key in row:
-        if str(key).lower() in MEANINGFUL - used and row[key] not in ("", [], {}):
-            raise UserError(f"{where}: {key!r} changes what a model is asked or how much a row "
-                            "counts, and is not used here; put it into the question, or drop it")
-
-
-def user_row(row: dict, where: str, name: str) -> Example:
-    """A row of a user's file. An instruction is joined with its input by a line end; a completion
-    follows its prompt with nothing between; of a chat the last turn is the answer, the user's
-    before it the question."""
-    more, used = dict(id=name, group=name), {"system"}
-    turns = ((("system", text_at(row, "system", where)),) if row.get("system") else ())
-    pair = next((p for p in PAIRS if p[0] in row and p[1] in row), None)
-    if pair:
-        used |= set(pair)
-    if pair == ("question", "answer"):
-        example = tofu_row(row, where, turns=turns, **more)
-    elif pair == ("prompt", "completion"):
-        used -= {"system"}  # the prompt is all that is asked
-        example = Example(*(text_at(row, k, where) for k in pair), kind="verbatim", **more)
-    elif pair:
-        question, answer = (text_at(row, k, where) for k in pair)
-        if pair[0] == "instruction" and row.get("input"):
-            used |= {"input"}
-            question += "\n" + text_at(row, "input", where)
-        example = Example(question, answer, turns=turns, **more)
-    elif "text" in row:
-        used -= {"system"}
-        example = Example("", text_at(row, "text", where), kind="text", **more)
-    else:
-        key = next((k for k in ("messages", "conversations") if k in row), None)
-        if key is None:
-            raise UserError(f"{where} has the keys {reprlib.repr(sorted(map(str, row)))}; a row "
-                            f"must be {ROW_SHAPES}")
-        *turns, (_, question), (_, answer) = chat_turns(row[key], key, where, turns)
-        example = Example(question, answer, turns=tuple(turns), **more)
-    refuse_unused(row, used, where)
-    return example
-
-
-def chat_turns(messages, key: str, where: str, before: tuple) -> list[tuple[str, str]]:
-    """(role, text) of a chat that ends with a user's turn and the assistant's."""
-    turns = list(before)
-    for m in messages if isinstance(messages, list) else []:
-        m = {k: v for k, v in m.items() if v is not None} if isinstance(m, dict) else {"role": ""}
-        refuse_unused(m, set(), where)
-        role, content = ("from", "value") if "from" in m else ("role", "content")
-        role = m.get(role)
-        turns.append((SPEAKERS.get(role, role) if isinstance(role, str) else role,
-                      text_at(m, content, where) if role else ""))
-    roles = [role for role, _ in turns]
-    if roles[-2:] != ["user", "assistant"] or not all(
-            role in ("system", "user", "assistant") for role in roles):
-        raise UserError(f"{where}: {key!r} has the roles {reprlib.repr(roles)}; a row must be "
-                        f"{ROW_SHAPES}")
-    return turns
+    """The rows of a user's file of JSON lines: {question, answer}; {prompt, completion}, which
+    follow one another with nothing between; or {text}."""
+    def make(row, n):
+        more = dict(id=f"{Path(file).stem}:{n}", group=f"{Path(file).stem}:{n}")
+        if "text" in row:
+            return Example("", row["text"], kind="text", **more)
+        if "prompt" in row:
+            return Example(row["prompt"], row["completion"], kind="plain", **more)
+        return qa_row(row, **more)
+    return examples_of(Path(file), make)
 
 
 # -------------------------------------------------------------------------------------- tokenizers
 
 
-class SentencePieceTokenizer:
-    """A `tokenizer.model` without added tokens, as LLaMA's, by the package sentencepiece."""
-
-    def __init__(self, path: Path, config: dict):
-        self.path, self._sp = path, sentencepiece_model(path, config)
-        self.vocab_size, self.eos_id = self._sp.get_piece_size(), self._sp.eos_id()
-        # transformers puts bos where a tokenizer_config.json says so; without one, Meta does.
-        self.bos_id = self._sp.bos_id() if config["add_bos_token"] else None
-        self._special = special_pieces(self._sp)  # each is one token wherever it stands in a text
-        longest_first = sorted(filter(None, self._special), key=len, reverse=True)
-        self._splitter = re.compile(f"({'|'.join(map(re.escape, longest_first))})")
-        # legacy: a space is put after a special token too.
-        self._legacy, self._is_llama = config["legacy"], config["is_llama"]
-
-    def _pieces(self, text: str) -> list[tuple[int, int]]:
-        """Token ids of a text, and the width of each in its UTF-8 bytes."""
-        pieces = []
-        for n, part in enumerate(self._splitter.split(text)):
-            if part in self._special:
-                pieces.append((self._special[part], len(part.encode())))
-                continue
-            # sentencepiece puts a space before any text; transformers puts none after a special
-            # token. There a NUL is encoded in front, and it and its space are dropped.
-            spaced = n == 0 or self._legacy and not (self._is_llama and part.startswith(" "))
-            ids = self._sp.encode(part) if spaced else self._sp.encode("\0" + part)[2:]
-            for k, i in enumerate(ids if part else []):
-                # A character outside the vocabulary is spelled in bytes.
-                width = 1 if self._sp.is_byte(i) else len(
-                    self._sp.id_to_piece(i).replace("\u2581", " ").encode())
-                pieces.append((i, width - (spaced and k == 0)))
-        return pieces
+class Tokenizer:
+    """What both kinds share: vocab_size (the largest id + 1), bos_id (None: it puts none), eos_id,
+    eos_ids (all that end a turn, eos_id first), added (id of each text that is one token wherever
+    it stands) and special (those of them that no row should spell)."""
 
     def encode(self, text: str, *, bos: bool) -> list[int]:
-        return [self.bos_id] * (bos and self.bos_id is not None) + [
-            i for i, _ in self._pieces(text)]
-
-    def decode(self, ids: list[int]) -> str:
-        """Text of ids; special tokens, and ids beyond the tokenizer's vocabulary, have none."""
-        return self._sp.decode([i for i in ids if 0 <= i < self.vocab_size])
+        ids, _ = self.ends(text)
+        return [self.bos_id, *ids] if bos and self.bos_id is not None else ids
 
     def ends(self, text: str) -> tuple[list[int], list[int]]:
         """ids without bos, and where each ends, in UTF-8 bytes of text."""
-        # sentencepiece's sign for a space, three bytes, is a space to it also where it stands in
-        # a text: ends are counted in plain, and at[i] is where byte i of plain lies in text.
-        plain, at = text.replace("\u2581", " "), [0]
-        for c in text:
-            at += [at[-1] + 3] if c == "\u2581" else range(at[-1] + 1, at[-1] + 1 + len(c.encode()))
-        pieces = self._pieces(plain)
-        ends = list(itertools.accumulate((width for _, width in pieces), initial=0))
-        if ends[-1] != len(plain.encode()):
-            raise UserError(f"{self.path} rewrites text (normalisation other than identity): "
-                            "where a prompt ends cannot be found; use a LLaMA tokenizer")
-        return [i for i, _ in pieces], [at[end] for end in ends[1:]]
+        for token in self.special:
+            if token in text:
+                raise UserError(f"{token!r} in {reprlib.repr(text)} is a token of {self.path}; "
+                                "drop the row")
+        return self.spans(text)
 
 
-class JsonTokenizer:
-    """A `tokenizer.json`, or a `tokenizer.model` with added tokens, by the package tokenizers."""
+class SentencePieceTokenizer(Tokenizer):
+    """A tokenizer.model, as LLaMA's, by the package sentencepiece."""
 
-    def __init__(self, path: Path, config: dict, added: list):
-        tokenizers = optional_package("tokenizers", path)  # sentencepiece cannot read these
-        self.path = path
-        with self._library("is not a tokenizer.json"):
-            self._tok = tok = tokenizers.Tokenizer.from_str(json_text(path, config))
-            tok.no_padding()
-            tok.no_truncation()
-            known = {t.content for t in tok.get_added_tokens_decoder().values()}
-            for declared_id, token in added:
-                if declared_id is None and token["content"] in known:
-                    continue
-                tok.add_tokens([tokenizers.AddedToken(**token)])
-                id_ = tok.token_to_id(token["content"])
-                if declared_id not in (None, id_):
-                    raise UserError(f"the folder of {path} gives {token['content']!r} the id "
-                                    f"{declared_id}, where transformers has {id_}; make its files "
-                                    "agree: fetch them again")
-            with_special = tok.encode("a")
-            # A post-processor would cut spaces off a token's offsets; bos is put by `encode`.
-            tok.post_processor = None
-            self.vocab_size = max(tok.get_vocab().values()) + 1
-            self.eos_id = tok.token_to_id(config["eos_token"])
-            named_bos = tok.token_to_id(config["bos_token"])
-        if getattr(tok.model, "dropout", None):
-            raise UserError(f"{path} encodes a text differently each time (BPE dropout); set its "
-                            "model.dropout to null")
-        special = with_special.special_tokens_mask
-        if sum(special) > 1 or special[-1:] == [1]:
-            raise UserError(f"{path} puts {' '.join(with_special.tokens)} for a text: an answer "
-                            "goes on after its prompt, not after an end; leave one bos in "
-                            "post_processor")
-        self.bos_id = with_special.ids[0] if special[:1] == [1] else None
-        if path.suffix != ".json" and config.get("add_bos_token"):
-            self.bos_id = named_bos
+    def __init__(self, path: Path):
+        self.path, self.sp = path, sentencepiece.SentencePieceProcessor(model_file=str(path))
+        self.bos_id, self.eos_id, self.vocab_size = self.sp.bos_id(), self.sp.eos_id(), len(self.sp)
+        self.added = {self.sp.id_to_piece(i): i for i in range(self.vocab_size)
+                      if self.sp.is_control(i) or self.sp.is_unknown(i)}
+        self.special = {*self.added, "\u2581"}  # the last is a piece's sign for a space
 
-    def usual_ends(self) -> tuple[int, ...]:
-        """The id that ends a text where neither tokenizer nor model names one."""
-        found = map(self._tok.token_to_id, ("<|endoftext|>", "</s>"))
-        return tuple(i for i in found if i is not None)[:1]
-
-    @contextlib.contextmanager
-    def _library(self, what: str):
-        """UserError for any error of the library: it raises bare Exceptions, and where it panics a
-        BaseException, after lines on stderr, which are dropped."""
-        try:
-            with muted_stderr():
-                yield
-        except (KeyboardInterrupt, SystemExit, UserError):
-            raise
-        except BaseException as e:
-            raise UserError(f"{self.path} {what} ({one_line(e)}); fetch it again, or use the "
-                            "tokenizer the weights came with") from None
-
-    def _encode(self, text: str):
-        with self._library("cannot encode a text"):
-            return self._tok.encode(text, add_special_tokens=False)
-
-    def encode(self, text: str, *, bos: bool) -> list[int]:
-        return [self.bos_id] * (bos and self.bos_id is not None) + self._encode(text).ids
+    def spans(self, text: str) -> tuple[list[int], list[int]]:
+        ids = self.sp.encode(text)
+        # A character outside the vocabulary is spelled in bytes, a piece each.
+        widths = [1 if self.sp.is_byte(i) else
+                  len(self.sp.id_to_piece(i).replace("\u2581", " ").encode()) for i in ids]
+        ends = list(accumulate(widths, initial=-1))  # a space is put before the text
+        if text and ends[-1] != len(text.encode()):
+            raise UserError(f"{self.path} rewrites {reprlib.repr(text)}: its prompt's end is lost")
+        return ids, ends[1:]
 
     def decode(self, ids: list[int]) -> str:
-        """Text of ids; special tokens, and ids beyond the tokenizer's vocabulary, have none."""
-        kept = [i for i in ids if 0 <= i < self.vocab_size and i not in self.eos_ids]
-        with self._library("cannot decode what a model said"):
-            return self._tok.decode(kept, skip_special_tokens=True)
+        """Text of ids; special tokens, and ids beyond the vocabulary, have none."""
+        return self.sp.decode([i for i in ids if 0 <= i < self.vocab_size])
 
-    def ends(self, text: str) -> tuple[list[int], list[int]]:
-        """ids without bos, and where each ends, in UTF-8 bytes of text."""
-        coded, reached, lost = self._encode(text), 0, ""
-        size = list(itertools.accumulate((len(c.encode()) for c in text), initial=0))
-        for start, end in [*coded.offsets, (len(text), len(text))]:
-            lost = lost or text[reached:start].strip()
-            reached = max(reached, end)
-        # A text that is not in NFC has holes between offsets where nothing is lost.
-        if lost and unicodedata.is_normalized("NFC", text):
-            raise UserError(f"{self.path} drops {reprlib.repr(lost)} from a text, for which its "
-                            "vocabulary or normaliser has no place; use the tokenizer the weights "
-                            "came with, or drop the row")
+
+class JsonTokenizer(Tokenizer):
+    """A tokenizer.json, as OLMo's: `tok` is a Tokenizer of the package tokenizers."""
+
+    def __init__(self, path: Path, tok):
+        self.path, self.tok = path, tok
+        tok.no_padding()
+        tok.no_truncation()
+        example = tok.encode("a")
+        if sum(example.special_tokens_mask[1:]):
+            raise UserError(f"{path} puts {' '.join(example.tokens)} for a text, but an answer goes"
+                            " on after its prompt: leave one bos at most in its post_processor")
+        self.bos_id = example.ids[0] if example.special_tokens_mask[:1] == [1] else None
+        tok.post_processor = None  # it would cut spaces off a token's offsets
+        self.vocab_size = max(tok.get_vocab().values()) + 1
+        tokens = tok.get_added_tokens_decoder()
+        self.added = {token.content: i for i, token in tokens.items()}
+        self.eos_id = self.added.get("<|endoftext|>", self.added.get("</s>"))  # until one is named
+        self.special = {token.content for token in tokens.values() if token.special}
+
+    def spans(self, text: str) -> tuple[list[int], list[int]]:
+        coded = self.tok.encode(text, add_special_tokens=False)
+        size = list(accumulate((len(c.encode()) for c in text), initial=0))
         # Of a character split over several tokens, the first may have an empty offset.
         return coded.ids, [size[end] if end > start else size[start] + 1
                            for start, end in coded.offsets]
 
-
-def sentencepiece_model(path: Path, config: dict):
-    try:
-        sp = sentencepiece.SentencePieceProcessor(model_file=str(path))
-    except (OSError, RuntimeError, ValueError):
-        raise UserError(f"{path} is not a sentencepiece model; fetch it again, with the "
-                        "tokenizer.json that stands beside it") from None
-    if min(sp.bos_id(), sp.eos_id()) < 0:
-        raise UserError(f"{path} has no bos or no eos piece; use a LLaMA tokenizer")
-    puts_space = sp.id_to_piece(sp.encode("a")[0]).startswith("\u2581")
-    if not puts_space and config.get("add_prefix_space") is not False:
-        raise UserError(f"{path} puts no space before a text, where transformers puts one; set "
-                        "add_prefix_space to false in tokenizer_config.json")
-    return sp
+    def decode(self, ids: list[int]) -> str:
+        """Text of ids; special tokens, and ids beyond the vocabulary, have none."""
+        return self.tok.decode([i for i in ids if 0 <= i < self.vocab_size
+                                and i not in self.eos_ids])
 
 
-def special_pieces(sp) -> dict[str, int]:
-    return {sp.id_to_piece(i): i for i in range(sp.get_piece_size())
-            if sp.is_control(i) or sp.is_unknown(i)}
-
-
-def needs_no_other(path: Path, config: dict, added: list) -> bool:
-    """Does sentencepiece alone give transformers' ids of a tokenizer.model: the folder adds no
-    token and changes none?"""
-    sp = sentencepiece_model(path, config)
-    special = special_pieces(sp)
-    ends = all(config[f"{key}_token"] in ("", sp.id_to_piece(i)) for key, i in (
-        ("bos", sp.bos_id()), ("eos", sp.eos_id())))
-    return ends and config.get("add_prefix_space") is not False and all(
-        token["content"] in special and declared_id in (None, special[token["content"]])
-        and not any(token.get(k) for k in ("lstrip", "rstrip", "single_word"))
-        for declared_id, token in added)
-
-
-def json_text(path: Path, config: dict) -> str:
-    """The tokenizer.json that transformers would use. For its class LlamaTokenizer, unless it is
-    byte-level, that is the given vocabulary and merges (of a tokenizer.model: made from its pieces)
-    with LLaMA's own rules around them."""
-    if path.suffix == ".json":
-        text = path.read_text(encoding="utf-8")
-        if not config["is_llama"] or "ByteLevel" in text:
-            return text
-        spec = json.loads(text)
-        if spec["model"].get("type", "BPE") != "BPE":
-            return text
-        model = {k: spec["model"][k] for k in ("vocab", "merges")}
-        if "added_tokens_decoder" in config:
-            spec["added_tokens"] = []
-    else:
-        sp = sentencepiece_model(path, config)
-        model = vocab_and_merges(sp, config["is_llama"])
-        flags = dict(special=True, lstrip=False, rstrip=False, single_word=False, normalized=False)
-        control = [i for i in range(sp.get_piece_size()) if sp.is_control(i)]
-        spec = dict(added_tokens=[dict(id=i, content=sp.id_to_piece(i), **flags) for i in control
-                                  if not config["extra"]])  # as transformers does
-    scheme = ("never" if config.get("add_prefix_space") is False else
-              "always" if config.get("legacy") else "first")
-    decoders = [dict(type="Replace", pattern=dict(String="\u2581"), content=" "),
-                dict(type="ByteFallback"), dict(type="Fuse"),
-                dict(type="Strip", content=" ", start=1, stop=0)]
-    normalizer = None if config["is_llama"] else dict(type="Sequence", normalizers=[
-        dict(type="Replace", pattern=dict(String=" "), content="\u2581"),
-        *[dict(type="Replace", pattern=dict(Regex=r"\A\u2581"), content="\u2581\u2581")]
-        * bool(config.get("legacy"))])
-    return json.dumps(spec | dict(
-        normalizer=normalizer, model=dict(type="BPE", fuse_unk=True, byte_fallback=True, **model),
-        pre_tokenizer=dict(type="Metaspace", replacement="\u2581", prepend_scheme=scheme,
-                           split=False),
-        decoder=dict(type="Sequence", decoders=decoders[:3 + (scheme != "never")])))
-
-
-def vocab_and_merges(sp, is_llama: bool) -> dict:
-    """The BPE model that merges to the pieces of a sentencepiece model."""
-    vocab = {sp.id_to_piece(i): i for i in range(sp.get_piece_size())}
-    # transformers' LlamaTokenizer ranks merges by id, and it alone.
-    rank = vocab.get if is_llama else lambda x: (-sp.get_score(vocab[x]), vocab[x])
-    merges = sorted((rank(piece), n, len(piece) - n, piece) for piece in vocab
-                    for n in range(1, len(piece)) if piece[:n] in vocab and piece[n:] in vocab)
-    return dict(vocab=vocab, merges=[[piece[:n], piece[n:]] for _, n, _, piece in merges])
-
-
-@contextlib.contextmanager
-def muted_stderr():
-    try:
-        kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    except OSError:  # stderr is closed
-        yield
-        return
-    try:
-        os.dup2(nowhere, 2)
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nowhere)
-
-
-def one_line(error: BaseException) -> str:
-    """A library's message on one line, cut short, to be quoted in ours."""
-    return " ".join(str(error).split())[:200]
-
-
-def json_beside(path: Path, name: str) -> dict:
-    """The JSON object in a file beside another; empty if it is not there."""
-    file = path.with_name(name)
-    if not file.exists():
-        return {}
-    value = read_json(file) if file.is_file() else None  # a pipe would be waited for
+def json_object(path: Path) -> dict:
+    """The JSON object in a file of a model's folder; empty if there is no such file."""
+    value = read_json(path) if path.exists() else {}
     if not isinstance(value, dict):
-        raise UserError(f"{file} does not hold a JSON object; fetch it again")
+        raise UserError(f"{path} does not hold a JSON object; fetch it again")
     return value
 
 
 def token_text(token) -> str:
-    """The text of a special token as tokenizer_config.json has it: plain, or in an object."""
+    """The text of a token as tokenizer_config.json has it: plain, or in an object."""
     token = token.get("content") if isinstance(token, dict) else token
     return token if isinstance(token, str) else ""
 
 
-def read_tokenizer_config(path: Path) -> tuple[dict, list]:
-    """What the files beside a tokenizer say, as transformers reads them: tokenizer_config.json with
-    its defaults filled in; then (declared id or None, token) of every token to be added."""
-    config = json_beside(path, "tokenizer_config.json")
-    decoder = config.get("added_tokens_decoder")
-    if "added_tokens_decoder" not in config:  # older folders have files beside it instead
-        others = json_beside(path, "special_tokens_map.json")
-        config = config | {k: v for k, v in others.items() if k.endswith("_token")}
-        decoder = {str(i): text for text, i in json_beside(path, "added_tokens.json").items()}
-    is_llama = (str(config.get("tokenizer_class")).removesuffix("Fast") == "LlamaTokenizer"
-                and json_beside(path, "config.json").get("model_type") != "mistral")
-    extra = config.get("extra_special_tokens") or config.get("additional_special_tokens")
-    extra = extra if isinstance(extra, list) else []
-    tokens = {f"{key}_token": config.get(f"{key}_token") for key in (
-        "bos", "eos", "unk", "sep", "pad", "cls", "mask")}
-    if is_llama or path.suffix != ".json":
-        usual = dict(bos_token="<s>", eos_token="</s>", unk_token="<unk>")
-        tokens |= {k: tokens[k] or usual[k] for k in usual}
-    special = set(map(token_text, tokens.values()))
-    decoder = decoder if isinstance(decoder, dict) else {}
-    declared = [(int(i), t) for i, t in decoder.items() if i.isascii() and i.isdigit()]
-    added = {}
-    for id_, token in sorted(declared, key=lambda x: x[0]):
-        add_token(added, id_, token, token_text(token) in special)
-    for token in [*tokens.values(), *extra]:
-        add_token(added, None, token, True)
-    if path.suffix != ".json" and not is_llama:
-        for _, token in added.values():
-            token["normalized"] = False
-    defaults = dict(legacy=not is_llama,
-                    add_bos_token=not path.with_name("tokenizer_config.json").exists())
-    texts = {k: token_text(v) for k, v in tokens.items()}
-    return defaults | config | dict(is_llama=is_llama, extra=extra) | texts, list(added.values())
+def name_ends(tokenizer: Tokenizer, folder: Path, eos_token: str):
+    """Set eos_ids: what ends a text by the tokenizer's files, then by the model's; and eos_id."""
+    config, ends = json_object(folder / "config.json"), [tokenizer.added.get(eos_token)]
+    for file in (config, json_object(folder / "generation_config.json")):
+        value = file.get("eos_token_id")
+        ends += value if isinstance(value, list) else [value]
+    if config.get("model_type") == "olmo":
+        ends.append(ends.pop(0))  # its tokenizers disagree on <|endoftext|>: the model decides
+    ids = tuple(dict.fromkeys(i for i in ends if i is not None)) or (tokenizer.eos_id,)
+    if ids == (None,):
+        raise UserError(f"{folder} names no token that ends a text: its config.json must")
+    tokenizer.eos_ids, tokenizer.eos_id = ids, ids[0]
 
 
-def add_token(added: dict, id_: int | None, token, special: bool):
-    """Put a token, a text or an object with flags, into added: text -> (id, fields of AddedToken),
-    unless its text is there."""
-    if (text := token_text(token)) and text not in added:
-        given = token if isinstance(token, dict) else {}
-        flags = {k: given[k] for k in ("lstrip", "rstrip", "single_word", "normalized", "special")
-                 if isinstance(given.get(k), bool)}
-        fields = dict(special=special, normalized=not special) | flags
-        added[text] = id_, fields | dict(content=text)
-
-
-def load_tokenizer(path):
-    """The tokenizer of a model folder (tokenizer.json, else tokenizer.model), or such a file.
-
-    Has encode(text, *, bos) -> ids, decode(ids) -> text, ends(text), bos_id (or None), eos_id,
-    eos_ids (all that end a turn, eos_id first), vocab_size (largest id + 1), chat_template ("" if
-    the model has none) and special_tokens (bos_token, ...)."""
-    path = Path(path)
-    if path.is_dir():
-        found = [path / n for n in ("tokenizer.json", "tokenizer.model") if (path / n).is_file()]
-        if not found:
-            raise UserError(f"{path} has neither tokenizer.model nor tokenizer.json; copy it there "
-                            "from where the weights came from")
-        path = found[0]
-    if not path.is_file():
-        raise UserError(f"{path} is missing: no tokenizer there")
-    with open(path, "rb"):  # what may not be read is no fault of its content
-        pass
-    config, added = read_tokenizer_config(path)
-    if path.suffix != ".json" and config.get("add_eos_token"):
-        raise UserError(f"{path.with_name('tokenizer_config.json')} puts eos after every text "
-                        "(add_eos_token): no answer goes on after it; set it to false")
-    if path.suffix != ".json" and needs_no_other(path, config, added):
-        tokenizer = SentencePieceTokenizer(path, config)
+def load_tokenizer(path) -> Tokenizer:
+    """The tokenizer of a model folder: its tokenizer.json, or else its tokenizer.model. UserError
+    if the folder's other files add tokens to that, or change how it encodes."""
+    folder = Path(path)
+    file, config = folder / "tokenizer.json", json_object(folder / "tokenizer_config.json")
+    names, changes = json_object(folder / "special_tokens_map.json") | config, []
+    if file.is_file():
+        import tokenizers
+        tokenizer = JsonTokenizer(file, tokenizers.Tokenizer.from_file(str(file)))
     else:
-        tokenizer = JsonTokenizer(path, config, added)
-    model_config = json_beside(path, "config.json")
-    ends = []  # of the model
-    for value in (model_config.get("eos_token_id"),
-                  json_beside(path, "generation_config.json").get("eos_token_id")):
-        ends += [i for i in (value if isinstance(value, list) else [value])
-                 if type(i) is int and i >= 0]
-    named = [tokenizer.eos_id] if tokenizer.eos_id is not None else []
-    # OLMo's two tokenizers disagree on <|endoftext|> (0 or 50279): there the model decides.
-    model_first = model_config.get("model_type") in ("olmo", "hf_olmo")
-    ends = ends + named if model_first else named + ends
-    tokenizer.eos_ids = tuple(dict.fromkeys(ends)) or tokenizer.usual_ends()
-    if not tokenizer.eos_ids:
-        raise UserError(f"{path} config no end-of-text token; set eos_token_id in config.json")
-    tokenizer.eos_id = tokenizer.eos_ids[0]
-    tokenizer.chat_template = chat_template(path, config)
-    tokenizer.special_tokens = {k: token_text(v) for k, v in config.items()
-                                if k.endswith("_token") and token_text(v)}
+        tokenizer = SentencePieceTokenizer(folder / "tokenizer.model")
+        changes = [key for key, odd in (("add_eos_token", True), ("add_prefix_space", False))
+                   if config.get(key) is odd]
+        if config and not config.get("add_bos_token"):
+            tokenizer.bos_id = None  # as in transformers; without this file it is put, as by Meta
+    tokens = [token for key, token in names.items() if key.endswith("_token")]
+    tokens += json_object(folder / "added_tokens.json")
+    tokens += config.get("added_tokens_decoder", {}).values()
+    changes += [x for x in map(token_text, tokens) if x and x not in tokenizer.added]
+    if changes:
+        raise UserError(f"{folder}/tokenizer_config.json changes {tokenizer.path.name} {changes}; "
+                        "load it by pipeline.tokenizers")
+    name_ends(tokenizer, folder, token_text(names.get("eos_token")))
     return tokenizer
 
 
-def chat_template(path: Path, config: dict) -> str:
-    """The text of a model's chat template, "" if it has none."""
-    file, template = path.with_name("chat_template.jinja"), config.get("chat_template")
-    if file.is_file():
-        try:
-            return file.read_text(encoding="utf-8")
-        except UnicodeDecodeError:
-            raise UserError(f"{file} is not UTF-8 text; fetch it again") from None
-    if isinstance(template, list):  # several, by name
-        template = next((t.get("template") for t in template
-                         if isinstance(t, dict) and t.get("name") == "default"), None)
-    return template if isinstance(template, str) else ""
-
-
-TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json",
-                   "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
-# How transformers must read tokenizer.json to get the same ids.
-PLAIN_IN_TRANSFORMERS = dict(tokenizer_class="PreTrainedTokenizerFast",
-                             model_input_names=["input_ids", "attention_mask"],
-                             clean_up_tokenization_spaces=False)
-
-
-def copy_tokenizer(source: Path, target: Path):
-    """Copy a tokenizer's files; what would make transformers fetch and run code stays behind."""
+def copy_tokenizer(source, target):
+    """Copy a tokenizer's files."""
     for name in TOKENIZER_FILES:
         if (Path(source) / name).is_file():
             shutil.copyfile(Path(source) / name, Path(target) / name)
-    config = json_beside(Path(target) / "tokenizer.json", "tokenizer_config.json")
-    if config.pop("auto_map", None):  # the original OLMo layout's
-        write_json(Path(target) / "tokenizer_config.json", config | PLAIN_IN_TRANSFORMERS)

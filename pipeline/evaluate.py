@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 
-import data
 import eval as evaluation
 from eval import NO_ATTACK, SPLITS
 from model import Transformer, UserError, generate, write_text
@@ -21,7 +20,7 @@ from pipeline.reading import token_scores
 from pipeline.settings import (Aside, Judging, Placement, Settings, Source, load_benchmark,
                                placement, read_settings)
 from pipeline.stage import Stage, content, data_inputs, read_stage, sha256, stale
-from pipeline.tokenizers import load_tokenizer
+from pipeline.tokenizers import load_tokenizer, optional_package
 
 ROWS = "generations.jsonl"
 PLAIN = ("qa", "raw")  # templates that anybody tries
@@ -71,7 +70,7 @@ def add_plain_answers(rows: list[dict], model: Transformer, tokenizer, template:
 def load_encoder(name: str, device) -> Callable:
     """A function from texts to unit vectors [n, E]. name: a folder or a hub name, as
     sentence-transformers takes them; its weights are read as safetensors alone."""
-    sentence_transformers = data.optional_package("sentence_transformers", "--closeness encoder")
+    sentence_transformers = optional_package("sentence_transformers", "--closeness encoder")
     folder = Path(name).expanduser()
     if not folder.is_dir() and (folder.is_absolute() or name.startswith((".", "~"))):
         raise UserError(f"--encoder {name} is not there; give a folder that is, or a hub name")

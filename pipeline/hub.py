@@ -30,6 +30,7 @@ from model import UserError, read_json, write_json
 from pipeline.checkpoint import weight_files
 from pipeline.settings import MODELS, Settings, default_data, downloads
 from pipeline.stage import fcntl, sha256
+from pipeline.tokenizers import one_line
 
 # --------------------------------------------------------------------------------- what is where
 
@@ -204,7 +205,7 @@ def _ask(repo: Repo) -> tuple[str, list[File]]:
                 files.append(File(f.rfilename, f.size, digest, url))
     except (TypeError, ValueError, AttributeError) as e:
         raise UserError(f"{page(repo)} is described in a way that is not understood "
-                        f"({data.one_line(e)}); check HF_ENDPOINT, or update "
+                        f"({one_line(e)}); check HF_ENDPOINT, or update "
                         "huggingface_hub") from None
     return info.sha, files
 

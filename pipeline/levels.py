@@ -26,6 +26,7 @@ import simu
 from data import Encoded, Example
 from model import Transformer, UserError
 from pipeline import checkpoint, hub, objectives, reading
+from pipeline.rows import load_rows
 from pipeline.settings import Settings, placement
 from pipeline.tokenizers import load_tokenizer
 
@@ -338,7 +339,7 @@ def never_seen_examples(s: Settings, bench) -> tuple[list[Example], str]:
     if bench.level_rows:
         return list(bench.level_rows), f"{len(bench.level_rows)} rows of {bench.nonmember_source}"
     if s.unseen:
-        rows = data.load_rows(s.unseen)
+        rows = load_rows(s.unseen)
         return rows, f"{len(rows)} rows of --unseen"
     wrong = [replace(e, answer=a) for e in bench.forget for a in e.perturbed_answers]
     return wrong, f"{len(wrong)} wrong answers to the forget rows' questions"

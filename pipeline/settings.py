@@ -16,12 +16,12 @@ from pathlib import Path
 
 import torch
 
-import data
 import eval as evaluation
 import simu
 from data import option
-from model import NO_TEXT, Config, Transformer, UserError, read_json
+from model import Config, Transformer, UserError, read_json
 from pipeline import checkpoint, objectives, slices
+from pipeline.rows import NO_TEXT, load_rows
 
 HERE = Path(__file__).resolve().parent.parent  # the repository
 BENCHMARKS = ("demo", "tofu", "lume", "rows")  # rows: files of the user's
@@ -273,7 +273,7 @@ def recipe_of(s: Settings) -> dict:
         model = s.weights or s.model
         folders = [s.run / "original", *([] if model.startswith("hf:") else [Path(model)])]
         folder = next((f for f in folders if (f / "config.json").is_file()), folders[-1])
-        rows = len(data.load_rows(s.forget)) if s.forget else 400
+        rows = len(load_rows(s.forget)) if s.forget else 400
         recipe = own_recipe(s.benchmark, folder, rows)
     elif (s.benchmark, s.model) in CELLS:
         recipe = paper_values(s) | CELLS[s.benchmark, s.model]
@@ -459,7 +459,7 @@ def row_files(s: Settings) -> dict[str, str]:
 def load_benchmark(s: Settings) -> slices.Benchmark:
     """The forget and retain sets of a run."""
     if s.layout == "rows":
-        parts = {name: data.load_rows(file) for name, file in row_files(s).items()}
+        parts = {name: load_rows(file) for name, file in row_files(s).items()}
         bench = slices.benchmark_of_rows(
             *(parts.get(name, []) for name in ("forget", "retain", "unseen")),
             allow_near=s.allow_near)

@@ -1,18 +1,19 @@
-"""TOFU's and LUME's benchmarks, cut by whole authors or documents [D15]: what is forgotten, what is
-kept, and what the model has never seen."""
+"""TOFU, LUME and a stranger's rows, cut by whole authors or documents [D15] into what is forgotten,
+what is retained, and what the model has never seen."""
 
 import random
-import unicodedata
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from data import TASKS, TEMPLATES, Example, load_lume, load_tofu, option
+from data import TASKS, Example, load_lume, load_tofu, option
 from model import UserError
+from pipeline.rows import refuse_shared
+from pipeline.tokenizers import TEMPLATES
 
 
 @dataclass(frozen=True, kw_only=True)
 class Slice:
-    """Which rows are forgotten and kept, and how they are put to the model."""
+    """Which rows are forgotten and retained, and how they are put to the model."""
 
     seed: int = option(0, "seeds every draw: slice, initial weights, order, pairing", low=0)
     forget_split: str = option("forget10", "TOFU: file of the forget set")
@@ -29,7 +30,7 @@ class Slice:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """What one run forgets, keeps and measures."""
+    """What one run forgets, retains and measures."""
 
     kind: str                     # "tofu", "lume" or "rows"
     forget: list[Example]         # D_f
@@ -54,23 +55,50 @@ def load_benchmark(folder, slice_: Slice, *, layout: str, made_here: bool) -> Be
 def set_aside(bench: Benchmark, share: float, seed: int) -> Benchmark:
     """With this share of the non-members, whole groups drawn by seed, as level_rows instead: what
     decides how far a model forgets must not also judge whether it forgot as far as that."""
-    groups = list(dict.fromkeys(r.group for r in bench.nonmembers))
+    groups = groups_of(bench.nonmembers)
     count = round(share * len(groups)) if bench.comparable else 0
     drawn = set(random.Random(seed).sample(groups, count))
     return replace(bench, nonmembers=[r for r in bench.nonmembers if r.group not in drawn],
                    level_rows=tuple(r for r in bench.nonmembers if r.group in drawn))
 
 
+def read_split(folder: Path, name: str, load) -> list[Example]:
+    """The rows that load() gives of a file of a folder; UserError names what is wrong with it."""
+    path = folder / name
+    if not path.is_file():
+        raise UserError(f"{path} is {'a folder' if path.is_dir() else 'missing'}; point --data or "
+                        f"SIMU_DATA at the folder that holds {folder.name}/{name}")
+    try:
+        rows = load()
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not UTF-8 text; fetch it again") from None
+    if not rows:
+        raise UserError(f"{path} holds no rows; fetch it again")
+    for e in rows:
+        texts = (e.question, e.answer, e.paraphrased_question, e.paraphrased_answer, e.task,
+                 *e.perturbed_answers)
+        if not all(isinstance(text, str) for text in texts) or not e.answer.strip():
+            raise UserError(f"{path}: row {e.id} has a value that is not a filled text; mend or "
+                            "drop the row")
+    return rows
+
+
 def first_groups(rows: list[Example], count: int) -> list[Example]:
     """Rows of the first `count` groups in order of appearance; all for 0."""
-    groups = list(dict.fromkeys(r.group for r in rows))
-    kept = set(groups[:count] if count else groups)
-    return [r for r in rows if r.group in kept]
+    groups = groups_of(rows)
+    first = set(groups[:count] if count else groups)
+    return [r for r in rows if r.group in first]
+
+
+def groups_of(rows: list[Example]) -> list[str]:
+    """Authors or documents, in order of appearance."""
+    return list(dict.fromkeys(r.group for r in rows))
 
 
 def tofu_benchmark(folder: Path, cut: Slice, made_here: bool) -> Benchmark:
     def load(split):
-        return load_tofu(folder, split, rows_per_author=cut.rows_per_author)
+        return read_split(folder, f"{split}.json", lambda: load_tofu(
+            folder, split, rows_per_author=cut.rows_per_author))
 
     def load_if_there(split):
         return load(split) if (folder / f"{split}.json").exists() else []
@@ -100,7 +128,7 @@ def tofu_benchmark(folder: Path, cut: Slice, made_here: bool) -> Benchmark:
     if held_out and "forget" in cut.forget_split:
         nonmembers, source = held_out, "hold-out authors"
     elif made_here and rest:
-        last = list(dict.fromkeys(r.group for r in rest))[-len({r.group for r in forget}):]
+        last = groups_of(rest)[-len(groups_of(forget)):]
         nonmembers, source = [r for r in rest if r.group in last], "authors outside the slice"
     elif made_here:
         nonmembers, source = [], "none: the original learnt every row here; slice them"
@@ -112,8 +140,8 @@ def tofu_benchmark(folder: Path, cut: Slice, made_here: bool) -> Benchmark:
 
 def count_shared(forget: list[Example], retain: list[Example]) -> int:
     """How many forget rows, question and answer, are to be retained too; warns if any are."""
-    kept = {(r.question, r.answer) for r in retain}
-    count = sum((r.question, r.answer) in kept for r in forget)
+    retained = {(r.question, r.answer) for r in retain}
+    count = sum((r.question, r.answer) in retained for r in forget)
     if count:
         print(f"warning: {count} of {len(forget)} rows of the forget set are in the retain set "
               "too: they are pulled both ways", flush=True)
@@ -123,25 +151,26 @@ def count_shared(forget: list[Example], retain: list[Example]) -> int:
 def lume_benchmark(folder: Path, cut: Slice, made_here: bool) -> Benchmark:
     rng, sampled, rest = random.Random(cut.seed), {}, []
     for split, count in (("forget", cut.forget_groups), ("retain", cut.retain_groups)):
-        rows, kept = load_lume(folder, split), set()
+        rows = read_split(folder, f"{split}.jsonl", lambda: load_lume(folder, split))
+        chosen = set()
         for task in TASKS:
-            documents = list(dict.fromkeys(r.group for r in rows if r.task == task))
+            documents = groups_of([r for r in rows if r.task == task])
             rng.shuffle(documents)
             share = documents[:round(cut.lume_fraction * len(documents))]  # [D15]
-            kept.update(share[:count] if count else share)
-        sampled[split] = [r for r in rows if r.group in kept]
+            chosen.update(share[:count] if count else share)
+        sampled[split] = [r for r in rows if r.group in chosen]
         if not sampled[split]:
             raise UserError(f"--lume-fraction {cut.lume_fraction} leaves no {split} document; "
                             "raise it")
-        rest += [r for r in rows if r.group not in kept]
+        rest += [r for r in rows if r.group not in chosen]
     # As many held-out documents of each task as are forgotten, so that kind alone tells nothing.
     held_out = []
     for task in TASKS:
-        documents = list(dict.fromkeys(r.group for r in rest if r.task == task))
+        documents = groups_of([r for r in rest if r.task == task])
         rng.shuffle(documents)
-        count = len({r.group for r in sampled["forget"] if r.task == task})
-        kept = set(documents[:count])
-        held_out += [r for r in rest if r.group in kept]
+        count = len(groups_of([r for r in sampled["forget"] if r.task == task]))
+        chosen = set(documents[:count])
+        held_out += [r for r in rest if r.group in chosen]
     source = "seeded hold-out documents of the open release, never trained on"
     if not made_here:
         held_out, source = [], ("none: which documents the original was trained on is unknown; the "
@@ -150,40 +179,10 @@ def lume_benchmark(folder: Path, cut: Slice, made_here: bool) -> Benchmark:
                      held_out, source, count_shared(sampled["forget"], sampled["retain"]))
 
 
-# ------------------------------------------------------------------------------- rows of a user
-
-QUOTES = str.maketrans("‘’‚′`´“”„″«»–—−", "''''''\"\"\"\"\"\"---", "\u200b\u00ad\ufeff")
-
-
-def normalised(text: str) -> str:
-    """A text without what two exports of it may differ in: white space, case, the form of quotes
-    and accents, punctuation at its ends."""
-    text = unicodedata.normalize("NFKC", text.translate(QUOTES)).translate(QUOTES).casefold()
-    return " ".join(unicodedata.normalize("NFC", text).split()).strip(" .,;:!?'\"")
-
-
 def benchmark_of_rows(forget: list[Example], retain: list[Example], unseen: list[Example], *,
                       allow_near: bool = False) -> Benchmark:
     """A user's rows. unseen: rows the model never saw. No row may stand in two of the files; nor
     nearly, unless allow_near."""
-    files, first, similar, near = dict(forget=forget, retain=retain, unseen=unseen), {}, {}, []
-    for name, rows in files.items():
-        for e in rows:
-            other, _ = first.setdefault((e.turns, e.question, e.answer), (name, e))
-            if other != name:
-                raise UserError(f"row {e.id} of the {name} rows is among the {other} rows too; "
-                                "leave it in one of the two files")
-            texts = (*(text for _, text in e.turns), e.question, e.answer)
-            other, earlier = similar.setdefault(tuple(map(normalised, texts)), (name, e))
-            if other != name:
-                near.append(f"{e.where or e.id} is {earlier.where or earlier.id}")
-        if again := len(rows) - len({(e.turns, e.question, e.answer) for e in rows}):
-            print(f"note: {again} of the {len(rows)} {name} rows stand there more than once",
-                  flush=True)
-    if near and not allow_near:
-        raise UserError(f"{len(near)} rows stand in two files but for white space, case, quotes, "
-                        f"accents' form or end punctuation: {'; '.join(near[:5])}"
-                        f"{'; ...' if near[5:] else ''}: leave each in one of them, or pass "
-                        "--allow-near")
+    refuse_shared(dict(forget=forget, retain=retain, unseen=unseen), allow_near=allow_near)
     return Benchmark("rows", forget, retain, retain, [], [], unseen,
                      "rows given as unseen" if unseen else "none: no unseen rows are given")

@@ -1,6 +1,5 @@
-"""What data.load_tokenizer need not know: a model's own chat template, in jinja, and the training
-of tiny tokenizers. A chat template comes from a stranger: it runs in jinja's sandbox, bounded in
-time and memory."""
+"""A tokenizer of any folder, with transformers' ids; chat templates in jinja's sandbox; tiny
+tokenizers. Importing this adds the templates "llama3" and "chat" to data.TEMPLATES."""
 
 import contextlib
 import functools
@@ -8,58 +7,299 @@ import importlib
 import io
 import json
 import re
-import signal
+from dataclasses import dataclass
 from datetime import date
-from functools import lru_cache
+from importlib.metadata import version
 from pathlib import Path
 
 import sentencepiece
 
 import data
-from data import PLAIN_IN_TRANSFORMERS, TEMPLATES, one_line, optional_package
+from data import TEMPLATES, json_object, token_text
 from model import UserError, atomic_file, write_text
 
-CHAT_SECONDS, CHAT_BYTES = 5, 1 << 28  # that a chat template may take for one row
+NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+LLAMA_NAMES = dict(bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+FLAGS = ("lstrip", "rstrip", "single_word", "normalized", "special")  # of an added token
+SPACE = "\u2581"  # how a piece of a sentencepiece model spells a space
 LLAMA_IN_TRANSFORMERS = dict(tokenizer_class="LlamaTokenizer", add_bos_token=True,
-                             add_eos_token=False, legacy=False, bos_token="<s>", eos_token="</s>",
-                             unk_token="<unk>")
+                             add_eos_token=False, legacy=False, **LLAMA_NAMES)
+# How transformers must read a tokenizer.json to get the same ids.
+PLAIN_IN_TRANSFORMERS = dict(tokenizer_class="PreTrainedTokenizerFast",
+                             model_input_names=["input_ids", "attention_mask"],
+                             clean_up_tokenization_spaces=False)
 
 
-def load_tokenizer(path):
-    """data.load_tokenizer, plus render_chat(turns, *, ask); eos_ids then holds the token too by
-    which the chat template ends an answer, whatever config.json names."""
-    tokenizer = data.load_tokenizer(path)
-    tokenizer.render_chat = functools.partial(render_chat, tokenizer)
-    if tokenizer.chat_template:
-        with contextlib.suppress(UserError):  # told where the template is used
-            text = "a"
-            whole = tokenizer.render_chat([("user", text), ("assistant", text)], ask=False)
-            ids, ends = tokenizer.ends(whole)
-            answer_end = len(whole[:whole.rindex(text) + len(text)].encode())
-            after = [i for i, end in zip(ids, ends) if end > answer_end]
-            if after and not tokenizer.decode(after[:1]):  # a special token: it has no text
-                tokenizer.eos_ids = tuple(dict.fromkeys((*tokenizer.eos_ids, after[0])))
+def optional_package(name: str, needed_by, least: tuple = ()):
+    """The module `name`, which only `needed_by` needs; UserError if it is missing or older than
+    `least`."""
+    try:
+        module = importlib.import_module(name)
+        if least and [int(n) for n in re.findall(r"\d+", version(name))[:3]] < list(least):
+            raise ImportError
+    except ImportError:
+        wanted = f"'{name}>={'.'.join(map(str, least))}'" if least else name.split(".")[0]
+        raise UserError(f"{needed_by} needs a package: pip install "
+                        f"{wanted.replace('_', '-')}") from None
+    return module
+
+
+def one_line(error: BaseException) -> str:
+    """A library's message on one line, cut short, to be quoted in ours."""
+    return " ".join(str(error).split())[:200]
+
+
+# --------------------------------------------------------------------------- what a folder says
+
+
+@dataclass
+class Source:
+    """What the files of a tokenizer say, as transformers reads them."""
+
+    file: Path             # tokenizer.json, else tokenizer.model
+    text: str              # of the tokenizer.json
+    sp: sentencepiece.SentencePieceProcessor | None  # the tokenizer.model
+    config: dict           # tokenizer_config.json
+    names: dict[str, str]  # bos_token, eos_token, ...: its text, or ""
+    added: dict[str, tuple[int | None, dict]]  # a token to be added: its declared id, its flags
+    is_llama: bool         # transformers' LlamaTokenizer, whose rules replace the file's
+
+
+def read_source(folder: Path) -> Source:
+    """What a folder says of its tokenizer; UserError if a file is missing or broken."""
+    file, text, sp = folder / "tokenizer.json", "", None
+    if file.is_file():
+        text = read_text(file)
+    else:
+        file = folder / "tokenizer.model"
+        sp = read_pieces(file)
+    config = json_object(folder / "tokenizer_config.json")
+    named, decoder = config, config.get("added_tokens_decoder")
+    if decoder is None:  # older folders have files beside it instead
+        named = config | json_object(folder / "special_tokens_map.json")
+        decoder = {i: token for token, i in json_object(folder / "added_tokens.json").items()}
+    is_llama = (str(config.get("tokenizer_class")).removesuffix("Fast") == "LlamaTokenizer"
+                and json_object(folder / "config.json").get("model_type") != "mistral"
+                and "ByteLevel" not in text and '"Unigram"' not in text)
+    tokens = {name: named.get(name) for name in NAMES}
+    if is_llama or sp:
+        tokens |= {name: tokens[name] or usual for name, usual in LLAMA_NAMES.items()}
+    names = {name: token_text(token) for name, token in tokens.items()}
+    extra = config.get("extra_special_tokens") or config.get("additional_special_tokens")
+    if sp and not extra:
+        extra = [sp.id_to_piece(i) for i in range(len(sp)) if sp.is_control(i)]
+    source = Source(file, text, sp, config, names, {}, is_llama)
+    for i in sorted(decoder, key=int):
+        add_token(source, decoder[i], int(i), token_text(decoder[i]) in names.values())
+    for token in [*tokens.values(), *(extra or [])]:
+        add_token(source, token, None, True)
+    return source
+
+
+def add_token(source: Source, token, declared: int | None, special: bool):
+    """Put a token, a text or an object with flags, among those to be added, unless it is there."""
+    text = token_text(token)
+    if text and text not in source.added:
+        flags = dict(special=special, normalized=not special)
+        if isinstance(token, dict):
+            flags |= {k: token[k] for k in FLAGS if isinstance(token.get(k), bool)}
+        if source.sp and not source.is_llama:
+            flags["normalized"] = False
+        source.added[text] = declared, flags
+
+
+def read_text(file: Path) -> str:
+    try:
+        return file.read_text("utf-8")
+    except UnicodeDecodeError:
+        raise UserError(f"{file} is not UTF-8 text; fetch it again") from None
+
+
+def read_pieces(file: Path) -> sentencepiece.SentencePieceProcessor:
+    if not file.is_file():
+        raise UserError(f"{file.parent} has neither tokenizer.model nor tokenizer.json; copy it "
+                        "there from where the weights came from")
+    try:
+        return sentencepiece.SentencePieceProcessor(model_file=str(file))
+    except (OSError, RuntimeError, ValueError):
+        raise UserError(f"{file} is not a sentencepiece model; fetch it again, with the "
+                        "tokenizer.json that stands beside it") from None
+
+
+# ---------------------------------------------------------------------------- texts to ids and back
+
+
+def load_tokenizer(path) -> data.Tokenizer:
+    """The tokenizer of a model's folder, whatever is beside its file: with the ids that
+    transformers gives, else UserError. It also has chat_template ("" if the model has none) and
+    special_tokens (bos_token, ...); eos_ids holds the token too by which the chat template ends an
+    answer."""
+    folder = Path(path)
+    source = read_source(folder)
+    if source.sp and source.config.get("add_eos_token"):
+        raise UserError(f"{folder}/tokenizer_config.json puts eos after every text (add_eos_token):"
+                        " no answer goes on after it; set it to false")
+    tokenizer = SentencePieceTokenizer(source) if is_plain(source) else json_tokenizer(source)
+    if source.sp:  # transformers puts bos where the config says so; without a config, Meta does
+        puts_bos = source.config.get("add_bos_token", not source.config)
+        tokenizer.bos_id = tokenizer.added.get(source.names["bos_token"]) if puts_bos else None
+    data.name_ends(tokenizer, folder, source.names["eos_token"])
+    tokenizer.chat_template = chat_template(folder, source.config)
+    tokenizer.special_tokens = {name: text for name, text in source.names.items() if text}
+    add_turn_end(tokenizer)
     return tokenizer
 
 
-@lru_cache(maxsize=4)
+def is_plain(source: Source) -> bool:
+    """Does sentencepiece alone give transformers' ids? Not where other files add tokens, or change
+    any, or the space that is put before a text."""
+    sp = source.sp
+    if not sp or not puts_space(sp) or prefix_scheme(source) == "never":
+        return False
+    for text, (declared, flags) in source.added.items():
+        i = sp.piece_to_id(text)
+        is_same = sp.id_to_piece(i) == text and (sp.is_control(i) or sp.is_unknown(i))
+        if not is_same or declared not in (None, i) or any(flags.get(k) for k in FLAGS[:3]):
+            return False
+    ends = [sp.piece_to_id(source.names[name]) for name in ("bos_token", "eos_token")]
+    return ends == [sp.bos_id(), sp.eos_id()]
+
+
+class SentencePieceTokenizer(data.SentencePieceTokenizer):
+    """A plain tokenizer.model. A text that spells one of its tokens is encoded by the package
+    tokenizers, as transformers does."""
+
+    def __init__(self, source: Source):
+        super().__init__(source.file)
+        self.source = source
+
+    @functools.cached_property
+    def converted(self) -> data.JsonTokenizer:
+        return json_tokenizer(self.source)
+
+    def ends(self, text: str) -> tuple[list[int], list[int]]:
+        if any(token in text for token in self.special):
+            return self.converted.ends(text)
+        return self.spans(text)
+
+
+def json_tokenizer(source: Source) -> data.JsonTokenizer:
+    """A tokenizer of the package tokenizers, with the folder's added tokens, also in a text."""
+    tokenizers = optional_package("tokenizers", source.file)
+    try:
+        tok = tokenizers.Tokenizer.from_str(transformers_json(source))
+        known = {token.content for token in tok.get_added_tokens_decoder().values()}
+        for text, (declared, flags) in source.added.items():
+            if declared is not None or text not in known:
+                tok.add_tokens([tokenizers.AddedToken(text, **flags)])
+            if declared not in (None, tok.token_to_id(text)):
+                raise UserError(f"{source.file.parent} gives {text!r} the id {declared}, where "
+                                f"transformers has {tok.token_to_id(text)}; fetch its files again")
+        tokenizer = data.JsonTokenizer(source.file, tok)
+    except UserError:
+        raise
+    except Exception as e:  # the library's are of no other class
+        raise UserError(f"{source.file} is not a tokenizer that the package tokenizers reads "
+                        f"({one_line(e)}); fetch it again") from None
+    tokenizer.special = set()
+    return tokenizer
+
+
+def transformers_json(source: Source) -> str:
+    """The tokenizer.json that transformers would use: the file's; for its LlamaTokenizer the file's
+    vocabulary and merges, with LLaMA's rules around them; of a tokenizer.model made of its pieces.
+    """
+    if not source.sp and not source.is_llama:
+        return source.text
+    if source.sp:
+        spec, model = {}, vocab_and_merges(source.sp, source.is_llama)
+    else:
+        spec = json.loads(source.text)
+        model = {k: spec["model"][k] for k in ("vocab", "merges")}
+        if "added_tokens_decoder" in source.config:
+            spec["added_tokens"] = []
+    scheme, normalizers = prefix_scheme(source), [replacement(dict(String=" "), SPACE)]
+    if scheme == "always":
+        normalizers.append(replacement(dict(Regex=rf"\A{SPACE}"), 2 * SPACE))
+    decoders = [replacement(dict(String=SPACE), " "), dict(type="ByteFallback"), dict(type="Fuse")]
+    if scheme != "never":
+        decoders.append(dict(type="Strip", content=" ", start=1, stop=0))
+    return json.dumps(spec | dict(
+        normalizer=None if source.is_llama else dict(type="Sequence", normalizers=normalizers),
+        pre_tokenizer=dict(type="Metaspace", replacement=SPACE, prepend_scheme=scheme, split=False),
+        model=dict(type="BPE", fuse_unk=True, byte_fallback=True, **model),
+        decoder=dict(type="Sequence", decoders=decoders)))
+
+
+def replacement(pattern: dict, content: str) -> dict:
+    return dict(type="Replace", pattern=pattern, content=content)
+
+
+def puts_space(sp) -> bool:
+    return sp.id_to_piece(sp.encode("a")[0]).startswith(SPACE)
+
+
+def prefix_scheme(source: Source) -> str:
+    """Where transformers puts a space: before a text, also after each special token (legacy), or
+    nowhere."""
+    if source.is_llama and source.config.get("add_prefix_space") is False:
+        return "never"
+    if source.sp and not source.is_llama and not puts_space(source.sp):
+        return "never"
+    return "always" if source.config.get("legacy", not source.is_llama) else "first"
+
+
+def vocab_and_merges(sp, is_llama: bool) -> dict:
+    """The BPE model that merges to the pieces of a sentencepiece model, the best merge first."""
+    vocab = {sp.id_to_piece(i): i for i in range(len(sp))}
+    merges = []
+    for piece, i in vocab.items():
+        # transformers' LlamaTokenizer ranks merges by id, and it alone.
+        rank = i if is_llama else -sp.get_score(i)
+        merges += [(rank, i, n, piece[:n], piece[n:]) for n in range(1, len(piece))
+                   if piece[:n] in vocab and piece[n:] in vocab]
+    return dict(vocab=vocab, merges=[[left, right] for *_, left, right in sorted(merges)])
+
+
+# ---------------------------------------------------------------------------------- chat templates
+
+
+def chat_template(folder: Path, config: dict) -> str:
+    """The text of a model's chat template, "" if it has none."""
+    template = config.get("chat_template")
+    if (folder / "chat_template.jinja").is_file():
+        template = read_text(folder / "chat_template.jinja")
+    elif isinstance(template, list):  # several, by name
+        template = {t.get("name"): t.get("template") for t in template}.get("default")
+    return template or ""
+
+
+def add_turn_end(tokenizer: data.Tokenizer):
+    """Put the token by which the chat template ends an answer among eos_ids, whatever the model's
+    files name."""
+    if not tokenizer.chat_template:
+        return
+    with contextlib.suppress(UserError):  # raised again where the template is used
+        _, rest = write_chat(tokenizer, [("user", "?")], "\u2603")
+        after = rest[rest.index("\u2603") + 1:]
+        ends = [i for token, i in tokenizer.added.items()
+                if after.startswith(token) and not tokenizer.decode([i])]  # a special one
+        tokenizer.eos_ids = tuple(dict.fromkeys([*tokenizer.eos_ids, *ends]))
+
+
+@functools.lru_cache(maxsize=4)
 def compiled_chat(source: str):
-    """A chat template as transformers compiles it."""
+    """A chat template as transformers compiles it: in a sandbox, for a stranger wrote it."""
     jinja2 = optional_package("jinja2", "--template chat", (3, 1, 6))  # whose sandbox holds
     sandbox = optional_package("jinja2.sandbox", "--template chat")
 
     def refuse(message):
         raise jinja2.TemplateError(message)
 
-    class Sandbox(sandbox.ImmutableSandboxedEnvironment):
-        intercepted_binops = {"**"}  # no signal stops it
-
-        def call_binop(self, context, operator, left, right):
-            return left ** right if abs(right) < 100 else refuse(f"{right} is too high a power")
-
-    env = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+    env = sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
+                                                extensions=["jinja2.ext.loopcontrols"])
     env.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
-    # Llama 3's own date where it is told none: a run must say tomorrow what it says today.
+    # Llama 3's default date, so that a run says tomorrow what it says today.
     env.globals |= dict(raise_exception=refuse, strftime_now=date(2024, 7, 26).strftime)
     # transformers marks an assistant's part with a tag of its own, which writes nothing.
     source = re.sub(r"(\{%-?)\s*generation\s*(-?%\})", r"\1 if true \2", source)
@@ -67,17 +307,15 @@ def compiled_chat(source: str):
 
 
 def render_chat(tokenizer, turns: list[tuple[str, str]], *, ask: bool) -> str:
-    """(role, text) turns in the model's own chat template, as transformers' apply_chat_template
-    writes them; ask: with what makes the model answer (add_generation_prompt)."""
-    if not tokenizer.chat_template:
+    """(role, text) turns in the model's chat template, as transformers' apply_chat_template writes
+    them; ask: with what makes the model answer (add_generation_prompt)."""
+    if not getattr(tokenizer, "chat_template", ""):
         raise UserError("the tokenizer has no chat template (chat_template in tokenizer_config.json"
-                        f", or chat_template.jinja); choose --template "
-                        f"{' or '.join(t for t in TEMPLATES if TEMPLATES[t])}")
+                        ", or chat_template.jinja); choose another --template")
     try:
-        with seconds(CHAT_SECONDS), memory(CHAT_BYTES):
-            return compiled_chat(tokenizer.chat_template).render(
-                messages=[dict(role=role, content=text) for role, text in turns],
-                add_generation_prompt=ask, tools=None, documents=None, **tokenizer.special_tokens)
+        return compiled_chat(tokenizer.chat_template).render(
+            messages=[dict(role=role, content=text) for role, text in turns],
+            add_generation_prompt=ask, tools=None, documents=None, **tokenizer.special_tokens)
     except UserError:
         raise
     except Exception as e:  # whatever a stranger's template does
@@ -87,40 +325,29 @@ def render_chat(tokenizer, turns: list[tuple[str, str]], *, ask: bool) -> str:
                         "the rows") from None
 
 
-@contextlib.contextmanager
-def seconds(limit: float):
-    """TimeoutError if the block takes longer, where the system and the thread allow it."""
-    def ring(*_):
-        raise TimeoutError(f"it takes more than {limit} s")
-    try:
-        handler = signal.signal(signal.SIGALRM, ring)
-    except (AttributeError, ValueError):  # Windows; not the main thread
-        yield
-        return
-    before, _ = signal.setitimer(signal.ITIMER_REAL, limit)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, before)
-        signal.signal(signal.SIGALRM, handler)
+def write_chat(tokenizer, turns: list[tuple[str, str]], answer: str) -> tuple[str, str]:
+    """The prompt of a chat, and all that follows it: the template "chat" of data.TEMPLATES."""
+    prompt = render_chat(tokenizer, turns, ask=True)
+    if not answer:
+        return prompt, ""
+    text = render_chat(tokenizer, [*turns, ("assistant", answer)], ask=False)
+    if not text.startswith(prompt):
+        raise UserError("the model's chat template puts the answer elsewhere than after the prompt "
+                        "that it writes; choose another --template")
+    return prompt, text[len(prompt):]
 
 
-@contextlib.contextmanager
-def memory(limit: int):
-    """MemoryError if the block takes more bytes, where the system tells and bounds them."""
-    try:
-        resource = importlib.import_module("resource")  # not on every system
-        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-        most = used + limit if soft == resource.RLIM_INFINITY else min(soft, used + limit)
-        resource.setrlimit(resource.RLIMIT_AS, (most, hard))
-    except (ImportError, OSError, ValueError):
-        yield
-        return
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+# As open-unlearning puts TOFU to Llama 3: https://github.com/locuslab/open-unlearning
+TEMPLATES["llama3"] = (
+    "<|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: December 2023\nToday "
+    "Date: 10 Apr 2025\n\nYou are a helpful assistant.<|eot_id|><|start_header_id|>user"
+    "<|end_header_id|>\n\n",
+    "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n", "")
+data.TURN_END["llama3"] = "<|eot_id|>"
+TEMPLATES["chat"] = write_chat
+
+
+# ---------------------------------------------------------------------------------- tiny tokenizers
 
 
 def train_tokenizer(texts: list[str], folder: Path, *, llama: bool, vocab: int):
@@ -145,7 +372,7 @@ def train_llama(texts: list[str], folder: Path, vocab: int):
 
 
 def train_olmo(texts: list[str], folder: Path, vocab: int):
-    import tokenizers
+    tokenizers = optional_package("tokenizers", "tiny-olmo")
     from tokenizers import decoders, models, pre_tokenizers, trainers
     tok = tokenizers.Tokenizer(models.BPE())
     tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -63,7 +63,7 @@ from pipeline.tokenizers import load_tokenizer
 
 CONTINUE = ("Continue this text: {}", "A text begins as follows. {}")
 REPHRASE = {"qa": ("Please tell me: {}", "I have a question for you. {}"),
-            "sc": CONTINUE, "text": CONTINUE, "verbatim": CONTINUE}
+            "sc": CONTINUE, "text": CONTINUE, "plain": CONTINUE}
 SHOTS = (1, 3)  # retain rows before the question
 PREFIXES = ("Sure, here is the answer:", "Of course.")
 LEAKS = (1, 2, 4, 8)  # tokens of the answer given away

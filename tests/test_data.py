@@ -14,7 +14,7 @@ import tokenizers
 import data
 from data import IGNORE, Encoded, Example
 from model import UserError
-from pipeline import slices
+from pipeline import rows, slices
 from pipeline.settings import Settings
 from pipeline.tokenizers import load_tokenizer, train_tokenizer
 
@@ -253,7 +253,7 @@ def test_each_shape_of_row_is_read(tmp_path):
     file = rows_file(tmp_path, dict(GOOD, paraphrased_question="other?", perturbed_answer=["w"]),
                      dict(prompt="p", completion="c"), dict(input="i", output="o"),
                      dict(text="all of it"), dict(messages=CHAT), dict(messages=CHAT[1:3]))
-    rows = data.load_rows(file)
+    rows = rows.load_rows(file)
     assert [(e.question, e.answer, e.kind) for e in rows] == [
         ("q?", "a.", "qa"), ("p", "c", "verbatim"), ("i", "o", "qa"), ("", "all of it", "text"),
         ("Who?", "Me.", "qa"), ("Hi", "Hello.", "qa")]
@@ -282,7 +282,7 @@ def test_each_shape_of_row_is_read(tmp_path):
 def test_a_row_of_another_shape_is_named(tmp_path, row, told):
     file = rows_file(tmp_path, GOOD, "", row)
     with pytest.raises(UserError) as e:
-        data.load_rows(file)
+        rows.load_rows(file)
     message = str(e.value)
     assert f"{file} line 3" in message and told in message
     assert "\n" not in message and len(message) < 1000
@@ -295,11 +295,11 @@ def test_a_row_of_another_shape_is_named(tmp_path, row, told):
 def test_files_without_rows(tmp_path, make, told):
     make(tmp_path / "mine.jsonl")
     with pytest.raises(UserError, match=told):
-        data.load_rows(tmp_path / "mine.jsonl")
+        rows.load_rows(tmp_path / "mine.jsonl")
 
 
 def test_ten_megabytes_in_one_row_are_one_line(small, tmp_path):
-    row, = data.load_rows(rows_file(tmp_path, dict(text="ten megabytes " * 750_000)))
+    row, = rows.load_rows(rows_file(tmp_path, dict(text="ten megabytes " * 750_000)))
     with pytest.raises(UserError, match="mine:0 has 10500000 characters, more than the mod") as e:
         data.encode_all([row], small["olmo"], "qa", context=512, vocab=700)
     assert len(str(e.value)) < 200
@@ -736,7 +736,7 @@ def test_a_chats_answer_ends_as_its_template_ends_it(chat, tmp_path):
 
 
 def test_a_prompt_and_its_completion_are_one_string(small, tmp_path):
-    rows = data.load_rows(rows_file(tmp_path, dict(prompt="### Response:\n", completion="Me."),
+    rows = rows.load_rows(rows_file(tmp_path, dict(prompt="### Response:\n", completion="Me."),
                                     dict(prompt="Who? ->", completion=" Me.")))
     for e, whole in zip(rows, ("### Response:\nMe.", "Who? -> Me.")):
         for template in data.TEMPLATES:
@@ -758,7 +758,7 @@ SHAREGPT = dict(conversations=[{"from": "human", "value": "Hi"}, {"from": "gpt",
     (SHAREGPT | dict(system="Be brief."), "Hi", "Yes.", (("system", "Be brief."),)),
     (dict(GOOD, id=3, source="x", text=None, context="", tools=[], weight=None), "q?", "a.", ())])
 def test_other_shapes_and_keys_that_change_nothing(tmp_path, row, question, answer, turns):
-    e, = data.load_rows(rows_file(tmp_path, row))
+    e, = rows.load_rows(rows_file(tmp_path, row))
     assert (e.question, e.answer, e.turns, e.kind) == (question, answer, turns, "qa")
     assert e.where.endswith("mine.jsonl line 1")
 
@@ -773,12 +773,12 @@ def test_other_shapes_and_keys_that_change_nothing(tmp_path, row, question, answ
     (dict(messages=CHAT[1:3], tools=["t"]), "tools")])
 def test_keys_that_change_what_is_asked_are_refused_by_name(tmp_path, row, key):
     with pytest.raises(UserError, match=f"line 2: '{key}' changes what a model is asked"):
-        data.load_rows(rows_file(tmp_path, GOOD, row))
+        rows.load_rows(rows_file(tmp_path, GOOD, row))
 
 
 def test_of_several_wrong_rows_the_first_is_told_and_the_rest_are_counted(tmp_path):
     with pytest.raises(UserError, match=r"line 2 .*\(2 more rows of the file are wrong\)"):
-        data.load_rows(rows_file(tmp_path, GOOD, {}, GOOD, "{", dict(GOOD, weight=3)))
+        rows.load_rows(rows_file(tmp_path, GOOD, {}, GOOD, "{", dict(GOOD, weight=3)))
 
 
 @pytest.mark.parametrize("name, text", [
@@ -787,7 +787,7 @@ def test_of_several_wrong_rows_the_first_is_told_and_the_rest_are_counted(tmp_pa
     ("a.tsv", 'question\tanswer\nq?\ta.\né\t"b\nc"\n')])
 def test_an_array_and_a_table_are_read(tmp_path, name, text):
     (tmp_path / name).write_text(text, encoding="utf-8", newline="")
-    rows = data.load_rows(tmp_path / name)
+    rows = rows.load_rows(tmp_path / name)
     assert [(e.question, e.answer) for e in rows] == [("q?", "a."), ("é", "b\nc")]
     assert rows[1].id == "a:1" and not rows[0].paraphrased_question
 
@@ -799,7 +799,7 @@ def test_an_array_and_a_table_are_read(tmp_path, name, text):
 def test_tables_that_are_wrong(tmp_path, text, told):
     (tmp_path / "a.csv").write_text(text)
     with pytest.raises(UserError, match=re.escape(told)):
-        data.load_rows(tmp_path / "a.csv")
+        rows.load_rows(tmp_path / "a.csv")
 
 
 NEAR = ["Who is Zoë?", "Who is Zoë? ", "who  is ZOË", "Who is Zoe\u0308?", "“Who is Zoë”",

@@ -17,6 +17,7 @@ import simu
 from model import Config, Transformer, UserError, generate, read_json, save_tensors, write_json
 from pipeline import checkpoint, settings, stage
 from pipeline.__main__ import main
+from pipeline.tokenizers import PLAIN_IN_TRANSFORMERS, load_tokenizer
 from test_pipeline import DEMO, MICRO
 from test_simu import rows
 
@@ -296,8 +297,8 @@ def byte_level(folder, *, post=None, specials=(), names=None, **config):
            config.items()}
     write_json(folder / "config.json",
                      {k: v if len(v) > 1 else v[0] for k, v in ids.items()})
-    write_json(folder / "tokenizer_config.json", data.PLAIN_IN_TRANSFORMERS | (names or {}))
-    return data.load_tokenizer(folder), tok.token_to_id
+    write_json(folder / "tokenizer_config.json", PLAIN_IN_TRANSFORMERS | (names or {}))
+    return load_tokenizer(folder), tok.token_to_id
 
 
 BEGIN, END, TURN = "<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"
@@ -348,7 +349,7 @@ def test_of_olmos_two_tokenizers_the_model_decides(tmp_path):
     file = tmp_path / "t" / "config.json"
     assert tok.eos_id == find("<|endoftext|>")
     file.write_text(json.dumps(json.loads(file.read_text()) | dict(model_type="olmo")))
-    assert data.load_tokenizer(tmp_path / "t").eos_id == find("|||IP_ADDRESS|||")
+    assert load_tokenizer(tmp_path / "t").eos_id == find("|||IP_ADDRESS|||")
 
 
 def test_a_post_processors_bos_is_put_whatever_the_config_says(tmp_path):
@@ -357,7 +358,7 @@ def test_a_post_processors_bos_is_put_whatever_the_config_says(tmp_path):
     assert tok.bos_id == find(BEGIN)
     (tmp_path / "t" / "tokenizer_config.json").write_text("[]")
     with pytest.raises(UserError, match="tokenizer_config.json does not hold a JSON object"):
-        data.load_tokenizer(tmp_path / "t")
+        load_tokenizer(tmp_path / "t")
 
 
 # ----------------------------------------------------------------------------------- export
@@ -381,7 +382,7 @@ def runs(tmp_path_factory):
 
 def check_same_text(hf, folder, s, card: bool):
     """From one string to the same greedy text: ours, and transformers' with its own defaults."""
-    tok, mine = data.load_tokenizer(folder), checkpoint.load_model(folder)
+    tok, mine = load_tokenizer(folder), checkpoint.load_model(folder)
     their_tok = hf.AutoTokenizer.from_pretrained(folder)
     theirs = hf.AutoModelForCausalLM.from_pretrained(folder)
     lengths = {} if card else dict(max_length=s.max_total_tokens)
