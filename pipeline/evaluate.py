@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+import data
 import eval as evaluation
 from eval import NO_ATTACK, SPLITS
 from model import Transformer, UserError, generate, write_text

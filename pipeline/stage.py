@@ -24,9 +24,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 import simu
-from model import NO_TEXT, UserError, read_json, save_tensors, write_json, write_text
+from model import UserError, read_json, save_tensors, write_json, write_text
 from pipeline import objectives, slices
 from pipeline.code import code_digest
+from pipeline.rows import NO_TEXT
 from pipeline.settings import (TINY_MODELS, Making, Settings, Source, flag, row_files, taken)
 
 try:
