@@ -16,7 +16,7 @@ import json
 import math
 import os
 import re
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 
@@ -235,17 +235,13 @@ class Architecture:
     norms_qk: str = ""  # RMSNorm of q and of k: over "all" heads at once, or over each "head"
     norms_output: bool = False  # norms what attention and MLP write, not what they read
     window: int | None = None  # its sliding_window where its config.json names none
-    more_keys: dict = field(default_factory=dict)  # of its config.json
 
 
-NO_BIAS = {"attention_bias": False}
 ARCHITECTURES = {  # model_type of a config.json -> what is different there
-    "llama": Architecture(name="LlamaForCausalLM", more_keys=NO_BIAS),
-    "mistral": Architecture(name="MistralForCausalLM", window=4096,
-                            more_keys={"sliding_window": None}),
-    "olmo": Architecture(name="OlmoForCausalLM", plain_norm=True, clips=True, more_keys=NO_BIAS),
-    "olmo2": Architecture(name="Olmo2ForCausalLM", norms_qk="all", norms_output=True,
-                          more_keys=NO_BIAS),
+    "llama": Architecture(name="LlamaForCausalLM"),
+    "mistral": Architecture(name="MistralForCausalLM", window=4096),
+    "olmo": Architecture(name="OlmoForCausalLM", plain_norm=True, clips=True),
+    "olmo2": Architecture(name="Olmo2ForCausalLM", norms_qk="all", norms_output=True),
     "qwen2": Architecture(name="Qwen2ForCausalLM", biases=True)}
 
 
@@ -307,26 +303,23 @@ class Config:
 
     @classmethod
     def from_dir(cls, path, **changes) -> "Config":
-        """Read `path`/config.json, as transformers 4 or 5 wrote it."""
+        """Read `path`/config.json, as transformers 4 or 5 wrote it. UserError if this code would
+        compute other numbers than transformers."""
         file = Path(path) / "config.json"
+        content = read_json(file)
         try:
-            return cls.from_hf(read_json(file), **changes)
+            check_supported(content)
+            rope = rope_fields(content)
         except UserError as e:
             raise UserError(f"{file}: {e}") from None
-
-    @classmethod
-    def from_hf(cls, content: dict, **changes) -> "Config":
-        """From the content of a config.json; UserError if this code would compute other numbers."""
-        check_supported(content)
-        values = {f.name: content[f.name] for f in fields(cls) if content.get(f.name) is not None}
-        values |= rope_fields(content)
         architecture = ARCHITECTURES[content["model_type"]]
+        values = {f.name: content[f.name] for f in fields(cls) if content.get(f.name) is not None}
         values["rms_norm_eps"] = OLMO_EPS if architecture.plain_norm else content["rms_norm_eps"]
         if not architecture.clips:  # transformers' other classes ignore clip_qkv too
             values.pop("clip_qkv", None)
         if values.get("pad_token_id") == -1:  # how old LLaMA exports say "none"
             del values["pad_token_id"]
-        return cls(**values | {"neurons": "output"} | changes)
+        return cls(**values | rope | {"neurons": "output"} | changes)
 
     def to_hf(self, dtype: torch.dtype) -> dict:
         """The content of a config.json which transformers 4 and 5 load; dtype of the weights."""
@@ -335,7 +328,9 @@ class Config:
             del values["rms_norm_eps"]
         if not self.architecture.clips:
             del values["clip_qkv"]
-        return values | self.architecture.more_keys | {
+        if self.architecture.window:
+            values["sliding_window"] = None
+        return values | {
             "architectures": [self.architecture.name], "hidden_act": "silu",
             "attention_dropout": 0.0, "torch_dtype": str(dtype).removeprefix("torch.")}
 
@@ -382,28 +377,19 @@ class KVCache:
         shape = (c.num_hidden_layers, B, c.num_key_value_heads, columns, c.head_dim)
         # Zeros, not empty: a masked column still counts with weight 0, and 0 * NaN is NaN.
         self.k, self.v = like.new_zeros(shape), like.new_zeros(shape)
-        self.rows = torch.arange(B, device=like.device)
-        self.columns = torch.arange(columns, device=like.device)
+        self.rows, self.columns = (torch.arange(n, device=like.device) for n in (B, columns))
 
-    def prompts(self) -> list:
-        """For each layer, causal attention while the prompts are read. What pads a row on the
-        right is overwritten before any token sees it."""
-        return [partial(self.read_prompts, k, v) for k, v in zip(self.k, self.v)]
-
-    def read_prompts(self, keys, values, q, k, v):
-        keys[:, :, :k.shape[2]], values[:, :, :k.shape[2]] = k, v
-        return causal_attention(q, k, v)
-
-    def tokens(self, positions, end: int) -> list:
-        """For each layer, attention of one token of each row, at positions [B] below `end`, on all
-        columns up to its position."""
-        unseen = self.columns[:end] > positions[:, None]  # [B, S]
-        mask = self.k.new_zeros(unseen.shape).masked_fill_(unseen, -math.inf)[:, None, None]
-        return [partial(self.read_token, k[:, :, :end], v[:, :, :end], positions, mask)
+    def attends(self, positions, end: int) -> list:
+        """For each layer, attention of tokens at positions [B, T], all below `end`, on the columns
+        up to their own. What pads a row on the right is overwritten before any token sees it."""
+        unseen = self.columns[:end] > positions[..., None]  # [B, T, S]
+        mask = self.k.new_zeros(unseen.shape).masked_fill_(unseen, -math.inf)[:, None]
+        return [partial(self.update, k[:, :, :end], v[:, :, :end], positions, mask)
                 for k, v in zip(self.k, self.v)]
 
-    def read_token(self, keys, values, positions, mask, q, k, v):
-        keys[self.rows, :, positions], values[self.rows, :, positions] = k[:, :, 0], v[:, :, 0]
+    def update(self, keys, values, positions, mask, q, k, v):
+        keys[self.rows[:, None], :, positions] = k.transpose(1, 2)  # [B, T, K, hd]
+        values[self.rows[:, None], :, positions] = v.transpose(1, 2)
         return attention(q, keys, values, mask)
 
 
@@ -539,12 +525,10 @@ def generate(model, prompts, *, max_new_tokens=None, eos_id, max_total_tokens=No
 def longest(c: Config, prompt: list[int], max_new_tokens, max_total_tokens) -> int:
     """How many tokens a prompt may have with its continuation."""
     context = c.max_position_embeddings
-    if not 0 < len(prompt) < context:
-        raise UserError(f"a prompt of {len(prompt)} tokens cannot be continued in the model's "
-                        f"context of {context}; shorten it")
-    if max(prompt) >= c.vocab_size:
-        raise UserError(f"a prompt has the token id {max(prompt)}, outside the model's vocabulary "
-                        f"of {c.vocab_size}; is this the model's own tokenizer?")
+    if not 0 < len(prompt) < context or max(prompt) >= c.vocab_size:
+        raise UserError(f"a prompt of {len(prompt)} tokens, the largest {max(prompt, default=0)}, "
+                        f"cannot be continued: the model's context has {context}, its vocabulary "
+                        f"{c.vocab_size}")
     new = context if max_new_tokens is None else max_new_tokens
     total = context if max_total_tokens is None else max_total_tokens
     return max(len(prompt), min(len(prompt) + new, total, context))
@@ -556,21 +540,18 @@ def decode(model, texts: list[list[int]], limit: list[int], ends: set[int]):
     columns, alive = max(limit), set(range(B))
     cache = KVCache(model.config, B, columns, model.embed_tokens.weight)
     ids = torch.tensor([text + [0] * (T - len(text)) for text in texts], device=device)  # [B, T]
-    positions = torch.tensor([len(text) for text in texts], device=device)  # [B], of the next ids
-    h = model.hidden(ids, cache.prompts())[cache.rows, positions - 1]  # [B, D]
-    while True:
-        ids = model.logits(h).argmax(-1)  # [B]
-        for b, token in enumerate(ids.tolist()):
+    read = torch.tensor([len(text) for text in texts], device=device)  # [B], tokens of each row
+    positions, newest, end = torch.arange(T, device=device).expand(B, T), read - 1, T
+    while alive:
+        h = model.hidden(ids, cache.attends(positions, end), cos_sin=model.rope(positions))
+        ids = model.logits(h[cache.rows, newest]).argmax(-1)[:, None]  # [B, 1]
+        for b, token in enumerate(ids[:, 0].tolist()):
             if b in alive and token not in ends:
                 texts[b].append(token)
             if token in ends or len(texts[b]) == limit[b]:
                 alive.discard(b)  # the row is read on with the others, and nothing of it is taken
-        if not alive:
-            break
-        T = min(T + 1, columns)
-        attends, cos_sin = cache.tokens(positions, T), model.rope(positions[:, None])
-        h = model.hidden(ids[:, None], attends, cos_sin=cos_sin)[:, 0]
-        positions = (positions + 1).clamp(max=columns - 1)
+        positions, newest = read[:, None].clamp(max=columns - 1), torch.zeros_like(read)
+        read, end = read + 1, min(end + 1, columns)
 
 
 # ------------------------------------------------------------------------------ loading, saving
@@ -606,11 +587,11 @@ def load_weights(model, folder: Path, dtype, device):
                 head_file = file
             else:
                 unexpected.append(name)
-    for fault, names in (("missing", list(missing)), ("unexpected", unexpected)):
-        if names:
-            more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-            raise UserError(f"{folder}: weights do not fit config.json; {fault}: "
-                            f"{', '.join(names[:4])}{more}; take both from the same model")
+    faults = [f"{name} is missing" for name in missing]
+    faults += [f"{name} is unexpected" for name in unexpected]
+    if faults:
+        raise UserError(f"{folder}: {len(faults)} weights do not fit config.json: "
+                        f"{', '.join(faults[:4])}; take both from the same model")
     if head_file is not None:
         head = read_weight(head_file, "lm_head.weight", model.head.shape, dtype, device)
         if not torch.equal(head, model.head):
@@ -688,9 +669,7 @@ def read_json(path):
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} is missing") from None
-    except OSError as e:
-        raise UserError(f"{path} cannot be read ({e.strerror})") from None
-    except (ValueError, RecursionError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         what = str(e).splitlines()[0]
         raise UserError(f"{path} is not valid JSON ({what}); fetch or make it again") from None
 

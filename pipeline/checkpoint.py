@@ -29,9 +29,9 @@ def read_config(path, **changes) -> Config:
     content = read_json(file)
     try:
         check_values(content)
-        config = Config.from_hf(content, **changes)
     except UserError as e:
         raise UserError(f"{file}: {e}") from None
+    config = Config.from_dir(path, **changes)
     heads, shared = config.num_attention_heads, config.num_key_value_heads
     if heads % shared or config.head_dim % 2:
         raise UserError(f"{file}: num_key_value_heads = {shared} must divide num_attention_heads = "
@@ -102,7 +102,8 @@ def weight_files(folder: Path) -> list[Path]:
                             "them: they can run code and are never read")
         content = read_json(index)
         shards = content.get("weight_map") if isinstance(content, dict) else None
-        if not isinstance(shards, dict) or not all(isinstance(x, str) for x in shards.values()):
+        names = shards.values() if isinstance(shards, dict) else [None]
+        if not names or not all(isinstance(name, str) for name in names):
             raise UserError(f"{index}: weight_map must map tensors to files; download it again")
     files = shard_files(folder)
     for file in files:

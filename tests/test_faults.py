@@ -170,11 +170,6 @@ def shard(name: str):
     return change(SHARDS, edit)
 
 
-def other_shard(w):
-    where = json.loads((w / SHARDS).read_text())["weight_map"]
-    shard(next(f for f in where.values() if f != where[UP]))(w)
-
-
 def larger_tokenizer(w):
     text = [f"{a}{b}{c}" for a in "abcdefgh" for b in "ijklmnop" for c in "qrstuvwx"]
     tokenizers.train_tokenizer([*text, "What does Ann sell?"], w / "weights-tofu", llama=True,
@@ -223,26 +218,24 @@ FAULTS = {
     "weights: offsets outside": (tensor(data_offsets=[0, 10**12]), LOAD, NOT_WHOLE),
     "weights: offsets negative": (tensor(data_offsets=[-4, 65536]), LOAD, NOT_WHOLE),
     "weights: unknown dtype": (tensor(dtype="F33"), LOAD, NOT_WHOLE),
-    "weights: whole numbers": (tensor(dtype="I32"), LOAD, f"not float: {UP}"),
-    "weights: other shape": (tensor(shape=[64, 256]), LOAD, f"misshapen: {UP}"),
+    "weights: whole numbers": (tensor(dtype="I32"), LOAD, f"{UP} is .*int32"),
+    "weights: other shape": (tensor(shape=[64, 256]), LOAD, f"{UP} is "),
     "weights: huge shape": (tensor(shape=[2**40, 2**40]), LOAD, NOT_WHOLE),
     "weights: tensor of another name": (
-        header(lambda x: x.replace(b"up_proj", b"upp_roj")), LOAD, "missing: .*up_proj.*upp_roj"),
+        header(lambda x: x.replace(b"up_proj", b"upp_roj")), LOAD, "up_proj.* is missing"),
     "weights: NaN": (weight(float("nan")), LOAD, f"{UP} holds NaN or infinity"),
     "weights: infinity": (weight(float("-inf")), LOAD, f"{UP} holds NaN or infinity"),
     "weights: overflowing": (weight(3e38), LOAD, "scores are not finite"),
-    "weights: a folder": (folder(WHOLE), ORIGINAL, "no model.safetensors"),
-    "weights: none": (gone(WHOLE), ORIGINAL, "no model.safetensors.*finish the download"),
+    "weights: a folder": (folder(WHOLE), ORIGINAL, "neither model.safetensors"),
+    "weights: none": (gone(WHOLE), ORIGINAL, "neither model.safetensors.*finish the download"),
     "weights: pickled": (pickled, ORIGINAL, "pickled weights .*never read"),
     "weights: a pickle by another name": (put(WHOLE, PICKLES), LOAD, NOT_WHOLE),
     "index: missing shard": (
         shard("model-9.safetensors"), SHARDED[:1], "model-9.safetensors is missing"),
     "index: shard above the folder": (
-        shard("../weights-tofu/model.safetensors"), SHARDED[:1], "beside the index"),
-    "index: absolute path": (shard("/etc/passwd.safetensors"), SHARDED[:1], "beside the index"),
-    "index: shard is a number": (shard(7), SHARDED[:1], "beside the index"),
-    "index: shard of NUL": (shard("\0.safetensors"), SHARDED[:1], "beside the index"),
-    "index: wrong shard": (other_shard, SHARDED, "the index puts .*up_proj.* here"),
+        shard("../weights-tofu/model.safetensors"), SHARDED[:1], "not stand beside it"),
+    "index: absolute path": (shard("/etc/passwd.safetensors"), SHARDED[:1], "not stand beside it"),
+    "index: shard is a number": (shard(7), SHARDED[:1], "weight_map must map"),
     "index: not JSON": (cut(SHARDS), SHARDED[:1], "index.json is not valid JSON"),
     "index: a list": (put(SHARDS, []), SHARDED[:1], "weight_map must map"),
     "index: no map": (put(SHARDS, {"weight_map": {}}), SHARDED[:1], "weight_map must map"),
@@ -252,22 +245,20 @@ FAULTS = {
     "config: none": (gone(CONFIG), ORIGINAL, "config.json is missing"),
     "config: not JSON": (cut(CONFIG), ORIGINAL, "config.json is not valid JSON"),
     "config: not UTF-8": (put(CONFIG, b"\xff{}"), ORIGINAL, "config.json is not valid JSON"),
-    "config: a list": (put(CONFIG, [1]), ORIGINAL, "must hold a JSON object"),
-    "config: a folder": (folder(CONFIG), ORIGINAL, "config.json is a folder"),
+    "config: a list": (put(CONFIG, [1]), ORIGINAL, "must be a JSON object"),
+    "config: a folder": (folder(CONFIG), ORIGINAL, "config.json is not valid JSON .*directory"),
     "config: nested deeply": (put(CONFIG, b"[" * 10**5 + b"]" * 10**5), ORIGINAL, "not valid JSON"),
     "config: nested field": (put(CONFIG, b'{"rope_scaling": ' + b"[" * 900 + b"]" * 900 + b"}"),
-                             ORIGINAL, "rope_scaling = .*null or an object"),
+                             ORIGINAL, "rope_scaling = .*must be an object"),
     "config: missing field": (field(CONFIG, hidden_size=...), ORIGINAL, "hidden_size is missing"),
     "config: negative": (field(CONFIG, num_hidden_layers=-2), ORIGINAL, "num_hidden_layers = -2"),
     "config: text": (field(CONFIG, hidden_size="64"), ORIGINAL, "hidden_size = '64'"),
     "config: a fraction": (field(CONFIG, vocab_size=400.5), ORIGINAL, "vocab_size = 400.5"),
     "config: a list of sizes": (field(CONFIG, vocab_size=[400]), ORIGINAL, r"vocab_size = \[400\]"),
-    "config: inconsistent": (field(CONFIG, num_attention_heads=3), ORIGINAL, "multiple of num_att"),
-    "config: odd head": (field(CONFIG, head_dim=7), ORIGINAL, "head_dim = 7: must be even"),
+    "config: odd head": (field(CONFIG, head_dim=7), ORIGINAL, "head_dim = 7 must be even"),
     "config: a thousand million layers": (
         field(CONFIG, num_hidden_layers=10**9), ORIGINAL, "num_hidden_layers = 1000000000"),
     "config: huge width": (field(CONFIG, hidden_size=10**30), ORIGINAL, "hidden_size = 1"),
-    "config: huge head": (field(CONFIG, head_dim=2**24), ORIGINAL, "head_dim = 16777216"),
     "config: huge base": (field(CONFIG, rope_theta=10**400), ORIGINAL, "rope_theta = 1"),
     "config: infinite base": (field(CONFIG, rope_theta=float("inf")), ORIGINAL, "rope_theta = inf"),
     "config: NaN": (field(CONFIG, rms_norm_eps=float("nan")), ORIGINAL, "rms_norm_eps = nan"),
@@ -277,7 +268,7 @@ FAULTS = {
         field(CONFIG, quantization_config={"bits": 4}), ORIGINAL, "quantization_config"),
     "config: eos outside": (field(CONFIG, eos_token_id=10**6), ORIGINAL, "eos_token_id = 1000000"),
     "config: more layers than weights": (
-        field(CONFIG, num_hidden_layers=2), LOAD, r"missing: .*layers.1.*and \d+ more"),
+        field(CONFIG, num_hidden_layers=2), LOAD, r"\d+ weights do not fit .*layers.1"),
     "config: smaller vocabulary": (field(CONFIG, vocab_size=200), LOAD, "the model has 200"),
     # Tokenizer.
     "tokenizer: none": (gone("weights-tofu/tokenizer.model"), ORIGINAL, "neither tokenizer.model"),

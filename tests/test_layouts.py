@@ -178,7 +178,7 @@ def test_llama_as_hubs_hold_it(hf, shards, dtype, old, pad_row, tmp_path):
 def test_an_architecture_is_a_row(hf, monkeypatch, tmp_path):
     """Qwen3, which norms q and k of each head: one row, and equal to transformers'."""
     monkeypatch.setitem(module.ARCHITECTURES, "qwen3", module.Architecture(
-        name="Qwen3ForCausalLM", norms_qk="head", more_keys=module.NO_BIAS))
+        name="Qwen3ForCausalLM", norms_qk="head"))
     theirs = randomize(hf.Qwen3ForCausalLM(hf.Qwen3Config(
         **SHAPE, head_dim=12, num_key_value_heads=2, pad_token_id=None)).eval())
     theirs.save_pretrained(tmp_path / "theirs")

@@ -252,8 +252,8 @@ def test_progress_bar_counts_rows(capsys):
 
 
 @pytest.mark.parametrize("prompts, message", [
-    ([[5], []], "a prompt of 0 tokens"), ([[5], [1] * 65], "a prompt of 65 tokens.*context of 64"),
-    ([[1] * 64], "a prompt of 64 tokens"), ([[3, 97]], "token id 97, outside .* vocabulary of 97")])
+    ([[5], []], "a prompt of 0 tokens"), ([[5], [1] * 65], "a prompt of 65 tokens.*context has 64"),
+    ([[1] * 64], "a prompt of 64 tokens"), ([[3, 97]], "the largest 97, .* vocabulary 97")])
 def test_a_prompt_that_cannot_be_continued(prompts, message):
     with pytest.raises(UserError, match=message):
         generate(random_model(), prompts, max_new_tokens=8, eos_id=None)
@@ -304,12 +304,12 @@ def set_value(name, place, value):
 
 
 @pytest.mark.parametrize("change, message", [
-    (lambda t: t.pop(UP), f"missing: {UP}; take"),
-    (lambda t: t.update(extra=torch.ones(2)), "unexpected: extra; take"),
+    (lambda t: t.pop(UP), f"1 weights do not fit config.json: {UP} is missing; take"),
+    (lambda t: t.update(extra=torch.ones(2)), "extra is unexpected; take"),
     (lambda t: t.update({"model.layers.0.self_attn.q_proj.bias": torch.zeros(32)}),
-     "unexpected: model.layers.0.self_attn.q_proj.bias"),
+     "model.layers.0.self_attn.q_proj.bias is unexpected"),
     (lambda t: [t.pop(n) for n in list(t) if "layers.2" in n],
-     r"missing: (model\.layers\.2\S+, ){3}model\.layers\.2\S+ and 5 more; take"),
+     r"9 weights .*: (model\.layers\.2\S+ is missing, ){3}model\.layers\.2\S+ is missing; take"),
     (lambda t: t.update({UP: t[UP].T.contiguous()}), rf"{UP} is \[32, 44\] .*, not \[44, 32\]"),
     (lambda t: t.update({UP: t[UP].to(torch.int32)}), rf"{UP} is \[44, 32\] of torch.int32, not"),
     (set_value(UP, (0, 3), float("nan")), f"{UP} holds NaN or infinity"),
