@@ -131,3 +131,4 @@ def save_model(model: Transformer, folder: Path, shard_bytes: int = SHARD_BYTES)
     total = sum(p.nbytes for p in model.parameters())
     write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": shard_of})
     write_json(folder / "config.json", model.config.to_hf(model.embed_tokens.weight.dtype))
+    (folder / "model.safetensors").unlink(missing_ok=True)  # an older save would be read instead
