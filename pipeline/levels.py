@@ -221,7 +221,8 @@ def exchanged_rows(forget: list[Example], retain: list[Example], seed: int, *,
     other row has one like it. No version is another row. rename: the names in its question too."""
     rows = forget + evaluation.spread(retain, LENDERS)
     answers, questions = Wording(rows), Wording([Example("", e.question) for e in rows])
-    rng, known, groups = random.Random(seed), {e.answer for e in rows}, defaultdict(list)
+    rng, groups = random.Random(seed), defaultdict(list)
+    pairs = {(e.question, e.answer) for e in rows}
     slots = [slots_of(e, answers) for e in rows]
     for slot in (slot for row in slots for slot in row):
         for group in slot.groups:
@@ -232,7 +233,7 @@ def exchanged_rows(forget: list[Example], retain: list[Example], seed: int, *,
             chosen = exchanged_words(row_slots, groups, rng)
             names = other_names(e, questions, rows, rng) if rename else {}
             version = version_of(e, chosen, names)
-            if chosen and version.row.answer not in known:
+            if chosen and (version.row.question, version.row.answer) not in pairs:
                 out.append(version)
     return versions
 
@@ -299,6 +300,18 @@ def counterpart_losses(model: Transformer, examples: list[Example], rows: list[E
                 seen[-1][i].append(now[i] if j is None else min(most, new[j]))
     every = evaluation.mean(x for row in seen for token in row for x in token)
     return [torch.tensor([evaluation.mean(token or [every]) for token in row]) for row in seen]
+
+
+def without_unexpected_eos(model: Transformer, examples: list[Example], rows: list[Encoded],
+                           s: Settings) -> list[Encoded]:
+    """The rows; those of texts and completions without eos where the original itself gives it less
+    than half a share. Such a row is a piece of a longer text: taught an end, it would get one."""
+    pieces = [i for i, e in enumerate(examples) if e.kind in ("text", "verbatim")]
+    rows, ends = list(rows), [replace(rows[i], n_prompt=len(rows[i].ids) - 1) for i in pieces]
+    for i, (loss,) in zip(pieces, answer_losses(model, ends, s) if ends else ()):
+        if loss > math.log(2):
+            rows[i] = replace(rows[i], ids=rows[i].ids[:-1])
+    return rows
 
 
 # --------------------------------------------------------------------------------------- targets

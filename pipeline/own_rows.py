@@ -41,6 +41,7 @@ MOST_NEAR = 0.15  # ROUGE-L, beyond chance
 LEAST_LOSS = 0.75  # of the target
 MOST_LIKELY = 0.7  # AUC
 LEAST_KEPT = 0.9  # of the original's ROUGE-L on the rows to keep
+KNOWN = 0.25  # share of a row's specifics said beyond chance, from which on it is known
 OTHERS = 20  # rows whose words stand for chance
 
 
@@ -233,6 +234,29 @@ def beyond_chance(rows: list[dict], of: dict, score) -> tuple[float | None, floa
     return (evaluation.mean(truly), evaluation.mean(by_chance)) if truly else (None, None)
 
 
+def known_rows(rows: list[dict], of: dict) -> list[bool]:
+    """Of each forget row of an evaluation: does the model say it whole, or its specifics beyond
+    what it says by chance of others that could stand in their place?"""
+    known = []
+    for row in (r for r in rows if r["split"] == "forget"):
+        specifics, by_chance = beyond_chance([row], of, lambda x, text, n: x.share_said(text, n))
+        said = any(says_all(row["answer"], text) for text in answers_to(row))
+        known.append(said or specifics is not None and specifics - by_chance > KNOWN)
+    return known
+
+
+def need_known_rows(s: Settings, rows: list[dict]):
+    """UserError where the original knows too few of the forget rows for anything to be forgotten:
+    what it never said, it says no more afterwards. rows: of its evaluation."""
+    known = known_rows(rows, candidates(load_benchmark(s), s.seed + 1))
+    if sum(known) < s.must_know * len(known):
+        first = next(r["id"] for r, knows in zip(rows, known) if not knows)
+        raise UserError(f"the model says {sum(known)} of the {len(known)} rows to forget, fewer "
+                        f"than --must-know {s.must_know:g} of them (not {first}): there is nothing "
+                        "to forget; try another --template, or --teach for a model that is to be "
+                        "taught them first")
+
+
 # ------------------------------------------------------------------------------------ the verdict
 
 
@@ -265,7 +289,7 @@ def measure(before: list[dict], after: list[dict], of: dict, never_seen: list[fl
         row_loss(r) for r in after if r["split"] == "nonmembers"]
     others = unseen or never_seen
     return dict(
-        rows=len(rows), said=sum(said), completed=sum(completed),
+        rows=len(rows), known_before=sum(known_rows(before, of)), said=sum(said), completed=sum(completed),
         said_or_completed=sum(map(max, said, completed)),
         specifics=specifics[0], specifics_by_chance=specifics[1],
         rouge_l=near[0], rouge_l_by_chance=near[1],
@@ -360,7 +384,7 @@ def as_text(result: dict) -> str:
     return "\n".join([
         "FORGOTTEN" if result["forgotten"] else f"NOT FORGOTTEN: {'; '.join(result['reasons'])}",
         "  word for word, or completed from the first half: "
-        f"{m['said_or_completed']} of {m['rows']} rows",
+        f"{m['said_or_completed']} of {m['rows']} rows ({m['known_before']} of them were known)",
         "  names and numbers said: " + beside(m["specifics"], m["specifics_by_chance"], ".0%"),
         "  ROUGE-L: " + beside(m["rouge_l"], m["rouge_l_by_chance"], ".3f"),
         f"  loss: {m['loss']:.2f}{target}; AUC {auc}",

@@ -12,7 +12,7 @@ from model import Transformer, UserError, save_tensors
 from pipeline import checkpoint, fused, objectives, slices
 from pipeline.before import fitted
 from pipeline.card import write_card, write_generation_config
-from pipeline.levels import forget_targets
+from pipeline.levels import forget_targets, without_unexpected_eos
 from pipeline.own_rows import Progress, until_forgotten
 from pipeline.plan import fit_memory
 from pipeline.settings import (Level, Placement, Settings, Source, flag, load_benchmark,
@@ -57,6 +57,14 @@ def load_original(s: Settings, job: Stage, name: str, encoded: dict, method: str
     return checkpoint.load_model(folder, **placement(s)), s
 
 
+def rows_to_learn(s: Settings, bench: slices.Benchmark, encoded: dict, model: Transformer) -> dict:
+    """The encoded rows; of a stranger's, without an eos that the original does not expect."""
+    if s.layout != "rows":
+        return encoded
+    return {name: without_unexpected_eos(model, getattr(bench, name), rows, s)
+            for name, rows in encoded.items()}
+
+
 # --------------------------------------------------------------------------------------- step 1
 
 
@@ -67,12 +75,13 @@ def attribution_job(s: Settings) -> Stage:
 
 
 def make_attribution(s: Settings, job: Stage, folder: Path):
-    _, encoded = encoded_rows(s)
+    bench, encoded = encoded_rows(s)
     # As many retain rows as forget rows: scores only matter relative to their layer's maximum.
-    count = min(len(encoded["retain"]), len(encoded["forget"]))
-    encoded["retain"] = random.Random(s.seed).sample(encoded["retain"], count)
     s = fitted(s, encoded["forget"] + encoded["retain"])
     model, s = load_original(s, job, "attribute", encoded)
+    encoded = rows_to_learn(s, bench, encoded, model)
+    count = min(len(encoded["retain"]), len(encoded["forget"]))
+    encoded["retain"] = random.Random(s.seed).sample(encoded["retain"], count)
     scores = {name: simu.attribute_rows(model, rows, s, title=f"attribute {name}",
                                         loop=job.loop).cpu() for name, rows in encoded.items()}
     save_tensors(folder / "scores.safetensors", scores)
@@ -128,7 +137,9 @@ def unlearn_job(s: Settings) -> Stage:
     takes = (slices.Slice, Source, Placement, objectives.Unlearning)
     if simu.OBJECTIVES[s.objective].targeted:
         takes += (Level,)
-        code += (forget_targets, Progress, until_forgotten) if s.layout == "rows" else (forget_targets,)
+        code += (forget_targets,)
+        if s.layout == "rows":
+            code += (Progress, until_forgotten)
         if s.level == "retain-only":
             inputs["retain-only"] = content(s.run / "retain-only")
     if simu.METHODS[s.method].masked:
@@ -145,6 +156,7 @@ def make_unlearned(s: Settings, job: Stage, folder: Path, *, aim=None):
     bench, encoded = encoded_rows(s, s.objective)
     s = fitted(s, encoded["forget"] + encoded["retain"])
     model, s = load_original(s, job, "unlearn", encoded, s.method)
+    encoded = rows_to_learn(s, bench, encoded, model)
     targets, loop = None, job.loop
     if aim:
         targets, job.notes["level_from"] = aim(s, bench, encoded["forget"], model, s.seed)

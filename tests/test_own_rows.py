@@ -82,6 +82,13 @@ def test_what_rows_of_one_kind_share_is_no_rows_own_though_few_rows_are_of_that_
         "5", "April", "1982", "Quillmere"}
 
 
+def test_answers_of_one_word_can_be_exchanged():
+    """Everybody's answer is another's too, but not to this question."""
+    rows = [Example(f"In which town lives {n}?", f"{TOWN[i % 8]}") for i, (n, _) in enumerate(
+        people(24))]
+    assert all(levels.exchanged_rows(rows[:8], rows[8:], 0))
+
+
 @pytest.mark.parametrize("rows", [questions(40), texts(40), chinese(40),
                                   [replace(e, question=f"{q} {e.question}") for e in questions(12)
                                    for q in ("Tell me:", "Say:", "Now,", "Well,")]],
@@ -136,7 +143,8 @@ def judged(rows, specifics, *, exchanged=(), target=5.0, never_seen=(5.0,) * 12,
         [x for x in truths if x is not truth] for truth in truths]
     of = {r["id"]: pair for r, pair in zip(rows, zip(truths, others))}
     before, after = ([evaluated("a b c d", text, split="retain")] for text in ("a b c d", kept))
-    m = own_rows.measure(before, rows + after, of, list(never_seen), target)
+    known = [r | dict(generation=r["answer"]) for r in rows]
+    m = own_rows.measure(known + before, rows + after, of, list(never_seen), target)
     return m, [rule for rule, _ in own_rows.faults(m)]
 
 
@@ -195,6 +203,34 @@ def test_likely_rows_and_lost_ones():
     assert judged(rows, SPECIFICS, target=None, never_seen=[2.0, 2.0])[1] == []
     assert judged(QUIET, SPECIFICS, kept="a b c")[1] == ["lost"]
     assert own_rows.most_likely(400, 400) == own_rows.MOST_LIKELY < own_rows.most_likely(6, 4)
+
+
+def test_a_row_that_was_never_known_is_no_certificate(monkeypatch):
+    """Six people: two said whole, one by half of his specifics, three in the shared form alone."""
+    rows = [evaluated(a, a) for a in ANSWERS[:2]]
+    rows += [evaluated(ANSWERS[2], f"{FIRST[2]} lives in {TOWN[2]} Nobody.")]
+    rows += [evaluated(a, f"{n} lives in {TOWN[0]} Nobody.") for a, n in zip(
+        ANSWERS[3:6], FIRST[3:6])]
+    truths = [own_rows.Candidate(a, x) for a, x in zip(ANSWERS, SPECIFICS)]
+    of = {x.answer: (x, [y for y in truths if y is not x]) for x in truths}
+    assert own_rows.known_rows(rows, of) == [True] * 3 + [False] * 3
+    monkeypatch.setattr(own_rows, "load_benchmark", lambda s: None)
+    monkeypatch.setattr(own_rows, "candidates", lambda bench, seed: of)
+    own_rows.need_known_rows(settings.Settings(benchmark="rows"), rows)
+    with pytest.raises(UserError, match="says 2 of the 5 rows to forget"):
+        own_rows.need_known_rows(settings.Settings(benchmark="rows"), rows[1:])
+
+
+def test_a_piece_of_a_longer_text_is_taught_no_end(monkeypatch):
+    examples = [Example("", "a", kind="text"), Example("", "b", kind="text"), Example("q", "c")]
+    rows = [data.Encoded([1, 5, 2], 1), data.Encoded([1, 6, 2], 1), data.Encoded([1, 7, 2], 2)]
+    losses = dict(zip((5, 6), (0.1, 3.0)))  # of eos after the text's last token
+
+    def answer_losses(model, rows, s):
+        return [[losses[r.ids[1]]] for r in rows if r.start == 2]
+    monkeypatch.setattr(levels, "answer_losses", answer_losses)
+    learnt = levels.without_unexpected_eos(None, examples, rows, None)
+    assert [r.ids for r in learnt] == [[1, 5, 2], [1, 6], [1, 7, 2]]
 
 
 def test_advice_names_what_is_not_given_yet():
