@@ -78,7 +78,7 @@ class Lab:
         original.learn(self.model, order, original.learning(self.s, lr), job, title="teach")
 
     def save(self, name):
-        with Stage(self.run / name, settings=self.s, inputs={}, code=()) as folder:
+        with Stage(self.run / name, self.s, inputs={}, code=()).making() as folder:
             self.model.save_pretrained(folder)
             data.copy_tokenizer(self.run / "retain-only", folder)
 
