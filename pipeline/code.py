@@ -42,6 +42,8 @@ def code_digest(functions: tuple, rows: dict[str, str | None]) -> str:
         for tree in trees_of(thing):
             texts.add(f"{thing.__module__}.{thing.__qualname__}: {text_of(tree)}")
             for name, value in names_in(tree, vars(sys.modules[thing.__module__])):
+                if name in MESSAGES:
+                    continue
                 if name in TABLES and isinstance(value, dict):
                     key = rows.get(name, "")
                     value = value if key is None else value.get(key)

@@ -8,7 +8,6 @@ run no longer holds is *stale*, and no report shows it.
 """
 
 import contextlib
-import errno
 import functools
 import hashlib
 import json
@@ -67,17 +66,11 @@ def read_sha256(path: str, size: int, date: int) -> str:
     return total.hexdigest()
 
 
-def json_digests(folder: Path) -> dict[str, str]:
-    """sha256 of every JSON file in a folder, by name."""
-    files = sorted(p for p in Path(folder).rglob("*.json*") if p.is_file())
-    return {str(p.relative_to(folder)): sha256(p) for p in files}
-
-
 def data_inputs(s: Settings) -> dict[str, str]:
     """The files that a run's rows come from, as a stage's inputs."""
-    files = ({name: sha256(file) for name, file in row_files(s).items()} if s.layout == "rows"
-             else json_digests(s.data_folder))
-    return {f"data/{name}": sha for name, sha in files.items()}
+    files = row_files(s) if s.layout == "rows" else {
+        str(p.relative_to(s.data_folder)): p for p in sorted(s.data_folder.rglob("*.json*"))}
+    return {f"data/{name}": sha256(file) for name, file in files.items()}
 
 
 # ------------------------------------------------------------------------------- finished stages
@@ -189,13 +182,8 @@ def architecture(s: Settings) -> str | None:
     """The run's model_type, where it is known already."""
     if s.tiny and not s.weights:
         return TINY_MODELS[s.model]
-    named = [Path(x) for x in (s.weights, s.model) if Path(x).is_absolute()]
-    for folder in (s.run / "original", *named):
-        if (folder / "config.json").is_file():
-            raw = read_json(folder / "config.json")
-            kind = raw.get("model_type") if isinstance(raw, dict) else None
-            return kind if isinstance(kind, str) else None
-    return None
+    config = s.run / "original" / "config.json"
+    return read_json(config).get("model_type") if config.is_file() else None
 
 
 def attribution_name(s: Settings) -> str:
@@ -283,7 +271,8 @@ class Stage:
             shutil.rmtree(self.partial, ignore_errors=True)
             write_json(mark, self.why)
         if self.s.deterministic:
-            be_deterministic()
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read by the first matmul
+            torch.use_deterministic_algorithms(True)
         if self.s.tiny and "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(1)  # no slower on matrices so small; same bytes anywhere
         forget_peak_memory()
@@ -361,13 +350,6 @@ class Stage:
         return step
 
 
-def be_deterministic():
-    """--deterministic, for this process."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the first matmul on a GPU
-    torch.backends.cudnn.benchmark = False
-    torch.use_deterministic_algorithms(True)
-
-
 def forget_peak_memory():
     """So that what an earlier stage of this process took is not counted again."""
     with contextlib.suppress(OSError):  # only Linux can
@@ -394,16 +376,6 @@ def stored_dtype(folder: Path) -> torch.dtype:
         return tensors.get_tensor(next(iter(tensors.keys()))).dtype
 
 
-def read_tensors(path: Path, names: tuple) -> list[torch.Tensor]:
-    """The named tensors of a safetensors file that a stage wrote; UserError if it lacks one."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            return [file.get_tensor(name) for name in names]
-    except (OSError, SafetensorError):
-        raise UserError(f"{path} is missing or damaged; delete {Path(path).parent} and make it "
-                        "again") from None
-
-
 # ------------------------------------------------------------------------- run folders, the command
 
 
@@ -422,17 +394,17 @@ def lock(run: Path, *, new: bool = False):
     killed. new: make it if it is not there yet."""
     if new:
         claim(run)
-    with contextlib.ExitStack() as stack:
-        if fcntl and (Path(run) / LOCK).is_file():
-            try:
-                fcntl.flock(stack.enter_context(open(Path(run) / LOCK)),
-                            fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as e:
-                if e.errno in (errno.EWOULDBLOCK, errno.EAGAIN):
-                    raise UserError(f"{run} is in use by another process; wait for it, or use "
-                                    "--out") from None
-                print(f"warning: {run} cannot be locked ({e.strerror}); let one process at a time "
-                      "use it", flush=True)
+    path = Path(run) / LOCK
+    with open(path) if fcntl and path.is_file() else contextlib.nullcontext() as file:
+        try:
+            if file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{run} is in use by another process; wait for it, or use --out"
+                            ) from None
+        except OSError as e:
+            print(f"warning: {run} cannot be locked ({e.strerror}); let one process at a time "
+                  "use it", flush=True)
         yield
 
 

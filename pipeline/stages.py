@@ -5,6 +5,7 @@ import random
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 
 import data
 import simu
@@ -15,26 +16,19 @@ from pipeline.card import write_card, write_generation_config
 from pipeline.levels import forget_targets, without_unexpected_eos
 from pipeline.own_rows import Progress, until_forgotten
 from pipeline.plan import fit_memory
-from pipeline.settings import (Level, Placement, Settings, Source, flag, load_benchmark,
-                               placement, read_settings, taken)
-from pipeline.stage import (Stage, attribution_name, content, data_inputs, mask_name, read_stage,
-                            read_tensors, stored_dtype, unlearned_name)
+from pipeline.settings import (Level, Placement, Settings, Source, load_benchmark, placement,
+                               read_settings)
+from pipeline.stage import (Stage, attribution_name, content, data_inputs, mask_name, stale,
+                            stored_dtype, unlearned_name)
 from pipeline.tokenizers import load_tokenizer
 
 
 def same_slice(s: Settings):
     """UserError if a stage is asked for other data than the run's original was made of."""
-    here, there = (taken(x, (slices.Slice, Source)) for x in (s, read_settings(s.run)))
-    for name, value in here.items():
-        if value != there[name]:
-            raise UserError(f"--{name.replace('_', '-')} is {value!r} here and {there[name]!r} in "
-                            f"{s.run}; give the run's options, or run `python -m pipeline "
-                            "original` with these first")
-    made = read_stage(s.run / "original")["why"]["inputs"]
-    for name, sha in data_inputs(s).items():
-        if made.get(name) != sha:
-            raise UserError(f"{name} is not the file that {s.run}/original was made of; give that, "
-                            "or run `python -m pipeline original` again")
+    read_settings(s.run)
+    if reasons := stale(s.run / "original", s):
+        raise UserError(f"of {s.run / 'original'}, {'; '.join(reasons)}; give the run's options and "
+                        "files, or run `python -m pipeline original` with these first")
 
 
 def encoded_rows(s: Settings, objective: str = "graddiff") -> tuple[slices.Benchmark, dict]:
@@ -105,9 +99,9 @@ def mask_job(s: Settings) -> Stage:
 
 def mask_of_scores(s: Settings) -> torch.Tensor:
     """M [L, D] as s wants it, from the run's attribution."""
-    scores = read_tensors(s.run / attribution_name(s) / "scores.safetensors",
-                          ("forget", "retain"))
-    return simu.make_mask(s.mask, *scores, threshold=s.threshold, seed=s.seed)
+    scores = load_file(s.run / attribution_name(s) / "scores.safetensors")
+    return simu.make_mask(s.mask, scores["forget"], scores["retain"], threshold=s.threshold,
+                          seed=s.seed)
 
 
 def make_mask(s: Settings, job: Stage, folder: Path):
@@ -131,61 +125,62 @@ def mask_stage(s: Settings):
 # --------------------------------------------------------------------------------------- step 2
 
 
+def aim_of(s: Settings):
+    """The function that says where an objective is to end; None for one that ends nowhere."""
+    if not simu.OBJECTIVES[s.objective].targeted:
+        return None
+    return aim_at_own_rows if s.layout == "rows" else aim_at_level
+
+
+def aim_at_level(s: Settings, job: Stage, bench: slices.Benchmark, encoded: dict,
+                 model: Transformer) -> tuple:
+    """The losses that the forget rows are to have, and the loop: of all updates."""
+    targets, job.notes["level_from"] = forget_targets(s, bench, encoded["forget"], model, s.seed)
+    print(f"[{job.name}] loss of rows never seen: {job.notes['level_from']}", flush=True)
+    return targets, job.loop
+
+
+def aim_at_own_rows(s: Settings, job: Stage, bench: slices.Benchmark, encoded: dict,
+                    model: Transformer) -> tuple:
+    """The same with a loop that ends where the rows are forgotten."""
+    targets, _ = aim_at_level(s, job, bench, encoded, model)
+    # Drawn once more, because what a model was led to must not also judge it.
+    judges, _ = forget_targets(s, bench, encoded["forget"], model, s.seed + 1)
+    job.notes["never_seen"] = [losses.mean().item() for losses in judges]
+    progress = Progress(model, encoded["forget"], encoded["retain"], targets, s.eval_tokens)
+    return targets, until_forgotten(progress, job)
+
+
 def unlearn_job(s: Settings) -> Stage:
     inputs = dict(original=content(s.run / "original")) | data_inputs(s)
-    code = (make_unlearned,)
     takes = (slices.Slice, Source, Placement, objectives.Unlearning)
-    if simu.OBJECTIVES[s.objective].targeted:
+    if aim_of(s):
         takes += (Level,)
-        code += (forget_targets,)
-        if s.layout == "rows":
-            code += (Progress, until_forgotten)
         if s.level == "retain-only":
             inputs["retain-only"] = content(s.run / "retain-only")
     if simu.METHODS[s.method].masked:
         mask_job(s).require()
         inputs[mask_name(s)] = content(s.run / mask_name(s))
-    return Stage(s.run / unlearned_name(s), s, inputs=inputs, code=code, takes=takes)
+    return Stage(s.run / unlearned_name(s), s, inputs=inputs, code=(make_unlearned, aim_of(s)),
+                 takes=takes)
 
 
-def make_unlearned(s: Settings, job: Stage, folder: Path, *, aim=None):
-    """aim(s, benchmark, forget rows, model): the targets of an objective that ends somewhere."""
-    mask = None
+def make_unlearned(s: Settings, job: Stage, folder: Path, aim=None):
+    """aim: aim_of(s), given from outside, so that its code is not that of every objective."""
+    mask, targets, loop = None, None, job.loop
     if simu.METHODS[s.method].masked:
-        mask, = read_tensors(s.run / mask_name(s) / "mask.safetensors", ("mask",))
+        mask = load_file(s.run / mask_name(s) / "mask.safetensors")["mask"]
     bench, encoded = encoded_rows(s, s.objective)
     s = fitted(s, encoded["forget"] + encoded["retain"])
     model, s = load_original(s, job, "unlearn", encoded, s.method)
     encoded = rows_to_learn(s, bench, encoded, model)
-    targets, loop = None, job.loop
     if aim:
-        targets, job.notes["level_from"] = aim(s, bench, encoded["forget"], model, s.seed)
-        print(f"[{job.name}] loss of rows never seen: {job.notes['level_from']}", flush=True)
-        if s.layout == "rows":
-            # Drawn once more, for what a model was led to must not also judge it.
-            again, _ = aim(s, bench, encoded["forget"], model, s.seed + 1)
-            job.notes["never_seen"] = [x.mean().item() for x in again]
-            loop = until_forgotten(Progress(model, encoded["forget"], encoded["retain"], targets,
-                                            s.eval_tokens), job)
-    try:
-        simu.unlearn(model, encoded["forget"], encoded["retain"], mask, s, targets=targets,
-                     title=unlearned_name(s), loop=loop, record=job.record("log.jsonl"),
-                     **fused.on(model.embed_tokens.weight.device))
-    except UserError as e:
-        raise UserError(f"{e}{put_back(s)}") from None
+        targets, loop = aim(s, job, bench, encoded, model)
+    simu.unlearn(model, encoded["forget"], encoded["retain"], mask, s, targets=targets,
+                 title=unlearned_name(s), loop=loop, record=job.record("log.jsonl"),
+                 **fused.on(model.embed_tokens.weight.device))
     checkpoint.save_model(model.to(stored_dtype(s.run / "original")), folder)
     data.copy_tokenizer(s.run / "original", folder)
-
-
-CONSTANTS = ("beta1", "beta2", "gamma", "eps", "adam_beta2", "adam_eps", "clip", "npo_beta",
-             "simnpo_beta", "simnpo_margin", "undial_strength", "weight_decay")
-
-
-def put_back(s: Settings) -> str:
-    """What may be to blame where numbers overflow: constants that no recipe sets, if changed."""
-    changed = [f"{flag(f.name)} (now {getattr(s, f.name):g})" for f in dataclasses.fields(s)
-               if f.name in CONSTANTS and getattr(s, f.name) != f.default]
-    return f", or put back {' and '.join(changed)}" if changed else ""
 
 
 def unlearn_stage(s: Settings):
@@ -194,7 +189,6 @@ def unlearn_stage(s: Settings):
     job = unlearn_job(s)
     if not job.is_made():
         with job.making() as folder:
-            targeted = simu.OBJECTIVES[s.objective].targeted
-            make_unlearned(s, job, folder, aim=forget_targets if targeted else None)
+            make_unlearned(s, job, folder, aim_of(s))
             write_generation_config(folder, s)
             write_card(folder, job.name, s, dataclasses.asdict(s))

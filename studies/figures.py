@@ -27,12 +27,13 @@ import statistics
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 
 import simu
 from model import UserError, read_json
 from pipeline.columns import PUBLISHED_CRITICAL, table
 from pipeline.settings import HERE, Parser, read_settings
-from pipeline.stage import finished_models, read_stage, read_tensors, stale
+from pipeline.stage import finished_models, read_stage, stale
 from studies.drawing import BLACK, BLUE, RED, SKY, STYLES, canvas, save, style_of, write_csv
 from studies.sweep import BASELINES, COLUMNS
 
@@ -352,7 +353,8 @@ def read_scores(folder: Path, about: dict):
         raise UserError(f"{attribution} is not of what this run now holds: {'; '.join(why)}; run "
                         "its stages again")
     about["steps"] = read_stage(attribution)["why"]["settings"]["steps"]
-    return read_tensors(attribution / "scores.safetensors", ("forget", "retain"))
+    scores = load_file(attribution / "scores.safetensors")
+    return scores["forget"], scores["retain"]
 
 
 # --------------------------------------------------------------------------------------------- main

@@ -25,6 +25,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 
 import data
 import eval as evaluation
@@ -37,7 +38,7 @@ from pipeline.levels import forget_targets
 from pipeline.original import original_stage
 from pipeline.settings import (Aside, Level, Placement, Settings, Source, load_benchmark,
                                placement)
-from pipeline.stage import Stage, claim, content, data_inputs, digest, lock, read_tensors
+from pipeline.stage import Stage, claim, content, data_inputs, digest, lock
 from pipeline.stages import attribute_stage, encoded_rows, mask_of_scores
 from pipeline.tokenizers import load_tokenizer
 from pipeline.workers import run_each
@@ -277,8 +278,8 @@ def write_tables(out: Path, results: list[tuple[Point, dict]], first: Settings):
                                              x[0].settings.seed, x[0].settings.lr))
     lines = [table_line(p, line) for p, line in results]
     write_csv(out / "sweep.csv", COLUMNS, [[line[c] for c in COLUMNS] for line in lines])
-    forget, retain = read_tensors(first.run / "attribution" / "scores.safetensors",
-                                  ("forget", "retain"))
+    scores = load_file(first.run / "attribution" / "scores.safetensors")
+    forget, retain = scores["forget"], scores["retain"]
     write_csv(out / "scores.csv", ("layer", "neuron", "forget", "retain"), [
         (l, k, f"{forget[l, k]:.6g}", f"{retain[l, k]:.6g}")
         for l, k in itertools.product(*map(range, forget.shape))])

@@ -519,8 +519,7 @@ def test_what_would_not_fit_is_not_begun(w, monkeypatch):
 
 def test_a_loss_that_is_no_number(w):
     refused(w, ["unlearn run-tofu --method so --lr 2e9 --epochs 30 --clip 1e9"],
-            r"so-graddiff: loss or gradient is not finite at update \d+ of 30; lower --lr .*, "
-            "or put back --clip")
+            r"so-graddiff: loss or gradient is not finite at update \d+ of 30; lower --lr ")
 
 
 def test_ctrl_c(w, monkeypatch):
@@ -670,11 +669,6 @@ def test_the_message_blames_what_is_wrong(words, says):
     assert fuzz.is_one_line(status, stderr) and re.search(says, stderr), stderr
 
 
-def test_a_constant_that_was_changed_is_blamed(w):
-    refused(w, ["unlearn run-tofu --method so --weight-decay 2e9 --epochs 20"],
-            r"lower --lr .*, or put back --weight-decay \(now 2e\+09\)")
-
-
 # ------------------------------------------------------------------ a number belongs to its run
 
 
@@ -682,7 +676,7 @@ def test_a_model_unlearned_on_other_data_is_not_taken(w):
     shutil.copytree(w / "data", w / "other")
     change("other/tofu/forget10.json", lambda x: x.replace(b"tea", b"rum"))(w)
     for command in ("attribute run-tofu", "mask run-tofu", "unlearn run-tofu --method so"):
-        refused(w, [f"{command} --data @/other"], "forget10.json is not the file that .*original")
+        refused(w, [f"{command} --data @/other"], "original, data/forget10.json was another")
 
 
 def use_own_data(w):
@@ -693,7 +687,7 @@ def use_own_data(w):
 def test_an_original_made_before_the_data_changed_is_not_taken(w, capsys):
     use_own_data(w)
     change("data/tofu/retain90.json", lambda x: x.replace(b"tea", b"rum", 1))(w)
-    refused(w, ["unlearn run-tofu"], "retain90.json is not the file that .*original was made of")
+    refused(w, ["unlearn run-tofu"], "original, data/retain90.json was another")
     command_line(["evaluate", str(w / "run-tofu"), "simu-graddiff"])
     assert "no report will show it: original's data/retain90" in capsys.readouterr().out
     refused(w, REPORT, "holds no evaluation of what it now holds")
@@ -873,14 +867,6 @@ def test_a_file_that_no_stage_made_is_not_taken_along(w, name):
     assert fuzz.cli(*words_of(w, "mask run-tofu")) == (0, "")  # made already
     for more in ("--force", "--threshold 0.4"):
         refused(w, [f"mask run-tofu {more}"], "is no file of the stage .*move it elsewhere")
-
-
-def test_links_to_themselves(w):
-    (w / "loop").symlink_to(w / "loop")
-    for command in ("original new --out @/loop", "original new --weights @/loop",
-                    "original new --data @/loop", "report loop", "evaluate loop original"):
-        status, stderr = fuzz.cli(*words_of(w, command))
-        assert fuzz.is_one_line(status, stderr), stderr
 
 
 def test_a_link_in_place_of_a_picture_is_not_followed(w):

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from forks import muon, rmu
 from test_simu import LLAMA, OLMO, recipe, rows, tiny
 
@@ -13,7 +14,6 @@ import simu
 from data import collate
 from model import NEURONS, Config
 from pipeline.__main__ import main
-from pipeline.stage import read_tensors
 
 SCORES = {"output": 32, "inner": 48}
 
@@ -178,8 +178,8 @@ def test_inner_neurons_end_to_end(tmp_path, capsys):
         main(["plan", *at, "--neurons", neurons])
         for stage in ("attribute", "mask", "unlearn"):
             main([stage, *at, "--neurons", neurons, "--method", "simu"])
-        scores, = read_tensors(out / f"attribution{name}" / "scores.safetensors", ("forget",))
-        mask, = read_tensors(out / f"mask{name}" / "mask.safetensors", ("mask",))
+        scores = load_file(out / f"attribution{name}" / "scores.safetensors")["forget"]
+        mask = load_file(out / f"mask{name}" / "mask.safetensors")["mask"]
         assert scores.shape == mask.shape == (2, count)
         model = out / f"simu{name}-graddiff"
         assert Config.from_dir(model).neurons == "output"  # a model is a model

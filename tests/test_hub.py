@@ -21,7 +21,7 @@ import torch
 import data
 from model import Transformer, UserError, read_json
 from pipeline import hub, settings, stage
-from pipeline.stage import json_digests
+from pipeline.stage import data_inputs
 from pipeline.hub import Repo, Sources
 from pipeline.tokenizers import train_tokenizer
 from test_unlearn import LAYOUTS, run_tofu, somebodys
@@ -235,7 +235,7 @@ def test_data_comes_in_the_published_layout(server, tmp_path):
     assert "retain90.json" in got and "holdout10.json" not in got
     s = settings.resolve(dict(benchmark="tofu", model="tiny-llama"))
     assert s.data == str(tmp_path / "downloads" / "data")
-    assert set(json_digests(s.data_folder)) == set(got)
+    assert set(data_inputs(s)) == {f"data/{name}" for name in got}
 
 
 def test_lume_comes_from_its_release(server, tmp_path, monkeypatch):
