@@ -59,9 +59,11 @@ def is_code(thing) -> bool:
         return False
     if is_dataclass(thing) and any("effect" in f.metadata for f in fields(thing)):
         return False
-    module = sys.modules.get(thing.__module__)
-    return (thing.__module__ not in IGNORED
-            and Path(getattr(module, "__file__", None) or "/").is_relative_to(ROOT))
+    return thing.__module__ not in IGNORED and is_ours(sys.modules.get(thing.__module__))
+
+
+def is_ours(module) -> bool:
+    return Path(getattr(module, "__file__", None) or "/").is_relative_to(ROOT)
 
 
 def describe(value, reached: list) -> str:
@@ -125,11 +127,11 @@ def trees_of(thing) -> list:
 
 
 def names_in(tree, names: dict):
-    """(name, value) of every global, and every member of a module, that a syntax tree names."""
+    """(name, value) of every global, and every member of a module of ours, that a tree names."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Name) and node.id in names:
             yield node.id, names[node.id]
         elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
             module = names.get(node.value.id)
-            if isinstance(module, ModuleType):
+            if isinstance(module, ModuleType) and is_ours(module):
                 yield node.attr, vars(module).get(node.attr)

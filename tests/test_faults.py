@@ -547,15 +547,6 @@ def as_program(w, command: str) -> list:
     return [sys.executable, "-m", "pipeline", *words_of(w, command)]
 
 
-def test_four_reports_at_once(w):
-    runs = [program(*as_program(w, "report run-tofu")) for _ in range(4)]
-    for run in runs:
-        stderr = run.communicate(timeout=300)[1]
-        assert run.returncode == 0, stderr
-    json.loads((w / "run-tofu/report.json").read_text("utf-8"))
-    assert not list((w / "run-tofu").glob(".report*"))
-
-
 def test_a_report_without_docstrings(w):
     run = program(*as_program(w, "report run-tofu"), PYTHONOPTIMIZE="2")
     stderr = run.communicate(timeout=300)[1]
