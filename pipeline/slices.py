@@ -7,7 +7,7 @@ from pathlib import Path
 
 from data import TASKS, Example, load_lume, load_tofu, option
 from model import UserError
-from pipeline.rows import refuse_shared
+from pipeline.rows import NO_TEXT, refuse_shared
 from pipeline.tokenizers import TEMPLATES
 
 
@@ -75,11 +75,15 @@ def read_split(folder: Path, name: str, load) -> list[Example]:
     if not rows:
         raise UserError(f"{path} holds no rows; fetch it again")
     for e in rows:
-        texts = (e.question, e.answer, e.paraphrased_question, e.paraphrased_answer, e.task,
-                 *e.perturbed_answers)
-        if not all(isinstance(text, str) for text in texts) or not e.answer.strip():
+        texts = [e.question, e.answer, e.paraphrased_question, e.paraphrased_answer,
+                 *e.perturbed_answers]
+        if not all(isinstance(x, str) and not NO_TEXT.search(x) for x in texts) or not (
+                e.answer.strip()):
             raise UserError(f"{path}: row {e.id} has a value that is not a filled text; mend or "
                             "drop the row")
+        if e.kind not in ("qa", "sc") or e.task not in ("", *TASKS):
+            raise UserError(f"{path}: row {e.id} of task {e.task!r} is none of LUME's: ids end in "
+                            f"sc or qa and a digit, tasks are {', '.join(TASKS)}")
     return rows
 
 

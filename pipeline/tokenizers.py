@@ -199,7 +199,7 @@ def json_tokenizer(source: Source) -> data.JsonTokenizer:
     except UserError:
         raise
     except Exception as e:  # the library's are of no other class
-        raise UserError(f"{source.file} is not a tokenizer that the package tokenizers reads "
+        raise UserError(f"{source.file} is not a {source.file.name} that can be read "
                         f"({one_line(e)}); fetch it again") from None
     tokenizer.special = set()
     return tokenizer

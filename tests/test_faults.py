@@ -267,46 +267,39 @@ FAULTS = {
     "config: eos outside": (field(CONFIG, eos_token_id=10**6), ORIGINAL, "eos_token_id = 1000000"),
     "config: more layers than weights": (
         field(CONFIG, num_hidden_layers=2), LOAD, r"\d+ weights do not fit .*layers.1"),
-    "config: smaller vocabulary": (field(CONFIG, vocab_size=200), LOAD, "the model has 200"),
+    "config: smaller vocabulary": (field(CONFIG, vocab_size=200), LOAD, "context of .* and its 200 tokens"),
     # Tokenizer.
     "tokenizer: none": (gone("weights-tofu/tokenizer.model"), ORIGINAL, "neither tokenizer.model"),
     "tokenizer: cut": (cut("weights-tofu/tokenizer.model"), ORIGINAL, "not a sentencepiece model"),
     "tokenizer: empty": (put("weights-tofu/tokenizer.model", b""), ORIGINAL, "not a sentencepiece"),
-    "tokenizer: of another model": (larger_tokenizer, LOAD, "not of one model; copy"),
+    "tokenizer: of another model": (larger_tokenizer, LOAD, "use the model's own tokenizer"),
     "tokenizer.json: cut": (cut("weights-lume/tokenizer.json"), OLMO, "not a tokenizer.json"),
     "tokenizer.json: null": (put("weights-lume/tokenizer.json", b"null"), OLMO, "not a tokenizer"),
     "tokenizer.json: its config a list": (put("weights-lume/config.json", []), OLMO, "JSON object"),
     # Data.
-    "data: cut row": (cut(FORGET), ORIGINAL, "forget10.json line 2 is not a JSON object"),
-    "data: missing key": (row(FORGET, 1, answer=...), ORIGINAL, "line 2 has no 'answer'"),
-    "data: wrong type": (row(FORGET, question=3), ORIGINAL, "line 1: 'question' is not a filled"),
-    "data: empty answer": (row(FORGET, answer=" "), ORIGINAL, "line 1: 'answer' is not a filled"),
-    "data: NUL in a text": (row(FORGET, answer="a\0b"), ORIGINAL, "'answer' is not a filled text"),
-    "data: NUL bytes": (change(FORGET, lambda x: x[:30] + bytes(9) + x[39:]), ORIGINAL, "line 1"),
-    "data: half a character": (row(FORGET, answer="\ud83d"), ORIGINAL, "'answer' is not a filled"),
-    "data: not UTF-8": (change(FORGET, lambda x: x[:20] + b"\xff" + x[20:]), ORIGINAL, "byte 20"),
+    "data: cut row": (cut(FORGET), ORIGINAL, "forget10.json line 2: JSONDecodeError"),
+    "data: no answer": (row(FORGET, answer=None), ORIGINAL, "forget10.json: row forget10:0 has a "),
+    "data: wrong type": (row(FORGET, question=3), ORIGINAL, "forget10.json: row forget10:0 has a "),
+    "data: half a character": (row(FORGET, answer="\ud83d"), ORIGINAL, "forget10:0 has a value"),
+    "data: not UTF-8": (change(FORGET, lambda x: x[:20] + b"\xff" + x[20:]), ORIGINAL, "not UTF-8"),
     "data: empty": (put(FORGET, b"\n \n"), ORIGINAL, "holds no rows"),
     "data: missing": (gone(FORGET), ORIGINAL, "forget10.json is missing"),
     "data: a folder": (folder(FORGET), ORIGINAL, "forget10.json is a folder"),
-    "data: rows are lists": (put(FORGET, b"[1]\n[2]"), ORIGINAL, "line 1 is not a JSON object"),
-    "data: nested": (put(FORGET, b"[" * 10**5), ORIGINAL, "line 1 is not a JSON object"),
-    "data: wrong answers a text": (
-        row("data/tofu/forget10_perturbed.json", perturbed_answer="x"), ORIGINAL, "list of texts"),
+    "data: rows are lists": (put(FORGET, b"[1]\n[2]"), ORIGINAL, "forget10.json line 1: TypeError"),
     "data: a wrong answer a number": (
         row("data/tofu/retain_perturbed.json", perturbed_answer=[1]), ORIGINAL, "not a filled"),
     "data: paraphrases of other rows": (
         row("data/tofu/forget10_perturbed.json", answer="x"), ORIGINAL, "from one release"),
     "data: too long a row": (row("data/tofu/retain90.json", answer="long " * 200), LOAD,
-                             "retain90:0.*more than the model's context of 96"),
+                             "retain90:0.* do not fit the model's context of 96"),
     "data: forget set inside the retain set": (
         change("data/tofu/retain90.json", lambda x: x + b"".join(
             json.dumps(r).encode() + b"\n" for r in fuzz.tofu_rows("Ann Bo", False))),
         ORIGINAL, "every row of forget10 is in retain90"),
     "data: no split of that name": (
         nothing, ["original new --forget-split forget7"], "forget7.json is missing"),
-    "LUME: odd id": (row(LUME, id="x"), OLMO, "id 'x' does not end in sc or qa"),
-    "LUME: odd task": (row(LUME, task="Task4"), OLMO, "task 'Task4' is not"),
-    "LUME: id twice": (row(LUME, 1, id="Annsc1"), OLMO, "id 'Annsc1' stands twice"),
+    "LUME: odd id": (row(LUME, id="x"), OLMO, "row x of task 'Task1' is none of LUME's"),
+    "LUME: odd task": (row(LUME, task="Task4"), OLMO, "of task 'Task4' is none of LUME's"),
     # The command line.
     "unknown option": (nothing, ["original new --treshold 1"], "--treshold"),
     "unknown method": (nothing, ["unlearn run-tofu --method none"], "--method.*none"),
@@ -730,7 +723,7 @@ ROWS = {"one row of each": (QA[:1], QA[1:2], "--objective npo --batch 1"),
                                  [dict(question="Why?", answer="b")], "--objective npo --batch 1"),
         "answers without a letter": ([dict(question="Who?", answer="...")],
                                      [dict(question="Why?", answer="!")], "--level 3 --batch 1"),
-        "texts of one letter": ([dict(text="a")], [dict(text="b")], "--level 3 --batch 1")}
+        "texts of two letters": ([dict(text="ab")], [dict(text="cd")], "--level 3 --batch 1")}
 
 
 @pytest.mark.parametrize("case", ROWS)
@@ -752,7 +745,7 @@ def test_a_text_of_one_letter_without_bos_is_named(w):
     given = ["rows", w / "weights-lume", "--forget", w / "f.jsonl", "--retain", w / "r.jsonl",
              "--out", w / "out"]
     status, stderr = fuzz.cli("original", *given, "--level", "3")  # told before anything is made
-    assert fuzz.is_one_line(status, stderr) and "row f:1: nothing stands before" in stderr, stderr
+    assert fuzz.is_one_line(status, stderr) and "f.jsonl line 2 has a text of one letter" in stderr, stderr
 
 
 def test_masks_of_none_and_of_all(w):
@@ -760,24 +753,6 @@ def test_masks_of_none_and_of_all(w):
                     "mask run-tofu --mask all", "unlearn run-tofu --mask all --attention frozen"):
         assert fuzz.cli(*words_of(w, command)) == (0, ""), command
     refused(w, ["unlearn run-tofu --mask none --attention frozen"], "moves nothing here: the mask")
-
-
-CHATS = {"for ever": ("{% for i in range(9999) %}{% for j in range(99999) %}{% for k in range(9999)"
-                      " %}{% endfor %}{% endfor %}{% endfor %}", "takes more than"),
-         "a giant text": ("{% for m in range(99999) %}{{ 'x' * 9999 }}{% endfor %}", "MemoryError"),
-         "a giant number": ("{{ 9 ** (9 ** 9) }}", "too high a power"),
-         "gigabytes at once": ("{{ 'x' * 10**10 }}", "MemoryError"),
-         "gigabytes of digits": ("{{ '%10000000000d' % 3 }}", "MemoryError"),
-         "gigabytes by doubling": ("{% set n = namespace(x='x') %}{% for i in range(40) %}"
-                                   "{% set n.x = n.x ~ n.x %}{% endfor %}", "MemoryError")}
-
-
-@pytest.mark.parametrize("case", CHATS)
-def test_a_hostile_chat_template(w, case, monkeypatch):
-    monkeypatch.setattr(tokenizers, "CHAT_SECONDS", 1 if case == "for ever" else 100)
-    template, says = CHATS[case]
-    field("weights-tofu/tokenizer_config.json", chat_template=template)(w)
-    refused(w, [ORIGINAL[0] + " --template chat", "attribute weights-tofu --template chat"], says)
 
 
 def windows(w):
