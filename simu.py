@@ -41,7 +41,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from data import IGNORE, Batch, Encoded, batches_by_length, collate, option
-from model import LOGITS, NEURONS, Transformer, UserError, causal_attention
+from model import LOGITS, NEURONS, Transformer, UserError, attention, causal_attention
 
 # ==================================================================== Part 1: the method
 # ----------------------------------------------------- Step 1: attribution (Eq. 1-2)
@@ -241,177 +241,132 @@ def attribute(model: Transformer, batch: Batch, *, steps: int = 5, path: str = "
     """attribute_loop summed over a batch of pairs: float32 [L, D], the same numbers to rounding.
 
     Costs about L*(m-1)/2 forward-backward passes per *pair*, however many tokens its answer has.
-    path="neuron" costs D times that: for tiny models."""
+    path="neuron" costs D times that: for tiny models. UserError if no answer token is in batch."""
     check_path(steps, path)
-    with frozen(model):
-        clean = clean_samples(model, batch)
-        scores = last_node(clean)  # j = m: nothing is scaled, so one pass serves every layer
-        lower_nodes = layer_path if path == "layer" else neuron_path  # j = 1..m-1
-        if steps > 1:
-            for l in range(len(model.layers)):
-                scores[l] += lower_nodes(clean, l, steps)
-    return scores / steps  # the 1/m of Eq. 2
-
-
-class Prefixes:
-    """Attention from the ends of prefixes on a layer's clean keys and values. A block that passes a
-    recurrent state on instead of them names another class with these methods (pipeline/mixers)."""
-
-    def __init__(self, pos: Tensor):  # [B, A], where the prefixes end
-        self.pos = pos
-
-    def keep(self, q, k, v):
-        """The attention of the clean pass, which keeps its keys and values."""
-        self.keys, self.values = k, v  # [B, K, T, hd]
-        return causal_attention(q, k, v)
-
-    def attend(self, q, k, v):
-        """q [B, H, R, hd], k, v [B, K, R, hd] of R rows, the ends of A prefixes each R / A times.
-        A row attends to the clean keys of earlier positions and to its own key, not to the key of
-        any other row -> [B, R, H*hd]"""
-        B, K, T, hd = self.keys.shape
-        R = q.shape[2]
-        q = q.reshape(B, K, -1, R, hd) * hd ** -0.5  # [B, K, H/K, R, hd]
-        on_clean = (q.flatten(2, 3) @ self.keys.mT).view(*q.shape[:4], T)  # [B, K, H/K, R, T]
-        on_clean = on_clean.masked_fill(self.not_earlier(R)[:, None, None], float("-inf"))
-        on_itself = (q * k[:, :, None]).sum(-1, keepdim=True)  # [B, K, H/K, R, 1]
-        p = torch.cat([on_clean, on_itself], dim=-1).float().softmax(-1).to(q.dtype)
-        mixed = (p[..., :T].flatten(2, 3) @ self.values).view_as(q) + p[..., T:] * v[:, :, None]
-        return mixed.reshape(B, -1, R, hd).transpose(1, 2).flatten(2)  # [B, R, H*hd]
-
-    def not_earlier(self, R: int) -> Tensor:
-        """bool [B, R, T]: the clean positions that a row does not see."""
-        pos = self.pos.repeat(1, R // self.pos.shape[1])  # [B, R]
-        return torch.arange(self.keys.shape[2], device=pos.device) >= pos[..., None]
-
-
-@dataclass
-class Clean:
-    """What the second stream needs of the clean pass over a batch of B pairs."""
-
-    model: Transformer
-    pos: Tensor  # [B, A], where the prefix of each sample ends
-    labels: Tensor  # [B, A], the token that follows; IGNORE where an answer is shorter than A
-    x0: Tensor  # [B, A, D], embeddings at pos
-    prefixes: list[Prefixes]  # per layer
-    mid: list[Tensor]  # per layer [B, A, D], the residual stream after attention
-    beta: list[Tensor]  # per layer [B, A, D], the neurons' activations
-
-
-def clean_samples(model: Transformer, batch: Batch) -> Clean:
-    """The clean pass of a batch at the ends of its samples' prefixes; UserError if it has none."""
     answer = batch.targets != IGNORE  # [B, T]
     if not answer.any():
         raise UserError("a batch without answer tokens has nothing to attribute")
     A = int(answer.sum(1).max())
-    # Answer positions first, in order; rows with shorter answers are padded, label IGNORE.
+    # Answer positions first, in order. Pairs with shorter answers are padded, their labels IGNORE.
     pos = answer.int().argsort(dim=1, descending=True, stable=True)[:, :A]  # [B, A]
-    return clean_pass(model, batch.ids, pos, batch.targets.gather(1, pos))
+    with frozen(model):
+        clean = clean_pass(model, batch.ids, pos, batch.targets.gather(1, pos))
+        scores = last_node(clean)  # j = m scales nothing, so one pass serves every layer
+        if steps > 1:
+            for l in range(len(model.layers)):
+                scores[l] += lower_nodes(clean, l, steps, path)  # j = 1..m-1
+    return scores / steps  # the 1/m of Eq. 2
+
+
+@dataclass
+class Clean:
+    """The clean pass over B pairs, as the second stream needs it: where samples end, [B, A], and
+    for each layer what it computed there, and its keys and values at all positions."""
+
+    model: Transformer
+    labels: Tensor  # [B, A], the token that follows each sample's prefix
+    cos_sin: tuple[Tensor, Tensor]  # [B, A, hd], of the samples' last positions
+    mask: Tensor  # [B, 1, H/K * A, T + A]: 0 at clean positions before and itself, else -inf
+    x: Tensor  # [B, A, D], embeddings
+    keys_values: list[tuple[Tensor, Tensor]]  # per layer, [B, K, T, hd]
+    mid: list[Tensor]  # per layer [B, A, D], the residual stream after attention
+    beta: list[Tensor]  # per layer [B, A, D], the neurons' activations
 
 
 @torch.no_grad()
 def clean_pass(model: Transformer, ids: Tensor, pos: Tensor, labels: Tensor) -> Clean:
-    """The clean pass of ids [B, T], recorded at positions pos [B, A]."""
-    h = model.embed(ids)  # [B, T, D]
-    clean = Clean(model, pos, labels, at_positions(h, pos), [], [], [])
-    cos_sin = model.rope(torch.arange(ids.shape[1], device=ids.device))
+    """The clean pass of ids [B, T], kept at the last positions pos [B, A] of the samples."""
+    T, A = ids.shape[1], pos.shape[1]
+    positions = torch.arange(T, device=ids.device)
+    itself = torch.eye(A, dtype=torch.bool, device=ids.device).expand(len(pos), A, A)
+    seen = torch.cat([positions < pos[..., None], itself], dim=2)  # [B, A, T + A]
+    sharing = model.config.num_attention_heads // model.config.num_key_value_heads  # H/K
+    seen = seen.repeat(1, sharing, 1)[:, None]  # [B, 1, H/K * A, T + A]
+    x, cos_sin = model.embed(ids), model.rope(positions)
+    mask = x.new_zeros(seen.shape).masked_fill(~seen, float("-inf"))
+
+    def at_ends(x):  # [B, T, D] -> [B, A, D]
+        return x.gather(1, pos[..., None].expand(-1, -1, x.shape[-1]))
+
+    def attend(q, k, v):
+        clean.keys_values.append((k, v))
+        return causal_attention(q, k, v)
+
+    clean = Clean(model, labels, model.rope(pos), mask, at_ends(x), [], [], [])
     for block in model.layers:
-        clean.prefixes.append(getattr(block, "prefixes", Prefixes)(pos))
-        h, beta = block.up_to_beta(h, *cos_sin, clean.prefixes[-1].keep)
-        clean.mid.append(at_positions(h, pos))
-        clean.beta.append(at_positions(beta, pos))
-        h = block.add_beta(h, beta)
+        x, beta = block.up_to_beta(x, *cos_sin, attend)
+        clean.mid.append(at_ends(x))
+        clean.beta.append(at_ends(beta))
+        x = block.add_beta(x, beta)
     return clean
 
 
-def at_positions(x: Tensor, pos: Tensor) -> Tensor:
-    """x [B, T, D] at pos [B, A] -> [B, A, D]"""
-    return x.gather(1, pos[..., None].expand(-1, -1, x.shape[-1]))
+def up_to_beta(clean: Clean, l: int, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Block.up_to_beta of layer l for the second stream x [N, A, D], N = B * nodes of a path: each
+    last position attends to the clean keys before it, and to its own."""
+    nodes = len(x) // len(clean.labels)
 
+    def of_nodes(y):  # [B, ...] -> [N, ...]
+        return y.repeat_interleave(nodes, dim=0)
 
-def rows_up_to_beta(clean: Clean, l: int, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Block.up_to_beta of layer l for rows x [B, R, D], the ends of A prefixes each R / A times:
-    the stream after attention, and beta, each [B, R, D]."""
-    cos_sin = clean.model.rope(clean.pos.repeat(1, x.shape[1] // clean.pos.shape[1]))
-    return clean.model.layers[l].up_to_beta(x, *cos_sin, clean.prefixes[l].attend)
+    def attend(q, k, v):  # q [N, H, A, hd], k and v [N, K, A, hd]
+        keys, values = clean.keys_values[l]
+        keys = torch.cat([of_nodes(keys), k], dim=2)  # [N, K, T + A, hd]
+        values = torch.cat([of_nodes(values), v], dim=2)
+        return attention(q, keys, values, of_nodes(clean.mask))
 
-
-def upper_layers(clean: Clean, l: int, x: Tensor) -> Tensor:
-    """Rows x [B, R, D] that left layer l, through the layers above it: [B, R, D]."""
-    for u in range(l + 1, len(clean.model.layers)):
-        x = clean.model.layers[u].add_beta(*rows_up_to_beta(clean, u, x))
-    return x
-
-
-def log_p_gradient(clean: Clean, x: Tensor, labels: Tensor, of):
-    """Gradients, with respect to activations `of`, of the sum of log P(label) (Eq. 1b) [D3] over
-    rows x [B, R, D] that left the last layer."""
-    h = clean.model.norm(x)
-    return torch.autograd.grad(h, of, head_gradient(clean.model, h.detach(), labels))
-
-
-@torch.no_grad()
-def head_gradient(model: Transformer, h: Tensor, labels: Tensor) -> Tensor:
-    """d log P(label) / dh = W_label - sum_v P(v) W_v, for final states h [B, R, D]. The closed form
-    reads and writes the logits, the largest tensors here, once; autograd, as in `backward_head`,
-    three times."""
-    grads, count = [], labels.numel()
-    # At most 64 chunks: pipeline/plan.py runs this at any size to find the memory it takes.
-    rows = max(1, LOGITS // model.config.vocab_size, count // 64)
-    for h, y in zip(h.flatten(0, 1).split(rows), labels.flatten().split(rows)):
-        p = model.logits(h)  # [rows, V]
-        p.sub_(p.amax(-1, keepdim=True)).exp_()  # P but for its normalising sum
-        mean = (p.to(h.dtype) @ model.head).float() / p.sum(-1, keepdim=True)
-        grad = model.head[y.clamp_min(0)].float() - mean  # IGNORE, below 0, is dropped next
-        grads.append(torch.where((y != IGNORE)[:, None], grad, 0).to(h.dtype))
-    return torch.cat(grads).view(*labels.shape, -1)
+    cos, sin = clean.cos_sin
+    return clean.model.layers[l].up_to_beta(x, of_nodes(cos), of_nodes(sin), attend)
 
 
 def last_node(clean: Clean) -> Tensor:
-    """beta * dlogP/da at a = beta, every layer from one backward pass: float32 [L, D]."""
+    """beta * d log P / da at a = beta, every layer from one backward pass: float32 [L, D]."""
     with torch.enable_grad():
-        x, activations = clean.x0, []
+        x, activations = clean.x.detach().requires_grad_(), []
         for l, block in enumerate(clean.model.layers):
-            x, a = rows_up_to_beta(clean, l, x)
-            if not a.requires_grad:  # the lowest layer: nothing before it needs a gradient
-                a.requires_grad_()
+            x, a = up_to_beta(clean, l, x)
             activations.append(a)
             x = block.add_beta(x, a)
-        grads = log_p_gradient(clean, x, clean.labels, activations)
-    return torch.stack([(beta.float() * g.float()).sum((0, 1))  # Eq. 2
-                        for beta, g in zip(clean.beta, grads)])
+        grads = log_p_gradient(clean, x, activations)
+    return torch.stack([(beta.float() * grad.float()).sum((0, 1))  # Eq. 2
+                        for beta, grad in zip(clean.beta, grads)])
 
 
-def layer_path(clean: Clean, l: int, steps: int) -> Tensor:
-    """Nodes j = 1..m-1 of layer l's joint path, all at once, summed: float32 [D] [D4]."""
-    beta, J = clean.beta[l], steps - 1
+def lower_nodes(clean: Clean, l: int, steps: int, path: str) -> Tensor:
+    """beta * d log P / da of layer l, summed over the nodes j = 1..m-1 of its path, or of the path
+    of each of its neurons [D4]: float32 [D]."""
+    beta, block = clean.beta[l][:, None, None], clean.model.layers[l]  # [B, 1, 1, A, D]
+    B, _, _, A, D = beta.shape
     share = torch.arange(1, steps, device=beta.device, dtype=beta.dtype) / steps
-    with torch.enable_grad():
-        a = (share[:, None, None] * beta[:, None]).requires_grad_()  # [B, J, A, D], Eq. 1a
-        x = clean.model.layers[l].add_beta(clean.mid[l][:, None], a).flatten(1, 2)  # [B, R, D]
-        x = upper_layers(clean, l, x)
-        grad, = log_p_gradient(clean, x, clean.labels.repeat(1, J), a)
-    return (beta.float()[:, None] * grad.float()).sum((0, 1, 2))  # Eq. 2
-
-
-def neuron_path(clean: Clean, l: int, steps: int, *, rows: int = 4096) -> Tensor:
-    """Nodes j = 1..m-1 of layer l, one neuron scaled and all others at beta: float32 [D] [D4]."""
-    beta, J = clean.beta[l], steps - 1
-    B, A, D = beta.shape
-    share = torch.arange(1, steps, device=beta.device, dtype=beta.dtype) / steps
+    share = share[:, None, None]  # [J, 1, 1]
+    scaled = torch.ones(1, D) if path == "layer" else torch.eye(D)  # [C, D], a row of 1 per path
     scores = torch.zeros(D, device=beta.device)
-    for neurons in torch.arange(D, device=beta.device).split(max(1, rows // (B * J * A))):
-        C = len(neurons)
-        b = beta[..., neurons].movedim(-1, 1)[:, :, None]  # [B, C, 1, A]
+    for k in scaled.to(beta.device).bool().split(max(1, 4096 // max(1, B * A * (steps - 1)))):
+        k = k[:, None, None]  # [C, 1, 1, D]
         with torch.enable_grad():
-            a = (share[:, None] * b).requires_grad_()  # [B, C, J, A], Eq. 1a
-            unit = F.one_hot(neurons, D).to(beta.dtype)[:, None, None]  # [C, 1, 1, D]
-            scaled = beta[:, None, None] + (a - b)[..., None] * unit  # [B, C, J, A, D]
-            x = clean.model.layers[l].add_beta(clean.mid[l][:, None, None], scaled)
-            x = upper_layers(clean, l, x.flatten(1, 3))
-            grad, = log_p_gradient(clean, x, clean.labels.repeat(1, C * J), a)
-        scores[neurons] += (b.float() * grad.float()).sum((0, 2, 3))  # Eq. 2
+            a = torch.where(k, share * beta, beta).requires_grad_()  # [B, C, J, A, D], Eq. 1a
+            x = block.add_beta(clean.mid[l][:, None, None], a).flatten(0, 2)  # [N, A, D]
+            for u in range(l + 1, len(clean.model.layers)):
+                x = clean.model.layers[u].add_beta(*up_to_beta(clean, u, x))
+            grad, = log_p_gradient(clean, x, [a])
+        scores += (k * beta.float() * grad.float()).sum((0, 1, 2, 3))  # Eq. 2
     return scores
+
+
+def log_p_gradient(clean: Clean, x: Tensor, activations: list[Tensor]) -> tuple[Tensor, ...]:
+    """d log P(label) / da (Eq. 1b) [D3], summed over samples, for the second stream x [N, A, D]
+    that left the last layer. d log P(y) / d logits is 1 at y, minus P: three times as fast as
+    autograd, and a few rows of logits, the largest tensors of all, are held at once."""
+    model, hidden, grads = clean.model, clean.model.norm(x), []
+    labels = clean.labels.repeat_interleave(len(x) // len(clean.labels), dim=0)  # [N, A]
+    size = max(1, LOGITS // model.config.vocab_size)
+    with torch.no_grad():
+        for h, y in zip(hidden.flatten(0, 1).split(size), labels.flatten().split(size)):
+            p = model.logits(h).softmax(-1)  # [size, V]
+            p[torch.arange(len(y), device=y.device), y.clamp_min(0)] -= 1
+            grads.append(p.to(h.dtype) @ model.head)
+        grad = -torch.cat(grads).view_as(hidden).masked_fill(labels[..., None] == IGNORE, 0)
+    return torch.autograd.grad(hidden, activations, grad)
 
 
 def attribute_rows(model: Transformer, rows: list[Encoded], recipe: "Attribution", *,

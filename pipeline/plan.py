@@ -295,7 +295,7 @@ def _trace_attribution(model, s, longest, answer) -> int:
         clean = simu.clean_pass(model, _ids(B, longest), pos, pos)
         simu.last_node(clean)
         if s.steps > 1:
-            (simu.layer_path if s.path == "layer" else simu.neuron_path)(clean, 0, s.steps)
+            simu.lower_nodes(clean, 0, s.steps, s.path)
     return live.peak - sum(p.nbytes for p in model.parameters())
 
 
