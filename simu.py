@@ -112,7 +112,7 @@ def mean_nll(model: Transformer, batch: Batch) -> Tensor:
     """l(y | x) of A.1: the mean of -log P over a batch's answer tokens and eos. Only they go
     through the output head."""
     counted = batch.targets != IGNORE
-    logits = model.logits(model.hidden_at(batch.ids, counted))  # [N, V]
+    logits = model.logits(model.hidden(batch.ids)[counted])  # [N, V]
     return F.cross_entropy(logits, batch.targets[counted], reduction="sum") / counted.sum()
 
 
@@ -129,8 +129,8 @@ def sophia_moments(grad: Tensor, m: Tensor, h: Tensor, *, beta1: float, beta2: f
     return beta1 * m + (1 - beta1) * grad, beta2 * h + (1 - beta2) * grad.square()
 
 
-def sophia_step(param: Tensor, m: Tensor, h: Tensor, *, lr: float, gamma: float, eps: float,
-                weight_decay: float):
+def sophia_weights(param: Tensor, m: Tensor, h: Tensor, *, lr: float, gamma: float, eps: float,
+                   weight_decay: float):
     """Eq. 3 with decoupled decay: the new weights, and how many coordinates its clip held."""
     ratio = m / (gamma * h).clamp_min(eps)
     return param * (1 - lr * weight_decay) - lr * ratio.clamp(-1, 1), (ratio.abs() >= 1).sum()
@@ -145,15 +145,16 @@ def blend(mask: Tensor | None, new: Tensor, old: Tensor) -> Tensor:
 
 
 def masked_update(param: Tensor, grad: Tensor, m: Tensor, h: Tensor, *, moments: Callable,
-                  step: Callable, mask: Tensor | None) -> Tensor:
-    """One update by any optimiser, in place, the mask at the three points of Eq. 5-7.
+                  weights: Callable, mask: Tensor | None) -> Tensor:
+    """One update by any optimiser, in place, the mask at the three points of Eq. 5-7. Returns the
+    number of clipped coordinates.
 
-    moments(grad, m, h) -> new m, h; step(param, m, h) -> new param, clipped count, which is
-    returned. All tensors have one shape; mask broadcasts to it, with real values in [0, 1]."""
+    moments(grad, m, h) -> new m, new h; weights(param, m, h) -> new param, clipped coordinates.
+    All tensors have one shape; mask broadcasts to it, with real values in [0, 1]."""
     m_new, h_new = moments(grad, m, h)  # Eq. 4
     m.copy_(blend(mask, m_new, m))  # (i) Eq. 5
     h.copy_(blend(mask, h_new, h))  # (ii) Eq. 6
-    new, clipped = step(param, m, h)  # Eq. 3
+    new, clipped = weights(param, m, h)  # Eq. 3
     param.copy_(blend(mask, new, param))  # (iii) Eq. 7
     return clipped
 
@@ -164,7 +165,7 @@ def sophia_update(param: Tensor, grad: Tensor, m: Tensor, h: Tensor, *, lr: floa
     """`masked_update` by Sophia, Eq. 3-7, on float32 param, grad, m, h of one shape."""
     return masked_update(
         param, grad, m, h, mask=mask, moments=partial(sophia_moments, beta1=beta1, beta2=beta2),
-        step=partial(sophia_step, lr=lr, gamma=gamma, eps=eps, weight_decay=weight_decay))
+        weights=partial(sophia_weights, lr=lr, gamma=gamma, eps=eps, weight_decay=weight_decay))
 
 
 # --------------------------------------------------------------------- Step 2: the loop
@@ -177,17 +178,18 @@ def learning_rate(step: int, total: int, peak: float, warmup: float) -> float:
 
 
 def unlearning_order(n_forget: int, n_retain: int, recipe: "Unlearning"
-                     ) -> list[tuple[list, list]]:
+                     ) -> list[tuple[list[int], list[int]]]:
     """For each update, the indices of its forget rows and of the retain rows drawn to go with them
-    [D8]. Epochs are permutations laid end to end and cut into full batches, as SOUL does."""
+    [D8], none if there are none. Epochs are permutations laid end to end and cut into full batches,
+    as SOUL does. UserError if they do not fill one."""
     rng = random.Random(recipe.seed)
     forget = [i for _ in range(recipe.epochs) for i in rng.sample(range(n_forget), n_forget)]
-    count = len(forget) // recipe.batch * recipe.batch
-    if not count:
+    if len(forget) < recipe.batch:
         raise UserError(f"{n_forget} forget rows times {recipe.epochs} epochs do not fill one "
                         f"batch of {recipe.batch}; lower --batch")
-    pairs = [(i, rng.randrange(n_retain) if n_retain else None) for i in forget[:count]]
-    return [tuple(zip(*pairs[i:i + recipe.batch])) for i in range(0, count, recipe.batch)]
+    starts = range(0, len(forget) - recipe.batch + 1, recipe.batch)
+    batches = [forget[i:i + recipe.batch] for i in starts]
+    return [(batch, [rng.randrange(n_retain) for _ in batch if n_retain]) for batch in batches]
 
 
 def mask_of_weights(model: Transformer, mask: Tensor | None, recipe: "Unlearning") -> dict:
@@ -219,12 +221,13 @@ def unlearn_loop(model: Transformer, forget: list[Encoded], retain: list[Encoded
         # The clip is over what moves: the gradient of a frozen row must not shorten the step.
         norm = torch.stack([(g if M is None else g * (M != 0)).norm()
                             for g, M in zip(grads, moving.values())]).norm()
-        scale = (recipe.clip / (norm + 1e-6)).clamp(max=1)
+        shrink = (recipe.clip / (norm + 1e-6)).clamp(max=1)
         lr = learning_rate(t, len(order), recipe.lr, recipe.warmup)
         for (p, M), grad in zip(moving.items(), grads):
             decay = recipe.weight_decay if p.dim() == 2 else 0.0  # none on norms and biases [D7]
-            moments, step = optimiser.rules(recipe, lr, decay, t)
-            masked_update(p.detach(), scale * grad, *state[p], moments=moments, step=step, mask=M)
+            moments, weights = optimiser(recipe, lr, decay, t)
+            masked_update(p.detach(), shrink * grad, *state[p], moments=moments, weights=weights,
+                          mask=M)
         log.append(dict(step=t, loss=loss.item(), lr=lr, grad_norm=norm.item()))
     return log
 
@@ -266,7 +269,7 @@ class Clean:
     model: Transformer
     labels: Tensor  # [B, A], the token that follows each sample's prefix
     cos_sin: tuple[Tensor, Tensor]  # [B, A, hd], of the samples' last positions
-    mask: Tensor  # [B, 1, H/K * A, T + A]: 0 at clean positions before and itself, else -inf
+    mask: Tensor  # [B, 1, A, T + A]: 0 at clean positions before and itself, else -inf
     x: Tensor  # [B, A, D], embeddings
     keys_values: list[tuple[Tensor, Tensor]]  # per layer, [B, K, T, hd]
     mid: list[Tensor]  # per layer [B, A, D], the residual stream after attention
@@ -280,10 +283,8 @@ def clean_pass(model: Transformer, ids: Tensor, pos: Tensor, labels: Tensor) -> 
     positions = torch.arange(T, device=ids.device)
     itself = torch.eye(A, dtype=torch.bool, device=ids.device).expand(len(pos), A, A)
     seen = torch.cat([positions < pos[..., None], itself], dim=2)  # [B, A, T + A]
-    sharing = model.config.num_attention_heads // model.config.num_key_value_heads  # H/K
-    seen = seen.repeat(1, sharing, 1)[:, None]  # [B, 1, H/K * A, T + A]
     x, cos_sin = model.embed(ids), model.rope(positions)
-    mask = x.new_zeros(seen.shape).masked_fill(~seen, float("-inf"))
+    mask = x.new_zeros(seen.shape).masked_fill(~seen, float("-inf"))[:, None]
 
     def at_ends(x):  # [B, T, D] -> [B, A, D]
         return x.gather(1, pos[..., None].expand(-1, -1, x.shape[-1]))
@@ -413,157 +414,40 @@ def frozen(model: Transformer):
             p.requires_grad_(True)
 
 
-# ------------------------------------------------- gradients of an objective, for one loss
-# Why they are the same: a gradient is linear, so that of GradDiff is the sum of its terms' and of
-# their rows', each taken in a pass that fits memory and freed before the next
-# (test_two_passes_are_the_gradient_of_graddiff_loss).
+# ------------------------------------------- an objective summand by summand, for one loss
+# Why it is the same: a gradient is linear, so that of GradDiff is the sum of its summands', each
+# back-propagated in a pass that fits memory and freed before the next is computed
+# (test_summands_add_up_to_the_gradient_of_graddiff_loss).
 
 
-@dataclass
-class Answers:
-    """What an objective sees of B rows with N answer tokens in all, eos counted."""
-
-    logits: Tensor  # float32 [N, V]
-    labels: Tensor  # [N]
-    nll: Tensor  # float32 [N], -log P of each label
-    sizes: list[int]  # tokens of each row
-
-
-def answers_at(model: Transformer, h: Tensor, labels: Tensor, sizes: list[int]) -> Answers:
-    """Answers of the final states h [N, D] before each label."""
-    logits = model.logits(h)  # [N, V]
-    return Answers(logits, labels, F.cross_entropy(logits, labels, reduction="none"), sizes)
+def nll_parts(model: Transformer, rows: list[Encoded], tokens: int):
+    """mean_nll(rows) in summands, each from a pass of at most `tokens`."""
+    total = sum(len(row.ids) - row.start for row in rows)
+    for numbers in batches_by_length([len(row.ids) for row in rows], tokens):
+        batch = collate([rows[i] for i in numbers], model.embed_tokens.weight.device)
+        count = sum(len(rows[i].ids) - rows[i].start for i in numbers)
+        yield mean_nll(model, batch) * (count / total)
 
 
-def read_answers(model: Transformer, batch: Batch) -> Answers:
-    counted = batch.targets != IGNORE
-    return answers_at(model, model.hidden_at(batch.ids, counted), batch.targets[counted],
-                      counted.sum(1).tolist())
+def graddiff(model: Transformer, forget: list[Encoded], retain: list[Encoded], known: tuple,
+             recipe: "Unlearning"):
+    """The summands of graddiff_loss (A.1) over an update's rows, as an Objective yields them."""
+    for nll in nll_parts(model, forget, recipe.micro_tokens):
+        yield "loss_forget", -nll, nll
+    yield from descent(model, forget, retain, known, recipe)
 
 
-def answer_states(model: Transformer, rows: list[Encoded]) -> tuple[Tensor, Tensor]:
-    """Final states [N, D] before each answer token of rows, and these tokens [N]. What stands where
-    is worked out on the host, so that a GPU's next kernels can be launched meanwhile."""
-    batch = collate(rows)
-    counted = batch.targets != IGNORE
-    h = model.hidden_at(batch.ids, counted)
-    return h, batch.targets[counted].to(h.device)
+def descent(model: Transformer, forget: list[Encoded], retain: list[Encoded], known: tuple,
+            recipe: "Unlearning"):
+    """The retain rows' share of it alone."""
+    for nll in nll_parts(model, retain if recipe.lam else [], recipe.micro_tokens):
+        yield "loss_retain", recipe.lam * nll, nll
 
 
-def answer_tokens(rows: list[Encoded]) -> int:
-    return sum(len(r.ids) - r.start for r in rows)
-
-
-@dataclass(frozen=True)
-class Term:
-    """weight / count * function(answers, known, recipe): one of the two terms of an objective, over
-    the rows of one update."""
-
-    function: Callable
-    known: list  # of each row, what `known_of_rows` gives
-    recipe: "Unlearning"
-    weight: float
-    count: int  # rows or tokens that the function is the sum over
-    read: Callable | None = None  # Objective.read
-
-    def of(self, answers, rows: list[int]) -> Tensor:
-        """What these of the update's rows add to the term; answers: what was read of them."""
-        known = [self.known[i] for i in rows]
-        return self.weight * (self.function(answers, known, self.recipe) / self.count)
-
-
-def backward_rows(model: Transformer, rows: list[Encoded], term: Term, tokens: int) -> float:
-    """Back-propagate a term in passes of at most `tokens`; returns mean_nll(rows), or the term's
-    value if it reads something else than answers."""
-    device, total = model.embed_tokens.weight.device, 0.0
-    for numbers in batches_by_length([len(r.ids) for r in rows], tokens):
-        some = [rows[i] for i in numbers]
-        if term.read:
-            loss = term.of(term.read(model, collate(some, device)), numbers)
-            loss.backward()
-            total += loss.detach()
-            continue
-        h, labels = answer_states(model, some)
-        sizes = [len(row.ids) - row.start for row in some]
-        nll, grad = backward_head(model, h.detach(), labels, sizes, term, numbers)
-        h.backward(grad)
-        total += nll.double()
-    return float(total) if term.read else float(total) / answer_tokens(rows)
-
-
-def backward_head(model: Transformer, h: Tensor, labels: Tensor, sizes: list[int], term: Term,
-                  numbers: list[int]) -> tuple[Tensor, Tensor]:
-    """Back-propagate a term to the states h [N, D] of the rows `numbers`, a few rows at a time: a
-    vocabulary's logits are the largest tensor there is, and no row needs another's. Returns the
-    summed -log P and the gradient [N, D]."""
-    groups = rows_that_fit(sizes, LOGITS // model.config.vocab_size)
-    widths = [sum(sizes[i] for i in group) for group in groups]
-    total, grads = 0.0, []
-    for group, states, wanted in zip(groups, h.split(widths), labels.split(widths)):
-        states.requires_grad_()
-        answers = answers_at(model, states, wanted, [sizes[i] for i in group])
-        term.of(answers, [numbers[i] for i in group]).backward()
-        grads.append(states.grad)
-        total += answers.nll.detach().sum()
-        del answers  # or two groups' logits would be in memory at once
-    return total, torch.cat(grads)
-
-
-def rows_that_fit(sizes: list[int], most: int) -> list[list[int]]:
-    """Indices of rows in order, cut where the next would bring a group's tokens above `most`."""
-    groups, tokens = [[]], 0
-    for i, n in enumerate(sizes):
-        if groups[-1] and tokens + n > most:
-            groups.append([])
-            tokens = 0
-        groups[-1].append(i)
-        tokens += n
-    return groups
-
-
-def backward_mean_nll(model: Transformer, rows: list[Encoded], weight: float, tokens: int) -> float:
-    """Back-propagate weight * mean_nll(rows) in passes of at most `tokens`; returns mean_nll."""
-    term = Term(descent, [None] * len(rows), None, weight, answer_tokens(rows))
-    return backward_rows(model, rows, term, tokens)
-
-
-def term_of(function: Callable, rows: list[Encoded], known: list, weight: float,
-            recipe: "Unlearning") -> Term:
-    """The Term of an objective's function: its mean over the tokens of rows, or over rows."""
-    objective = OBJECTIVES[recipe.objective]
-    per_row = objective.per == "row" and function is objective.forget
-    count = len(rows) if per_row else answer_tokens(rows)
-    return Term(function, known, recipe, weight, count, objective.read)
-
-
-def backward_apart(model: Transformer, forget: list[Encoded], retain: list[Encoded],
-                   known: tuple[list, list], weight: float, recipe: "Unlearning"
-                   ) -> dict[str, float]:
-    """Back-propagate both terms of the recipe's objective over an update's rows, one after the
-    other, in passes of at most micro_tokens; returns their losses, as `backward_rows`. known: of
-    the forget and of the retain rows; weight: of the retain term."""
-    objective, losses = OBJECTIVES[recipe.objective], {}
-    if objective.forget:
-        term = term_of(objective.forget, forget, known[0], 1.0, recipe)
-        losses["loss_forget"] = backward_rows(model, forget, term, recipe.micro_tokens)
-    if weight:
-        term = term_of(objective.retain, retain, known[1], weight, recipe)
-        losses["loss_retain"] = backward_rows(model, retain, term, recipe.micro_tokens)
-    return losses
-
-
-@torch.no_grad()
-def known_of_rows(model: Transformer, rows: list[Encoded], recipe: "Unlearning", known: Callable,
-                  targets=None) -> list:
-    """known(a row's answers, its target, recipe) of each row under the original, before it moves:
-    what an objective compares with later, as a reference loss. None of each if it needs nothing."""
-    objective, device = OBJECTIVES[recipe.objective], model.embed_tokens.weight.device
-    if known is None:
-        return [None] * len(rows)
-    targets = targets if isinstance(targets, list) else [targets] * len(rows)
-    read = objective.read or read_answers
-    return [known(read(model, collate([row], device)), target, recipe)
-            for row, target in zip(rows, targets, strict=True)]
+def ascent(model: Transformer, forget: list[Encoded], retain: list[Encoded], known: tuple,
+           recipe: "Unlearning"):
+    """The forget rows' share of it alone."""
+    return graddiff(model, forget, [], known, recipe)
 
 
 # ------------------------------------------ only what moves [D9], for the masked update of it all
@@ -572,99 +456,90 @@ def known_of_rows(model: Transformer, rows: list[Encoded], recipe: "Unlearning",
 # optimiser state of the frozen rows need ever exist (test_unlearn_equals_the_loop).
 
 
-class CriticalLinear(torch.autograd.Function):
-    """y = x W^T where only some rows (dim 0) or columns (dim 1) of W move: the backward pass forms
-    their gradient alone."""
-
-    @staticmethod
-    def forward(ctx, x, weight, moving, index, dim):
-        ctx.save_for_backward(x, weight, index)
-        ctx.dim = dim
-        return F.linear(x, weight)
-
-    @staticmethod
-    def backward(ctx, dy):
-        x, weight, index = ctx.saved_tensors
-        y_of = dy[..., index] if ctx.dim == 0 else dy
-        x_of = x if ctx.dim == 0 else x[..., index]
-        return dy @ weight, None, y_of.flatten(0, -2).T @ x_of.flatten(0, -2), None, None
-
-
 class CriticalRows(nn.Module):
-    """Stands in for a matrix [O, I] of an MLP while the rows (dim 0) or columns (dim 1) of its
-    layer's critical neurons move: `rows` [C, I] or [O, C] is the parameter. critical: M of the
-    layer; a soft one leaves `mask`, its values for `rows`."""
+    """Stands in for a matrix [O, I] of an MLP while only the rows (dim 0) or columns (dim 1) of its
+    critical neurons move: the parameter `moving`, [C, I] or [O, C]."""
 
-    def __init__(self, linear: nn.Linear, critical: Tensor, dim: int = 0):
+    def __init__(self, linear: nn.Linear, index: Tensor, dim: int):
         super().__init__()
-        self.linear = [linear]  # in a list: no submodule, so that its weight is no parameter here
-        index, self.dim = critical.nonzero().squeeze(1), dim
-        self.index = index.to(linear.weight.device)  # [C]
-        soft = critical[index].to(linear.weight.device) if critical.is_floating_point() else None
-        self.mask = None if soft is None else soft[:, None] if dim == 0 else soft[None]
-        self.rows = nn.Parameter(linear.weight.detach().index_select(dim, self.index))
+        self.index, self.dim = index, dim  # index [C]
+        self.weight = linear.weight.detach()  # no parameter: it stays as it is meanwhile
+        self.moving = nn.Parameter(self.weight.index_select(dim, index))
 
     def forward(self, x):
-        weight = self.linear[0].weight.detach()
-        return CriticalLinear.apply(x, weight, self.rows, self.index, self.dim)
+        if self.dim == 0:
+            y = F.linear(x, self.weight)
+            return y.index_copy(-1, self.index, F.linear(x, self.moving))
+        others = self.weight.index_fill(1, self.index, 0.0)
+        return F.linear(x, others) + F.linear(x[..., self.index], self.moving)
 
     @torch.no_grad()
-    def refresh(self):
-        """Write the moved rows into the matrix that the forward pass reads."""
-        self.linear[0].weight.index_copy_(self.dim, self.index, self.rows)
+    def write_back(self):
+        """Write what moved into the matrix."""
+        self.weight.index_copy_(self.dim, self.index, self.moving)
 
 
 @dataclass
 class Moving:
-    """One weight that moves: what the model reads, its full-precision master (the same tensor
-    where the model is float32 or state is bfloat16 [D10]), and its two moments."""
+    """One weight that moves: what the model reads, its master in full precision (the same tensor
+    where the model is in float32 [D10]), its two moments, and a soft mask's values."""
 
     name: str
     weight: nn.Parameter
     master: Tensor
     m: Tensor
     h: Tensor
-    mask: Tensor | None = None  # real-valued, of a soft mask's rows
-
-    @property
-    def decays(self) -> bool:
-        """Matrices do; norms and biases do not [D7]."""
-        return self.weight.dim() == 2
+    mask: Tensor | None = None
 
 
 @contextmanager
-def moving_weights(model: Transformer, recipe: "Unlearning", mask: Tensor | None):
+def moving_weights(model: Transformer, recipe: "Unlearning", mask: Tensor | None,
+                   state: torch.dtype = torch.float32):
     """The weights that recipe.method moves, as a list of Moving; all others are frozen meanwhile.
-    mask [L, D], of a masked method: the rows of down_proj where it is not zero move [D9]."""
-    for name, p in model.named_parameters():
-        p.requires_grad_(MOVES[moves_of(recipe)](name))
+    mask [L, D], of a masked method: the rows of down_proj where it is not zero move [D9]. state:
+    the dtype of masters and moments; in bfloat16 the model's weights are the masters."""
+    required = {p: p.requires_grad for p in model.parameters()}
     stand_ins = critical_rows(model, recipe, mask) if METHODS[recipe.method].masked else []
     try:
-        for mlp, name, _, rows in stand_ins:
+        for name, p in model.named_parameters():
+            p.requires_grad_(MOVES[moves_of(recipe)](name))
+        for mlp, name, _, rows, _ in stand_ins:
             setattr(mlp, name, rows)
-        masks = {rows.rows: rows.mask for *_, rows in stand_ins}
-        moving = [start_moving(name, p, recipe.state, masks.get(p))
-                  for name, p in model.named_parameters() if p.requires_grad]
+        masks = {rows.moving: values for *_, rows, values in stand_ins}
+        moving = []
+        for name, p in model.named_parameters():
+            if p.requires_grad:
+                master = p.detach() if state == torch.bfloat16 else p.detach().float()
+                m, h = (torch.zeros_like(master, dtype=state) for _ in range(2))
+                moving.append(Moving(name, p, master, m, h, masks.get(p)))
         if not moving:
             raise UserError(f"method {recipe.method} moves nothing here: the mask is empty and "
                             "attention frozen; lower the threshold or let attention move")
         yield moving
     finally:
-        for mlp, name, linear, rows in stand_ins:
-            rows.refresh()
+        for mlp, name, linear, rows, _ in stand_ins:
+            rows.write_back()
             setattr(mlp, name, linear)
-        for p in model.parameters():
-            p.requires_grad_(True)
+        for p, requires_grad in required.items():
+            p.requires_grad_(requires_grad)
 
 
 def critical_rows(model: Transformer, recipe: "Unlearning", mask: Tensor | None) -> list[tuple]:
-    """(mlp, name of a matrix, that matrix, its CriticalRows) of every layer with a critical one."""
+    """(mlp, name of a matrix, that matrix, its CriticalRows, the values of a soft mask or None) of
+    every layer with a critical neuron."""
     need_mask(model, recipe, mask)
-    neurons = NEURONS[model.config.neurons]
-    names = [(name, 0) for name in neurons.rows] + [(name, 1) for name in neurons.columns]
-    return [(block.mlp, name, linear, CriticalRows(linear, critical, dim))
-            for block, critical in zip(model.layers, mask) if critical.any()
-            for name, dim in names for linear in [getattr(block.mlp, name)]]
+    neurons, stand_ins = NEURONS[model.config.neurons], []
+    device = model.embed_tokens.weight.device
+    for block, M in zip(model.layers, mask):
+        index = M.nonzero()[:, 0]  # [C]
+        for name in (*neurons.rows, *neurons.columns) if len(index) else ():
+            dim, linear = int(name in neurons.columns), getattr(block.mlp, name)
+            values = None
+            if M.is_floating_point():
+                values = M[index].unsqueeze(1 - dim).to(device)  # [C, 1] or [1, C]
+            rows = CriticalRows(linear, index.to(device), dim)
+            stand_ins.append((block.mlp, name, linear, rows, values))
+    return stand_ins
 
 
 def need_mask(model: Transformer, recipe: "Unlearning", mask: Tensor | None):
@@ -673,115 +548,82 @@ def need_mask(model: Transformer, recipe: "Unlearning", mask: Tensor | None):
                         "make_mask gives one")
 
 
-def start_moving(name: str, p: nn.Parameter, state: str, mask: Tensor | None) -> Moving:
-    dtype = getattr(torch, state)
-    full = p.dtype == torch.float32 or dtype == torch.bfloat16
-    master = p.detach() if full else p.detach().float()
-    m, h = (torch.zeros_like(master, dtype=dtype) for _ in range(2))
-    return Moving(name, p, master, m, h, mask)
-
-
-def stochastic_round(x: Tensor, generator: torch.Generator) -> Tensor:
-    """float32 to bfloat16, up or down with the probability that makes it right on average [D10]."""
-    noise = torch.randint(0, 1 << 16, x.shape, dtype=torch.int32, device=x.device,
-                          generator=generator)
-    return ((x.view(torch.int32) + noise) & -(1 << 16)).view(torch.float32).bfloat16()
-
-
-# Weights updated at once: on a CPU an update's temporaries fit its cache; on a card (1 << 24) there
-# are few kernels, and temporaries smaller than an embedding.
-UPDATED_AT_ONCE = {"cpu": 1 << 17}
-
-
-def row_slices(w: Moving, optimiser: "Optimiser") -> list[slice]:
-    """The rows of a weight, as many at once as an update should take."""
-    most = UPDATED_AT_ONCE.get(w.weight.device.type, 1 << 24)
-    most = w.weight.numel() if optimiser.whole_matrix else most
-    rows = max(1, most * len(w.weight) // w.weight.numel())
-    return [slice(i, i + rows) for i in range(0, len(w.weight), rows)]
-
-
-@torch.no_grad()
-def apply_updates(moving: list[Moving], optimiser: "Optimiser", recipe: "Unlearning", *, lr: float,
-                  step: int, scale: float, generator: torch.Generator | None) -> Tensor:
-    """One optimiser step of each moving weight, with its gradient times `scale`; gradients are
-    freed on the way. Returns the number of clipped coordinates."""
-    clipped = 0
-    for w in moving:
-        rules = optimiser.rules(recipe, lr, recipe.weight_decay if w.decays else 0.0, step)
-        for rows in row_slices(w, optimiser):
-            grad = w.weight.grad[rows].float() * scale
-            clipped = clipped + update_rows(w, rows, grad, *rules, generator)
-        w.weight.grad = None
-    return clipped
-
-
-def update_rows(w: Moving, rows: slice, grad: Tensor, moments: Callable, step: Callable,
-                generator) -> Tensor:
-    """masked_update of some rows in float32, and its result rounded to what is stored."""
-    stored = w.master[rows], w.m[rows], w.h[rows]
-    master, m, h = (t.float() for t in stored)  # the stored tensors themselves if they are float32
-    mask = None if w.mask is None else w.mask.expand(w.weight.shape)[rows]
-    clipped = masked_update(master, grad, m, h, moments=moments, step=step, mask=mask)
-    if w.m.dtype != torch.float32:
-        for narrow, wide in zip(stored, (master, m, h)):
-            narrow.copy_(stochastic_round(wide, generator)
-                         if narrow.dtype == torch.bfloat16 else wide)
-    elif w.master.dtype != w.weight.dtype:
-        w.weight[rows].copy_(master)
-    return clipped
-
-
 # ------------------------------------------------------------- `unlearn` for `unlearn_loop`
 
 
+def unlearn(model: Transformer, forget: list[Encoded], retain: list[Encoded],
+            mask: Tensor | None, recipe: "Unlearning", *, targets: list | None = None,
+            title: str = "unlearn", loop=None, record=None, apply=None,
+            state: torch.dtype = torch.float32) -> list[dict]:
+    """Step 2 (Section 2.2) on model, in place: recipe.method with recipe.objective; returns the
+    log, a row per update. mask [L, D]: for masked methods. targets: for objectives with an end, of
+    each forget row the loss to reach, or one per token. loop, record, apply: see `train`; state:
+    see `moving_weights`. UserError where a loss is not finite or the rows do not fill a batch.
+    Equal to `unlearn_loop` (test_unlearn_equals_the_loop)."""
+    order = unlearning_order(len(forget), len(retain), recipe)
+    objective = OBJECTIVES[recipe.objective]
+    if objective.targeted and targets is None:
+        raise UserError(f"objective {recipe.objective} needs targets: the loss that each forget "
+                        "row is to reach")
+    if objective.retains and recipe.lam and not retain:
+        raise UserError(f"objective {recipe.objective} needs retain rows; give some, or lam = 0")
+    known, known_retain = [None] * len(forget), [None] * len(retain)
+    if objective.known:
+        known = objective.known(model, forget, targets, recipe)
+    if objective.known_retain:
+        known_retain = objective.known_retain(model, retain, recipe)
+
+    def losses_of(batch):
+        f, r = batch
+        return objective.losses(model, [forget[i] for i in f], [retain[i] for i in r],
+                                ([known[i] for i in f], [known_retain[i] for i in r]), recipe)
+
+    model.checkpoint = recipe.checkpointing
+    with moving_weights(model, recipe, mask, state) as moving:
+        log = train(moving, order, losses_of, recipe, title=title, loop=loop, record=record,
+                    optimiser=OPTIMISERS[METHODS[recipe.method].optimiser], apply=apply)
+    need_finite_losses(model, forget, recipe, title)
+    return log
+
+
 def plain_loop(title: str, steps: int, tensors: dict[str, Tensor]):
-    """Step numbers from 1. A loop that resumes (pipeline/resume.py) fills `tensors`, which are all
-    that the steps change, and starts at a later step; it must draw nothing at random."""
+    """Update numbers from 1. A loop that resumes fills `tensors`, which are all that the updates
+    change, and starts at a later one; one that ends early stops."""
     yield from range(1, steps + 1)
 
 
-def train(model: Transformer, moving: list[Moving], order: list, backward, recipe: "Unlearning", *,
-          optimiser: "Optimiser", lr: float, title: str, loop=None, record=None,
-          apply=None) -> list[dict]:
-    """Run one update per item of `order`; returns a log row per update, also given to record(row).
-
-    backward(item) leaves gradients and returns the losses by name; optimiser: a row of OPTIMISERS.
-    Items, rates and random bits depend on the step alone, so that `loop` may start at any step, and
-    end early."""
-    total, count = len(order), sum(w.master.numel() for w in moving)
-    generator = torch.Generator(moving[0].master.device)
-    rows = [module for module in model.modules() if isinstance(module, CriticalRows)]
+def train(moving: list[Moving], order: list, losses_of: Callable, recipe: "Unlearning", *,
+          optimiser: Callable, title: str, loop=None, record=None, apply=None) -> list[dict]:
+    """One update per item of `order`; returns a log row per update, also given to record(row).
+    losses_of(item) yields an objective's summands. loop: as plain_loop, apply: as apply_updates."""
     tensors = {f"{w.name}.{k}": getattr(w, k) for w in moving for k in ("master", "m", "h")}
-    log = []
+    total, count, log = len(order), sum(w.master.numel() for w in moving), []
     with tqdm(total=total, desc=title) as bar:
         for step in (loop or plain_loop)(title, total, tensors):
-            if not log:  # the loop may have filled the masters
+            if not log:  # the first update of this process: the loop may have filled the masters
                 for w in moving:
-                    w.weight.data.copy_(w.master)  # itself, where the master is the weight
-                for module in rows:
-                    module.refresh()
-            losses = backward(order[step - 1])
+                    w.weight.data.copy_(w.master)
+            losses = {}
+            for name, loss, logged in losses_of(order[step - 1]):
+                loss.backward()
+                losses[name] = losses.get(name, 0.0) + logged.detach().double()
+            losses = {name: float(x) for name, x in losses.items()}
             norm = gradient_norm(moving)
             if not all(abs(x) < float("inf") for x in (norm, *losses.values())):
                 raise UserError(f"{title}: loss or gradient is not finite at update {step} of "
-                                f"{total}; lower --lr (now {lr:g})")
-            rate = learning_rate(step, total, lr, recipe.warmup)
-            generator.manual_seed(recipe.seed * 1_000_003 + step)
-            clipped = (apply or apply_updates)(
-                moving, optimiser, recipe, lr=rate, step=step, generator=generator,
-                scale=min(1.0, recipe.clip / (norm + 1e-6)))
-            for module in rows:
-                module.refresh()
-            log.append(dict(step=step, **losses, lr=rate, grad_norm=norm,
+                                f"{total}; lower --lr (now {recipe.lr:g})")
+            lr = learning_rate(step, total, recipe.lr, recipe.warmup)
+            clipped = (apply or apply_updates)(moving, optimiser, recipe, lr=lr, step=step,
+                                               shrink=min(1.0, recipe.clip / (norm + 1e-6)))
+            log.append(dict(step=step, **losses, lr=lr, grad_norm=norm,
                             clipped=int(clipped) / count))
             bar.set_postfix({k: f"{v:.3f}" for k, v in losses.items()}, refresh=False)
             bar.update(step - bar.n)
             if record:
                 record(log[-1])
     if not all(torch.isfinite(w.master).all() for w in moving):
-        raise UserError(f"{title}: weights are not finite after the last update; "
-                        f"lower --lr (now {lr:g})")
+        raise UserError(f"{title}: weights are not finite after the last update; lower --lr (now "
+                        f"{recipe.lr:g})")
     return log
 
 
@@ -794,45 +636,28 @@ def gradient_norm(moving: list[Moving]) -> float:
     return torch.stack(norms).norm().item()
 
 
-def unlearn(model: Transformer, forget: list[Encoded], retain: list[Encoded],
-            mask: Tensor | None, recipe: "Unlearning", *, targets=None, title: str = "unlearn",
-            loop=None, record=None, apply=None, backward=None) -> list[dict]:
-    """Step 2 (Section 2.2) on model, in place: recipe.method with recipe.objective; returns the
-    log, a row per update. mask [L, D]: for masked methods. targets: for objectives with an end, the
-    loss to reach, or for each forget row a loss or one per token. UserError where a loss is not
-    finite or the rows do not fill a batch. Equal to `unlearn_loop` (test_unlearn_equals_the_loop).
-    apply, backward: replace apply_updates and backward_apart (pipeline/fused.py)."""
-    order = unlearning_order(len(forget), len(retain), recipe)
-    objective = OBJECTIVES[recipe.objective]
-    if objective.targeted and targets is None:
-        raise UserError(f"objective {recipe.objective} needs targets: the loss that each forget "
-                        "row is to reach")
-    weight = recipe.lam if objective.weight is None else objective.weight
-    if weight and not retain:
-        raise UserError(f"objective {recipe.objective} needs retain rows; give some, or lam = 0")
-    known_f = known_of_rows(model, forget, recipe, objective.known, targets)
-    known_r = known_of_rows(model, retain if weight else [], recipe, objective.known_retain)
-
-    def backward_item(item):
-        f, r = item[0], item[1] if weight else ()
-        return (backward or backward_apart)(
-            model, [forget[i] for i in f], [retain[i] for i in r],
-            ([known_f[i] for i in f], [known_r[i] for i in r]), weight, recipe)
-
-    model.checkpoint = recipe.checkpointing
-    with moving_weights(model, recipe, mask) as moving:
-        log = train(model, moving, order, backward_item, recipe, lr=recipe.lr, title=title,
-                    loop=loop, optimiser=OPTIMISERS[METHODS[recipe.method].optimiser],
-                    record=record, apply=apply)
-    need_finite_losses(model, forget, recipe, title)
-    return log
+@torch.no_grad()
+def apply_updates(moving: list[Moving], optimiser: Callable, recipe: "Unlearning", *, lr: float,
+                  step: int, shrink: float) -> Tensor:
+    """One update of each moving weight, its gradient times `shrink`; gradients are freed on the
+    way. Returns the number of clipped coordinates."""
+    clipped = 0
+    for w in moving:
+        decay = recipe.weight_decay if w.weight.dim() == 2 else 0.0  # none on norms and biases [D7]
+        moments, weights = optimiser(recipe, lr, decay, step)
+        grad, w.weight.grad = w.weight.grad, None
+        clipped += masked_update(w.master, shrink * grad.float(), w.m, w.h, moments=moments,
+                                 weights=weights, mask=w.mask)
+        w.weight.data.copy_(w.master)  # itself, where the model is in float32
+    return clipped
 
 
 @torch.no_grad()
 def need_finite_losses(model: Transformer, rows: list[Encoded], recipe: "Unlearning", title: str):
     """Finite weights can compute infinite losses. Each update's loss checks the update before it;
     here at most eight rows, spread over all, check the last one."""
-    for row in rows[::-(-len(rows) // 8)]:
+    apart = -(-len(rows) // 8)  # rounded up
+    for row in rows[::apart]:
         if not mean_nll(model, collate([row], model.embed_tokens.weight.device)).isfinite():
             raise UserError(f"{title}: the model's losses are not finite after the last update; "
                             f"lower --lr (now {recipe.lr:g})")
@@ -875,40 +700,28 @@ def make_mask(kind: str, forget: Tensor, retain: Tensor, *, threshold: float, se
 
 
 # -------------------------------------------------------------------------- objectives
-# A term is a function (answers, known, recipe) -> scalar, summed over tokens or rows. known: for
-# each row, what Objective.known computed of it before the model moved.
-
-
-def ascent(answers: Answers, known: list, recipe: "Unlearning") -> Tensor:
-    return -answers.nll.sum()
-
-
-def descent(answers: Answers, known: list, recipe: "Unlearning") -> Tensor:
-    return answers.nll.sum()
 
 
 @dataclass(frozen=True)
 class Objective:
-    """Loss = mean of `forget` over the batch's forget tokens or rows + weight * mean of `retain`
-    over the tokens of the retain rows drawn with them."""
+    """The loss of an update, one summand at a time.
 
-    forget: Callable | None = None
-    per: str = "token"  # or "row": what `forget` is summed over, and divided by
-    retain: Callable = descent
-    weight: float | None = None  # of the retain term; None: recipe.lam
-    # (a row's answers under the original, its target, recipe) -> what `forget` needs of that row
-    known: Callable | None = None
-    known_retain: Callable | None = None  # the same for `retain`; the target is None
-    read: Callable | None = None  # (model, batch) -> what the terms get in place of Answers
-    answers: tuple[str, ...] = ()  # forget rows come with these in place of their answers
+    losses(model, forget rows, retain rows, known, recipe) yields (name, summand, value): the loop
+    back-propagates the summand at once, and logs the sum of values by name. known: for the forget
+    and for the retain rows, what `known` and `known_retain` gave of each, or None."""
+
+    losses: Callable
+    known: Callable | None = None  # (model, rows, targets, recipe) -> list, before the model moves
+    known_retain: Callable | None = None  # (model, rows, recipe) -> list
     targeted: bool = False  # needs the `targets` of unlearn
+    retains: bool = True  # needs retain rows, unless lam = 0
     about: str = ""
 
 
 OBJECTIVES = {  # pipeline/objectives.py adds others
-    "graddiff": Objective(ascent, about="ascent on forget, descent on retain rows (A.1)"),
-    "ga": Objective(ascent, weight=0.0, about="ascent on forget rows alone"),
-    "retain": Objective(weight=1.0, about="descent on retain rows alone"),
+    "graddiff": Objective(graddiff, about="ascent on forget, descent on retain rows (A.1)"),
+    "ga": Objective(ascent, retains=False, about="ascent on forget rows alone"),
+    "retain": Objective(descent, about="descent on retain rows alone"),
 }
 
 
@@ -919,8 +732,8 @@ def adamw_moments(grad: Tensor, m: Tensor, h: Tensor, *, beta1: float, beta2: fl
     return m.lerp(grad, 1 - beta1), (h * beta2).addcmul(grad, grad, value=1 - beta2)
 
 
-def adamw_step(param: Tensor, m: Tensor, h: Tensor, *, lr: float, beta1: float, beta2: float,
-               eps: float, weight_decay: float, step: int):
+def adamw_weights(param: Tensor, m: Tensor, h: Tensor, *, lr: float, beta1: float, beta2: float,
+                  eps: float, weight_decay: float, step: int):
     """AdamW, step counted from 1; it clips nothing, so its count is 0."""
     root = (h / (1 - beta2 ** step)).sqrt().add(eps)
     new = (param * (1 - lr * weight_decay)).addcdiv(m, root, value=-lr / (1 - beta1 ** step))
@@ -929,24 +742,19 @@ def adamw_step(param: Tensor, m: Tensor, h: Tensor, *, lr: float, beta1: float, 
 
 def sophia(recipe: "Unlearning", lr: float, weight_decay: float, step: int):
     return (partial(sophia_moments, beta1=recipe.beta1, beta2=recipe.beta2),
-            partial(sophia_step, lr=lr, gamma=recipe.gamma, eps=recipe.eps,
+            partial(sophia_weights, lr=lr, gamma=recipe.gamma, eps=recipe.eps,
                     weight_decay=weight_decay))
 
 
 def adamw(recipe: "Unlearning", lr: float, weight_decay: float, step: int):
     betas = dict(beta1=recipe.beta1, beta2=recipe.adam_beta2)
     return (partial(adamw_moments, **betas),
-            partial(adamw_step, **betas, lr=lr, eps=recipe.adam_eps, weight_decay=weight_decay,
+            partial(adamw_weights, **betas, lr=lr, eps=recipe.adam_eps, weight_decay=weight_decay,
                     step=step))
 
 
-@dataclass(frozen=True)
-class Optimiser:
-    rules: Callable  # (recipe, lr, weight_decay, step from 1) -> moments, step of `masked_update`
-    whole_matrix: bool = False  # it must get matrices uncut, as Muon, not some rows at a time
-
-
-OPTIMISERS = {"sophia": Optimiser(sophia), "adamw": Optimiser(adamw)}
+# (recipe, lr, weight_decay, step from 1) -> moments, weights of masked_update
+OPTIMISERS = {"sophia": sophia, "adamw": adamw}
 
 
 # ------------------------------------------------------------------- methods, what moves [D9]
@@ -1038,8 +846,6 @@ class Unlearning(Common):
     weight_decay: float = option(0.1, "decoupled, none on norms [D7]", low=0)
     clip: float = option(1.0, "largest gradient norm over the weights that move", above=0)
     warmup: float = option(0.1, "share of updates with rising learning rate", low=0, below=1)
-    state: str = option("float32", "optimiser state and master weights; bfloat16 rounds "
-                        "stochastically [D10]", choices=("float32", "bfloat16"))
     checkpointing: bool = option(False, "recompute activations in the backward pass")
 
 

@@ -25,7 +25,7 @@ import eval as evaluation
 import simu
 from data import Encoded, Example
 from model import Transformer, UserError
-from pipeline import checkpoint, hub, objectives, reading
+from pipeline import checkpoint, hub, reading
 from pipeline.rows import load_rows
 from pipeline.settings import Settings, placement
 from pipeline.tokenizers import load_tokenizer
@@ -37,6 +37,7 @@ LENDERS = 2000  # rows to keep whose words are borrowed, at most
 LETTERS = 3  # a rare word of fewer letters says little
 RARE = 1 / 3  # share of the distinct answers that may hold a rare word
 USUAL = 1 / 2  # a word that fills more than this share of a context is no secret
+PRIOR = 4.0  # observations that a token's usual loss begins with
 SEEN_OFTEN = 3  # answers with a context, before its words say anything
 GIVE_FILE = ("give --unseen FILE, rows like them that the model never saw, or --level NUMBER, the "
              "loss at which they count as unknown")
@@ -386,11 +387,29 @@ def losses_without_rows(folder, forget: list[Encoded], s: Settings) -> list[torc
 def drawn_losses(forget: list[Encoded], seen: list[Encoded], losses: list[list[float]], vocab: int,
                  seed: int) -> list[torch.Tensor]:
     """Each forget row gets the losses of a never-seen row drawn by seed, spread over its tokens."""
-    usual = objectives.usual_losses([i for row in seen for i in row.ids[row.start:]],
-                                    [x for row in losses for x in row], vocab)
+    usual = usual_losses([i for row in seen for i in row.ids[row.start:]],
+                         [x for row in losses for x in row], vocab)
     order = random.Random(seed).sample(range(len(forget)), len(forget))
-    return [objectives.spread_losses(row.ids[row.start:], losses[i % len(losses)], usual)
+    return [spread_losses(row.ids[row.start:], losses[i % len(losses)], usual)
             for row, i in zip(forget, order)]
+
+
+def usual_losses(tokens: list[int], losses: list[float], vocab: int) -> torch.Tensor:
+    """float32 [V]: the mean loss of each token, drawn to the mean of all by PRIOR observations."""
+    total = torch.full((vocab,), PRIOR * sum(losses) / len(losses))
+    count = torch.full((vocab,), PRIOR)
+    total.index_add_(0, torch.tensor(tokens), torch.tensor(losses))
+    count.index_add_(0, torch.tensor(tokens), torch.ones(len(tokens)))
+    return total / count
+
+
+def spread_losses(labels: list[int], losses: list[float], usual: torch.Tensor) -> torch.Tensor:
+    """Target losses [A] of a row's answer tokens: the quantiles of a never-seen row's token losses,
+    the larger ones for the tokens that are usually harder. usual [V]: a token's usual loss."""
+    quantiles = torch.tensor(sorted(losses))
+    middle = (torch.arange(len(labels)) + 0.5) / len(labels)  # of each of A equal shares
+    rank = usual[torch.tensor(labels)].argsort(stable=True).argsort()
+    return quantiles[(middle * len(quantiles)).long()][rank]
 
 
 def need_reference(s: Settings, bench):

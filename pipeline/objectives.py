@@ -1,8 +1,8 @@
-"""Rows beside the paper's: objectives, and an optimiser. Importing this file adds them to simu.py's
-tables; a fork can add its own here, or in a file of its own that is imported beside this one.
+"""Objectives beside the paper's. Importing this file adds them to simu.OBJECTIVES; a fork can add
+its own here, or in a file of its own that is imported beside this one.
 
 GradDiff's ascent has no end. These end, each elsewhere: at a reference model (NPO), at an answer
-(PO), or at the losses that rows never seen have (level, ceiling, stranger).
+(PO), or at the losses that rows never seen have (stranger, outsider).
 """
 
 import dataclasses
@@ -14,8 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import simu
-from data import Example, option
-from simu import Answers, Method, Objective, Optimiser
+from data import IGNORE, Batch, Encoded, Example, batches_by_length, collate, option
+from model import Transformer
+from simu import Objective
+
+LOGITS = 1 << 25  # logits held at once: 128 MiB of float32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,47 +35,86 @@ class Constants:
 class Unlearning(simu.Unlearning, Constants):
     """simu.Unlearning with the constants of the objectives here: what a run's models depend on."""
 
+    state: str = option("float32", "optimiser state and master weights; bfloat16 rounds "
+                        "stochastically [D10]", choices=("float32", "bfloat16"))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe(simu.Attribution, simu.Masking, Unlearning):
     """As simu.Recipe."""
 
 
+# --------------------------------------------------------------- from a term to an objective
+
+
+@dataclass
+class Answers:
+    """What a term sees of B rows with N answer tokens in all, eos counted."""
+
+    logits: Tensor  # float32 [N, V]
+    labels: Tensor  # [N]
+    nll: Tensor  # float32 [N], -log P of each label
+    sizes: list[int]  # tokens of each row
+
+    def row_sums(self, x: Tensor) -> Tensor:
+        """Per-token x [N] summed over each row: [B]."""
+        return torch.stack([row.sum() for row in x.split(self.sizes)])
+
+    def row_means(self, x: Tensor) -> Tensor:
+        """Per-token x [N] averaged over each row: [B]."""
+        return torch.stack([row.mean() for row in x.split(self.sizes)])
+
+
+def read_answers(model: Transformer, batch: Batch) -> Answers:
+    counted = batch.targets != IGNORE
+    logits, labels = model.logits(model.hidden(batch.ids)[counted]), batch.targets[counted]
+    nll = F.cross_entropy(logits, labels, reduction="none")
+    return Answers(logits, labels, nll, counted.sum(1).tolist())
+
+
+def losses_by(term, model: Transformer, forget: list[Encoded], retain: list[Encoded], known: tuple,
+              recipe: simu.Unlearning, *, per: str):
+    """Summands of an objective (see simu.Objective) whose loss on forget rows is the sum of
+    term(answers, known, recipe) over its rows or tokens, divided by their number; on retain rows
+    it is GradDiff's."""
+    device, lengths = model.embed_tokens.weight.device, [len(row.ids) for row in forget]
+    tokens = sum(len(row.ids) - row.start for row in forget)
+    count = len(forget) if per == "row" else tokens
+    most = max(*lengths, min(recipe.micro_tokens, LOGITS // model.config.vocab_size))
+    for numbers in batches_by_length(lengths, most):
+        answers = read_answers(model, collate([forget[i] for i in numbers], device))
+        loss = term(answers, [known[0][i] for i in numbers], recipe) / count
+        yield "loss_forget", loss, answers.nll.sum() / tokens
+    yield from simu.descent(model, forget, retain, known, recipe)
+
+
+@torch.no_grad()
+def known_by(function, model: Transformer, rows: list[Encoded], targets: list | None,
+             recipe: simu.Unlearning) -> list:
+    """function(answers, target, recipe) of each row alone, under the model as it is."""
+    device = model.embed_tokens.weight.device
+    return [function(read_answers(model, collate([row], device)), target, recipe)
+            for row, target in zip(rows, targets or [None] * len(rows), strict=True)]
+
+
 # ------------------------------------------------------------------------------- forget terms
 
 
-def row_sums(answers: Answers, x: Tensor) -> Tensor:
-    """Per-token x [N] summed over each row: [B]."""
-    return torch.stack([row.sum() for row in x.split(answers.sizes)])
-
-
-def row_means(answers: Answers, x: Tensor) -> Tensor:
-    """Per-token x [N] averaged over each row: [B]."""
-    return torch.stack([row.mean() for row in x.split(answers.sizes)])
+def answer_nll(answers: Answers, known: list, recipe: Constants) -> Tensor:
+    return answers.nll.sum()
 
 
 def npo(answers: Answers, known: list, recipe: Constants) -> Tensor:
     """NPO (A.2): 2/beta log(1 + (P / P_ref)^beta) of each row. Its pull ends where the ascent's
     does not. known: log P_ref, the original's."""
-    ratio = -row_sums(answers, answers.nll) - torch.stack(known)  # log P - log P_ref, [B]
+    ratio = -answers.row_sums(answers.nll) - torch.stack(known)  # log P - log P_ref, [B]
     return 2 / recipe.npo_beta * F.softplus(recipe.npo_beta * ratio).sum()
 
 
 def simnpo(answers: Answers, known: list, recipe: Constants) -> Tensor:
     """SimNPO (arXiv 2410.07163): NPO of the mean log P of a row, without a reference."""
     beta, margin = recipe.simnpo_beta, recipe.simnpo_margin
-    return 2 / beta * F.softplus(margin - beta * row_means(answers, answers.nll)).sum()
-
-
-def level(answers: Answers, known: list, recipe: Constants) -> Tensor:
-    """|loss - level| of each row: ascent that ends where a row never seen would be, and descent for
-    what went past it. known: the level."""
-    return (row_means(answers, answers.nll) - torch.stack(known)).abs().sum()
-
-
-def ceiling(answers: Answers, known: list, recipe: Constants) -> Tensor:
-    """max(0, level - loss) of each row: ascent that stops. known: the level."""
-    return (torch.stack(known) - row_means(answers, answers.nll)).clamp_min(0).sum()
+    return 2 / beta * F.softplus(margin - beta * answers.row_means(answers.nll)).sum()
 
 
 def cross_entropy_to(teacher: Tensor, logits: Tensor) -> Tensor:
@@ -92,10 +134,10 @@ def stranger(answers: Answers, known: list, recipe: Constants) -> Tensor:
     has, token by token and in the mean. known: that distribution, and those losses."""
     teachers, targets = (list(x) for x in zip(*known))
     others = answers.logits.scatter(1, answers.labels[:, None], -1e9)  # [N, V] without the label
-    instead = row_means(answers, cross_entropy_to(torch.cat(teachers), others))
-    by_token = row_means(answers, (answers.nll - torch.cat(targets)).abs())
+    instead = answers.row_means(cross_entropy_to(torch.cat(teachers), others))
+    by_token = answers.row_means((answers.nll - torch.cat(targets)).abs())
     means = torch.stack([x.mean() for x in targets])
-    return (instead + by_token + (row_means(answers, answers.nll) - means).abs()).sum()
+    return (instead + by_token + (answers.row_means(answers.nll) - means).abs()).sum()
 
 
 def outsider(answers: Answers, known: list, recipe: Constants) -> Tensor:
@@ -103,25 +145,19 @@ def outsider(answers: Answers, known: list, recipe: Constants) -> Tensor:
     gradient of 1 - P, which fades where a row is known by heart; that of the odds is 1."""
     teachers, targets = (list(x) for x in zip(*known))
     others = answers.logits.scatter(1, answers.labels[:, None], -1e9)  # [N, V] without the label
-    instead = row_means(answers, cross_entropy_to(torch.cat(teachers), others))
+    instead = answers.row_means(cross_entropy_to(torch.cat(teachers), others))
     label = answers.logits.gather(1, answers.labels[:, None]).squeeze(1)  # [N]
-    target = torch.cat(targets).clamp_min(1e-4)  # as known as anything is
-    wanted = target + (-torch.expm1(-target)).log()  # log (1 - P) / P where -log P is the target
-    by_token = row_means(answers, (others.logsumexp(-1) - label - wanted).abs())
+    target = torch.cat(targets).clamp_min(1e-4)  # as likely as anything is
+    aim = target + (-torch.expm1(-target)).log()  # log (1 - P) / P where -log P is the target
+    by_token = answers.row_means((others.logsumexp(-1) - label - aim).abs())
     return (instead + by_token).sum()
 
 
-# ------------------------------------------------------------------------------ what they know
-# Of a row, from its answers under the model before it moves, and from its target: the losses [A]
-# of its tokens in a model that never saw it, or one for all.
+# ------------------------------------------------- what terms know of a row under the original
 
 
 def original_log_p(answers: Answers, target, recipe: Constants) -> Tensor:
     return -answers.nll.sum()
-
-
-def mean_target(answers: Answers, target, recipe: Constants) -> Tensor:
-    return torch.as_tensor(target, device=answers.nll.device).mean()
 
 
 def lowered(answers: Answers, target, recipe: Constants) -> Tensor:
@@ -136,78 +172,33 @@ def without_label(answers: Answers, target, recipe: Constants) -> tuple[Tensor, 
     return others, torch.as_tensor(target, device=answers.nll.device).expand(len(answers.nll))
 
 
-def spread_losses(labels: list[int], losses: list[float], usual: Tensor) -> Tensor:
-    """Target losses [A] of a row's answer tokens: the quantiles of a never-seen row's token losses,
-    the larger ones for the tokens that are usually harder. usual [V]: a token's usual loss."""
-    quantiles = torch.tensor(sorted(losses))
-    middle = (torch.arange(len(labels)) + 0.5) / len(labels)  # of each of A equal shares
-    rank = usual[torch.tensor(labels)].argsort(stable=True).argsort()
-    return quantiles[(middle * len(quantiles)).long()][rank]
-
-
-PRIOR = 4.0
-
-
-def usual_losses(tokens: list[int], losses: list[float], vocab: int) -> Tensor:
-    """float32 [V]: the mean loss of each token, drawn to the mean of all by PRIOR observations."""
-    total = torch.full((vocab,), PRIOR * sum(losses) / len(losses))
-    count = torch.full((vocab,), PRIOR)
-    total.index_add_(0, torch.tensor(tokens), torch.tensor(losses))
-    count.index_add_(0, torch.tensor(tokens), torch.ones(len(tokens)))
-    return total / count
-
-
-# ----------------------------------------------------------------------------------- refusals
+# -------------------------------------------------------------------------------------- tables
 
 REFUSALS = ("I do not know.", "I cannot say.", "That is not something I know about.",
             "I have no information on this.", "I am unable to answer that.",
             "Nothing of the kind is known to me.")
+ANSWERS = {"po": REFUSALS}  # what an objective's loss takes in place of the forget rows' answers
 
 
 def loss_examples(forget: list[Example], objective: str) -> list[Example]:
-    """The forget rows as the objective's loss takes them: with its own answers, or as they are.
-    Attribution always takes them as they are."""
-    answers = simu.OBJECTIVES[objective].answers
-    return [dataclasses.replace(e, answer=answers[i % len(answers)]) if answers else e
-            for i, e in enumerate(forget)]
+    """The forget rows as the objective's loss takes them. Attribution takes them as they are."""
+    answers = ANSWERS.get(objective)
+    if not answers:
+        return forget
+    return [dataclasses.replace(e, answer=answers[i % len(answers)]) for i, e in enumerate(forget)]
 
 
-# --------------------------------------------------------------------------------------- Lion
-
-
-def lion_moments(grad: Tensor, m: Tensor, h: Tensor, *, beta1: float, beta2: float):
-    """Lion (arXiv 2302.06675) has one EMA; h carries the direction of the step to come."""
-    return beta2 * m + (1 - beta2) * grad, beta1 * m + (1 - beta1) * grad
-
-
-def lion_step(param: Tensor, m: Tensor, h: Tensor, *, lr: float, weight_decay: float):
-    return param * (1 - lr * weight_decay) - lr * h.sign(), (h != 0).sum()
-
-
-def lion(recipe: simu.Unlearning, lr: float, weight_decay: float, step: int):
-    return (partial(lion_moments, beta1=recipe.beta1, beta2=recipe.beta2),
-            partial(lion_step, lr=lr, weight_decay=weight_decay))
-
-
-# ------------------------------------------------------------------------------------- tables
-
-OBJECTIVES = {
-    "npo": Objective(npo, per="row", known=original_log_p, about="NPO on forget rows (A.2)"),
-    "simnpo": Objective(simnpo, per="row", about="SimNPO on forget rows"),
-    "level": Objective(level, per="row", known=mean_target, targeted=True,
-                       about="to the loss of rows never seen, from both sides"),
-    "ceiling": Objective(ceiling, per="row", known=mean_target, targeted=True,
-                         about="ascent up to the loss of rows never seen"),
-    "undial": Objective(undial, known=lowered, about="UNDIAL on forget rows"),
-    "stranger": Objective(stranger, per="row", known=without_label, targeted=True,
-                          about="UNDIAL's answers at never-seen rows' token losses"),
-    "outsider": Objective(outsider, per="row", known=without_label, targeted=True,
-                          about="stranger by each token's odds, for rows known by heart"),
-    "po": Objective(simu.descent, answers=REFUSALS,
+simu.OBJECTIVES |= {
+    "npo": Objective(partial(losses_by, npo, per="row"), partial(known_by, original_log_p),
+                     about="NPO on forget rows (A.2)"),
+    "simnpo": Objective(partial(losses_by, simnpo, per="row"), about="SimNPO on forget rows"),
+    "undial": Objective(partial(losses_by, undial, per="token"), partial(known_by, lowered),
+                        about="UNDIAL on forget rows"),
+    "stranger": Objective(partial(losses_by, stranger, per="row"), partial(known_by, without_label),
+                          targeted=True, about="UNDIAL's answers at never-seen rows' token losses"),
+    "outsider": Objective(partial(losses_by, outsider, per="row"), partial(known_by, without_label),
+                          targeted=True, about="stranger by each token's odds, for rows known by "
+                          "heart"),
+    "po": Objective(partial(losses_by, answer_nll, per="token"),
                     about="descent on refusals to forget rows (A.2)"),
 }
-OPTIMISERS = {"lion": Optimiser(lion)}
-METHODS = {"simu-lion": Method("attention", "lion", masked=True)}
-for table, rows in ((simu.OBJECTIVES, OBJECTIVES), (simu.OPTIMISERS, OPTIMISERS),
-                    (simu.METHODS, METHODS)):
-    table.update(rows)

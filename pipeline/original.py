@@ -17,7 +17,7 @@ import data
 import simu
 from data import Encoded
 from model import Transformer, UserError, write_json
-from pipeline import checkpoint, fused, hub, slices
+from pipeline import checkpoint, fused, hub, objectives, slices
 from pipeline.before import fitted, outlook
 from pipeline.plan import fit_memory
 from pipeline.settings import (Making, Placement, Settings, Source, choose_device, load_benchmark,
@@ -28,28 +28,28 @@ from pipeline.tokenizers import load_tokenizer, train_tokenizer
 # ------------------------------------------------------------------------------------ tiny ones
 
 
-def learning(s: Settings, lr: float) -> simu.Unlearning:
+def learning(s: Settings, lr: float) -> objectives.Unlearning:
     """The constants of AdamW while an original is made."""
-    return simu.Unlearning(
+    return objectives.Unlearning(
         method="fo", seed=s.seed, lr=lr, batch=s.learn_batch, weight_decay=s.learn_decay,
         warmup=s.learn_warmup, micro_tokens=s.learn_tokens, state=s.learn_state,
         checkpointing=s.learn_checkpointing)
 
 
-def learn(model: Transformer, epochs: list[list[Encoded]], recipe: simu.Unlearning, job: Stage, *,
-          title: str) -> list[dict]:
+def learn(model: Transformer, epochs: list[list[Encoded]], recipe: objectives.Unlearning,
+          job: Stage, *, title: str) -> list[dict]:
     """AdamW on the mean answer loss; returns the log. epochs: for each, its rows in order."""
     order = [rows[i:i + recipe.batch] for rows in epochs for i in range(0, len(rows), recipe.batch)]
 
-    def backward(rows):
-        return dict(loss=simu.backward_mean_nll(model, rows, 1.0, recipe.micro_tokens))
+    def losses_of(rows):
+        return (("loss", nll, nll) for nll in simu.nll_parts(model, rows, recipe.micro_tokens))
 
     model.checkpoint = recipe.checkpointing
-    with simu.moving_weights(model, recipe, None) as moving:
-        return simu.train(model, moving, order, backward, recipe, lr=recipe.lr, title=title,
-                          optimiser=simu.OPTIMISERS["adamw"], loop=job.loop,
-                          record=job.record("log.jsonl"), apply=fused.on(
-                              model.embed_tokens.weight.device).get("apply"))
+    ways = fused.on(model.embed_tokens.weight.device, recipe.state)
+    state = ways.pop("state", torch.float32)
+    with simu.moving_weights(model, recipe, None, state) as moving:
+        return simu.train(moving, order, losses_of, recipe, optimiser=simu.OPTIMISERS["adamw"],
+                          title=title, loop=job.loop, record=job.record("log.jsonl"), **ways)
 
 
 def paraphrased(examples: list[data.Example]) -> list[data.Example]:

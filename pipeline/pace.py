@@ -78,18 +78,19 @@ def least(*calls: Callable) -> float:
 
 def pass_seconds(model: Transformer, rows: list[Encoded], s) -> float:
     """Of a pass forward and backward over some rows. The gradients stay."""
-    return least(*2 * [lambda: simu.backward_mean_nll(model, rows, 1.0, s.micro_tokens or 8192)])
+    return least(*2 * [lambda: [x.backward() for x in simu.nll_parts(
+        model, rows, s.micro_tokens or 8192)]])
 
 
-def weights_a_second(model: Transformer, s, optimiser: simu.Optimiser) -> float:
+def weights_a_second(model: Transformer, s, optimiser) -> float:
     """That an optimiser's step moves, of all of a model's."""
-    moving = [simu.start_moving(name, p, s.state, None) for name, p in model.named_parameters()]
+    moving = [simu.Moving(name, p, p.detach(), *(torch.zeros_like(p) for _ in range(2)))
+              for name, p in model.named_parameters()]
 
     def update():
         for w in moving:
             w.weight.grad = torch.zeros_like(w.weight)
-        simu.apply_updates(moving, optimiser, s, lr=0.0, step=1, scale=1.0, generator=generator)
-    generator = torch.Generator(moving[0].weight.device).manual_seed(0)
+        simu.apply_updates(moving, optimiser, s, lr=0.0, step=1, shrink=1.0)
     return sum(w.weight.numel() for w in moving) / least(update, update)
 
 

@@ -243,7 +243,7 @@ def _all_moving(model, s, mask):
     """All weights, critical rows too, and those of them that move, each with its gradient."""
     model.checkpoint = s.checkpointing
     own = {id(p): p for p in model.parameters()}
-    with simu.moving_weights(model, s, mask) as moving:
+    with simu.moving_weights(model, s, mask, getattr(torch, s.state)) as moving:
         for w in moving:
             w.weight.grad = torch.empty_like(w.weight)
         yield [*(own | {id(w.weight): w.weight for w in moving}).values()], moving
@@ -262,7 +262,7 @@ def _trace_unlearning(s, config, dtype, mask, longest, answer, most) -> tuple[in
             del state
             # Its count stays a tensor, for meta tensors have no values.
             simu.apply_updates(moving, simu.OPTIMISERS[simu.METHODS[s.method].optimiser], s,
-                               lr=s.lr, step=1, scale=1.0, generator=None)
+                               lr=s.lr, step=1, shrink=1.0)
     return passes - held, live.peak - held
 
 
@@ -274,16 +274,13 @@ def _widest(budget: int, longest: int, most: int) -> tuple[int, int]:
 
 
 def _trace_pass(model, s, longest, answer, most):
-    """The largest pass of `backward_rows`, of at most so many rows."""
+    """The largest pass of an objective's summands, of at most so many rows."""
     B, longest = _widest(s.micro_tokens, longest, most)
     answer = min(answer, longest)
+    # As mean_nll, which must know what is padding.
     n = torch.arange(B * answer, device="meta")
-    # As hidden_at, which must know what is padding.
-    places = torch.arange(B * longest, device="meta")
-    h = model.hidden_of_rows(places, places, (B, longest), places)[n]  # [B * answer, D]
-    term = simu.Term(simu.descent, [None] * B, s, 1.0, 1)
-    _, grad = simu.backward_head(model, h.detach(), n, [answer] * B, term, list(range(B)))
-    h.backward(grad)
+    hidden = model.hidden(_ids(B, longest)).flatten(0, 1)[n]  # [B * answer, D]
+    F.cross_entropy(model.logits(hidden), n, reduction="sum").backward()
 
 
 def _trace_attribution(model, s, longest, answer) -> int:

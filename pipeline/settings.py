@@ -447,8 +447,7 @@ def default_data() -> str:
 
 def row_files(s: Settings) -> dict[str, str]:
     """The files of a run on rows: name -> path."""
-    weight = simu.OBJECTIVES[s.objective].weight
-    if not s.retain and (s.lam if weight is None else weight):
+    if not s.retain and simu.OBJECTIVES[s.objective].retains and s.lam:
         raise UserError("no rows to keep are given, and this objective must know what is to stay: "
                         "give a second file; or --objective npo --lam 0, which does less damage "
                         "alone")

@@ -178,7 +178,7 @@ def make_unlearned(s: Settings, job: Stage, folder: Path, aim=None):
         targets, loop = aim(s, job, bench, encoded, model)
     simu.unlearn(model, encoded["forget"], encoded["retain"], mask, s, targets=targets,
                  title=unlearned_name(s), loop=loop, record=job.record("log.jsonl"),
-                 **fused.on(model.embed_tokens.weight.device))
+                 **fused.on(model.embed_tokens.weight.device, s.state))
     checkpoint.save_model(model.to(stored_dtype(s.run / "original")), folder)
     data.copy_tokenizer(s.run / "original", folder)
 

@@ -1,7 +1,7 @@
 """A fork's optimiser: Muon (Keller Jordan, 2024). The momentum of a matrix, made orthogonal by a
 Newton-Schulz iteration, is the step; everything that is no matrix takes its momentum's sign.
 
-It needs whole matrices, and its row says so. Importing this file adds it, and a method with it."""
+Importing this file adds it, and a method with it."""
 
 from functools import partial
 
@@ -28,14 +28,14 @@ def moments(grad: Tensor, m: Tensor, h: Tensor, *, beta1: float):
     return beta1 * m + grad, h
 
 
-def step(param: Tensor, m: Tensor, h: Tensor, *, lr: float, weight_decay: float):
+def weights(param: Tensor, m: Tensor, h: Tensor, *, lr: float, weight_decay: float):
     move = orthogonal(m) if m.dim() == 2 else m.sign()
     return param * (1 - lr * weight_decay) - lr * move, torch.zeros((), dtype=torch.int64)
 
 
-def muon(recipe: simu.Unlearning, lr: float, weight_decay: float, count: int):
-    return (partial(moments, beta1=recipe.beta1), partial(step, lr=lr, weight_decay=weight_decay))
+def muon(recipe: simu.Unlearning, lr: float, weight_decay: float, step: int):
+    return (partial(moments, beta1=recipe.beta1), partial(weights, lr=lr, weight_decay=weight_decay))
 
 
-simu.OPTIMISERS["muon"] = simu.Optimiser(muon, whole_matrix=True)
+simu.OPTIMISERS["muon"] = muon
 simu.METHODS["simu-muon"] = simu.Method("attention", "muon", masked=True)

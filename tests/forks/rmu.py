@@ -9,33 +9,36 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import simu
-from data import IGNORE, Batch
+from data import IGNORE, Encoded, collate
 
 LAYER, LENGTH = 1, 20.0  # the layer, and how long the random direction is
 
 
-def states(model: simu.Transformer, batch: Batch) -> Tensor:
-    """States [N, D] that leave the layer, where answer tokens are predicted."""
-    x = model.embed(batch.ids)  # [B, T, D]
-    cos_sin = model.rope(torch.arange(batch.ids.shape[1], device=x.device))
+def states(model: simu.Transformer, row: Encoded) -> Tensor:
+    """States [A, D] of a row that leave the layer, where answer tokens are predicted."""
+    batch = collate([row])
+    x = model.embed(batch.ids)  # [1, T, D]
+    cos_sin = model.rope(torch.arange(len(row.ids)))
     for block in model.layers[:LAYER + 1]:
         x = block(x, *cos_sin)
     return x[batch.targets != IGNORE]
 
 
-def misdirect(found: Tensor, known: list, recipe: simu.Unlearning) -> Tensor:
+def misdirect(model, forget: list, retain: list, known: tuple, recipe: simu.Unlearning):
     generator = torch.Generator().manual_seed(recipe.seed)
-    direction = F.normalize(torch.rand(found.shape[1], generator=generator), dim=0).to(found)
-    return (found - LENGTH * direction).square().mean(1).sum()
+    direction = F.normalize(torch.rand(model.config.hidden_size, generator=generator), dim=0)
+    for row in forget:
+        loss = (states(model, row) - LENGTH * direction).square().mean() / len(forget)
+        yield "loss_forget", loss, loss
+    for row, original in zip(retain, known[1]):
+        loss = (states(model, row) - original).square().mean() / len(retain)
+        yield "loss_retain", recipe.lam * loss, loss
 
 
-def hold(found: Tensor, known: list, recipe: simu.Unlearning) -> Tensor:
-    return (found - torch.cat(known)).square().mean(1).sum()
+@torch.no_grad()
+def originals(model, rows: list, recipe: simu.Unlearning) -> list[Tensor]:
+    return [states(model, row) for row in rows]
 
 
-def originals(found: Tensor, target, recipe: simu.Unlearning) -> Tensor:
-    return found
-
-
-simu.OBJECTIVES["rmu"] = simu.Objective(misdirect, retain=hold, known_retain=originals, read=states,
+simu.OBJECTIVES["rmu"] = simu.Objective(misdirect, known_retain=originals,
                                         about="RMU: states misdirected, retain states held")
