@@ -556,8 +556,8 @@ def unlearn(model: Transformer, forget: list[Encoded], retain: list[Encoded],
             title: str = "unlearn", loop=None, record=None, apply=None,
             state: torch.dtype = torch.float32) -> list[dict]:
     """Step 2 (Section 2.2) on model, in place: recipe.method with recipe.objective; returns the
-    log, a row per update. mask [L, D]: for masked methods. targets: for objectives with an end, of
-    each forget row the loss to reach, or one per token. loop, record, apply: see `train`; state:
+    log, a row per update. mask [L, D]: for masked methods. targets: for objectives with an end, the
+    loss to reach, or of each forget row a loss or one per token. loop, record, apply: see `train`; state:
     see `moving_weights`. UserError where a loss is not finite or the rows do not fill a batch.
     Equal to `unlearn_loop` (test_unlearn_equals_the_loop)."""
     order = unlearning_order(len(forget), len(retain), recipe)
@@ -567,6 +567,8 @@ def unlearn(model: Transformer, forget: list[Encoded], retain: list[Encoded],
                         "row is to reach")
     if objective.retains and recipe.lam and not retain:
         raise UserError(f"objective {recipe.objective} needs retain rows; give some, or lam = 0")
+    if isinstance(targets, (int, float)):
+        targets = [targets] * len(forget)
     known, known_retain = [None] * len(forget), [None] * len(retain)
     if objective.known:
         known = objective.known(model, forget, targets, recipe)
