@@ -1,12 +1,12 @@
 """Stage folders: whole or not at all, skipped, made again, stale, and what a killed stage goes on
 from. The whole pipeline under SIGKILL is tests/kill.py, of which a short version runs here."""
 
-import json
 import os
 import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -14,7 +14,7 @@ import torch
 
 import simu
 from model import UserError, read_json, write_json
-from pipeline import slices, stage
+from pipeline import slices, stage, workers
 from pipeline.settings import Settings
 from pipeline.stage import Stage
 from test_simu import recipe, rows, tiny
@@ -374,20 +374,56 @@ def test_no_path_of_this_machine_stands_in_a_stage(tmp_path):
     assert str(tmp_path) not in text and '"f.jsonl"' in text
 
 
-# ------------------------------------------------------------------------------- the command's end
+# ------------------------------------------------------------------------------------- processes
+
+WORKERS = """
+import sys, time
+from pathlib import Path
+sys.path.insert(0, {root!r})
+from pipeline.stage import run_cli
+from pipeline.workers import run_each
+
+def work(path):
+    Path(path).touch()
+    time.sleep(900)
+
+if __name__ == "__main__":
+    run_cli(lambda: list(run_each(work, sys.argv[1:], 2, "points")))
+"""
 
 
-def test_sigterm_stops_like_ctrl_c(capsys):
-    before = [signal.getsignal(x) for x in (signal.SIGTERM, signal.SIGINT)]
-    try:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            with pytest.raises(SystemExit) as e:
-                stage.run_cli(lambda: signal.raise_signal(number))
-            assert e.value.code == 130
-            assert "goes on from where it stopped" in capsys.readouterr().err
-    finally:
-        signal.signal(signal.SIGTERM, before[0])
-        signal.signal(signal.SIGINT, before[1])
+@pytest.mark.parametrize("kill", [lambda pid: os.killpg(pid, signal.SIGINT),
+                                  lambda pid: os.kill(pid, signal.SIGTERM),
+                                  lambda pid: os.kill(pid, signal.SIGKILL)],
+                         ids=["Ctrl-C", "SIGTERM", "SIGKILL"])
+def test_no_worker_outlives_its_parent(tmp_path, kill):
+    """Or it would go on writing into a run that is no longer locked."""
+    script, files = tmp_path / "script.py", [tmp_path / "a", tmp_path / "b"]
+    script.write_text(WORKERS.format(root=str(Path(stage.__file__).parent.parent)))
+    parent = subprocess.Popen([sys.executable, script, *files], stderr=subprocess.PIPE, text=True,
+                              start_new_session=True)
+    while not all(file.exists() for file in files):
+        assert parent.poll() is None, parent.stderr.read()
+        time.sleep(0.05)
+    kill(parent.pid)
+    _, text = parent.communicate(timeout=300)  # it ends when the last process has closed stderr
+    if parent.returncode != -signal.SIGKILL:
+        assert parent.returncode == 130
+        assert text.splitlines()[-1].startswith("error: stopped; "), text
+
+
+def test_a_worker_that_the_system_ended_is_told_in_a_line():
+    with pytest.raises(UserError, match="points: the system ended one of 2 workers"):
+        list(workers.run_each(os._exit, [1, 1], 2, "points"))
+
+
+def test_a_run_is_held_by_one_process_at_a_time(tmp_path):
+    with stage.lock(tmp_path, new=True):
+        with pytest.raises(UserError, match="is in use by another process"):
+            with stage.lock(tmp_path):
+                pass
+    with stage.lock(tmp_path):
+        pass
 
 
 def test_deterministic_is_switched_on_by_a_stage_and_changes_nothing_on_a_cpu(tmp_path,
@@ -406,4 +442,4 @@ def test_a_killed_pipeline_ends_with_the_same_bytes():
     done = subprocess.run([sys.executable, Path(__file__).with_name("kill.py"), "--short"],
                           capture_output=True, text=True)
     printed = done.stdout + done.stderr
-    assert done.returncode == 0 and re.search("equal after [12] kills: 1 of 1 runs", printed), printed
+    assert done.returncode == 0 and re.search("after [12] kills: 1 of 1 runs", printed), printed
