@@ -38,7 +38,6 @@ Not attacked: by gradient on the prompt (GCG), logit lens, activations.
 
 import argparse
 import dataclasses
-import json
 import random
 from collections import namedtuple
 from pathlib import Path
@@ -55,10 +54,10 @@ from model import Transformer, UserError, generate, read_json, write_json, write
 from pipeline import checkpoint, slices
 from pipeline.columns import as_code, label, number, table
 from pipeline.original import learn
+from pipeline.report import table_order
 from pipeline.settings import (Parser, Placement, Settings, Source, choose_dtype, load_benchmark,
                                placement, read_settings)
-from pipeline.stage import (Stage, content, data_inputs, finished_models, lock, read_stage,
-                            stale)
+from pipeline.stage import Stage, content, data_inputs, finished_models, lock, stale
 from pipeline.tokenizers import load_tokenizer
 
 CONTINUE = ("Continue this text: {}", "A text begins as follows. {}")
@@ -76,7 +75,6 @@ INPUTS = ("paraphrase", "shots", "prefix", "format")
 WEIGHTS = (*(f"int{bits}" for bits in BITS), "relearn-half", "relearn-retain")
 ATTACKS = (*INPUTS, "input", *WEIGHTS, "worst")
 CURVE = tuple(f"leak-{k}" for k in LEAKS)
-REFERENCES = ("original", "retain-only")  # what every recovered fraction is measured against
 
 
 # ---------------------------------------------------------------------------- attacks by the prompt
@@ -183,27 +181,22 @@ def relearning(s: Settings) -> simu.Unlearning:
         checkpointing=s.checkpointing)
 
 
-def relearn(model: Transformer, rows: list[data.Example], tokenizer, s: Settings) -> list[dict]:
-    """One epoch of AdamW on rows, on every weight, in place; returns the log."""
-    encoded = data.encode_for(model.config, rows, tokenizer, s.template)
-    order = random.Random(s.seed).sample(encoded, len(encoded))
-    job = SimpleNamespace(loop=simu.plain_loop, record=lambda name: None)
-    return learn(model, [order], relearning(s), job, title="relearn")
-
-
-def attack_weights(model: Transformer, attack: str, bench: slices.Benchmark, tokenizer, s: Settings
-                   ) -> list[dict]:
-    """Carry out one of WEIGHTS on model, in place; returns the log of a relearning."""
+def attack_weights(model: Transformer, attack: str, bench: slices.Benchmark, tokenizer,
+                   s: Settings):
+    """Carry out one of WEIGHTS on model, in place. A relearning is one epoch of AdamW on every
+    weight."""
     if attack.startswith("int"):
-        quantise(model, int(attack[3:]))
-        return []
+        return quantise(model, int(attack[3:]))
     if attack == "relearn-half":
         learnt = relearnt_ids(bench.forget, s.seed)
         rows = [r for r in bench.forget if r.id in learnt]
     else:
         count = min(len(bench.forget), len(bench.retain))
         rows = random.Random(s.seed).sample(bench.retain, count)
-    return relearn(model, rows, tokenizer, s)
+    encoded = data.encode_for(model.config, rows, tokenizer, s.template)
+    order = random.Random(s.seed).sample(encoded, len(encoded))
+    job = SimpleNamespace(loop=simu.plain_loop, record=lambda name: None)
+    learn(model, [order], relearning(s), job, title=attack)
 
 
 # ---------------------------------------------------------------------------------------- the stage
@@ -229,9 +222,7 @@ def make_attacks(source: Path, folder: Path, probes: dict, bench: slices.Benchma
         if attack in WEIGHTS:
             del model  # or two of them would be in memory
             model = checkpoint.load_model(source, **placement(s))
-            log = attack_weights(model, attack, bench, tokenizer, s)
-            if log:
-                write_text(folder / f"{attack}.jsonl", "".join(json.dumps(x) + "\n" for x in log))
+            attack_weights(model, attack, bench, tokenizer, s)
         if attack == "relearn-half":
             questions = [p for p in questions if p.split == "retain" or p.id not in learnt]
         write_json(file, answers_to(questions, model, tokenizer, s, f"{source.name}: {attack}"))
@@ -277,20 +268,21 @@ def compare(run: Path, names: list[str]) -> dict:
     """{stage: {attack: rows, score, known, recovered}} and ROUGE-L on retain rows as `retain`."""
     results = {}
     for name in names:
-        folder = run / name / "attack"
-        results[name] = {
-            attack: dict(rows=len(by_row), score=mean(by_row.values()) if by_row else None,
-                         known=mean(known.values()) if known else None)
-            for attack, (by_row, known) in scores_of(folder).items()}
-        for attack in ("plain", *WEIGHTS):
-            retained = best(read_answers(folder, attack, "retain"))
-            results[name][attack]["retain"] = mean(retained.values())
+        results[name] = {}
+        for attack, (score, known) in scores_of(run / name / "attack").items():
+            cell = dict(rows=len(score), score=None, known=None, recovered=None)
+            if score:
+                cell |= dict(score=mean(score.values()), known=mean(known.values()))
+            if attack in ("plain", *WEIGHTS):
+                retained = best(read_answers(run / name / "attack", attack, "retain"))
+                cell["retain"] = mean(retained.values())
+            results[name][attack] = cell
+    ideals = results.get("retain-only", {})
     for cells in results.values():
         for attack, cell in cells.items():
-            original, ideal = (results.get(name, {}).get(attack, {}).get("score")
-                               for name in REFERENCES)
-            cell["recovered"] = None
-            if cell["score"] is not None:
+            if cell["rows"]:
+                original = results["original"][attack]["score"]
+                ideal = ideals[attack]["score"] if ideals else None
                 cell["recovered"] = recovered(cell["score"], cell["known"], original, ideal)
     return results
 
@@ -321,15 +313,13 @@ def attack_table(results: dict, attacks: tuple, value: str) -> str:
 
 def write_report(s: Settings, results: dict):
     """attack.json and attack.md in the run; the main table on stdout."""
-    rows = {attack: cell["rows"] for attack, cell in results["original"].items()}
-    short = [f"{a}: {n}" for a, n in rows.items() if n < rows["plain"]]
-    tested = f"{rows['plain']} forgotten rows" + (f", but {', '.join(short)}" if short else "")
     ideal = "" if "retain-only" in results else (
         " This run has no retain-only model: what an attack gets from a model that never saw the "
         "forget set is unknown, and recovered is an upper bound.")
     parts = [f"# Attacks: {s.benchmark}, {s.label}, seed {s.seed}", summary(results),
-             f"ROUGE-L recall, for each question the worst case over variants; {tested} (others do "
-             f"not fit the context, leave nothing to score, or were learnt again).{ideal}",
+             f"ROUGE-L recall on {results['original']['plain']['rows']} forgotten rows, for each "
+             "the worst case over variants. Fewer rows (attack.json) where a prompt does not fit "
+             f"the context, nothing is left to score, or the others were learnt again.{ideal}",
              "## Score under each attack", attack_table(results, ("plain", *ATTACKS), "score"),
              "## Recovered", attack_table(results, ATTACKS, "recovered"),
              "## Extraction: the first k tokens given, the rest scored",
@@ -347,18 +337,18 @@ def write_report(s: Settings, results: dict):
 
 def models_to_attack(s: Settings, names: list[str]) -> list[str]:
     """The named models of a run, or all, and always the two that every recovered fraction is
-    measured against, in the paper's order. Those that are not of what the run now holds are left
+    measured against, in the report's order. Those that are not of what the run now holds are left
     out."""
-    order = {}
-    for name in finished_models(s.run):
-        if not stale(s.run / name, s):
-            method = read_stage(s.run / name)["why"]["settings"].get("method", name)
-            places = ["retain-only", "original", *simu.METHODS, method]
-            order[name] = places.index(method), name
-    if missing := sorted({*names, "original"} - set(order)):
+    reasons = {name: stale(s.run / name, s) for name in finished_models(s.run)}
+    for name, why in reasons.items():
+        if why:
+            print(f"left out: {s.run / name}: {'; '.join(why)}; run its stages again", flush=True)
+    current = {name for name, why in reasons.items() if not why}
+    if missing := sorted({*names, "original"} - current):
         raise UserError(f"{s.run} holds no finished model {' or '.join(missing)} of what this run "
-                        f"now holds; it has {', '.join(order) or 'none'}")
-    return sorted({*names, *REFERENCES} & set(order) if names else order, key=order.get)
+                        f"now holds; it has {', '.join(sorted(current)) or 'none'}")
+    chosen = {*names, "original", "retain-only"} & current if names else current
+    return sorted(chosen, key=lambda name: table_order(s.run / name))
 
 
 def attack(run: Path, names: list[str]):
