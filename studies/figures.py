@@ -117,7 +117,7 @@ def equal_forgetting(fronts: dict, levels: dict) -> list[list]:
     return lines
 
 
-def draw_frontier(folder: Path, about: dict, points: list[dict], fronts: dict, baselines: dict):
+def draw_frontier(folder: Path, about: dict, fronts: dict, baselines: dict):
     """Retained utility against forgetting: each arm's mean, as far as all of its seeds reach."""
     figure, ((ax,),) = canvas(1, 1, (8, 5))
     lines = []
@@ -131,10 +131,6 @@ def draw_frontier(folder: Path, about: dict, points: list[dict], fronts: dict, b
                 markevery=(2 * i, 20), label=arm)
         ax.fill_between(forgetting, [mean - half for _, mean, half in curve],
                         [mean + half for _, mean, half in curve], color=colour, alpha=0.13, lw=0)
-        dots = [p for p in points if p["sweep"] == "frontier" and p["arm"] == arm
-                and not p["error"]]
-        ax.scatter([1 - number(p, "forget") for p in dots], [number(p, "utility") for p in dots],
-                   color=colour, marker=marker, s=10, alpha=0.5, lw=0)
         lines += [(arm, f"{x:.3f}", f"{mean:.5f}", f"{half:.5f}") for x, mean, half in curve]
     for name, marker in zip(BASELINES, "*p"):
         ends = baselines.get(name, {}).values()
@@ -149,9 +145,8 @@ def draw_frontier(folder: Path, about: dict, points: list[dict], fronts: dict, b
 
 def frontier(folder: Path, about: dict):
     """The frontier's picture, and utility at equal forgetting."""
-    points = read_csv(folder / "sweep.csv", COLUMNS)
-    fronts, baselines = frontiers(points)
-    draw_frontier(folder, about, points, fronts, baselines)
+    fronts, baselines = frontiers(read_csv(folder / "sweep.csv", COLUMNS))
+    draw_frontier(folder, about, fronts, baselines)
     levels = {}
     if "retain-only" in baselines:
         levels["retain-only's"] = {k: v[0] for k, v in baselines["retain-only"].items()}
@@ -244,10 +239,11 @@ PANELS = ((("retain.rouge_l", "ROUGE-L retain"), ("retain.exact_match", "EM reta
 def draw_against(folder: Path, about: dict, points: list[dict], setting: str, name: str):
     """What changes with m, with t, or with the kind of mask (the arm)."""
     figure, axes = canvas(1, len(PANELS), (13, 3.8))
+    xs = [p[setting] if setting == "arm" else number(p, setting) for p in points]
     for ax, panel in zip(axes[0], PANELS):
         for (value, label), colour, marker, size in zip(panel, (BLUE, RED), "sD", (9, 5)):
-            ax.plot([p[setting] for p in points], [number(p, value) for p in points],
-                    label=label, color=colour, marker=marker, ms=size)
+            ax.plot(xs, [number(p, value) for p in points], label=label, color=colour,
+                    marker=marker, ms=size)
         low, high = ax.get_ylim()
         spare = max(0, 0.1 - (high - low)) / 2  # so that noise does not fill the picture
         ax.set(xlabel=setting, ylim=(low - spare, high + spare))

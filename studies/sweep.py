@@ -36,9 +36,8 @@ from pipeline.columns import table
 from pipeline.evaluate import splits_of
 from pipeline.levels import forget_targets
 from pipeline.original import original_stage
-from pipeline.settings import (Aside, Level, Placement, Settings, Source, load_benchmark,
-                               placement)
-from pipeline.stage import Stage, claim, content, data_inputs, digest, lock
+from pipeline.settings import Aside, Level, Placement, Settings, Source, load_benchmark, placement
+from pipeline.stage import Stage, bare_names, content, data_inputs, digest, lock
 from pipeline.stages import attribute_stage, encoded_rows, mask_of_scores
 from pipeline.tokenizers import load_tokenizer
 from pipeline.workers import run_each
@@ -153,8 +152,7 @@ def prepare(s: Settings):
     """original/ and attribution/ of a run. One that has another attribution than its seed's run
     shares the original of that, by links."""
     home = s.run.with_name(f"seed{s.seed}")
-    claim(s.run)
-    with lock(s.run):
+    with lock(s.run, new=True):
         if s.run == home:
             original_stage(s)
         else:
@@ -226,8 +224,9 @@ def read_lines(file: Path) -> dict[str, dict]:
     return {line["key"]: line for line in lines}
 
 
-def make_points(points: list[Point], file: Path, jobs: int) -> list[tuple[Point, dict]]:
-    """Each point with its line, once a sweep. What the file lacks is computed and appended."""
+def make_points(points: list[Point], file: Path, jobs: int) -> list[dict]:
+    """The lines of sweep.csv, a point once a sweep. What points.jsonl lacks is computed and
+    appended."""
     lines = read_lines(file)
     # Not every run has a retain-only.
     points = [p for p in points if p.arm not in BASELINES or (p.settings.run / p.arm).is_dir()]
@@ -239,7 +238,7 @@ def make_points(points: list[Point], file: Path, jobs: int) -> list[tuple[Point,
             lines[line["key"]] = line
             out.write(json.dumps(line) + "\n")
             out.flush()
-    return [(p, lines[key]) for (_, key), p in keyed.items()]
+    return [table_line(p, lines[key]) for (_, key), p in keyed.items()]
 
 
 # ---------------------------------------------------------------------------------------- the table
@@ -261,30 +260,28 @@ def table_line(p: Point, line: dict) -> dict:
     s, values = p.settings, line["values"]
     forget, utility = axes(values, s.layout)
     aggregate = values.get("aggregate_exact_match", values.get("aggregate"))
-    numbers = {n: values.get(n) for n in VALUES} | dict(forget=forget, utility=utility,
-                                                        aggregate=aggregate)
+    numbers = dict(forget=forget, utility=utility, aggregate=aggregate)
+    numbers |= {name: values.get(name) for name in VALUES}
     varied = p.changes if p.sweep == "vary" else {}
-    return dict(sweep=p.sweep, arm=p.arm, seed=s.seed, lr=f"{s.lr:.4g}", epochs=s.epochs,
-                threshold=s.threshold, steps=s.steps, critical=line.get("critical", ""),
-                varied=" ".join(f"{k}={v}" for k, v in varied.items()),
-                error=line.get("error", "")) | {
-                    n: "" if x is None else f"{x:.5f}" for n, x in numbers.items()}
+    cells = {name: "" if x is None else f"{x:.5f}" for name, x in numbers.items()}
+    return cells | dict(
+        sweep=p.sweep, arm=p.arm, seed=s.seed, lr=f"{s.lr:.4g}", epochs=s.epochs,
+        threshold=s.threshold, steps=s.steps, critical=line.get("critical", ""),
+        varied=" ".join(f"{k}={v}" for k, v in varied.items()), error=line.get("error", ""))
 
 
-def write_tables(out: Path, results: list[tuple[Point, dict]], first: Settings):
+def write_tables(out: Path, lines: list[dict], first: Settings):
     """sweep.csv; scores.csv of the first run; settings.json of that run."""
-    arms = list(dict.fromkeys(p.arm for p, _ in results))
-    results = sorted(results, key=lambda x: (SWEEPS.index(x[0].sweep), arms.index(x[0].arm),
-                                             x[0].settings.seed, x[0].settings.lr))
-    lines = [table_line(p, line) for p, line in results]
+    arms = list(dict.fromkeys(line["arm"] for line in lines))
+    lines = sorted(lines, key=lambda line: (SWEEPS.index(line["sweep"]), arms.index(line["arm"]),
+                                            line["seed"], float(line["lr"])))
     write_csv(out / "sweep.csv", COLUMNS, [[line[c] for c in COLUMNS] for line in lines])
     scores = load_file(first.run / "attribution" / "scores.safetensors")
     forget, retain = scores["forget"], scores["retain"]
     write_csv(out / "scores.csv", ("layer", "neuron", "forget", "retain"), [
         (l, k, f"{forget[l, k]:.6g}", f"{retain[l, k]:.6g}")
         for l, k in itertools.product(*map(range, forget.shape))])
-    write_json(out / "settings.json", {k: v for k, v in dataclasses.asdict(first).items()
-                                       if k not in settings.PLACES})
+    write_json(out / "settings.json", bare_names(dataclasses.asdict(first)))
     print_means(lines)
 
 
@@ -347,13 +344,9 @@ def main(argv: list[str]):
         points = plan_points(options, homes, sweep.arms, (), False, read_grid(sweep.vary))
     else:
         points = plan_points(options, homes, sweep.arms, sweep.factors, sweep.variants, [])
-    others = {p.settings.run: p.settings for p in points}
-    for home in homes:
-        others.pop(home.run)
+    runs = {p.settings.run: p.settings for p in points} | {home.run: home for home in homes}
     jobs = sweep.jobs or ((os.cpu_count() or 1) if base.tiny else 1)
-    claim(out)
-    with lock(out):
-        for runs in (homes, list(others.values())):
-            list(run_each(prepare, runs, jobs, "originals and attribution"))
-        results = make_points(points, out / "points.jsonl", jobs)
-        write_tables(out, results, homes[0])
+    with lock(out, new=True):
+        for part in (homes, [s for s in runs.values() if s not in homes]):
+            list(run_each(prepare, part, jobs, "originals and attribution"))
+        write_tables(out, make_points(points, out / "points.jsonl", jobs), homes[0])

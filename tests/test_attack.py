@@ -86,12 +86,6 @@ class Lab:
     def load(self, name="original"):
         return checkpoint.load_model(self.run / name)
 
-    def score(self, model):
-        """ROUGE-L of plain answers to the forget set."""
-        probes = attack.input_probes(self.bench, self.tokenizer, self.s, self.s.context)["plain"]
-        answers = attack.answers_to(probes, model, self.tokenizer, self.s, None)
-        return attack.mean(attack.best([a for a in answers if a["split"] == "forget"]).values())
-
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory):
@@ -122,45 +116,21 @@ def test_a_thin_refusal_is_broken(attacked, name):
     assert not attacked["retain-only"][name]["recovered"]
 
 
-def box(grid, bits):
-    """How far each weight may move and still be rounded back: under half a bucket; the largest of
-    a row, which sets its scale, not at all."""
-    top = grid.abs().amax(dim=1, keepdim=True)
-    return torch.where(grid.abs() == top, 0.0, 0.45 * top / (2 ** (bits - 1) - 1))
-
-
 @pytest.mark.parametrize("bits", attack.BITS)
-def test_rounding_restores_what_stayed_within_half_a_bucket(lab, bits):
-    """On the way from the original to the refuser, the last rounded model that still answers; then
-    steps towards the refuser that rounding undoes."""
-    answering, refusing = lab.load(), lab.load("thin")
-    ends = [{n: p.detach() for n, p in m.named_parameters()} for m in (answering, refusing)]
-
-    def at(share):
-        model = lab.load()
-        for n, p in model.named_parameters():
-            p.data = torch.lerp(ends[0][n], ends[1][n], share)
-        attack.quantise(model, bits)
-        return model
-
-    low, high = 0.0, 1.0
-    full = lab.score(at(low))
-    assert full > 0.9
-    for _ in range(12):
-        middle = (low + high) / 2
-        low, high = (middle, high) if lab.score(at(middle)) == full else (low, middle)
-    model, rounded = at(low), at(low)
-    linears = {f"{n}.weight" for n, m in model.layers.named_modules(prefix="layers")
-               if isinstance(m, torch.nn.Linear)}
-    for n, p in model.named_parameters():
-        if n in linears:
-            limit = box(p.data, bits)
-            p.data = p.data + (ends[1][n] - p.data).clamp(-limit, limit)
-    assert lab.score(model) < full - 0.05  # at 8 bits one answer, or part of it, is reached
-    attack.quantise(model, bits)
-    for (n, p), q in zip(model.named_parameters(), rounded.parameters()):
-        assert torch.allclose(p, q, rtol=1e-6, atol=0), n
-    assert lab.score(model) == full
+def test_rounding_undoes_what_moved_a_weight_by_less_than_half_a_bucket(lab, bits):
+    rounded, hidden = lab.load(), lab.load()
+    attack.quantise(rounded, bits)
+    generator = torch.Generator().manual_seed(0)
+    for name, p in hidden.named_parameters():
+        if "proj" in name:
+            grid = rounded.get_parameter(name).detach()
+            top = grid.abs().amax(dim=1, keepdim=True)  # of a row, whose scale it sets: it stays
+            noise = (torch.rand(grid.shape, generator=generator) - 0.5) * 0.9 * (grid.abs() < top)
+            p.data = grid + noise * top / (2 ** (bits - 1) - 1)
+            assert (p != grid).float().mean() > 0.9
+    attack.quantise(hidden, bits)
+    for p, q in zip(hidden.parameters(), rounded.parameters()):
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=0)
 
 
 # ----------------------------------------------------------------------------------- the numbers
