@@ -125,7 +125,7 @@ def stale(folder: Path, s: Settings, inputs: dict | None = None) -> list[str]:
     slice, template and seed; its data; other stages. inputs: data_inputs(s), if read before."""
     inputs = data_inputs(s) if inputs is None else inputs
     why, reasons = read_stage(folder)["why"], []
-    for name, value in values_of(s, (slices.Slice, Source)).items():
+    for name, value in bare_names(taken(s, (slices.Slice, Source))).items():
         before = why["settings"].get(name, value)
         reasons += [f"{flag(name)} was {before!r}"] if before != value else []
     for name, sha in why["inputs"].items():
@@ -151,13 +151,9 @@ def finished_models(run: Path) -> list[str]:
 # --------------------------------------------------------------------------------- their settings
 
 
-def values_of(s: Settings, takes: tuple) -> dict:
-    """The settings that dataclasses name. Of a path its name alone: stage.json goes where a model
-    goes, and what decides whether it is the same are digests."""
-    return bare_names(taken(s, takes))
-
-
 def bare_names(values: dict) -> dict:
+    """Settings with the names of files and folders alone: stage.json goes where a model goes, and
+    what decides whether a file is the same is its digest."""
     return {k: Path(v).name if isinstance(v, str) and os.path.isabs(v) else v
             for k, v in values.items()}
 
@@ -225,7 +221,7 @@ class Stage:
         self.partial, self.old = (self.folder.with_name(x + self.folder.name)
                                   for x in (PARTIAL, OLD))
         self.name = str(self.folder.relative_to(s.run))
-        self.why = dict(settings=values_of(s, takes) | (also or {}), inputs=inputs,
+        self.why = dict(settings=bare_names(taken(s, takes)) | (also or {}), inputs=inputs,
                         code=code_digest(code, table_rows(s, takes)))
         self.notes = {}  # anything else that is to stand in stage.json
         self.logs = []  # names of the logs that `record` began
@@ -275,7 +271,8 @@ class Stage:
             torch.use_deterministic_algorithms(True)
         if self.s.tiny and "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(1)  # no slower on matrices so small; same bytes anywhere
-        forget_peak_memory()
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
         start = time.monotonic()
         yield self.partial
         seconds, peaks = round(time.monotonic() - start, 3), peak_memory()
@@ -350,16 +347,9 @@ class Stage:
         return step
 
 
-def forget_peak_memory():
-    """So that what an earlier stage of this process took is not counted again."""
-    with contextlib.suppress(OSError):  # only Linux can
-        Path("/proc/self/clear_refs").write_text("5")
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-
-
 def peak_memory() -> dict[str, int]:
-    """Bytes at the highest point: of this process (on Linux), and of the GPU if one was used."""
+    """Bytes at the highest point: of this process so far (on Linux), and of the GPU if one was used
+    by this stage."""
     peaks = {}
     with contextlib.suppress(OSError):
         lines = Path("/proc/self/status").read_text().splitlines()

@@ -410,15 +410,6 @@ def test_run_sh_shows_its_help_and_may_be_a_link(tmp_path):
     assert command("bash", "run.sh", "nonsense").stderr.startswith("error: 'nonsense' is not")
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a process has one peak for life")
-def test_a_stage_does_not_count_what_an_earlier_one_of_its_process_took():
-    big = torch.zeros(100 << 20)  # 400 MiB
-    del big
-    before = stage.peak_memory()["peak_host"]
-    stage.forget_peak_memory()
-    assert stage.peak_memory()["peak_host"] < before - (300 << 20)
-
-
 BLOCKED = """
 import sys, importlib.abc
 class Blocked(importlib.abc.MetaPathFinder):

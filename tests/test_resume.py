@@ -7,13 +7,14 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 import simu
-from model import UserError, read_json, write_json
+from model import UserError, read_json, write_json, write_text
 from pipeline import slices, stage, workers
 from pipeline.settings import Settings
 from pipeline.stage import Stage
@@ -181,60 +182,36 @@ def test_a_setting_that_is_newer_than_a_stage_had_its_default(tmp_path):
     assert job(tmp_path, threshold=0.9).changed() == ["--threshold"]
 
 
-@pytest.fixture
-def chain(tmp_path):
-    """Data, original, mask: each made of what stands before it."""
-    (tmp_path / "data" / "tofu").mkdir(parents=True)
-    (tmp_path / "data" / "tofu" / "full.json").write_text("[]")
-    run = tmp_path / "run"
+def test_what_is_made_of_something_that_changed_is_stale(tmp_path):
+    """Another original, other data, another slice, down to what a mask was made of."""
+    run, file = tmp_path / "run", tmp_path / "data" / "tofu" / "full.json"
+    write_text(file, "[]")
+    s = Settings(benchmark="tofu", out=str(run), data=str(tmp_path / "data"), forget_groups=3)
 
-    def make_all(**changes):
-        s = Settings(benchmark="tofu", out=str(run), data=str(tmp_path / "data"), **changes)
-        for name, inputs in (("original", {}), ("mask", ["original"]), ("model", ["mask"])):
-            inputs = {x: stage.content(run / x) for x in inputs}
-            this = Stage(run / name, s, code=(), inputs=inputs | stage.data_inputs(s),
-                         takes=(slices.Slice,))
-            if not this.is_made():
-                with this.making() as folder:
-                    (folder / "result").write_text("text")
-        return s
-    return run, make_all
+    def make_one(name, text, *below):
+        inputs = {x: stage.content(run / x) for x in below} | stage.data_inputs(s)
+        this = Stage(run / name, s, code=(), inputs=inputs, takes=(slices.Slice,))
+        with this.making() as folder:
+            (folder / "result").write_text(text)
+        return this
 
-
-def test_what_is_made_of_something_that_changed_is_stale(chain):
-    run, make_all = chain
-    s = make_all()
+    make_one("original", "text")
+    make_one("mask", "text", "original")
+    model = make_one("model", "text", "mask")
+    make_one("original", "text")  # again, with the same bytes
     assert stage.stale(run / "model", s) == []
-    make_again(run / "original", "text", s)  # with the same bytes
-    assert stage.stale(run / "model", s) == []
-    make_again(run / "original", "other", s)
-    assert stage.stale(run / "mask", s) == ["original was another"]
-    assert stage.stale(run / "model", s) == ["mask's original was another"]
-
-
-def make_again(folder: Path, text: str, s: Settings):
-    this = Stage(folder, s, inputs=stage.data_inputs(s), code=(), takes=(slices.Slice,))
-    with this.making() as partial:
-        (partial / "result").write_text(text)
-
-
-def test_a_mixed_folder_is_refused(chain, tmp_path):
-    """Of another slice, or of data that were changed since."""
-    run, make_all = chain
-    s = make_all(forget_groups=3)
-    other = Settings(**{**vars(s), "forget_groups": 2})
+    other = replace(s, forget_groups=2)
     assert stage.stale(run / "model", other)[0] == "--forget-groups was 3"
     with pytest.raises(UserError, match="model was made with other --forget-groups than this run"):
-        Stage(run / "model", other, code=(), inputs=job_inputs(run, s), takes=(slices.Slice,)
+        Stage(run / "model", other, code=(), inputs=model.why["inputs"], takes=model.takes
               ).require()
-    (tmp_path / "data" / "tofu" / "full.json").write_text("[1]")
+    make_one("original", "other")
+    assert stage.stale(run / "mask", s) == ["original was another"]
+    assert stage.stale(run / "model", s) == ["mask's original was another"]
+    file.write_text("[1]")
     assert set(stage.stale(run / "model", s)) == {
         "data/full.json was another", "mask's data/full.json was another",
-        "mask's original's data/full.json was another"}
-
-
-def job_inputs(run, s):
-    return dict(mask=stage.content(run / "mask")) | stage.data_inputs(s)
+        "mask's original was another"}
 
 
 # ------------------------------------------------------- whole or not at all; nobody else's files
