@@ -13,8 +13,7 @@ from pathlib import Path
 import eval as evaluation
 import simu
 from model import UserError, write_json, write_text
-from pipeline import metrics as more_metrics
-from pipeline import own_rows, slices
+from pipeline import metrics, own_rows, slices
 from pipeline.card import critical_neurons, recipe_of, write_card
 from pipeline.columns import (PUBLISHED_CRITICAL, SOUL_READING, as_code, label, main_columns,
                               number, published, reading, table, table_by_name, table_of)
@@ -50,15 +49,14 @@ def report(run: Path, *, others: list[Path] = (), retain_only: Path | None = Non
     print(f"report: {os.path.relpath(s.run / 'report.md')}")
 
 
-def sections_of(s: Settings, evaluations: list[dict], left_out: dict, seeds: dict | None
-                ) -> list[tuple[str, str]]:
+def sections_of(s: Settings, evaluations: list[dict], left_out: dict, seeds: dict | None) -> list:
     """(title, text) of each part of report.md below the main table; without text it is left out."""
-    metrics = evaluations[0]["metrics"]
+    first = evaluations[0]["metrics"]
     of_seeds = [(label(name), x) for name, x in seeds["values"].items()] if seeds else []
     numbers = [(e["label"], {name: number(x, ".4g") for name, x in e["metrics"]["values"].items()
                              if x is not None}) for e in evaluations]
     sections = [
-        ("", reading(metrics)),
+        ("", reading(first)),
         ("", SOUL_READING if s.layout == "tofu" and published(s) else ""),
         ("Left out, because they are not of what this run now holds",
          "\n".join(f"- {name}: {why}" for name, why in left_out.items())),
@@ -71,10 +69,10 @@ def sections_of(s: Settings, evaluations: list[dict], left_out: dict, seeds: dic
         sections += [("Row by row", numbers_by_row(evaluations)),
                      ("What forgotten means", as_code(own_rows.DEFINITION))]
     else:
-        sections += [("Membership inference", MEMBERSHIP.format(**metrics)),
+        sections += [("Membership inference", MEMBERSHIP.format(**first)),
                      ("Same prompts, different models", answers_to_the_same(evaluations)),
                      ("Definitions", as_code(evaluation.__doc__)),
-                     ("", as_code(more_metrics.__doc__))]
+                     ("", as_code(metrics.__doc__))]
     return sections + [("Time and memory", costs(s.run)),
                        ("Settings", table_by_name("Setting", [
                            (e["label"], e["settings"]) for e in evaluations]))]
@@ -83,8 +81,7 @@ def sections_of(s: Settings, evaluations: list[dict], left_out: dict, seeds: dic
 # ------------------------------------------------------------------------ the evaluations of a run
 
 
-def read_evaluations(s: Settings, reference: list[dict] | None = None
-                     ) -> tuple[list[dict], dict[str, str]]:
+def read_evaluations(s: Settings, reference: list | None = None) -> tuple[list, dict[str, str]]:
     """Of each evaluated stage of a run, in the paper's order, a dict of name, label, metrics, rows
     and settings; and the stages that are left out as stale, with the reason. reference: the rows of
     a retain-only model; default: of the run's."""
@@ -113,12 +110,12 @@ def table_order(folder: Path) -> tuple:
 
 def read_evaluation(folder: Path, evaluated: Path, reference: list[dict] | None) -> dict:
     """One stage. settings: all that its numbers depend on, how it was made and evaluated."""
-    metrics, stage = read_metrics(evaluated, reference), read_stage(folder)
-    partial = f" (partial: {metrics['partial']})" if metrics["partial"] else ""
+    summary, stage = read_metrics(evaluated, reference), read_stage(folder)
+    partial = f" (partial: {summary['partial']})" if summary["partial"] else ""
     settings = stage["why"]["settings"]
     if settings.get("method") in simu.METHODS:
         settings = recipe_of(stage["settings"]) | settings
-    return dict(name=folder.name, label=label(folder.name) + partial, metrics=metrics,
+    return dict(name=folder.name, label=label(folder.name) + partial, metrics=summary,
                 rows=read_rows(evaluated),
                 settings=read_stage(evaluated)["why"]["settings"] | settings)
 

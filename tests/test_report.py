@@ -258,18 +258,12 @@ def other_settings(run):
     write_json(path, read_json(path) | {"max_total_tokens": 20})
 
 
-def cut_rows(run):
-    path = run / "original" / "eval" / "generations.jsonl"
-    path.write_text(path.read_text("utf-8")[:-30], "utf-8")
-
-
 def no_evaluation(run):
     for folder in run.glob("*/eval"):
         shutil.rmtree(folder)
 
 
 @pytest.mark.parametrize("spoil, says", [
-    (cut_rows, "generations.jsonl is not what its stage"),
     (other_data, "of what it now holds .*data/retain90.json"),
     (other_settings, "of what it now holds .*max.total.tokens"),
     (no_evaluation, "holds no evaluation; run `python -m pipeline evaluate .* STAGE`")])
@@ -282,9 +276,9 @@ def test_report_refuses_what_does_not_belong_together(run, spoil, says):
 
 def test_where_it_was_computed_makes_no_row_stale(run):
     for name in MODELS:
-        made = read_stage(run / name / "eval")
-        made["why"]["settings"] |= dict(device="cuda", dtype="bfloat16")
-        write_json(run / name / "eval" / "stage.json", made)
+        info = read_stage(run / name / "eval")
+        info["why"]["settings"] |= dict(device="cuda", dtype="bfloat16")
+        write_json(run / name / "eval" / "stage.json", info)
     assert reported(run)[0]["stale"] == {}
 
 
