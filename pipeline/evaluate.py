@@ -10,13 +10,11 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-
 import data
 import eval as evaluation
 from eval import NO_ATTACK, SPLITS
 from model import Transformer, UserError, generate, write_text
-from pipeline import checkpoint, metrics, slices
+from pipeline import checkpoint, metrics, slices  # noqa: F401  metrics adds to eval's tables
 from pipeline.reading import token_scores
 from pipeline.settings import (Aside, Judging, Placement, Settings, Source, load_benchmark,
                                placement, read_settings)
@@ -39,10 +37,9 @@ def splits_of(bench: slices.Benchmark) -> dict[str, list[data.Example]]:
 def measured_rows(model: Transformer, tokenizer, bench: slices.Benchmark, s: Judging, *,
                   template: str, limit: int = 0) -> list[dict]:
     """The rows of eval.collect_rows, with closeness by an encoder if that is to judge."""
-    device = model.embed_tokens.weight.device
     encode = None
-    if s.closeness == "encoder":  # loaded before the work, so that a missing one is told at once
-        encode = load_encoder(s.encoder, device)
+    if s.closeness == "encoder":  # loaded before the work, so that a missing one ends it at once
+        encode = load_encoder(s.encoder, model.embed_tokens.weight.device)
     rows = evaluation.collect_rows(model, tokenizer, splits_of(bench), benchmark=bench.kind,
                                    template=template, limits=s, limit=limit, scorer=token_scores)
     if encode:
@@ -89,16 +86,11 @@ def load_encoder(name: str, device) -> Callable:
 def add_closeness(rows: list[dict], encode: Callable):
     """`closeness` of f and r: the cosines of g' and of a with a' and each w [D11]."""
     judged = ("paraphrased_generation", "answer")
-    choices = {n: [row["paraphrased_answer"], *row["perturbed_answers"]]
-               for n, row in enumerate(rows) if judged[0] in row and row["paraphrased_answer"]
-               and row["perturbed_answers"]}
-    texts = list(dict.fromkeys(text for n, choice in choices.items()
-                               for text in (*choice, *(rows[n][name] for name in judged))))
-    vectors = dict(zip(texts, encode(texts))) if texts else {}
-    for n, choice in choices.items():
-        choice_vectors = torch.stack([vectors[text] for text in choice])  # [6, E]
-        rows[n]["closeness"] = {name: (choice_vectors @ vectors[rows[n][name]]).tolist()
-                                for name in judged}
+    for row in rows:
+        if judged[0] in row and row["paraphrased_answer"] and row["perturbed_answers"]:
+            choices = encode([row["paraphrased_answer"], *row["perturbed_answers"]])  # [6, E]
+            texts = encode([row[name] for name in judged])  # [2, E]
+            row["closeness"] = dict(zip(judged, (texts @ choices.T).tolist()))
 
 
 # ---------------------------------------------------------------------------------------- the stage
@@ -108,8 +100,9 @@ def evaluation_job(s: Settings, name: str, limit: int = 0) -> Stage:
     """The evaluation of a run's stage (eval-limit-N: a quick look)."""
     folder = s.run / name
     inputs = dict(model=content(folder)) | data_inputs(s)
-    if s.closeness == "encoder":
-        inputs |= folder_inputs("encoder", s.encoder)
+    if s.closeness == "encoder":  # a name on the hub has no files
+        files = sorted(path for path in Path(s.encoder).rglob("*") if path.is_file())
+        inputs |= {f"encoder/{path.relative_to(s.encoder)}": sha256(path) for path in files}
     kind = f"eval-limit-{limit}" if limit else "eval"
     return Stage(evaluations_of(s, name) / kind, s, inputs=inputs, code=(measured_rows,),
                  takes=(slices.Slice, Source, Placement, Aside, Judging),
@@ -128,35 +121,25 @@ def evaluated_stages(s: Settings) -> list[str]:
     return sorted({p.parent.parent.name for p in root.glob("*/eval*/stage.json")})
 
 
-def folder_inputs(name: str, folder: str) -> dict[str, str]:
-    """The files of a folder that an evaluation reads, if it is one."""
-    files = sorted(p for p in Path(folder).rglob("*") if p.is_file()) if folder else []
-    return {f"{name}/{p.relative_to(folder)}": sha256(p) for p in files}
-
-
-def make_evaluation(s: Settings, model_folder: Path, job: Stage, folder: Path, limit: int):
-    """generations.jsonl of a model, and what is said of it in stage.json."""
-    tokenizer = load_tokenizer(model_folder)
-    model = checkpoint.load_model(model_folder, **placement(s))
-    bench = load_benchmark(s)
-    rows = measured_rows(model, tokenizer, bench, s, template=s.template, limit=limit)
-    write_text(folder / ROWS, "\n".join(json.dumps(r, ensure_ascii=False) for r in rows) + "\n")
-    job.notes["about"] = dict(limit=limit, closeness=s.closeness, shared=bench.shared,
-                              nonmember_source=bench.nonmember_source)
-
-
 def evaluate(run: Path, name: str, *, limit: int = 0, force: bool = False):
     """Evaluate a run's stage unless that is done. limit: at most so many rows of each split."""
     s = dataclasses.replace(read_settings(run), force=force)
     if Path(name).name != name:
         raise UserError(f"{name} is not the bare name of a stage in {run}, such as original")
-    job = evaluation_job(s, name, limit)
-    if other := stale(s.run / name, s):
-        print(f"warning: {s.run / name} is not of what this run now holds, and no report will show "
-              f"it: {'; '.join(other)}", flush=True)
-    if not job.is_made():
-        with job.making() as folder:
-            make_evaluation(s, s.run / name, job, folder, limit)
+    source, job = s.run / name, evaluation_job(s, name, limit)
+    if other := stale(source, s):
+        print(f"warning: {source} is not of what this run now holds, and no report will show it: "
+              f"{'; '.join(other)}", flush=True)
+    if job.is_made():
+        return
+    with job.making() as folder:
+        tokenizer, bench = load_tokenizer(source), load_benchmark(s)
+        model = checkpoint.load_model(source, **placement(s))
+        rows = measured_rows(model, tokenizer, bench, s, template=s.template, limit=limit)
+        lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+        write_text(folder / ROWS, "\n".join(lines) + "\n")
+        job.notes["about"] = dict(limit=limit, closeness=s.closeness, shared=bench.shared,
+                                  nonmember_source=bench.nonmember_source)
 
 
 def read_metrics(folder: Path, reference: list[dict] | None = None) -> dict:
@@ -166,40 +149,24 @@ def read_metrics(folder: Path, reference: list[dict] | None = None) -> dict:
 
 
 def metrics_of(rows: list[dict], about: dict, reference: list[dict] | None = None) -> dict:
-    """eval.summarise, with what no row can say (see make_evaluation), and how numbers are to be
-    read. counts: rows by split."""
+    """eval.summarise, with `about`, which no row can say. counts: rows by split."""
     summary, kind = evaluation.summarise(rows, reference), rows[0]["benchmark"]
     counts = {split: sum(row["split"] == split for row in rows)
               for split in (*SPLITS, "nonmembers")}
+    notes = summary["notes"]
+    for name, note in notes.items():
+        if note == NO_ATTACK.reason and not counts["nonmembers"]:
+            notes[name] = about["nonmember_source"]
+    if about["shared"]:
+        notes["forget"] = f"{about['shared']} of these rows are in the retain set too"
     members = sum(row["split"] == "forget" and (kind != "lume" or row["kind"] == "sc")
                   for row in rows)
     what = "sentence completions" if kind == "lume" else "rows"
-    limit = about["limit"]
-    return dict(benchmark=kind, closeness=about["closeness"], counts=counts,
-                partial=f"at most {limit} rows of each split" if limit else "",
+    partial = f"at most {about['limit']} rows of each split" if about["limit"] else ""
+    return dict(benchmark=kind, closeness=about["closeness"], counts=counts, partial=partial,
                 members=f"{members} {what} of the forget set",
                 nonmembers=f"{counts['nonmembers']} {what}: {about['nonmember_source']}",
-                values=summary["values"],
-                notes=summary["notes"] | remarks(summary, about, counts, bool(reference)))
-
-
-def remarks(summary: dict, about: dict, counts: dict, has_reference: bool) -> dict[str, str]:
-    """What a reader must know of numbers, by the metric's name."""
-    values, notes = summary["values"], {}
-    for name, note in summary["notes"].items():
-        if note == NO_ATTACK.reason and not counts["nonmembers"]:
-            notes[name] = about["nonmember_source"]
-    if values["mia.auc"] is not None and values["mia.auc"] < metrics.CHANCE:
-        notes["mia.auc"] = "below 0.5: over-unlearned, the forgetting itself is detectable"
-    for name in ("mia.distance", "privleak"):
-        if values[name] is not None and not has_reference:
-            notes[name] = "against 0.5, as there is no retain-only model to hold it against"
-    for name in ("model_utility", "model_utility_arithmetic"):
-        if values.get(name) is not None and not counts["real_authors"]:
-            notes[name] = "harmonic mean of six: there are no real authors"
-    if about["shared"]:
-        notes["forget"] = f"{about['shared']} of these rows are in the retain set too"
-    return notes
+                values=summary["values"], notes=notes)
 
 
 def read_rows(folder: Path) -> list[dict]:

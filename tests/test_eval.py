@@ -331,7 +331,6 @@ def test_tofu_metrics_by_hand():
     assert {name: values[name] for name in expected} == pytest.approx(expected)
     for name in ("real_authors.rouge_l", "forget_quality", "mia.answer_reference"):
         assert values[name] is None and notes[name]
-    assert "six" in notes["model_utility"] and "against 0.5" in notes["privleak"]
 
 
 def test_what_an_evaluation_says_beside_its_values():
@@ -342,11 +341,6 @@ def test_what_an_evaluation_says_beside_its_values():
     assert summary["nonmembers"] == "2 rows: held out" and summary["closeness"] == "rouge"
     assert summary["notes"]["forget"] == "1 of these rows are in the retain set too"
     assert evaluate.metrics_of(tofu_rows(), about())["partial"] == ""
-    worse = tofu_rows()
-    for x in worse[:2]:
-        x["scores"]["answer"][0]["losses"][0] = 99.0  # a prompt that was unlearned
-    values, notes = summarised(worse)
-    assert values["mia.auc"] == 0.0 and "over-unlearned" in notes["mia.auc"]
 
 
 def ideal_rows() -> list[dict]:
