@@ -52,7 +52,7 @@ def measured_rows(model: Transformer, tokenizer, bench: slices.Benchmark, s: Jud
 def add_plain_answers(rows: list[dict], model: Transformer, tokenizer, template: str, limits):
     """To each forget row, what the model says to its question in templates that anybody tries. A
     text, and a row that is asked as it stands, has none."""
-    questions = [r for r in rows if r["split"] == "forget" and r["kind"] not in ("text", "verbatim")]
+    questions = [r for r in rows if r["split"] == "forget" and r["kind"] not in ("text", "plain")]
     for other in PLAIN if questions else ():
         if other == template:
             continue

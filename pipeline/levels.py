@@ -307,7 +307,7 @@ def without_unexpected_eos(model: Transformer, examples: list[Example], rows: li
                            s: Settings) -> list[Encoded]:
     """The rows; those of texts and completions without eos where the original itself gives it less
     than half a share. Such a row is a piece of a longer text: taught an end, it would get one."""
-    pieces = [i for i, e in enumerate(examples) if e.kind in ("text", "verbatim")]
+    pieces = [i for i, e in enumerate(examples) if e.kind in ("text", "plain")]
     rows, ends = list(rows), [replace(rows[i], n_prompt=len(rows[i].ids) - 1) for i in pieces]
     for i, (loss,) in zip(pieces, answer_losses(model, ends, s) if ends else ()):
         if loss > math.log(2):
