@@ -321,20 +321,15 @@ def faults(m: dict) -> list[tuple[str, str]]:
     return [(rule, text.format(**m)) for rule, broken, text in rules if broken]
 
 
-def advice(s: Settings, m: dict, rules: set[str], ended: dict) -> str:
+def advice(s: Settings, m: dict, rules: set[str]) -> str:
     """What to change, the likeliest help first."""
     if "lost" in rules:
         return (f"lower --lr (now {s.lr:g}), raise --lam (now {s.lam:g}), or give more rows to "
                 "keep")
-    unseen = "" if s.unseen else "--unseen FILE"
     if "likely" in rules or m["loss_target"] and m["loss"] < 0.9 * m["loss_target"]:
-        made = f": {ended['step']} of {ended['of']} updates were made" if ended else ""
-        return (f"give more --epochs (now {s.epochs}{made}) or a higher --lr (now {s.lr:g})"
-                + (unseen and f", or {unseen}"))
-    if m["specifics"] is None:
-        return "answers as short as these are also guessed: have more than that forgotten"
+        return f"give more --epochs (now {s.epochs}), a higher --lr (now {s.lr:g}) or --unseen FILE"
     level = max(1.0, 1.5 * (m["loss_target"] or m["loss"]))
-    return (unseen and f"give {unseen}, or ") + f"raise the level: --level {level:.1f}"
+    return f"give --unseen FILE, or raise the level: --level {level:.1f}"
 
 
 def verdict(run) -> dict:
@@ -355,7 +350,7 @@ def verdict(run) -> dict:
     broken = faults(m)
     return dict(
         forgotten=not broken, reasons=[text for _, text in broken], measured=m,
-        change=advice(s, m, {rule for rule, _ in broken}, ended) if broken else "",
+        change=advice(s, m, {rule for rule, _ in broken}) if broken else "",
         level_from=notes.get("level_from", ""), updates=ended.get("step"),
         updates_at_most=ended.get("of"), files=data_inputs(s), folder=name,
         original=content(s.run / "original"), result=content(s.run / name))

@@ -53,9 +53,9 @@ def taught_by_heart(folder, rows, epochs):
     order = [some[i:i + 15] for some in (rng.sample(encoded, len(encoded)) for _ in range(epochs))
              for i in range(0, len(some), 15)]
     with simu.moving_weights(model, recipe, None) as moving:
-        simu.train(model, moving, order, lambda r: dict(
-            loss=simu.backward_mean_nll(model, r, 1.0, 8192)), recipe,
-            optimiser=simu.OPTIMISERS["adamw"], lr=recipe.lr, title="teach")
+        simu.train(moving, order, lambda batch: (
+            ("loss", nll, nll) for nll in simu.nll_parts(model, batch, 8192)), recipe,
+            optimiser=simu.OPTIMISERS["adamw"], title="teach")
     return model
 
 
