@@ -15,7 +15,7 @@ if not __package__:  # run.sh starts this folder, and no module of the caller's 
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 # Before torch, because importing the package silences a warning of torch's import.
-from pipeline import before, evaluate, hub, own_rows, report, settings, workers
+from pipeline import evaluate, hub, own_rows, plan, report, settings, workers
 from pipeline.original import original_stage
 from pipeline.stage import finished_models, lock, run_cli
 from pipeline.stages import attribute_stage, mask_stage, unlearn_stage
@@ -87,7 +87,7 @@ def print_plan(s: settings.Settings, stages: list[list[str]]):
     """--dry-run: the files to fetch, the memory that is needed, and the stages."""
     hub.files_command(s)
     print()
-    before.plan_command(s)
+    plan.plan_command(s)
     print()
     for words in stages:
         print(shlex.join(["python", "-m", "pipeline", *words]))
@@ -141,7 +141,7 @@ def evaluate_command(run: Path, stages: list[str], limit: int, force: bool):
             evaluate.evaluate(run, name, limit=limit, force=force)
 
 
-STAGES = {"files": hub.files_command, "plan": before.plan_command, "original": original_stage,
+STAGES = {"files": hub.files_command, "plan": plan.plan_command, "original": original_stage,
           "attribute": attribute_stage, "mask": mask_stage, "unlearn": unlearn_stage}
 OF_RUNS = {"check": check_command, "evaluate": evaluate_command, "report": report.report,
            "verdict": own_rows.verdict_command}

@@ -21,7 +21,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 # Modules whose code changes no number: settings, folders, plans, reports.
 IGNORED = {f"pipeline.{name}" for name in (
-    "settings", "stage", "code", "hub", "plan", "before", "pace", "report", "columns", "card")}
+    "settings", "stage", "code", "hub", "plan", "report", "columns", "card")}
 TABLES = ("OBJECTIVES", "OPTIMISERS", "MOVES", "METHODS", "MASKS", "TEMPLATES", "ARCHITECTURES",
           "NEURONS")
 MESSAGES = ("print", "UserError", "NoAccess", "tqdm")  # calls whose arguments only people read

@@ -18,8 +18,8 @@ import simu
 from data import Encoded
 from model import Transformer, UserError, write_json
 from pipeline import checkpoint, fused, hub, objectives, slices
-from pipeline.before import fitted, outlook
-from pipeline.plan import fit_memory
+from pipeline.levels import need_reference
+from pipeline.plan import fit_memory, fitted, outlook
 from pipeline.settings import (Making, Placement, Settings, Source, choose_device, load_benchmark,
                                placement, tiny_config)
 from pipeline.stage import Stage, claim, content, data_inputs, sha256, stored_dtype
@@ -145,6 +145,7 @@ def original_stage(s: Settings):
         folder, source, ready = hub.find_original(s)
         bench, inputs = load_benchmark(s), data_inputs(s)
         if s.layout == "rows" and (s.force or not (s.run / "original" / "stage.json").is_file()):
+            need_reference(s, bench)
             outlook(s, folder, bench)
         if ready:
             link_model(s, "original", folder, source, inputs)

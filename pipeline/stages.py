@@ -11,11 +11,10 @@ import data
 import simu
 from model import Transformer, UserError, save_tensors
 from pipeline import checkpoint, fused, objectives, slices
-from pipeline.before import fitted
 from pipeline.card import write_card, write_generation_config
 from pipeline.levels import forget_targets, without_unexpected_eos
 from pipeline.own_rows import Progress, until_forgotten
-from pipeline.plan import fit_memory
+from pipeline.plan import fit_memory, fitted
 from pipeline.settings import (Level, Placement, Settings, Source, load_benchmark, placement,
                                read_settings)
 from pipeline.stage import (Stage, attribution_name, content, data_inputs, mask_name, stale,
