@@ -24,7 +24,7 @@ import data
 import simu
 from data import Encoded
 from model import Config, KVCache, Transformer, UserError
-from pipeline import checkpoint, hub, reading
+from pipeline import checkpoint, fused, hub, reading
 from pipeline.settings import (AUTO, Settings, choose_device, choose_dtype, flag, is_on_gpu,
                                load_benchmark, tiny_config, with_choices)
 from pipeline.slices import Benchmark
@@ -181,6 +181,7 @@ def trace_update(s, config, dtype, mask, longest, answer) -> tuple[int, int]:
     """Bytes beside weights, gradients and state at the highest point of the largest pass, and of
     the update."""
     model, optimiser = on_meta(config, dtype), simu.OPTIMISERS[simu.METHODS[s.method].optimiser]
+    apply = fused.on(torch.device("meta"), s.state).get("apply", simu.apply_updates)
     with all_moving(model, s, mask) as (weights, moving):
         state = [t for w in moving for t in (w.weight.grad, w.master, w.m, w.h)]
         with LiveBytes(*weights, *state) as live, fused_attention(s):
@@ -189,7 +190,7 @@ def trace_update(s, config, dtype, mask, longest, answer) -> tuple[int, int]:
             passes, live.peak = live.peak, live.now
             del state
             # Its count stays a tensor, for meta tensors have no values.
-            simu.apply_updates(moving, optimiser, s, lr=s.lr, step=1, shrink=1.0)
+            apply(moving, optimiser, s, lr=s.lr, step=1, shrink=1.0)
     return passes - before, live.peak - before
 
 
