@@ -71,8 +71,8 @@ def compiled_update(device: str):
     try:
         update = torch.compile(update_weight, dynamic=True, fullgraph=True)
         tensors = [torch.zeros(4, 4, device=device) for _ in range(4)]
-        update(*rules_of(simu.sophia, simu.Recipe(), 1.0, 0.1, 1), as_scalar(1.0), None, *tensors,
-               None)
+        rules = rules_of(simu.OPTIMISERS["sophia"], simu.Recipe(), 1.0, 0.1, 1)
+        update(*rules, as_scalar(1.0), None, *tensors, None)
         return update
     except Exception as e:  # any of a dozen kinds: what is wrong with the compiler is not ours
         why = (str(e).strip().splitlines() or [type(e).__name__])[0]

@@ -35,11 +35,13 @@ def pytest_collection_modifyitems(config, items):
     left_out = [item for item in items if absent(item)]
     items[:] = [item for item in items if item not in left_out]
     config.hook.pytest_deselected(items=left_out)
+
+
 plain_attention = torch.nn.functional.scaled_dot_product_attention
 
 
-def attention_in_cuda_layout(*args, **given):
-    y = plain_attention(*args, **given)  # [B, H, T, hd]
+def attention_in_cuda_layout(*args, **options):
+    y = plain_attention(*args, **options)  # [B, H, T, hd]
     if y.is_cuda:  # a fake one's: a machine without a card cannot move it
         return y
     return y.transpose(1, 2).contiguous().transpose(1, 2)

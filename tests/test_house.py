@@ -137,14 +137,14 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 EDITS = [  # file, text, its replacement, stages made again
-    ("simu.py", "    return -answers.nll.sum()", "    return -2 * answers.nll.sum()",
+    ("simu.py", 'yield "loss_forget", -nll, nll', 'yield "loss_forget", -2 * nll, nll',
      {"fo-graddiff", "so-graddiff"}),
     ("pipeline/objectives.py", "recipe.npo_beta * F.softplus", "recipe.npo_beta * 2 * F.softplus",
      {"simu-npo"}),
     ("simu.py", "ratio = m / (gamma", "ratio = 2 * m / (gamma", {"so-graddiff", "simu-npo"}),
     ("simu.py", "return m.lerp(grad, 1 - beta1)", "return m.lerp(grad, 2 - beta1)",
      {"fo-graddiff"}),
-    ("simu.py", "h = model.embed(ids)  #", "h = 2 * model.embed(ids)  #", {"attribution"}),
+    ("simu.py", "x, cos_sin = model.embed(", "x, cos_sin = 2 * model.embed(", {"attribution"}),
     ("simu.py", "(scores > threshold * top)", "(scores >= threshold * top)", {"mask"}),
     ("simu.py", "rise = max(1,", "rise = max(2,", UNLEARNED | {"retain-only", "original"}),
     ("model.py", "F.silu(", "F.gelu(", set(STAGES) - {"mask"}),
