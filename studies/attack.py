@@ -51,7 +51,7 @@ import eval as evaluation
 import simu
 from eval import mean, rouge_l, rouge_words, spread
 from model import Transformer, UserError, generate, read_json, write_json, write_text
-from pipeline import checkpoint, slices
+from pipeline import checkpoint, objectives, slices
 from pipeline.columns import as_code, label, number, table
 from pipeline.original import learn
 from pipeline.report import table_order
@@ -171,9 +171,9 @@ def relearnt_ids(rows: list[data.Example], seed: int) -> set[str]:
     return {i for i in unit if unit[i] in learnt}
 
 
-def relearning(s: Settings) -> simu.Unlearning:
+def relearning(s: Settings) -> objectives.Unlearning:
     """The constants of both relearnings. Weights and moments have the model's dtype."""
-    return simu.Unlearning(
+    return objectives.Unlearning(
         method="fo", seed=s.seed, lr=s.light_lr if s.tiny else RELEARN_LR, batch=RELEARN_BATCH,
         micro_tokens=s.micro_tokens or RELEARN_TOKENS, beta1=s.beta1,
         adam_beta2=s.adam_beta2, adam_eps=s.adam_eps, weight_decay=s.weight_decay, clip=s.clip,

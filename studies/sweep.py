@@ -31,7 +31,7 @@ import data
 import eval as evaluation
 import simu
 from model import Transformer, UserError, write_json, write_text
-from pipeline import objectives, reading, settings, slices
+from pipeline import fused, objectives, reading, settings, slices
 from pipeline.columns import table
 from pipeline.evaluate import splits_of
 from pipeline.levels import forget_targets
@@ -193,7 +193,8 @@ def make_point(p: Point) -> dict:
         if simu.OBJECTIVES[s.objective].targeted:
             targets, _ = forget_targets(s, bench, encoded["forget"], model, s.seed)
         try:
-            simu.unlearn(model, encoded["forget"], encoded["retain"], mask, s, targets=targets)
+            simu.unlearn(model, encoded["forget"], encoded["retain"], mask, s, targets=targets,
+                         **fused.on(model.embed_tokens.weight.device, s.state))
         except UserError as e:
             if "not finite" not in str(e):
                 raise
