@@ -15,7 +15,6 @@ from pathlib import Path
 
 import sentencepiece
 import torch
-from torch import Tensor
 
 from model import Config, UserError, read_json
 
@@ -23,7 +22,6 @@ IGNORE = -100  # a target that is not predicted; also cross_entropy's default
 TASKS = ("Task1", "Task2", "Task3")  # LUME's: stories, private data, encyclopedia entries
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json",
                    "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
-
 # name: what stands before the question, after it, and before the answer [D14]. The prompt ends
 # after the second; the third already counts as the answer's.
 TEMPLATES = {
@@ -67,8 +65,7 @@ class Encoded:
 
     @property
     def start(self) -> int:
-        """Index of the first id that is predicted: the answer's first, or its second where no bos
-        and no prompt precede it."""
+        """Index of the first predicted id: the answer's first; its second if nothing precedes."""
         return max(self.n_prompt, 1)
 
 
@@ -76,8 +73,8 @@ class Encoded:
 class Batch:
     """ids [B, T]; targets [B, T]: ids[b, i+1] where that is answer or eos, else IGNORE."""
 
-    ids: Tensor
-    targets: Tensor
+    ids: torch.Tensor
+    targets: torch.Tensor
 
 
 def template_of(template: str, kind: str):
@@ -92,7 +89,8 @@ def full_text(example: Example, tokenizer, template: str) -> tuple[str, str]:
     e, shape = example, template_of(template, example.kind)
     if callable(shape):
         return shape(tokenizer, [*e.turns, ("user", e.question)], e.answer)
-    (before, after, lead), texts = shape, []
+    before, after, lead = shape
+    texts = []
     for role, text in [*e.turns, ("user", e.question), ("assistant", e.answer)]:
         if role == "user":
             texts.append(before + text + after)
@@ -116,9 +114,10 @@ def encode(example: Example, tokenizer, template: str) -> Encoded:
     prompt, rest = full_text(example, tokenizer, template)
     ids, ends = tokenizer.ends(prompt + rest)
     n_prompt = sum(end <= len(prompt.encode()) for end in ends)
-    answer, turn_end = ids[n_prompt:], tokenizer.added.get(TURN_END.get(template))
-    eos = [turn_end if turn_end in tokenizer.eos_ids else tokenizer.eos_id]
+    answer = ids[n_prompt:]
     bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    turn_end = tokenizer.added.get(TURN_END.get(template))
+    eos = [turn_end if turn_end in tokenizer.eos_ids else tokenizer.eos_id]
     if callable(template_of(template, example.kind)):
         bos = []  # the chat template writes it, and mostly an eos: what follows that is left out
         last = max((i for i, x in enumerate(answer) if x in tokenizer.eos_ids), default=None)
@@ -141,15 +140,14 @@ def encode_all(examples: list[Example], tokenizer, template: str, *, context: in
     rows = [encode(e, tokenizer, template) for e in examples]
     for e, row in zip(examples, rows):
         if len(row.ids) > context or max(row.ids) >= vocab:
-            raise UserError(f"row {e.id or reprlib.repr(e.question)}: {len(row.ids)} tokens up to "
-                            f"id {max(row.ids)} do not fit the model's context of {context} and "
-                            f"its {vocab} tokens; drop the row, or use the model's own tokenizer")
+            raise UserError(f"row {e.id}: {len(row.ids)} tokens up to id {max(row.ids)} do not fit "
+                            f"the model's context of {context} and {vocab} tokens; drop the row, "
+                            "or copy the tokenizer that the weights came with")
     return rows
 
 
 def halved(example: Example) -> Example:
-    """A "text" row with its first half, cut between words, as the question: does a model go on
-    with the second half?"""
+    """A "text" row with its first half, cut between words, as the question."""
     text = example.answer
     spaces = [i for i in range(1, len(text) - 1) if text[i].isspace()]
     middle = min(spaces, key=lambda i: abs(i - len(text) / 2), default=len(text) // 2)
@@ -173,7 +171,7 @@ def batches_by_length(lengths: list[int], tokens: int) -> list[list[int]]:
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         if lengths[i] > tokens:
             raise UserError(f"a pass of {tokens} tokens cannot hold a row of {lengths[i]}; raise "
-                            "--micro-tokens, or --attribution-tokens (shared by --steps - 1 nodes)")
+                            "micro_tokens, or attribution_tokens (which m - 1 nodes share)")
         if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= tokens:
             batches[-1].append(i)
         else:
@@ -185,8 +183,7 @@ def batches_by_length(lengths: list[int], tokens: int) -> list[list[int]]:
 
 
 def examples_of(path: Path, make) -> list[Example]:
-    """make(row, number) of every row of a file of JSON lines. UserError names the line of one that
-    is wrong."""
+    """make(row, number) of each row of a file of JSON lines; UserError names a wrong row's line."""
     examples = []
     for n, line in enumerate(path.read_text("utf-8-sig").split("\n"), 1):
         try:
@@ -211,8 +208,7 @@ def load_tofu(folder, split: str, *, rows_per_author: int = 20) -> list[Example]
 
 
 def load_lume(folder, split: str) -> list[Example]:
-    """The rows of `<folder>/<split>.jsonl`: LUME's open release, split forget or retain. An id is
-    <document>sc1 or <document>qa0."""
+    """The rows of `<folder>/<split>.jsonl`, LUME's: an id is <document>sc1 or <document>qa0."""
     return examples_of(Path(folder) / f"{split}.jsonl", lambda row, n: Example(
         row["input"], row["output"], id=row["id"], task=row["task"], kind=row["id"][-3:-1],
         group=row["id"][:-3]))
@@ -256,8 +252,11 @@ class SentencePieceTokenizer(Tokenizer):
     """A tokenizer.model, as LLaMA's, by the package sentencepiece."""
 
     def __init__(self, path: Path):
-        self.path, self.sp = path, sentencepiece.SentencePieceProcessor(model_file=str(path))
-        self.bos_id, self.eos_id, self.vocab_size = self.sp.bos_id(), self.sp.eos_id(), len(self.sp)
+        self.path = path
+        self.sp = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        self.vocab_size = len(self.sp)
+        self.bos_id = self.sp.bos_id()
+        self.eos_id = self.sp.eos_id()
         self.added = {self.sp.id_to_piece(i): i for i in range(self.vocab_size)
                       if self.sp.is_control(i) or self.sp.is_unknown(i)}
         self.special = {*self.added, "\u2581"}  # the last is a piece's sign for a space
@@ -274,14 +273,15 @@ class SentencePieceTokenizer(Tokenizer):
 
     def decode(self, ids: list[int]) -> str:
         """Text of ids; special tokens, and ids beyond the vocabulary, have none."""
-        return self.sp.decode([i for i in ids if 0 <= i < self.vocab_size])
+        return self.sp.decode([i for i in ids if i < self.vocab_size])
 
 
 class JsonTokenizer(Tokenizer):
     """A tokenizer.json, as OLMo's: `tok` is a Tokenizer of the package tokenizers."""
 
     def __init__(self, path: Path, tok):
-        self.path, self.tok = path, tok
+        self.path = path
+        self.tok = tok
         tok.no_padding()
         tok.no_truncation()
         example = tok.encode("a")
@@ -304,17 +304,12 @@ class JsonTokenizer(Tokenizer):
                            for start, end in coded.offsets]
 
     def decode(self, ids: list[int]) -> str:
-        """Text of ids; special tokens, and ids beyond the vocabulary, have none."""
-        return self.tok.decode([i for i in ids if 0 <= i < self.vocab_size
-                                and i not in self.eos_ids])
+        return self.tok.decode([i for i in ids if i < self.vocab_size and i not in self.eos_ids])
 
 
 def json_object(path: Path) -> dict:
     """The JSON object in a file of a model's folder; empty if there is no such file."""
-    value = read_json(path) if path.exists() else {}
-    if not isinstance(value, dict):
-        raise UserError(f"{path} does not hold a JSON object; fetch it again")
-    return value
+    return read_json(path) if path.exists() else {}
 
 
 def token_text(token) -> str:
@@ -325,7 +320,8 @@ def token_text(token) -> str:
 
 def name_ends(tokenizer: Tokenizer, folder: Path, eos_token: str):
     """Set eos_ids: what ends a text by the tokenizer's files, then by the model's; and eos_id."""
-    config, ends = json_object(folder / "config.json"), [tokenizer.added.get(eos_token)]
+    config = json_object(folder / "config.json")
+    ends = [tokenizer.added.get(eos_token)]
     for file in (config, json_object(folder / "generation_config.json")):
         value = file.get("eos_token_id")
         ends += value if isinstance(value, list) else [value]
@@ -334,31 +330,35 @@ def name_ends(tokenizer: Tokenizer, folder: Path, eos_token: str):
     ids = tuple(dict.fromkeys(i for i in ends if i is not None)) or (tokenizer.eos_id,)
     if ids == (None,):
         raise UserError(f"{folder} names no token that ends a text: its config.json must")
-    tokenizer.eos_ids, tokenizer.eos_id = ids, ids[0]
+    tokenizer.eos_ids = ids
+    tokenizer.eos_id = ids[0]
 
 
 def load_tokenizer(path) -> Tokenizer:
     """The tokenizer of a model folder: its tokenizer.json, or else its tokenizer.model. UserError
     if the folder's other files add tokens to that, or change how it encodes."""
     folder = Path(path)
-    file, config = folder / "tokenizer.json", json_object(folder / "tokenizer_config.json")
-    names, changes = json_object(folder / "special_tokens_map.json") | config, []
-    if file.is_file():
+    config = json_object(folder / "tokenizer_config.json")
+    names = json_object(folder / "special_tokens_map.json") | config
+    changes = []
+    if (folder / "tokenizer.json").is_file():
         import tokenizers
+        file = folder / "tokenizer.json"
         tokenizer = JsonTokenizer(file, tokenizers.Tokenizer.from_file(str(file)))
     else:
         tokenizer = SentencePieceTokenizer(folder / "tokenizer.model")
-        changes = [key for key, odd in (("add_eos_token", True), ("add_prefix_space", False))
-                   if config.get(key) is odd]
+        changes += [key for key, odd in (("add_eos_token", True), ("add_prefix_space", False))
+                    if config.get(key) is odd]
         if config and not config.get("add_bos_token"):
             tokenizer.bos_id = None  # as in transformers; without this file it is put, as by Meta
     tokens = [token for key, token in names.items() if key.endswith("_token")]
     tokens += json_object(folder / "added_tokens.json")
     tokens += config.get("added_tokens_decoder", {}).values()
+    tokens += config.get("additional_special_tokens", config.get("extra_special_tokens")) or []
     changes += [x for x in map(token_text, tokens) if x and x not in tokenizer.added]
     if changes:
-        raise UserError(f"{folder}/tokenizer_config.json changes {tokenizer.path.name} {changes}; "
-                        "load it by pipeline.tokenizers")
+        raise UserError(f"{folder} changes {tokenizer.path.name} by {changes}, which is not read; "
+                        "save the tokenizer by transformers' save_pretrained, and use that folder")
     name_ends(tokenizer, folder, token_text(names.get("eos_token")))
     return tokenizer
 

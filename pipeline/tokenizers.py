@@ -66,15 +66,17 @@ class Source:
 
 
 def read_source(folder: Path) -> Source:
-    """What a folder says of its tokenizer; UserError if a file is missing or broken."""
-    file, text, sp = folder / "tokenizer.json", "", None
+    """What the files of a folder say of its tokenizer."""
+    file = folder / "tokenizer.json"
+    text, sp = "", None
     if file.is_file():
-        text = read_text(file)
+        text = file.read_text("utf-8")
     else:
         file = folder / "tokenizer.model"
-        sp = read_pieces(file)
+        sp = sentencepiece.SentencePieceProcessor(model_file=str(file))
     config = json_object(folder / "tokenizer_config.json")
-    named, decoder = config, config.get("added_tokens_decoder")
+    named = config
+    decoder = config.get("added_tokens_decoder")
     if decoder is None:  # older folders have files beside it instead
         named = config | json_object(folder / "special_tokens_map.json")
         decoder = {i: token for token, i in json_object(folder / "added_tokens.json").items()}
@@ -85,13 +87,13 @@ def read_source(folder: Path) -> Source:
     if is_llama or sp:
         tokens |= {name: tokens[name] or usual for name, usual in LLAMA_NAMES.items()}
     names = {name: token_text(token) for name, token in tokens.items()}
-    extra = config.get("extra_special_tokens") or config.get("additional_special_tokens")
+    extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
     if sp and not extra:
         extra = [sp.id_to_piece(i) for i in range(len(sp)) if sp.is_control(i)]
     source = Source(file, text, sp, config, names, {}, is_llama)
     for i in sorted(decoder, key=int):
         add_token(source, decoder[i], int(i), token_text(decoder[i]) in names.values())
-    for token in [*tokens.values(), *(extra or [])]:
+    for token in [*tokens.values(), *extra]:
         add_token(source, token, None, True)
     return source
 
@@ -108,24 +110,6 @@ def add_token(source: Source, token, declared: int | None, special: bool):
         source.added[text] = declared, flags
 
 
-def read_text(file: Path) -> str:
-    try:
-        return file.read_text("utf-8")
-    except UnicodeDecodeError:
-        raise UserError(f"{file} is not UTF-8 text; fetch it again") from None
-
-
-def read_pieces(file: Path) -> sentencepiece.SentencePieceProcessor:
-    if not file.is_file():
-        raise UserError(f"{file.parent} has neither tokenizer.model nor tokenizer.json; copy it "
-                        "there from where the weights came from")
-    try:
-        return sentencepiece.SentencePieceProcessor(model_file=str(file))
-    except (OSError, RuntimeError, ValueError):
-        raise UserError(f"{file} is not a sentencepiece model; fetch it again, with the "
-                        "tokenizer.json that stands beside it") from None
-
-
 # ---------------------------------------------------------------------------- texts to ids and back
 
 
@@ -135,11 +119,28 @@ def load_tokenizer(path) -> data.Tokenizer:
     special_tokens (bos_token, ...); eos_ids holds the token too by which the chat template ends an
     answer."""
     folder = Path(path)
+    file = next((folder / name for name in ("tokenizer.json", "tokenizer.model")
+                 if (folder / name).is_file()), None)
+    if file is None:
+        raise UserError(f"{folder} has neither tokenizer.model nor tokenizer.json; copy it there "
+                        "from where the weights came from")
+    try:
+        return read_tokenizer(folder)
+    except UserError:
+        raise
+    except Exception as e:  # the libraries' are of every class
+        raise UserError(f"{file}, with the files beside it, cannot be read ({type(e).__name__} "
+                        f"{one_line(e)}); fetch them again") from None
+
+
+def read_tokenizer(folder: Path) -> data.Tokenizer:
     source = read_source(folder)
     if source.sp and source.config.get("add_eos_token"):
         raise UserError(f"{folder}/tokenizer_config.json puts eos after every text (add_eos_token):"
                         " no answer goes on after it; set it to false")
-    tokenizer = SentencePieceTokenizer(source) if is_plain(source) else json_tokenizer(source)
+    tokenizer = SentencePieceTokenizer(source) if source.sp else None
+    if tokenizer is None or tokenizer.is_changed():
+        tokenizer = json_tokenizer(source)
     if source.sp:  # transformers puts bos where the config says so; without a config, Meta does
         puts_bos = source.config.get("add_bos_token", not source.config)
         tokenizer.bos_id = tokenizer.added.get(source.names["bos_token"]) if puts_bos else None
@@ -150,28 +151,20 @@ def load_tokenizer(path) -> data.Tokenizer:
     return tokenizer
 
 
-def is_plain(source: Source) -> bool:
-    """Does sentencepiece alone give transformers' ids? Not where other files add tokens, or change
-    any, or the space that is put before a text."""
-    sp = source.sp
-    if not sp or not puts_space(sp) or prefix_scheme(source) == "never":
-        return False
-    for text, (declared, flags) in source.added.items():
-        i = sp.piece_to_id(text)
-        is_same = sp.id_to_piece(i) == text and (sp.is_control(i) or sp.is_unknown(i))
-        if not is_same or declared not in (None, i) or any(flags.get(k) for k in FLAGS[:3]):
-            return False
-    ends = [sp.piece_to_id(source.names[name]) for name in ("bos_token", "eos_token")]
-    return ends == [sp.bos_id(), sp.eos_id()]
-
-
 class SentencePieceTokenizer(data.SentencePieceTokenizer):
-    """A plain tokenizer.model. A text that spells one of its tokens is encoded by the package
-    tokenizers, as transformers does."""
+    """A tokenizer.model. A text that spells one of its tokens is encoded by the package tokenizers,
+    as transformers does."""
 
     def __init__(self, source: Source):
         super().__init__(source.file)
         self.source = source
+
+    def is_changed(self) -> bool:
+        """Do the files beside it add tokens, or is the space before a text not as sentencepiece
+        puts it?"""
+        new = [text for text, (declared, _) in self.source.added.items()
+               if text not in self.added or declared not in (None, self.added[text])]
+        return bool(new) or not puts_space(self.sp) or prefix_scheme(self.source) == "never"
 
     @functools.cached_property
     def converted(self) -> data.JsonTokenizer:
@@ -186,53 +179,46 @@ class SentencePieceTokenizer(data.SentencePieceTokenizer):
 def json_tokenizer(source: Source) -> data.JsonTokenizer:
     """A tokenizer of the package tokenizers, with the folder's added tokens, also in a text."""
     tokenizers = optional_package("tokenizers", source.file)
-    try:
-        tok = tokenizers.Tokenizer.from_str(transformers_json(source))
-        known = {token.content for token in tok.get_added_tokens_decoder().values()}
-        for text, (declared, flags) in source.added.items():
-            if declared is not None or text not in known:
-                tok.add_tokens([tokenizers.AddedToken(text, **flags)])
-            if declared not in (None, tok.token_to_id(text)):
-                raise UserError(f"{source.file.parent} gives {text!r} the id {declared}, where "
-                                f"transformers has {tok.token_to_id(text)}; fetch its files again")
-        tokenizer = data.JsonTokenizer(source.file, tok)
-    except UserError:
-        raise
-    except Exception as e:  # the library's are of no other class
-        raise UserError(f"{source.file} is not a {source.file.name} that can be read "
-                        f"({one_line(e)}); fetch it again") from None
+    if source.sp or source.is_llama:
+        tok = converted(source)
+    else:
+        tok = tokenizers.Tokenizer.from_str(source.text)
+    known = {token.content for token in tok.get_added_tokens_decoder().values()}
+    for text, (declared, flags) in source.added.items():
+        if declared is not None or text not in known:
+            tok.add_tokens([tokenizers.AddedToken(text, **flags)])
+        if declared not in (None, tok.token_to_id(text)):
+            raise UserError(f"{source.file.parent} gives {text!r} the id {declared}, where "
+                            f"transformers has {tok.token_to_id(text)}; fetch its files again")
+    tokenizer = data.JsonTokenizer(source.file, tok)
     tokenizer.special = set()
     return tokenizer
 
 
-def transformers_json(source: Source) -> str:
-    """The tokenizer.json that transformers would use: the file's; for its LlamaTokenizer the file's
-    vocabulary and merges, with LLaMA's rules around them; of a tokenizer.model made of its pieces.
-    """
-    if not source.sp and not source.is_llama:
-        return source.text
+def converted(source: Source):
+    """As transformers makes its LlamaTokenizer: the vocabulary and merges of the file, with LLaMA's
+    rules around them; and any other of a tokenizer.model."""
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
     if source.sp:
-        spec, model = {}, vocab_and_merges(source.sp, source.is_llama)
+        vocab, merges = vocab_and_merges(source)
+        tok = Tokenizer(models.BPE(vocab, merges, fuse_unk=True, byte_fallback=True))
     else:
         spec = json.loads(source.text)
-        model = {k: spec["model"][k] for k in ("vocab", "merges")}
         if "added_tokens_decoder" in source.config:
             spec["added_tokens"] = []
-    scheme, normalizers = prefix_scheme(source), [replacement(dict(String=" "), SPACE)]
+        spec["model"] |= dict(fuse_unk=True, byte_fallback=True)
+        tok = Tokenizer.from_str(json.dumps(spec))
+    scheme = prefix_scheme(source)
+    spaces = [normalizers.Replace(" ", SPACE)]
     if scheme == "always":
-        normalizers.append(replacement(dict(Regex=rf"\A{SPACE}"), 2 * SPACE))
-    decoders = [replacement(dict(String=SPACE), " "), dict(type="ByteFallback"), dict(type="Fuse")]
+        spaces.append(normalizers.Replace(Regex(rf"\A{SPACE}"), 2 * SPACE))
+    tok.normalizer = None if source.is_llama else normalizers.Sequence(spaces)
+    tok.pre_tokenizer = pre_tokenizers.Metaspace(SPACE, prepend_scheme=scheme, split=False)
+    steps = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     if scheme != "never":
-        decoders.append(dict(type="Strip", content=" ", start=1, stop=0))
-    return json.dumps(spec | dict(
-        normalizer=None if source.is_llama else dict(type="Sequence", normalizers=normalizers),
-        pre_tokenizer=dict(type="Metaspace", replacement=SPACE, prepend_scheme=scheme, split=False),
-        model=dict(type="BPE", fuse_unk=True, byte_fallback=True, **model),
-        decoder=dict(type="Sequence", decoders=decoders)))
-
-
-def replacement(pattern: dict, content: str) -> dict:
-    return dict(type="Replace", pattern=pattern, content=content)
+        steps.append(decoders.Strip(" ", 1, 0))
+    tok.decoder = decoders.Sequence(steps)
+    return tok
 
 
 def puts_space(sp) -> bool:
@@ -244,21 +230,28 @@ def prefix_scheme(source: Source) -> str:
     nowhere."""
     if source.is_llama and source.config.get("add_prefix_space") is False:
         return "never"
-    if source.sp and not source.is_llama and not puts_space(source.sp):
+    if not source.is_llama and not puts_space(source.sp):
         return "never"
     return "always" if source.config.get("legacy", not source.is_llama) else "first"
 
 
-def vocab_and_merges(sp, is_llama: bool) -> dict:
-    """The BPE model that merges to the pieces of a sentencepiece model, the best merge first."""
+def vocab_and_merges(source: Source) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """The BPE model that merges to the pieces of a tokenizer.model, the best merge first. UserError
+    if they do not come of merges: those have scores 0, -1, -2, ..."""
+    sp = source.sp
+    scores = [sp.get_score(i) for i in range(len(sp))
+              if not (sp.is_control(i) or sp.is_unknown(i) or sp.is_byte(i))]
+    if scores.count(0) > 1 or any(score % 1 for score in scores):
+        raise UserError(f"{source.file} is no plain BPE model, and tokens are added to it or stand "
+                        "in a text; save it by transformers' save_pretrained, and use that folder")
     vocab = {sp.id_to_piece(i): i for i in range(len(sp))}
     merges = []
     for piece, i in vocab.items():
         # transformers' LlamaTokenizer ranks merges by id, and it alone.
-        rank = i if is_llama else -sp.get_score(i)
+        rank = i if source.is_llama else -sp.get_score(i)
         merges += [(rank, i, n, piece[:n], piece[n:]) for n in range(1, len(piece))
                    if piece[:n] in vocab and piece[n:] in vocab]
-    return dict(vocab=vocab, merges=[[left, right] for *_, left, right in sorted(merges)])
+    return vocab, [(left, right) for *_, left, right in sorted(merges)]
 
 
 # ---------------------------------------------------------------------------------- chat templates
@@ -268,7 +261,7 @@ def chat_template(folder: Path, config: dict) -> str:
     """The text of a model's chat template, "" if it has none."""
     template = config.get("chat_template")
     if (folder / "chat_template.jinja").is_file():
-        template = read_text(folder / "chat_template.jinja")
+        template = (folder / "chat_template.jinja").read_text("utf-8")
     elif isinstance(template, list):  # several, by name
         template = {t.get("name"): t.get("template") for t in template}.get("default")
     return template or ""

@@ -637,11 +637,11 @@ def test_a_sentencepiece_model_without_dummy_prefix(tmp_path, model_type):
 @pytest.mark.parametrize("file, content, what", [
     (None, "", "neither tokenizer.model nor"), ("tokenizer.model", "no model", "tokenizer.model"),
     ("tokenizer.json", "{", "tokenizer.json"), ("tokenizer.json", "{}", "tokenizer.json"),
-    ("tokenizer_config.json", "[]", "tokenizer_config.json does not hold a JSON object"),
+    ("tokenizer_config.json", "[", "tokenizer_config.json is not valid JSON"),
     ("tokenizer_config.json", OLD | dict(add_eos_token=True), "no answer goes on after it"),
     ("tokenizer_config.json", OLD | beyond("<|im_end|>", start=9_999), "the id 9999, where transf"),
     ("tokenizer_config.json", OLD | beyond("<|im_end|>", start=1), "the id 1, where transformers"),
-    ("config.json", "{", "config.json"), ("generation_config.json", "3", "generation_config.json")])
+    ("config.json", "{", "config.json"), ("generation_config.json", "{", "generation_config.json")])
 def test_a_folder_that_is_wrong_is_one_line(small, tmp_path, file, content, what):
     if file and file.endswith("config.json"):
         data.copy_tokenizer(small["llama"].path.parent, tmp_path)

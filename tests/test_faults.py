@@ -267,12 +267,12 @@ FAULTS = {
     "config: eos outside": (field(CONFIG, eos_token_id=10**6), ORIGINAL, "eos_token_id = 1000000"),
     "config: more layers than weights": (
         field(CONFIG, num_hidden_layers=2), LOAD, r"\d+ weights do not fit .*layers.1"),
-    "config: smaller vocabulary": (field(CONFIG, vocab_size=200), LOAD, "context of .* and its 200 tokens"),
+    "config: smaller vocabulary": (field(CONFIG, vocab_size=200), LOAD, "context of .* and 200 tokens"),
     # Tokenizer.
     "tokenizer: none": (gone("weights-tofu/tokenizer.model"), ORIGINAL, "neither tokenizer.model"),
     "tokenizer: cut": (cut("weights-tofu/tokenizer.model"), ORIGINAL, "not a sentencepiece model"),
     "tokenizer: empty": (put("weights-tofu/tokenizer.model", b""), ORIGINAL, "not a sentencepiece"),
-    "tokenizer: of another model": (larger_tokenizer, LOAD, "use the model's own tokenizer"),
+    "tokenizer: of another model": (larger_tokenizer, LOAD, "copy the tokenizer that the weights"),
     "tokenizer.json: cut": (cut("weights-lume/tokenizer.json"), OLMO, "not a tokenizer.json"),
     "tokenizer.json: null": (put("weights-lume/tokenizer.json", b"null"), OLMO, "not a tokenizer"),
     "tokenizer.json: its config a list": (put("weights-lume/config.json", []), OLMO, "JSON object"),
