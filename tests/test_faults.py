@@ -270,11 +270,11 @@ FAULTS = {
     "config: smaller vocabulary": (field(CONFIG, vocab_size=200), LOAD, "context of .* and 200 tokens"),
     # Tokenizer.
     "tokenizer: none": (gone("weights-tofu/tokenizer.model"), ORIGINAL, "neither tokenizer.model"),
-    "tokenizer: cut": (cut("weights-tofu/tokenizer.model"), ORIGINAL, "not a sentencepiece model"),
-    "tokenizer: empty": (put("weights-tofu/tokenizer.model", b""), ORIGINAL, "not a sentencepiece"),
+    "tokenizer: cut": (cut("weights-tofu/tokenizer.model"), ORIGINAL, "tokenizer.model.* cannot be read"),
+    "tokenizer: empty": (put("weights-tofu/tokenizer.model", b""), ORIGINAL, "model.* cannot be read"),
     "tokenizer: of another model": (larger_tokenizer, LOAD, "copy the tokenizer that the weights"),
-    "tokenizer.json: cut": (cut("weights-lume/tokenizer.json"), OLMO, "not a tokenizer.json"),
-    "tokenizer.json: null": (put("weights-lume/tokenizer.json", b"null"), OLMO, "not a tokenizer"),
+    "tokenizer.json: cut": (cut("weights-lume/tokenizer.json"), OLMO, "json.* cannot be read"),
+    "tokenizer.json: null": (put("weights-lume/tokenizer.json", b"null"), OLMO, "cannot be read"),
     "tokenizer.json: its config a list": (put("weights-lume/config.json", []), OLMO, "JSON object"),
     # Data.
     "data: cut row": (cut(FORGET), ORIGINAL, "forget10.json line 2: JSONDecodeError"),
