@@ -1,10 +1,10 @@
-"""Run folders: stages made whole or not at all, skipped where nothing changed, resumed where killed.
+"""Run folders: stages are complete or absent, skipped if nothing changed, resumed if killed.
 
 A *stage* (original, attribution, mask, an unlearned model, an evaluation) is one folder. It is made
-under a temporary name and renamed when it is whole. Its stage.json says `why` it is what it is: the
-settings that it takes, digests of its inputs and of its code; and names its files. A stage that
-would be made of the same again is skipped, any other is made again. One made of something that the
-run no longer holds is *stale*, and no report shows it.
+under a temporary name and renamed when it is complete. Its stage.json says `why` it is what it is
+(the settings that it takes, digests of its inputs and of its code) and names its files. A stage
+that would be made of the same again is skipped, any other is made again. One made of something that
+the run no longer holds is *stale*, and no report shows it.
 """
 
 import contextlib
@@ -38,7 +38,7 @@ OLDEST_TORCH = (2, 5)  # the first with enable_gqa; run.sh asks for it too
 LOCK = ".simu-lock"  # also says that a folder is a run of ours
 OLD, PARTIAL = ".simu-old-", ".simu-partial-"  # begin the temporary names of a stage's folder
 SMALL = 1 << 25  # bytes: what is larger is not hashed again to see whether it was altered
-LATER = ("README.md", "stage.json")  # written when all else of a stage is there
+LATER = ("README.md", "stage.json")  # written after all else of a stage
 DISK_RATE = 5e8  # bytes digested and written in a second, until the first checkpoint is timed
 
 
@@ -116,8 +116,8 @@ def refuse_strangers(folder: Path):
         if (path / "stage.json").is_file():
             refuse_strangers(path)
         elif path.name not in ours and not path.name.startswith((OLD, PARTIAL)):
-            raise UserError(f"{path} is no file of the stage in {folder}, which is to be made again "
-                            "and would take it along; move it elsewhere")
+            raise UserError(f"{path} is no file of the stage in {folder}, which is to be made "
+                            "again and would take it along; move it elsewhere")
 
 
 def stale(folder: Path, s: Settings, inputs: dict | None = None) -> list[str]:
@@ -206,7 +206,7 @@ def unlearned_name(s: Settings) -> str:
 
 
 class Stage:
-    """One stage folder. `is_made` says whether it is already there; `making` gives the folder to
+    """One stage folder. `is_made` says whether it exists already; `making` gives the folder to
     write into, and makes it final when its block ends well.
 
     inputs: name -> digest of what is read. code: the functions that make it. takes: dataclasses of
@@ -227,7 +227,7 @@ class Stage:
         self.logs = []  # names of the logs that `record` began
 
     def is_made(self) -> bool:
-        """Is the folder there, made of what we would make it of? Prints which, and why not.
+        """Does the folder exist, made of what we would make it of? Prints which, and why not.
         UserError if it is to be made again and holds a file that no stage wrote."""
         self.settle()
         if not (self.folder / "stage.json").is_file():
@@ -253,7 +253,7 @@ class Stage:
         return changed + (["code"] if old["code"] != new["code"] else [])
 
     def require(self):
-        """UserError unless the folder is there and made of what we would make it of."""
+        """UserError unless the folder exists and is made of what we would make it of."""
         if changed := self.changed():
             raise UserError(f"{self.folder} was made with other {' and '.join(changed)} than this "
                             "run now has; run its stage again, with the same options")
@@ -285,8 +285,8 @@ class Stage:
             flush=True)
 
     def settle(self):
-        """Put a whole unfinished folder in its place. A kill may come after any line here; the next
-        call then does the rest."""
+        """Put a complete folder in its place. A kill may come after any line of this; the next call
+        then does the rest."""
         if (self.partial / "stage.json").is_file():
             for file in self.partial.glob(".*"):  # checkpoints, and what a killed process began
                 file.unlink()
@@ -310,8 +310,8 @@ class Stage:
 
     def loop(self, title: str, steps: int, tensors: dict):
         """simu.plain_loop that goes on where a killed stage was. A checkpoint holds what the loop
-        changes in place and the stage's logs, and is replaced whole, so seldom that it costs a set
-        share of the time. Whatever else decides a step, such as its rows and its random bits, has
+        changes in place and the stage's logs, and is written so seldom that it costs a set share of
+        the time. Whatever else decides a step, such as its rows and its random bits, has
         to be a function of the step alone: then the bytes are those of an undisturbed run."""
         path = self.partial / f".{title.replace(' ', '-')}.safetensors"
         share, last = self.s.resume_cost, time.monotonic()
@@ -370,7 +370,7 @@ def stored_dtype(folder: Path) -> torch.dtype:
 
 
 def claim(run: Path):
-    """Make a run folder. UserError if it exists and is not ours: its files are somebody's own."""
+    """Make a run folder. UserError if it exists and is not ours: its files are somebody's."""
     run = Path(run)
     if run.is_dir() and any(run.iterdir()) and not (run / LOCK).is_file():
         raise UserError(f"{run} is not empty and no run folder; choose another --out")
@@ -381,7 +381,7 @@ def claim(run: Path):
 @contextlib.contextmanager
 def lock(run: Path, *, new: bool = False):
     """Hold a run folder against other processes; the system lets go of it even if this one is
-    killed. new: make it if it is not there yet."""
+    killed. new: make it if it does not exist."""
     if new:
         claim(run)
     path = Path(run) / LOCK

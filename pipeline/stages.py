@@ -26,8 +26,8 @@ def same_slice(s: Settings):
     """UserError if a stage is asked for other data than the run's original was made of."""
     read_settings(s.run)
     if reasons := stale(s.run / "original", s):
-        raise UserError(f"of {s.run / 'original'}, {'; '.join(reasons)}; give the run's options and "
-                        "files, or run `python -m pipeline original` with these first")
+        raise UserError(f"of {s.run / 'original'}, {'; '.join(reasons)}; give the run's options "
+                        "and files, or run `python -m pipeline original` with these first")
 
 
 def encoded_rows(s: Settings, objective: str = "graddiff") -> tuple[slices.Benchmark, dict]:
@@ -36,8 +36,8 @@ def encoded_rows(s: Settings, objective: str = "graddiff") -> tuple[slices.Bench
     folder, bench = s.run / "original", load_benchmark(s)
     tokenizer, config = load_tokenizer(folder), checkpoint.read_config(folder)
     examples = dict(forget=objectives.loss_examples(bench.forget, objective), retain=bench.retain)
-    return bench, {name: data.encode_for(config, some, tokenizer, s.template)
-                   for name, some in examples.items()}
+    return bench, {name: data.encode_for(config, rows, tokenizer, s.template)
+                   for name, rows in examples.items()}
 
 
 def load_original(s: Settings, job: Stage, name: str, encoded: dict, method: str | None = None
@@ -128,7 +128,7 @@ def aim_of(s: Settings):
     """The function that says where an objective is to end; None for one that ends nowhere."""
     if not simu.OBJECTIVES[s.objective].targeted:
         return None
-    return aim_at_own_rows if s.layout == "rows" else aim_at_level
+    return aim_at_rows if s.layout == "rows" else aim_at_level
 
 
 def aim_at_level(s: Settings, job: Stage, bench: slices.Benchmark, encoded: dict,
@@ -139,7 +139,7 @@ def aim_at_level(s: Settings, job: Stage, bench: slices.Benchmark, encoded: dict
     return targets, job.loop
 
 
-def aim_at_own_rows(s: Settings, job: Stage, bench: slices.Benchmark, encoded: dict,
+def aim_at_rows(s: Settings, job: Stage, bench: slices.Benchmark, encoded: dict,
                     model: Transformer) -> tuple:
     """The same with a loop that ends where the rows are forgotten."""
     targets, _ = aim_at_level(s, job, bench, encoded, model)

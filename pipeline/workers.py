@@ -22,7 +22,7 @@ from pipeline.stages import unlearn_stage
 
 
 def start_worker(threads: int):
-    tqdm.set_lock(threading.RLock())  # tqdm's own leaves a warning where the worker is ended
+    tqdm.set_lock(threading.RLock())  # tqdm's default leaves a warning where a worker is ended
     sys.stderr = open(os.devnull, "w")  # progress bars; the parent shows what a worker raises
     torch.set_num_threads(threads)
     threading.Thread(target=end_with_parent, daemon=True).start()

@@ -62,8 +62,8 @@ def run_all(folder: Path):
     command_line(["evaluate", run, "original", "simu-soft-graddiff"])
     command_line(["attack", run, "simu-soft-graddiff"])
     command_line(["report", run])
-    command_line(["sweep", "tofu", "tiny-llama", "--out", str(folder / "sweep"), *size,
-                  *"--seeds 1 --jobs 1 --arms fo simu --factors 1 --no-variants --epochs 4".split()])
+    grid = "--seeds 1 --jobs 1 --arms fo simu --factors 1 --no-variants --epochs 4".split()
+    command_line(["sweep", "tofu", "tiny-llama", "--out", str(folder / "sweep"), *size, *grid])
 
 
 def die_at(operation: int, folder: Path) -> list[int]:

@@ -35,9 +35,9 @@ def imports(path, files) -> tuple[set, set]:
         elif isinstance(node, ast.ImportFrom):
             names = [f"{node.module}.{a.name}" for a in node.names]
         for name in names:
-            found = [f for f in files if name == f or name.startswith(f + ".")]
-            ours.update(found)
-            if not found and name.split(".")[0] not in ("pipeline", "studies"):
+            matches = [f for f in files if name == f or name.startswith(f + ".")]
+            ours.update(matches)
+            if not matches and name.split(".")[0] not in ("pipeline", "studies"):
                 others.add(name.split(".")[0])
     return ours, others
 
@@ -157,8 +157,10 @@ EDITS = [  # file, text, its replacement, stages made again
     ("simu.py", "# Eq. 4", "# Equation 4", set()),
     ("pipeline/objectives.py", 'npo_beta: float = option(0.1, "beta of NPO"', 'mine: int = option('
      '3, "own")\n    npo_beta: float = option(0.1, "the beta of NPO"', set()),
-    ("eval.py", "is_exact(row) -> bool:\n    return", "is_exact(row) -> bool:\n    return not", set()),
-    ("eval.py", '    "rouge_l": Metric(', '    "mine": Metric(is_exact),\n    "rouge_l": Metric(', set()),
+    ("eval.py", "is_exact(row) -> bool:\n    return", "is_exact(row) -> bool:\n    return not",
+     set()),  # metrics are computed when they are read
+    ("eval.py", '    "rouge_l": Metric(', '    "mine": Metric(is_exact),\n    "rouge_l": Metric(',
+     set()),
     ("eval.py", "prompts.append(prompt)", "prompts.append(prompt[1:])", {"generations"}),
     ("eval.py", "log_p = model.logits(", "log_p = 2 * model.logits(", {"generations"}),
 ]

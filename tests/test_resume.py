@@ -142,8 +142,8 @@ def test_a_killed_attribution_ends_with_the_same_bytes(tmp_path, monkeypatch):
     def both(run):
         this = job(run, resume_cost=1.0)
         with this.making():
-            return [simu.attribute_rows(model, rows(9, seed=k), s, loop=this.loop, title=f"rows {k}")
-                    for k in (0, 1)]
+            return [simu.attribute_rows(model, rows(9, seed=seed), s, loop=this.loop,
+                                        title=f"rows {seed}") for seed in (0, 1)]
 
     monkeypatch.setattr(simu, "attribute", counted)
     dies = 0
@@ -163,7 +163,8 @@ def test_a_finished_stage_is_skipped_and_a_changed_one_made_again(tmp_path, caps
     for changes, says in (
             ({}, "s, peak"), ({}, "already made; skipped"), (dict(lr=1.0), "already made; skipped"),
             (dict(threshold=0.9), "made again: --threshold changed"),
-            (dict(inputs={"original": "a"}), "made again: --threshold changed and original changed"),
+            (dict(inputs={"original": "a"}),
+             "made again: --threshold changed and original changed"),
             (dict(code=(simu.critical_mask,)), "made again: original changed and code changed"),
             (dict(code=(simu.critical_mask,)), "already made; skipped"),
             (dict(code=(simu.critical_mask,), force=True), "made again: --force"),
@@ -280,7 +281,8 @@ def test_a_users_file_in_a_stage_is_refused_by_name(tmp_path, name):
     thesis.parent.mkdir(exist_ok=True)
     thesis.write_text("the only copy")
     make(tmp_path, "old")  # skipped
-    with pytest.raises(UserError, match=f"{tmp_path / '/'.join(name.split('/')[:2])} is no file of"):
+    stranger = tmp_path / "/".join(name.split("/")[:2])
+    with pytest.raises(UserError, match=f"{stranger} is no file of the stage"):
         make(tmp_path, "new", force=True)
     with pytest.raises(UserError, match="is no file of"), job(tmp_path).making() as folder:
         (folder / "result").write_text("new")
