@@ -219,8 +219,8 @@ def question_of(e: Example) -> Example:
 
 
 def beyond_chance(rows: list[dict], of: dict, score) -> tuple[float | None, float | None]:
-    """Means over the rows of score(candidate, text, number of the truth's specifics): for the
-    truth, and for what could stand in its place. Of all that is said to a row the highest counts."""
+    """Means over the rows of score(candidate, text, number of the truth's specifics), for the truth
+    and for what could stand in its place. Of all that is said to a row the highest counts."""
     truly, by_chance = [], []
     for row in rows:
         truth, others = of[row["id"]]
@@ -289,7 +289,8 @@ def measure(before: list[dict], after: list[dict], of: dict, never_seen: list[fl
         row_loss(r) for r in after if r["split"] == "nonmembers"]
     others = unseen or never_seen
     return dict(
-        rows=len(rows), known_before=sum(known_rows(before, of)), said=sum(said), completed=sum(completed),
+        rows=len(rows), known_before=sum(known_rows(before, of)), said=sum(said),
+        completed=sum(completed),
         said_or_completed=sum(map(max, said, completed)),
         specifics=specifics[0], specifics_by_chance=specifics[1],
         rouge_l=near[0], rouge_l_by_chance=near[1],
