@@ -156,8 +156,8 @@ def soul_auc(members: list[float], nonmembers: list[float]) -> float:
 
 def truth_ratio(paraphrased_loss: float, perturbed_losses: list[float], *,
                 mean: str = "geometric") -> float:
-    """R = mean p(w) / p(a'), inf where it is beyond a float. It is made of differences of losses,
-    for unlearned models give losses whose exp(-loss) is 0."""
+    """R = mean p(w) / p(a'), inf where it is beyond a float. It comes from differences of losses,
+    because unlearned models give losses whose exp(-loss) is 0."""
     if mean not in ("geometric", "arithmetic"):
         raise ValueError(f"mean is {mean!r}; it must be geometric or arithmetic")
     logs = [paraphrased_loss - loss for loss in perturbed_losses]  # of p(w) / p(a')

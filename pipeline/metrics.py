@@ -231,7 +231,8 @@ def task_aggregate(forget: list[float], retain: list[float]) -> float:
 
 def semeval_aggregate(summary):
     names = [f"{task}.{name}" for task in TASKS for name in ("rouge_l", "exact_match")]
-    forget, retain = ([f"{split}.{name}" for name in names] for split in ("forget", "retain"))
+    forget = [f"forget.{name}" for name in names]
+    retain = [f"retain.{name}" for name in names]
     if reason := lacking(summary.values, forget + retain):
         return reason
     return task_aggregate([summary.values[name] for name in forget],

@@ -1,5 +1,6 @@
-"""The fast twin of eval.token_scores: what texts begin with alike is read once, and nothing is
-padded. In float32 the scores are the same to rounding; tests/test_reading.py holds them so.
+"""The fast twin of eval.token_scores. What several texts begin with, as the six answers to one
+question do, is read once, and nothing is padded. In float32 the scores are equal to rounding
+(tests/test_reading.py).
 """
 
 from dataclasses import dataclass, field

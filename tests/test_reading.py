@@ -54,9 +54,9 @@ def test_the_same_scores(kind, monkeypatch):
 def test_logits_a_few_at_a_time_are_the_same(monkeypatch):
     model, rows = random_model(), [data.Encoded(p, 1) for p in prompts_of([9, 4, 7])]
     options = dict(tokens=99, detailed=[True] * 3)
-    whole = reading.token_scores(model, rows, [1, 1, 1], **options)
+    once = reading.token_scores(model, rows, [1, 1, 1], **options)
     monkeypatch.setattr(reading, "LOGITS", 3 * model.config.vocab_size)
-    for a, b in zip(whole, reading.token_scores(model, rows, [1, 1, 1], **options)):
+    for a, b in zip(once, reading.token_scores(model, rows, [1, 1, 1], **options)):
         assert a.predicted == b.predicted and a.losses == pytest.approx(b.losses, rel=1e-5)
     assert reading.token_scores(model, [], [], tokens=99) == []
 
@@ -170,14 +170,14 @@ def test_every_new_tensor_names_its_device():
     """torch.arange and the like, which else are made on the CPU. On the host on purpose: a fresh
     model's weights, and what is moved at once."""
     makers = {"arange", "zeros", "ones", "tensor", "empty", "full", "rand", "randn"}
-    places = []
+    functions = []
     for file in ("model.py", "pipeline/reading.py"):
         tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
         moved = {id(x.func.value) for x in ast.walk(tree) if isinstance(x, ast.Call)
                  and isinstance(x.func, ast.Attribute) and x.func.attr == "to"}
         for function in (x for x in ast.walk(tree) if isinstance(x, ast.FunctionDef)):
-            places += [(file, function.name) for x in ast.walk(function) if isinstance(x, ast.Call)
+            functions += [(file, function.name) for x in ast.walk(function) if isinstance(x, ast.Call)
                        and isinstance(x.func, ast.Attribute) and x.func.attr in makers
                        and isinstance(x.func.value, ast.Name) and x.func.value.id == "torch"
                        and id(x) not in moved and "device" not in {k.arg for k in x.keywords}]
-    assert set(places) == {("model.py", "__init__")}
+    assert set(functions) == {("model.py", "__init__")}
