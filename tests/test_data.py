@@ -6,7 +6,7 @@ import json
 import os
 import re
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -121,6 +121,9 @@ def test_all_of_a_text_counts(small, kind):
 
 
 def test_earlier_turns_in_a_fixed_template(small):
+    prompt, _ = data.full_text(Example("Q?", "A."), small["olmo"], "llama3")
+    assert prompt.startswith("<|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge ")
+    assert prompt.endswith("\n\nQ?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n")
     e = Example("Who?", "Me.", turns=(("system", "Be brief."), ("user", "Hi"),
                                       ("assistant", "Hello.")))
     assert "".join(data.full_text(e, small["llama"], "qa")) == (
@@ -130,7 +133,6 @@ def test_earlier_turns_in_a_fixed_template(small):
 # ---------------------------------------------------------------------------- TOFU, LUME, slices
 
 GOOD = dict(question="q?", answer="a.")
-LUME = dict(id="d1qa0", input="i", output="o", task="Task1")
 
 
 def benchmark(name="tofu", folder=DEMO, made_here=True, **changes):
@@ -138,20 +140,10 @@ def benchmark(name="tofu", folder=DEMO, made_here=True, **changes):
                                  layout=name, made_here=made_here)
 
 
-@pytest.mark.parametrize("content, what", [
-    ("\n \n", "holds no rows"), (None, "is missing"),
-    (json.dumps(GOOD) + "\n" + '{"question": "q", "ans', "line 2: JSONDecodeError"),
-    (json.dumps(dict(question="q")), "line 1: KeyError 'answer'"),
-    (json.dumps(dict(GOOD, answer=3)), "row forget10:0 has a value that is not a filled text"),
-    (b"\xff\xfe" + json.dumps(GOOD).encode(), "not UTF-8")])
-def test_a_file_of_tofu_that_is_wrong_is_named(tmp_path, content, what):
-    if content is not None:
-        raw = content if isinstance(content, bytes) else content.encode()
-        (tmp_path / "tofu").mkdir()
-        (tmp_path / "tofu" / "forget10.json").write_bytes(raw)
-    with pytest.raises(UserError, match=what) as e:
-        benchmark(folder=tmp_path)
-    assert "forget10.json" in str(e.value) and "\n" not in str(e.value)
+def test_a_row_of_tofu_that_is_wrong_is_named(tmp_path):
+    (tmp_path / "x.json").write_text(json.dumps(GOOD) + "\n" + json.dumps(dict(question="q")))
+    with pytest.raises(UserError, match="x.json line 2: KeyError 'answer'"):
+        data.load_tofu(tmp_path, "x")
 
 
 def test_what_separates_the_rows_of_a_file(tmp_path):
@@ -197,25 +189,13 @@ def test_lume_benchmark_keeps_documents_whole_and_apart():
     assert unknown.nonmembers == [] and "unknown" in unknown.nonmember_source
 
 
-def test_overlap_is_counted(tmp_path, capsys):
-    folder = tmp_path / "tofu"
-    folder.mkdir()
-    for name in ("forget10", "retain90", "retain_perturbed"):
-        (folder / f"{name}.json").write_text(json.dumps(GOOD))
-    with pytest.raises(UserError, match="every row of forget10 is in retain90"):
-        benchmark(folder=tmp_path)
-    more = json.dumps(GOOD) + "\n" + json.dumps(dict(GOOD, question="another?"))
-    (folder / "forget10.json").write_text(more)
-    benchmark(folder=tmp_path)
-    assert "1 of 2 rows of the forget set are in the retain set" in capsys.readouterr().out
-
-
 # ------------------------------------------------------------------------------ a stranger's rows
 
 CHAT = [dict(role="system", content="Be brief."), dict(role="user", content="Hi"),
         dict(role="assistant", content="Hello."), dict(role="user", content="Who?"),
         dict(role="assistant", content="Me.")]
-BRIEF, ALPACA = (("system", "Be brief."),), dict(instruction="Translate.", input="chat", output="cat")
+BRIEF = (("system", "Be brief."),)
+ALPACA = dict(instruction="Translate.", input="chat", output="cat")
 SHAREGPT = dict(conversations=[{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yes."}])
 
 
@@ -282,13 +262,16 @@ def test_a_row_that_is_wrong_is_named(tmp_path, row, what):
     assert "\n" not in message and len(message) < 1000
 
 
-@pytest.mark.parametrize("write, what", [
-    (lambda f: f.write_text("\ufeff\n \n"), "holds no rows"), (lambda f: f.mkdir(), "is a folder"),
-    (lambda f: None, "is missing"), (lambda f: f.write_bytes(b"\0\xff"), "not UTF-8")])
-def test_files_without_rows(tmp_path, write, what):
-    write(tmp_path / "mine.jsonl")
-    with pytest.raises(UserError, match=what):
-        rows.load_rows(tmp_path / "mine.jsonl")
+@pytest.mark.parametrize("name, text, what", [
+    ("a.jsonl", "\ufeff\n \n", "holds no rows"), ("a.jsonl", None, "is missing"),
+    ("a.jsonl", b"\0\xff", "not UTF-8"), ("a.csv", "question,answer\n", "holds no rows"),
+    ("a.csv", "question,answer\nq?\n", "line 2 has the keys ['question']"),
+    ("a.csv", 'question,answer\n"q', "not CSV"), ("a.csv", "question,answer\nq,a,b\n", "line 2")])
+def test_files_that_are_wrong(tmp_path, name, text, what):
+    if text is not None:
+        (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(UserError, match=re.escape(what)):
+        rows.load_rows(tmp_path / name)
 
 
 @pytest.mark.parametrize("name, text", [
@@ -300,16 +283,6 @@ def test_an_array_and_a_table_are_read(tmp_path, name, text):
     examples = rows.load_rows(tmp_path / name)
     assert [(e.question, e.answer) for e in examples] == [("q?", "a."), ("é", "b\nc")]
     assert examples[1].id == "a:1" and not examples[0].paraphrased_question
-
-
-@pytest.mark.parametrize("text, what", [
-    ("question,answer\nq?\n", "line 2 has the keys ['question']"),
-    ('question,answer\n"q', "not CSV"),
-    ("question,answer\nq,a,b\n", "line 2"), ("question,answer\n", "holds no rows")])
-def test_tables_that_are_wrong(tmp_path, text, what):
-    (tmp_path / "a.csv").write_text(text)
-    with pytest.raises(UserError, match=re.escape(what)):
-        rows.load_rows(tmp_path / "a.csv")
 
 
 def test_rows_make_a_benchmark():
@@ -377,46 +350,34 @@ MISTRAL = (
     "{% endif %}{% endfor %}")
 
 
-@dataclass
-class Kind:
-    """A tokenizer with a chat template: the file that holds it, and its special tokens."""
-
-    template: str
-    special: tuple[str, ...] = ()
-    bos: str = ""
-    eos: str = ""
-    file: str = "tokenizer_config.json"
-    legacy: bool = False
-
-
-CHATS = {
-    "smollm2": Kind(CHATML, ("<|im_start|>", "<|im_end|>"), "<|im_start|>", "<|im_end|>"),
-    "llama3": Kind(LLAMA3, ("<|begin|>", "<|head|>", "<|/head|>", "<|eot|>"), "<|begin|>",
-                   "<|eot|>", file="chat_template.jinja"),
-    "mistral": Kind(MISTRAL), "mistral-legacy": Kind(MISTRAL, legacy=True),
-    "zephyr": Kind(CHATML, ("<|im_start|>", "<|im_end|>"), "<s>", "<|im_end|>", legacy=True),
+MARKS, HEADS = ("<|im_start|>", "<|im_end|>"), ("<|begin|>", "<|head|>", "<|/head|>", "<|eot|>")
+CHATS = {  # template, special tokens, other names in tokenizer_config.json
+    "smollm2": (CHATML, MARKS, dict(bos_token=MARKS[0], eos_token=MARKS[1])),
+    "llama3": (LLAMA3, HEADS, dict(bos_token=HEADS[0], eos_token=HEADS[3])),
+    "mistral": (MISTRAL, (), {}), "mistral-legacy": (MISTRAL, (), dict(legacy=True)),
+    "zephyr": (CHATML, MARKS, dict(bos_token="<s>", eos_token=MARKS[1], legacy=True)),
 }
 
 
 @pytest.fixture(scope="module", params=CHATS)
 def chat(request, tmp_path_factory):
     """A folder with a tokenizer of each kind, as its publisher would lay it out."""
-    kind, folder = CHATS[request.param], tmp_path_factory.mktemp(request.param)
+    template, special, more = CHATS[request.param]
+    folder = tmp_path_factory.mktemp(request.param)
     llama = request.param not in ("smollm2", "llama3")
     texts = [t for e in data.load_tofu(DEMO / "tofu", "retain90") for t in (e.question, e.answer)]
     train_tokenizer(texts, folder, llama=llama, vocab=700)
-    names = json.loads((folder / "tokenizer_config.json").read_text()) | dict(legacy=kind.legacy)
-    names |= {f"{k}_token": v for k, v in dict(bos=kind.bos, eos=kind.eos).items() if v}
+    names = json.loads((folder / "tokenizer_config.json").read_text()) | more
     if llama:
-        names |= beyond(*kind.special, start=load_tokenizer(folder).vocab_size)
+        names |= beyond(*special, start=load_tokenizer(folder).vocab_size)
     else:
         tok = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-        tok.add_special_tokens(list(kind.special))
+        tok.add_special_tokens(list(special))
         tok.save(str(folder / "tokenizer.json"))
-    if kind.file == "tokenizer_config.json":
-        names["chat_template"] = kind.template
+    if template == LLAMA3:
+        (folder / "chat_template.jinja").write_text(template)
     else:
-        (folder / kind.file).write_text(kind.template)
+        names["chat_template"] = template
     (folder / "tokenizer_config.json").write_text(json.dumps(names))
     return folder
 
@@ -449,17 +410,15 @@ def test_a_chat_is_what_transformers_writes(chat, turns):
 def test_a_chats_answer_ends_as_its_template_ends_it(chat, tmp_path):
     """Also where every file names another eos: decoding stops at it, and nothing is added."""
     shutil.copytree(chat, tmp_path / "t")
-    names = json.loads((chat / "tokenizer_config.json").read_text())
-    end = load_tokenizer(chat).eos_id
-    other = "<s>" if names.get("bos_token", "<s>") == "<s>" else names["bos_token"]
+    names, usual = json.loads((chat / "tokenizer_config.json").read_text()), load_tokenizer(chat)
     (tmp_path / "t" / "tokenizer_config.json").write_text(json.dumps(names | dict(
-        eos_token=other)))
+        eos_token=names.get("bos_token", "<s>"))))
     tok = load_tokenizer(tmp_path / "t")
     if "eos_token" in tok.chat_template:
         return  # the template ends with whatever is named
     row = data.encode(Example("Who?", "Me."), tok, "chat")
-    assert row.ids[-1] == end and end in tok.eos_ids and tok.eos_id != end
-    assert row == data.encode(Example("Who?", "Me."), load_tokenizer(chat), "chat")
+    assert row.ids[-1] == usual.eos_id in tok.eos_ids and tok.eos_id != usual.eos_id
+    assert row == data.encode(Example("Who?", "Me."), usual, "chat")
 
 
 def with_template(small, template):
@@ -684,8 +643,7 @@ def all_rows(folder):
     return [e for part in tofu + lume for e in part]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("template", ["llama2", "qa", "raw"])
+@pytest.mark.parametrize("kind, template", [("llama", "llama2"), ("olmo", "qa")])
 def test_tokenizers_round_trip_the_demo(small, kind, template):
     round_trip(small[kind], template, all_rows(DEMO))
 

@@ -267,12 +267,12 @@ FAULTS = {
     "config: eos outside": (field(CONFIG, eos_token_id=10**6), ORIGINAL, "eos_token_id = 1000000"),
     "config: more layers than weights": (
         field(CONFIG, num_hidden_layers=2), LOAD, r"\d+ weights do not fit .*layers.1"),
-    "config: smaller vocabulary": (field(CONFIG, vocab_size=200), LOAD, "context of .* and 200 tokens"),
+    "config: smaller vocabulary": (field(CONFIG, vocab_size=200), LOAD, "and 200 tokens; drop"),
     # Tokenizer.
     "tokenizer: none": (gone("weights-tofu/tokenizer.model"), ORIGINAL, "neither tokenizer.model"),
-    "tokenizer: cut": (cut("weights-tofu/tokenizer.model"), ORIGINAL, "tokenizer.model.* cannot be read"),
-    "tokenizer: empty": (put("weights-tofu/tokenizer.model", b""), ORIGINAL, "model.* cannot be read"),
-    "tokenizer: of another model": (larger_tokenizer, LOAD, "copy the tokenizer that the weights"),
+    "tokenizer: cut": (cut("weights-tofu/tokenizer.model"), ORIGINAL, "cannot be read"),
+    "tokenizer: empty": (put("weights-tofu/tokenizer.model", b""), ORIGINAL, "cannot be read"),
+    "tokenizer: of another model": (larger_tokenizer, LOAD, "copy the tokenizer that"),
     "tokenizer.json: cut": (cut("weights-lume/tokenizer.json"), OLMO, "json.* cannot be read"),
     "tokenizer.json: null": (put("weights-lume/tokenizer.json", b"null"), OLMO, "cannot be read"),
     "tokenizer.json: its config a list": (put("weights-lume/config.json", []), OLMO, "JSON object"),
@@ -745,7 +745,7 @@ def test_a_text_of_one_letter_without_bos_is_named(w):
     given = ["rows", w / "weights-lume", "--forget", w / "f.jsonl", "--retain", w / "r.jsonl",
              "--out", w / "out"]
     status, stderr = fuzz.cli("original", *given, "--level", "3")  # told before anything is made
-    assert fuzz.is_one_line(status, stderr) and "f.jsonl line 2 has a text of one letter" in stderr, stderr
+    assert fuzz.is_one_line(status, stderr) and "line 2 has a text of one letter" in stderr, stderr
 
 
 def test_masks_of_none_and_of_all(w):
