@@ -50,11 +50,11 @@ def test_the_front_page_is_short_and_its_counts_are_near():
     assert len(FRONT.split()) <= 1000
     for name, count in re.findall(r"`(\w+\.py)`,? (\d+)", FRONT.replace(" lines", "")):
         lines = len((ROOT / name).read_text("utf-8").splitlines())
-        assert abs(lines - int(count)) <= 0.05 * lines, f"{name} has {lines}"
+        assert abs(lines - int(count)) <= 0.1 * lines, f"{name} has {lines}"
     folders = re.sub(r"\]\([^)]*\)", "", FRONT)
     for folder, count in re.findall(r"`(\w+)/`[,(]* \(?([\d,]+)", folders):
         lines = sum(len(x.read_text("utf-8").splitlines()) for x in (ROOT / folder).glob("*.py"))
-        assert abs(lines - int(count.replace(",", ""))) <= 0.05 * lines, f"{folder} has {lines}"
+        assert abs(lines - int(count.replace(",", ""))) <= 0.1 * lines, f"{folder} has {lines}"
 
 
 def cells_of(text: str) -> dict[str, list[str]]:
