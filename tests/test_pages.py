@@ -42,8 +42,21 @@ def test_names_exist():
     assert len(names) > 15
     for module, name in names:
         assert name == "py" or hasattr(importlib.import_module(module), name), f"{module}.{name}"
-    for path in re.findall(r"`([\w/]+\.py)`", FRONT):
-        assert (ROOT / path).is_file(), path
+    for page in PAGES:
+        for path in re.findall(r"`([\w/]+\.py)`", page.read_text("utf-8")):
+            assert (ROOT / path).is_file() or (ROOT / "tests" / path).is_file(), path
+
+
+def test_a_file_imports_only_files_that_stand_above_it():
+    table = re.findall(r"^\| (`.*?) \|", PAGES[1].read_text("utf-8"), re.MULTILINE)
+    order = re.findall(r"`(\w+)`", " ".join(table))
+    assert sorted(order) == sorted(p.stem for p in (ROOT / "pipeline").glob("*.py")
+                                   if p.stem != "__init__")
+    for i, name in enumerate(order):
+        text = (ROOT / "pipeline" / f"{name}.py").read_text("utf-8")
+        for line in re.findall(r"from pipeline(?:\.(\w+))? import (\([^)]*\)|.*)", text):
+            used = [line[0]] if line[0] else re.findall(r"\w+", line[1].split("#")[0])
+            assert not set(used) & set(order[i:]), f"{name} imports {used}"
 
 
 def test_the_front_page_is_short_and_its_counts_are_near():
