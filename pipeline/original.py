@@ -1,4 +1,4 @@
-"""The model that knows everything: found, fine-tuned, or made from random weights.
+"""The model that knows everything: published, fine-tuned, or made from random weights.
 
 Nothing of the method is here. A published original is linked (hub.py fetches it). Where nobody
 published one, a base model is fine-tuned on forget and retain rows together. A tiny one is made in
@@ -22,8 +22,10 @@ from pipeline.levels import need_reference
 from pipeline.plan import fit_memory, fitted, outlook
 from pipeline.settings import (Making, Placement, Settings, Source, choose_device, load_benchmark,
                                placement, tiny_config)
-from pipeline.stage import Stage, claim, content, data_inputs, sha256, stored_dtype
+from pipeline.stage import Stage, content, data_inputs, sha256, stored_dtype
 from pipeline.tokenizers import load_tokenizer, train_tokenizer
+
+DECIDING = (slices.Slice, Source, Placement, Making)  # settings of a model made here
 
 # ------------------------------------------------------------------------------------ tiny ones
 
@@ -104,18 +106,8 @@ def make_original(s: Settings, bench: slices.Benchmark, job: Stage, folder: Path
 # -------------------------------------------------------------- those that nobody published
 
 
-def fine_tune(s: Settings, bench: slices.Benchmark, job: Stage, base: Path, folder: Path):
-    """A model that never saw the benchmark, taught its forget and retain rows in one go."""
-    teach(s, bench.forget + bench.retain, job, base, folder)
-
-
-def fine_tune_retain_only(s: Settings, bench: slices.Benchmark, job: Stage, base: Path,
-                          folder: Path):
-    """Its partner: taught alike, without the forget rows."""
-    teach(s, bench.retain, job, base, folder)
-
-
 def teach(s: Settings, examples: list[data.Example], job: Stage, base: Path, folder: Path):
+    """A model that never saw the benchmark, taught some of its rows in one go."""
     tokenizer, config = load_tokenizer(base), checkpoint.read_config(base)
     rows = data.encode_for(config, examples, tokenizer, s.template)
     s = fitted(s, rows)
@@ -136,53 +128,55 @@ def teach(s: Settings, examples: list[data.Example], job: Stage, base: Path, fol
 
 def original_stage(s: Settings):
     """original/, and retain-only/ where there is one. Downloads what is not at hand."""
-    claim(s.run)
     if source := hub.wanted_data(s):
         hub.download(source)
     if s.tiny and not s.weights:
-        make_tiny(s, load_benchmark(s), data_inputs(s))
+        stage_of_tiny(s, "retain-only", make_retain_only)
+        stage_of_tiny(s, "original", make_original)
     else:
         folder, source, ready = hub.find_original(s)
-        bench, inputs = load_benchmark(s), data_inputs(s)
+        bench = load_benchmark(s)
         if s.layout == "rows" and (s.force or not (s.run / "original" / "stage.json").is_file()):
             need_reference(s, bench)
             outlook(s, folder, bench)
         if ready:
-            link_model(s, "original", folder, source, inputs)
-        else:
-            make_fine_tuned(s, bench, inputs, folder, source)
+            link_model(s, "original", folder, source)
+        else:  # nobody published one
+            stage_of_taught(s, "original", bench.forget + bench.retain, folder, source)
+            if s.learn_retain_only:
+                stage_of_taught(s, "retain-only", bench.retain, folder, source)
         if partner := hub.find_retain_only(s):
-            link_model(s, "retain-only", *partner, inputs)
+            link_model(s, "retain-only", *partner)
     write_json(s.run / "settings.json", dataclasses.asdict(s) | dict(force=False))
 
 
-def make_fine_tuned(s: Settings, bench: slices.Benchmark, inputs: dict, base: Path, source: dict):
-    """original/ of a real model of which no original was published, and its partner."""
-    made = {"original": fine_tune}
-    if s.learn_retain_only:
-        made["retain-only"] = fine_tune_retain_only
-    for name, make in made.items():
-        weights = {f"weights/{file}": sha for file, sha in source["sha256"].items()}
-        job = Stage(s.run / name, s, inputs=weights | inputs, code=(make,),
-                    takes=(slices.Slice, Source, Placement, Making))
-        job.notes["source"] = source
-        if not job.is_made():
-            with job.making() as folder:
-                make(s, bench, job, base, folder)
+def stage_of_tiny(s: Settings, name: str, make):
+    inputs = data_inputs(s)
+    if name == "original":
+        inputs["retain-only"] = content(s.run / "retain-only")
+    job = Stage(s.run / name, s, inputs=inputs, code=(make,), takes=DECIDING)
+    if not job.is_made():
+        with job.making() as folder:
+            make(s, load_benchmark(s), job, folder)
 
 
-def make_tiny(s: Settings, bench: slices.Benchmark, inputs: dict):
-    """retain-only/ and original/ of a tiny model."""
-    takes = (slices.Slice, Source, Placement, Making)
-    for name, make in (("retain-only", make_retain_only), ("original", make_original)):
-        job = Stage(s.run / name, s, inputs=inputs, takes=takes, code=(make,))
-        if not job.is_made():
-            with job.making() as folder:
-                make(s, bench, job, folder)
-        inputs = inputs | {name: content(s.run / name)}
+def stage_of_taught(s: Settings, name: str, examples: list[data.Example], base: Path,
+                    source: dict):
+    inputs = {f"weights/{file}": sha for file, sha in source["sha256"].items()} | data_inputs(s)
+    job = Stage(s.run / name, s, inputs=inputs, code=(teach,), takes=DECIDING)
+    job.notes["source"] = source
+    if not job.is_made():
+        with job.making() as folder:
+            teach(s, examples, job, base, folder)
 
 
-def link_model(s: Settings, name: str, source: Path, origin: dict, inputs: dict):
+def model_files(folder: Path) -> list[Path]:
+    """The files of a model's folder that a run reads."""
+    return [p for p in sorted(folder.iterdir())
+            if p.is_file() and p.suffix in (".json", ".safetensors", ".model", ".jinja")]
+
+
+def link_model(s: Settings, name: str, source: Path, origin: dict):
     """original/ or retain-only/ as links to the files of a folder; origin: its SOURCE, if it was
     downloaded."""
     if not source.is_dir():
@@ -198,15 +192,14 @@ def link_model(s: Settings, name: str, source: Path, origin: dict, inputs: dict)
     if name == "original" and (s.run / "retain-only").exists() and not hub.find_retain_only(s):
         raise UserError(f"{s.run} holds a retain-only model that is not of {source}; choose "
                         "another --out, or delete that folder")
-    names = [p for p in sorted(source.iterdir()) if p.is_file()
-             and p.suffix in (".json", ".safetensors", ".model", ".jinja")]
+    files = model_files(source)
     known = origin.get("sha256", {})
-    known = {p.name: sha256(p) for p in names if p.name not in known} | known
-    job = Stage(s.run / name, s, code=(), takes=(slices.Slice, Source), inputs=inputs
-                | {f"weights/{p.name}": known[p.name] for p in names})
-    job.notes["source"] = origin or dict(folder=str(source))
+    weights = {f"weights/{p.name}": known.get(p.name) or sha256(p) for p in files}
+    job = Stage(s.run / name, s, inputs=data_inputs(s) | weights, code=(),
+                takes=(slices.Slice, Source))
+    job.notes["source"] = origin or dict(folder=source.name)
     if not job.is_made():
         with job.making() as folder:
-            for p in names:
+            for p in files:
                 (folder / p.name).unlink(missing_ok=True)
                 (folder / p.name).symlink_to(p)
