@@ -351,23 +351,8 @@ def models_to_attack(s: Settings, names: list[str]) -> list[str]:
     return sorted(chosen, key=lambda name: table_order(s.run / name))
 
 
-def attack(run: Path, names: list[str]):
-    """Attack the named models of a run (default: all), and lay them side by side."""
-    s = read_settings(run)
-    names = models_to_attack(s, names)
-    bench, tokenizer = load_benchmark(s), load_tokenizer(run / "original")
-    context = checkpoint.read_config(run / "original").max_position_embeddings
-    probes = input_probes(bench, tokenizer, s, context)
-    for name in names:
-        job = attack_job(s, name)
-        if not job.is_made():
-            with job.making() as folder:
-                make_attacks(run / name, folder, probes, bench, s)
-    write_report(s, compare(run, names))
-
-
 def main(argv: list[str]):
-    """Does it stay forgotten? Attacks on the models of a run."""
+    """Does it stay forgotten? Attacks on the models of a run, laid side by side."""
     parser = Parser(prog="python -m pipeline attack", description=__doc__,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
@@ -375,4 +360,14 @@ def main(argv: list[str]):
                         help="e.g. simu-graddiff; default: every model of the run")
     args = parser.parse_args(argv)
     with lock(args.run):
-        attack(args.run, args.stages)
+        s = read_settings(args.run)
+        names = models_to_attack(s, args.stages)
+        bench, tokenizer = load_benchmark(s), load_tokenizer(s.run / "original")
+        context = checkpoint.read_config(s.run / "original").max_position_embeddings
+        probes = input_probes(bench, tokenizer, s, context)
+        for name in names:
+            job = attack_job(s, name)
+            if not job.is_made():
+                with job.making() as folder:
+                    make_attacks(s.run / name, folder, probes, bench, s)
+        write_report(s, compare(s.run, names))

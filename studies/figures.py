@@ -108,10 +108,8 @@ def equal_forgetting(fronts: dict, levels: dict) -> list[list]:
         simu_utilities = utilities_at(fronts.get("simu", {}), level)
         for arm, by_seed in fronts.items():
             utilities = utilities_at(by_seed, level)
-            differences = []
-            if arm != "simu":
-                differences = [simu_utilities[seed] - u for seed, u in utilities.items()
-                               if seed in simu_utilities]
+            differences = [simu_utilities[seed] - u for seed, u in utilities.items()
+                           if arm != "simu" and seed in simu_utilities]
             lines.append([name, arm, len(utilities), *interval(list(utilities.values())),
                           *interval(differences)])
     return lines
@@ -167,9 +165,10 @@ def frontier(folder: Path, about: dict):
 # -------------------------------------------------------------------------------- masks (C.2, C.3)
 
 
-def figure6(folder: Path, about: dict, kinds: dict):
-    """Layer by neuron: forget-only, dual, both, and which set claims which neuron."""
-    L, D = kinds["both"][1].shape
+def figure6(folder: Path, about: dict, kinds: dict, f, r):
+    """Layer by neuron: forget-only, dual, both, and which set claims which neuron. f, r: bool
+    [L, D], the critical neurons of either set."""
+    L, D = f.shape
     figure, axes = canvas(4, 1, (9, 1.2 + 4 * max(1.1, 0.1 * L)), sharex=True)
     panels = {"(a) forget-only mask": ["forget alone"], "(b) dual mask": ["forget alone", "both"],
               "(c) critical for both": ["both"], "(d) overlap": list(kinds)}
@@ -185,11 +184,8 @@ def figure6(folder: Path, about: dict, kinds: dict):
     figure.legend(*axes[3, 0].get_legend_handles_labels(), ncols=3, loc="outside lower center")
     figure.suptitle(f"Critical neurons, t = {about['threshold']}, m = {about['steps']}: "
                     f"{title_of(about)}", fontsize=11)
-    claimed = {name: mask for name, (_, mask) in kinds.items()}
-    forget, retain = (claimed[f"{name} alone"] | claimed["both"] for name in ("forget", "retain"))
     save(folder, "figure6", figure, ("layer", "neuron", "forget", "retain"),
-         [(l, k, int(forget[l, k]), int(retain[l, k]))
-          for l, k in (forget | retain).nonzero().tolist()])
+         [(l, k, int(f[l, k]), int(r[l, k])) for l, k in (f | r).nonzero().tolist()])
 
 
 def figure4(folder: Path, about: dict, forget, retain):
@@ -219,7 +215,7 @@ def masks(folder: Path, about: dict):
     counts = [mask.sum(1).tolist() for _, mask in kinds.values()]  # [L] each
     write_csv(folder / "figures" / "layers.csv", ("layer", "forget_alone", "both", "retain_alone"),
               [(l, *by_kind) for l, by_kind in enumerate(zip(*counts))])
-    figure6(folder, about, kinds)
+    figure6(folder, about, kinds, f, r)
     figure4(folder, about, forget, retain)
     lines = [("SO-GradDiff", f.numel(), f.numel()), ("SIMU-GradDiff", f.numel(), int(f.sum()))]
     lines += [(f"SIMU-GradDiff, published, {b} {m}", total, n)
