@@ -245,8 +245,8 @@ def test_what_the_core_reads_the_pipeline_reads_likewise(tmp_path):
     (dict(GOOD, perturbed_answer="x"), "no list of texts under 'perturbed_answer'"),
     ('{"text": "x"', "is not a JSON object"), ('{"text": "\\ud800"}', "no filled text"),
     ({f"k{n}": "x" * 9_999 for n in range(99)}, "has the keys ['k0', 'k1'"),
-    # Keys that change what is start, where they are not used.
-    (dict(GOOD, context="c"), "has 'context', which changes what a model is start"),
+    # Keys that change what is asked, where they are not used.
+    (dict(GOOD, context="c"), "has 'context', which changes what a model is asked"),
     (dict(GOOD, weight=0), "'weight'"), (dict(GOOD, Instruction="x"), "'Instruction'"),
     (dict(prompt="p", completion="c", system="s"), "'system'"),
     (dict(text="two", system="s"), "'system'"),
@@ -393,15 +393,15 @@ def test_a_chat_is_what_transformers_writes(chat, turns):
         messages = [dict(role=role, content=text) for role, text in (
             *turns, ("user", question), ("assistant", answer))]
         plain = dict(date_string="26 Jul 2024", tokenize=False)
-        start = theirs.apply_chat_template(messages[:-1], add_generation_prompt=True, **plain)
+        opening = theirs.apply_chat_template(messages[:-1], add_generation_prompt=True, **plain)
         text = theirs.apply_chat_template(messages, **plain)
-        assert data.full_text(e, ours, "chat") == (start, text[len(start):])
+        assert data.full_text(e, ours, "chat") == (opening, text[len(opening):])
         ids = theirs(text, add_special_tokens=False).input_ids
         while ids[-1] != theirs.eos_token_id:
             ids.pop()
         row = data.encode(e, ours, "chat")
         assert row.ids == ids and ours.eos_id == theirs.eos_token_id
-        prompt = theirs(start, add_special_tokens=False).input_ids
+        prompt = theirs(opening, add_special_tokens=False).input_ids
         assert data.encode_prompt(question, ours, "chat", turns=turns) == prompt
         assert row.ids[:row.n_prompt] == prompt[:row.n_prompt] and len(prompt) - row.n_prompt <= 1
         assert ours.decode(row.ids[row.n_prompt:]).strip() == answer
