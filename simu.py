@@ -29,7 +29,9 @@ settings with Tables 3 and 4. Tables 1-2 are eval.py's; Table 5 counts what `cri
 Not here: several GPUs, quantised training, adapters.
 """
 
+import math
 import random
+from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -41,31 +43,34 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from data import IGNORE, Batch, Encoded, batches_by_length, collate, option
-from model import LOGITS, NEURONS, Transformer, UserError, attention, causal_attention
+from model import NEURONS, Transformer, UserError, attention, causal_attention
+
+LOGITS = 1 << 25  # logits held at once, the largest tensors there are: 128 MiB of float32
 
 # ==================================================================== Part 1: the method
 # ----------------------------------------------------- Step 1: attribution (Eq. 1-2)
 
+PATHS = ("layer", "neuron")
 
-def attribute_loop(model: Transformer, encoded: Encoded, *, steps: int = 5,
-                   path: str = "layer") -> Tensor:
-    """Att(w_l^k) of Eq. 1-2 for one pair, as the paper writes it: float32 [L, D].
 
-    One sample per answer token [D2], one layer (or neuron [D4]), one node of the path at a time,
-    each in a separate forward and backward pass. `attribute` gives the same numbers fast."""
-    check_path(steps, path)
-    D = model.config.neuron_count
-    scores = torch.zeros(len(model.layers), D, device=model.embed_tokens.weight.device)
-    scaled_together = [slice(0, D)] if path == "layer" else [slice(k, k + 1) for k in range(D)]
-    with frozen(model):
-        for i in range(encoded.start, len(encoded.ids)):  # sample i: predict token i
-            prefix, label = encoded.ids[:i], encoded.ids[i]
-            for l in range(len(model.layers)):
-                for k in scaled_together:
-                    for j in range(1, steps + 1):
-                        beta, grad = path_node(model, prefix, label, l, k, j / steps)
-                        scores[l, k] += beta[k] * grad[k] / steps  # Eq. 2
-    return scores
+@contextmanager
+def frozen(model: Transformer):
+    """No gradients of weights while the block runs: only activations need them in step 1."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    try:
+        for p in trainable:
+            p.requires_grad_(False)
+        yield
+    finally:
+        for p in trainable:
+            p.requires_grad_(True)
+
+
+def check_path(steps: int, path: str):
+    if steps < 1:
+        raise UserError(f"steps m = {steps}; it must be at least 1")
+    if path not in PATHS:
+        raise UserError(f"path {path!r} is unknown; choose {' or '.join(PATHS)}")
 
 
 def path_node(model: Transformer, prefix: list[int], label: int, l: int, k: slice,
@@ -92,7 +97,34 @@ def path_node(model: Transformer, prefix: list[int], label: int, l: int, k: slic
     return activations["beta"].float(), grad.float()
 
 
+def attribute_loop(model: Transformer, encoded: Encoded, *, steps: int = 5,
+                   path: str = "layer") -> Tensor:
+    """Att(w_l^k) of Eq. 1-2 for one pair, as the paper writes it: float32 [L, D].
+
+    One sample per answer token [D2], one layer (or neuron [D4]), one node of the path at a time,
+    each in a separate forward and backward pass. `attribute` gives the same numbers fast."""
+    check_path(steps, path)
+    D = model.config.neuron_count
+    scores = torch.zeros(len(model.layers), D, device=model.embed_tokens.weight.device)
+    scaled_together = [slice(0, D)] if path == "layer" else [slice(k, k + 1) for k in range(D)]
+    with frozen(model):
+        for i in range(encoded.start, len(encoded.ids)):  # sample i: predict token i
+            prefix, label = encoded.ids[:i], encoded.ids[i]
+            for l in range(len(model.layers)):
+                for k in scaled_together:
+                    for j in range(1, steps + 1):
+                        beta, grad = path_node(model, prefix, label, l, k, j / steps)
+                        scores[l, k] += beta[k] * grad[k] / steps  # Eq. 2
+    return scores
+
+
 # ------------------------------------------------- Step 1: critical neurons (Section 2.1)
+
+
+def need_finite_scores(scores: Tensor):
+    if not torch.isfinite(scores).all():
+        raise UserError("attribution scores are not finite; the model's weights or activations "
+                        "overflow: attribute in float32 (--dtype float32), or fetch it again")
 
 
 def critical_mask(scores: Tensor, threshold: float) -> Tensor:
@@ -125,7 +157,7 @@ def graddiff_loss(model: Transformer, forget: Batch, retain: Batch, lam: float) 
 
 
 def sophia_moments(grad: Tensor, m: Tensor, h: Tensor, *, beta1: float, beta2: float):
-    """Eq. 4: one EMA of g and one of g^2, both at every step [D7]."""
+    """Eq. 4: one EMA of g and one of g^2, both at every update [D7]."""
     return beta1 * m + (1 - beta1) * grad, beta2 * h + (1 - beta2) * grad.square()
 
 
@@ -146,11 +178,10 @@ def blend(mask: Tensor | None, new: Tensor, old: Tensor) -> Tensor:
 
 def masked_update(param: Tensor, grad: Tensor, m: Tensor, h: Tensor, *, moments: Callable,
                   weights: Callable, mask: Tensor | None) -> Tensor:
-    """One update by any optimiser, in place, the mask at the three points of Eq. 5-7. Returns the
-    number of clipped coordinates.
+    """One update by any optimiser, in place, the mask at the three points of Eq. 5-7.
 
-    moments(grad, m, h) -> new m, new h; weights(param, m, h) -> new param, clipped coordinates.
-    All tensors have one shape; mask broadcasts to it, with real values in [0, 1]."""
+    moments(grad, m, h) -> new m, h; weights(param, m, h) -> new param, clipped count. Returns that
+    count. All tensors have one shape; mask broadcasts to it, with real values in [0, 1]."""
     m_new, h_new = moments(grad, m, h)  # Eq. 4
     m.copy_(blend(mask, m_new, m))  # (i) Eq. 5
     h.copy_(blend(mask, h_new, h))  # (ii) Eq. 6
@@ -162,34 +193,79 @@ def masked_update(param: Tensor, grad: Tensor, m: Tensor, h: Tensor, *, moments:
 def sophia_update(param: Tensor, grad: Tensor, m: Tensor, h: Tensor, *, lr: float, beta1: float,
                   beta2: float, gamma: float, eps: float, weight_decay: float,
                   mask: Tensor | None = None) -> Tensor:
-    """`masked_update` by Sophia, Eq. 3-7, on float32 param, grad, m, h of one shape."""
+    """`masked_update` by Sophia, Eq. 3-7, on float32 param, grad, m, h of one shape: for use apart
+    from a model. `unlearn_loop` and `unlearn` get the same two functions from OPTIMISERS."""
     return masked_update(
         param, grad, m, h, mask=mask, moments=partial(sophia_moments, beta1=beta1, beta2=beta2),
         weights=partial(sophia_weights, lr=lr, gamma=gamma, eps=eps, weight_decay=weight_decay))
 
 
-# --------------------------------------------------------------------- Step 2: the loop
+# ------------------------------------------------- Step 2: optimisers, a table that a fork edits
 
 
-def learning_rate(step: int, total: int, peak: float, warmup: float) -> float:
-    """Linear rise over the first share of updates, then linear decay to 0. step counts from 1."""
-    rise = max(1, int(total * warmup))
-    return peak * min(step / rise, (total - step + 1) / (total - rise + 1))
+def adamw_moments(grad: Tensor, m: Tensor, h: Tensor, *, beta1: float, beta2: float):
+    return m.lerp(grad, 1 - beta1), (h * beta2).addcmul(grad, grad, value=1 - beta2)
 
 
-def unlearning_order(n_forget: int, n_retain: int, recipe: "Unlearning"
-                     ) -> list[tuple[list[int], list[int]]]:
-    """For each update, the indices of its forget rows and of the retain rows drawn to go with them
-    [D8], none if there are none. Epochs are permutations laid end to end and cut into full batches,
-    as SOUL does. UserError if they do not fill one."""
-    rng = random.Random(recipe.seed)
-    forget = [i for _ in range(recipe.epochs) for i in rng.sample(range(n_forget), n_forget)]
-    if len(forget) < recipe.batch:
-        raise UserError(f"{n_forget} forget rows times {recipe.epochs} epochs do not fill one "
-                        f"batch of {recipe.batch}; lower --batch")
-    starts = range(0, len(forget) - recipe.batch + 1, recipe.batch)
-    batches = [forget[i:i + recipe.batch] for i in starts]
-    return [(batch, [rng.randrange(n_retain) for _ in batch if n_retain]) for batch in batches]
+def adamw_weights(param: Tensor, m: Tensor, h: Tensor, *, lr: float, beta1: float, beta2: float,
+                  eps: float, weight_decay: float, step: int):
+    """AdamW, step counted from 1; it clips nothing, so its count is 0."""
+    root = (h / (1 - beta2 ** step)).sqrt().add(eps)
+    new = (param * (1 - lr * weight_decay)).addcdiv(m, root, value=-lr / (1 - beta1 ** step))
+    return new, torch.zeros((), dtype=torch.int64, device=param.device)
+
+
+def sophia(recipe: "Unlearning", lr: float, weight_decay: float, step: int):
+    return (partial(sophia_moments, beta1=recipe.beta1, beta2=recipe.beta2),
+            partial(sophia_weights, lr=lr, gamma=recipe.gamma, eps=recipe.eps,
+                    weight_decay=weight_decay))
+
+
+def adamw(recipe: "Unlearning", lr: float, weight_decay: float, step: int):
+    betas = dict(beta1=recipe.beta1, beta2=recipe.adam_beta2)
+    return (partial(adamw_moments, **betas),
+            partial(adamw_weights, **betas, lr=lr, eps=recipe.adam_eps, weight_decay=weight_decay,
+                    step=step))
+
+
+# (recipe, lr, weight_decay, step from 1) -> moments and weights of masked_update
+OPTIMISERS = {"sophia": sophia, "adamw": adamw}
+
+
+# ------------------------------------- Step 2: methods and what they move [D9], for a fork to edit
+
+# Which weights all of whose values move, by name. A masked method moves rows of down_proj too.
+MOVES = {
+    "all": lambda name: True,
+    "attention": lambda name: ".self_attn." in name and "_proj." in name,  # biases too, no norm
+    "nothing": lambda name: False,
+}
+
+
+@dataclass(frozen=True)
+class Method:
+    moves: str  # a row of MOVES
+    optimiser: str  # a row of OPTIMISERS
+    masked: bool = False  # the mask's rows of down_proj move too
+
+
+METHODS = {
+    "fo": Method("all", "adamw"),
+    "so": Method("all", "sophia"),
+    "simu": Method("attention", "sophia", masked=True),
+}
+
+
+def moves_of(recipe: "Unlearning") -> str:
+    """The row of MOVES that a recipe follows."""
+    method = METHODS[recipe.method]
+    return "nothing" if method.masked and recipe.attention == "frozen" else method.moves
+
+
+def need_mask(model: Transformer, recipe: "Unlearning", mask: Tensor | None):
+    if mask is None or mask.shape != (len(model.layers), model.config.neuron_count):
+        raise UserError(f"method {recipe.method} needs a mask of one value per layer and neuron; "
+                        "make_mask gives one")
 
 
 def mask_of_weights(model: Transformer, mask: Tensor | None, recipe: "Unlearning") -> dict:
@@ -205,30 +281,56 @@ def mask_of_weights(model: Transformer, mask: Tensor | None, recipe: "Unlearning
     return moving
 
 
+# --------------------------------------------------------------------- Step 2: the loop
+
+
+def learning_rate(step: int, total: int, peak: float, warmup: float) -> float:
+    """Linear rise over the first `warmup` of all updates, then linear decay to 0. step counts from
+    1."""
+    rise = max(1, int(total * warmup))
+    return peak * min(step / rise, (total - step + 1) / (total - rise + 1))
+
+
+def unlearning_order(n_forget: int, n_retain: int, recipe: "Unlearning"
+                     ) -> list[tuple[list[int], list[int]]]:
+    """For each update, the indices of its forget rows and of the retain rows drawn to go with them
+    [D8], none if there are none. Epochs are permutations laid end to end and cut into full batches,
+    as SOUL does."""
+    rng, size = random.Random(recipe.seed), recipe.batch
+    forget = [i for _ in range(recipe.epochs) for i in rng.sample(range(n_forget), n_forget)]
+    count = len(forget) // size
+    if not count:
+        raise UserError(f"{n_forget} forget rows times {recipe.epochs} epochs do not fill one "
+                        f"batch of {size}; lower --batch")
+    retain = [rng.randrange(n_retain) for _ in range(count * size)] if n_retain else []
+    return [(forget[i * size:(i + 1) * size], retain[i * size:(i + 1) * size])
+            for i in range(count)]
+
+
 def unlearn_loop(model: Transformer, forget: list[Encoded], retain: list[Encoded],
                  mask: Tensor | None, recipe: "Unlearning") -> list[dict]:
     """Step 2 (Section 2.2) with GradDiff on a float32 model, in place, as the paper writes it: one
-    loss, dense m and H, M at its three points. Returns a log row per update. `unlearn` is fast."""
-    moving = mask_of_weights(model, mask, recipe)
-    state = {p: (torch.zeros_like(p), torch.zeros_like(p)) for p in moving}
+    loss, dense m and h, M at its three points. Returns a log row per update. `unlearn` is fast."""
     order = unlearning_order(len(forget), len(retain), recipe)
+    moving = mask_of_weights(model, mask, recipe)
+    moments_of = {p: (torch.zeros_like(p), torch.zeros_like(p)) for p in moving}  # m, h
     optimiser, log = OPTIMISERS[METHODS[recipe.method].optimiser], []
     device = model.embed_tokens.weight.device
-    for t, (f, r) in enumerate(order, 1):
+    for step, (f, r) in enumerate(order, 1):
         loss = graddiff_loss(model, collate([forget[i] for i in f], device),
                              collate([retain[i] for i in r], device), recipe.lam)
         grads = torch.autograd.grad(loss, list(moving))  # g_t of Eq. 4
-        # The clip is over what moves: the gradient of a frozen row must not shorten the step.
+        # The clip is over what moves: the gradient of a frozen row must not shorten the update.
         norm = torch.stack([(g if M is None else g * (M != 0)).norm()
                             for g, M in zip(grads, moving.values())]).norm()
         shrink = (recipe.clip / (norm + 1e-6)).clamp(max=1)
-        lr = learning_rate(t, len(order), recipe.lr, recipe.warmup)
+        lr = learning_rate(step, len(order), recipe.lr, recipe.warmup)
         for (p, M), grad in zip(moving.items(), grads):
             decay = recipe.weight_decay if p.dim() == 2 else 0.0  # none on norms and biases [D7]
-            moments, weights = optimiser(recipe, lr, decay, t)
-            masked_update(p.detach(), shrink * grad, *state[p], moments=moments, weights=weights,
-                          mask=M)
-        log.append(dict(step=t, loss=loss.item(), lr=lr, grad_norm=norm.item()))
+            moments, weights = optimiser(recipe, lr, decay, step)
+            masked_update(p.detach(), shrink * grad, *moments_of[p], moments=moments,
+                          weights=weights, mask=M)
+        log.append(dict(step=step, loss=loss.item(), lr=lr, grad_norm=norm.item()))
     return log
 
 
@@ -388,101 +490,85 @@ def attribute_rows(model: Transformer, rows: list[Encoded], recipe: "Attribution
     return total
 
 
-def check_path(steps: int, path: str):
-    if steps < 1:
-        raise UserError(f"steps m = {steps}; it must be at least 1")
-    if path not in PATHS:
-        raise UserError(f"path {path!r} is unknown; choose {' or '.join(PATHS)}")
+# -------------------------------------------------- an objective's gradient, for that of one loss
+# Why it is the same: a gradient is linear, so GradDiff's is the sum of those of its summands, each
+# taken in a pass that fits memory and freed before the next
+# (test_two_passes_are_the_gradient_of_graddiff_loss).
 
 
-def need_finite_scores(scores: Tensor):
-    if not torch.isfinite(scores).all():
-        raise UserError("attribution scores are not finite; the model's weights or activations "
-                        "overflow: attribute in float32 (--dtype float32), or fetch it again")
+def passes(model: Transformer, rows: list[Encoded], tokens: int) -> list[list[int]]:
+    """Indices of the rows that go through the model together: at most so many tokens, and at most
+    LOGITS logits unless one row has more."""
+    lengths = [len(row.ids) for row in rows]
+    most = max([LOGITS // model.config.vocab_size, *lengths])
+    return batches_by_length(lengths, min(tokens, most))
 
 
-@contextmanager
-def frozen(model: Transformer):
-    """No gradients of weights while the block runs: only activations need them in step 1."""
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    try:
-        for p in trainable:
-            p.requires_grad_(False)
-        yield
-    finally:
-        for p in trainable:
-            p.requires_grad_(True)
-
-
-# ------------------------------------------- an objective summand by summand, for one loss
-# Why it is the same: a gradient is linear, so that of GradDiff is the sum of its summands', each
-# back-propagated in a pass that fits memory and freed before the next is computed
-# (test_summands_add_up_to_the_gradient_of_graddiff_loss).
+def answer_tokens(rows: list[Encoded]) -> int:
+    """How many tokens of the rows are predicted: their answers' and eos."""
+    return sum(len(row.ids) - row.start for row in rows)
 
 
 def nll_parts(model: Transformer, rows: list[Encoded], tokens: int):
-    """mean_nll(rows) in summands, each from a pass of at most `tokens`."""
-    total = sum(len(row.ids) - row.start for row in rows)
-    for numbers in batches_by_length([len(row.ids) for row in rows], tokens):
-        batch = collate([rows[i] for i in numbers], model.embed_tokens.weight.device)
-        count = sum(len(rows[i].ids) - rows[i].start for i in numbers)
-        yield mean_nll(model, batch) * (count / total)
-
-
-def graddiff(model: Transformer, forget: list[Encoded], retain: list[Encoded], known: tuple,
-             recipe: "Unlearning"):
-    """The summands of graddiff_loss (A.1) over an update's rows, as an Objective yields them."""
-    for nll in nll_parts(model, forget, recipe.micro_tokens):
-        yield "loss_forget", -nll, nll
-    yield from descent(model, forget, retain, known, recipe)
-
-
-def descent(model: Transformer, forget: list[Encoded], retain: list[Encoded], known: tuple,
-            recipe: "Unlearning"):
-    """The retain rows' share of it alone."""
-    for nll in nll_parts(model, retain if recipe.lam else [], recipe.micro_tokens):
-        yield "loss_retain", recipe.lam * nll, nll
-
-
-def ascent(model: Transformer, forget: list[Encoded], retain: list[Encoded], known: tuple,
-           recipe: "Unlearning"):
-    """The forget rows' share of it alone."""
-    return graddiff(model, forget, [], known, recipe)
+    """Yields the summands of mean_nll(rows), one per pass of at most `tokens`."""
+    for indices in passes(model, rows, tokens):
+        part = [rows[i] for i in indices]
+        batch = collate(part, model.embed_tokens.weight.device)
+        yield mean_nll(model, batch) * (answer_tokens(part) / answer_tokens(rows))
 
 
 # ------------------------------------------ only what moves [D9], for the masked update of it all
 # Why it is the same: where M is 0, Eq. 5-7 leave weight and moments as they are, and where it is 1
-# they are the plain step. So the critical rows can be separate weights, and neither gradient nor
+# they are the plain update. So the critical rows can be separate weights, and neither gradient nor
 # optimiser state of the frozen rows need ever exist (test_unlearn_equals_the_loop).
 
 
 class CriticalRows(nn.Module):
     """Stands in for a matrix [O, I] of an MLP while only the rows (dim 0) or columns (dim 1) of its
-    critical neurons move: the parameter `moving`, [C, I] or [O, C]."""
+    layer's critical neurons move, as the parameter `rows` [C, I] or [O, C]. Meanwhile these are 0
+    in the matrix itself, so that two products add up to what the moved matrix gives. critical: M
+    of the layer [D]; `mask` holds the values of a soft one, in a shape that broadcasts to rows."""
 
-    def __init__(self, linear: nn.Linear, index: Tensor, dim: int):
+    def __init__(self, linear: nn.Linear, critical: Tensor, dim: int):
         super().__init__()
-        self.index, self.dim = index, dim  # index [C]
-        self.weight = linear.weight.detach()  # no parameter: it stays as it is meanwhile
-        self.moving = nn.Parameter(self.weight.index_select(dim, index))
+        self.index, self.dim = critical.nonzero()[:, 0], dim  # [C]
+        self.mask = None
+        if critical.is_floating_point():
+            self.mask = critical[self.index].unsqueeze(1 - dim)  # [C, 1] or [1, C]
+        self.linear = linear.requires_grad_(False)
+        self.rows = nn.Parameter(linear.weight.index_select(dim, self.index))
+        linear.weight.index_fill_(dim, self.index, 0.0)
 
     def forward(self, x):
         if self.dim == 0:
-            y = F.linear(x, self.weight)
-            return y.index_copy(-1, self.index, F.linear(x, self.moving))
-        others = self.weight.index_fill(1, self.index, 0.0)
-        return F.linear(x, others) + F.linear(x[..., self.index], self.moving)
+            return self.linear(x).index_add(-1, self.index, F.linear(x, self.rows))
+        return self.linear(x) + F.linear(x[..., self.index], self.rows)
 
-    @torch.no_grad()
-    def write_back(self):
-        """Write what moved into the matrix."""
-        self.weight.index_copy_(self.dim, self.index, self.moving)
+
+@torch.no_grad()
+def put_critical_rows(model: Transformer, mask: Tensor):
+    """A CriticalRows in the place of each matrix that belongs to critical neurons."""
+    neurons = NEURONS[model.config.neurons]
+    matrices = [(name, 0) for name in neurons.rows] + [(name, 1) for name in neurons.columns]
+    for block, M in zip(model.layers, mask.to(model.embed_tokens.weight.device)):
+        for name, dim in matrices if M.any() else ():
+            setattr(block.mlp, name, CriticalRows(getattr(block.mlp, name), M, dim))
+
+
+@torch.no_grad()
+def restore_matrices(model: Transformer):
+    """The matrices themselves again, with what became of their critical rows."""
+    for block in model.layers:
+        for name, module in list(block.mlp.named_children()):
+            if isinstance(module, CriticalRows):
+                module.linear.weight.index_copy_(module.dim, module.index, module.rows)
+                setattr(block.mlp, name, module.linear)
 
 
 @dataclass
 class Moving:
-    """One weight that moves: what the model reads, its master in full precision (the same tensor
-    where the model is in float32 [D10]), its two moments, and a soft mask's values."""
+    """A weight that moves, as the model reads it; its master, which is the weight itself unless
+    the state has more precision [D10]; its moments; and the M of a soft mask, which broadcasts."""
 
     name: str
     weight: nn.Parameter
@@ -497,69 +583,113 @@ def moving_weights(model: Transformer, recipe: "Unlearning", mask: Tensor | None
                    state: torch.dtype = torch.float32):
     """The weights that recipe.method moves, as a list of Moving; all others are frozen meanwhile.
     mask [L, D], of a masked method: the rows of down_proj where it is not zero move [D9]. state:
-    the dtype of masters and moments; in bfloat16 the model's weights are the masters."""
+    the dtype of moments, and of masters unless the model has more precision."""
     required = {p: p.requires_grad for p in model.parameters()}
-    stand_ins = critical_rows(model, recipe, mask) if METHODS[recipe.method].masked else []
+    moving = []
     try:
         for name, p in model.named_parameters():
             p.requires_grad_(MOVES[moves_of(recipe)](name))
-        for mlp, name, _, rows, _ in stand_ins:
-            setattr(mlp, name, rows)
-        masks = {rows.moving: values for *_, rows, values in stand_ins}
-        moving = []
+        if METHODS[recipe.method].masked:
+            need_mask(model, recipe, mask)
+            put_critical_rows(model, mask)
+        masks = {x.rows: x.mask for x in model.modules() if isinstance(x, CriticalRows)}
         for name, p in model.named_parameters():
             if p.requires_grad:
-                master = p.detach() if state == torch.bfloat16 else p.detach().float()
-                m, h = (torch.zeros_like(master, dtype=state) for _ in range(2))
+                master = p.detach().to(torch.promote_types(p.dtype, state))
+                m, h = torch.zeros_like(master, dtype=state), torch.zeros_like(master, dtype=state)
                 moving.append(Moving(name, p, master, m, h, masks.get(p)))
         if not moving:
             raise UserError(f"method {recipe.method} moves nothing here: the mask is empty and "
                             "attention frozen; lower the threshold or let attention move")
         yield moving
     finally:
-        for mlp, name, linear, rows, _ in stand_ins:
-            rows.write_back()
-            setattr(mlp, name, linear)
-        for p, requires_grad in required.items():
-            p.requires_grad_(requires_grad)
+        restore_matrices(model)
+        for p, value in required.items():
+            p.requires_grad_(value)
 
 
-def critical_rows(model: Transformer, recipe: "Unlearning", mask: Tensor | None) -> list[tuple]:
-    """(mlp, name of a matrix, that matrix, its CriticalRows, the values of a soft mask or None) of
-    every layer with a critical neuron."""
-    need_mask(model, recipe, mask)
-    neurons, stand_ins = NEURONS[model.config.neurons], []
-    device = model.embed_tokens.weight.device
-    for block, M in zip(model.layers, mask):
-        index = M.nonzero()[:, 0]  # [C]
-        for name in (*neurons.rows, *neurons.columns) if len(index) else ():
-            dim, linear = int(name in neurons.columns), getattr(block.mlp, name)
-            values = None
-            if M.is_floating_point():
-                values = M[index].unsqueeze(1 - dim).to(device)  # [C, 1] or [1, C]
-            rows = CriticalRows(linear, index.to(device), dim)
-            stand_ins.append((block.mlp, name, linear, rows, values))
-    return stand_ins
+def write_masters(moving: list[Moving]):
+    """Round the masters into the weights that the model reads."""
+    for w in moving:
+        if w.weight.dtype != w.master.dtype:  # else the weight is its master
+            w.weight.data.copy_(w.master)
 
 
-def need_mask(model: Transformer, recipe: "Unlearning", mask: Tensor | None):
-    if mask is None or mask.shape != (len(model.layers), model.config.neuron_count):
-        raise UserError(f"method {recipe.method} needs a mask of one value per layer and neuron; "
-                        "make_mask gives one")
+@torch.no_grad()
+def apply_updates(moving: list[Moving], optimiser: Callable, recipe: "Unlearning", *, lr: float,
+                  step: int, shrink: float) -> Tensor:
+    """masked_update of every master, with its weight's gradient times `shrink`; the gradient is
+    freed. Returns the number of clipped coordinates."""
+    clipped = 0
+    for w in moving:
+        decay = recipe.weight_decay if w.weight.dim() == 2 else 0.0  # none on norms and biases [D7]
+        moments, weights = optimiser(recipe, lr, decay, step)
+        grad, w.weight.grad = shrink * w.weight.grad.float(), None
+        clipped += masked_update(w.master, grad, w.m, w.h, moments=moments, weights=weights,
+                                 mask=w.mask)
+    return clipped
 
 
 # ------------------------------------------------------------- `unlearn` for `unlearn_loop`
 
 
+def plain_loop(title: str, total: int, tensors: dict[str, Tensor]):
+    """Update numbers from 1. A loop that resumes (pipeline/stage.py) fills `tensors`, which are
+    all that the updates change, and starts at a later one; it must draw nothing at random."""
+    yield from range(1, total + 1)
+
+
+def train(model: Transformer, moving: list[Moving], batches: list[tuple], objective: "Objective",
+          recipe: "Unlearning", *, title: str, loop=None, record=None, apply=None) -> list[dict]:
+    """One update per batch (forget rows, retain rows, known) by objective.losses. Returns a log row
+    per update, also handed to record(row). loop, apply: in place of plain_loop, apply_updates. All
+    that an update takes depends on its number alone: `loop` may start at any, and end early."""
+    tensors = {f"{w.name}.{k}": getattr(w, k) for w in moving for k in ("master", "m", "h")}
+    total, count, log = len(batches), sum(w.master.numel() for w in moving), []
+    optimiser = OPTIMISERS[METHODS[recipe.method].optimiser]
+    with tqdm(total=total, desc=title) as bar:
+        for step in (loop or plain_loop)(title, total, tensors):
+            write_masters(moving)  # `loop` may have filled them
+            losses = Counter()
+            for name, loss, logged in objective.losses(model, *batches[step - 1], recipe):
+                loss.backward()
+                losses[name] += logged.detach()
+            for w in moving:
+                if w.weight.grad is None:  # the loss does not reach it
+                    w.weight.grad = torch.zeros_like(w.weight)
+            norms = torch._foreach_norm([w.weight.grad for w in moving], dtype=torch.float32)
+            norm = torch.stack(norms).norm().item()
+            losses = {name: value.item() for name, value in losses.items()}
+            if not all(map(math.isfinite, (norm, *losses.values()))):
+                raise UserError(f"{title}: loss or gradient is not finite at update {step} of "
+                                f"{total}; lower --lr (now {recipe.lr:g})")
+            shrink = min(1.0, recipe.clip / (norm + 1e-6))
+            lr = learning_rate(step, total, recipe.lr, recipe.warmup)
+            clipped = (apply or apply_updates)(moving, optimiser, recipe, lr=lr, step=step,
+                                               shrink=shrink)
+            write_masters(moving)
+            log.append(dict(step=step, **losses, lr=lr, grad_norm=norm,
+                            clipped=int(clipped) / count))
+            bar.set_postfix({k: f"{v:.3f}" for k, v in losses.items()}, refresh=False)
+            bar.update(step - bar.n)
+            if record:
+                record(log[-1])
+    if not all(torch.isfinite(w.master).all() for w in moving):
+        raise UserError(f"{title}: weights are not finite after the last update; "
+                        f"lower --lr (now {recipe.lr:g})")
+    return log
+
+
 def unlearn(model: Transformer, forget: list[Encoded], retain: list[Encoded],
-            mask: Tensor | None, recipe: "Unlearning", *, targets: list | None = None,
+            mask: Tensor | None, recipe: "Unlearning", *, targets: list | float | None = None,
             title: str = "unlearn", loop=None, record=None, apply=None,
             state: torch.dtype = torch.float32) -> list[dict]:
     """Step 2 (Section 2.2) on model, in place: recipe.method with recipe.objective; returns the
     log, a row per update. mask [L, D]: for masked methods. targets: for objectives with an end, the
-    loss to reach, or of each forget row a loss or one per token. loop, record, apply: see `train`; state:
-    see `moving_weights`. UserError where a loss is not finite or the rows do not fill a batch.
-    Equal to `unlearn_loop` (test_unlearn_equals_the_loop)."""
+    loss to reach, or of each forget row a loss or one per token. UserError where a loss is not
+    finite or the rows do not fill a batch. Equal to `unlearn_loop` (test_unlearn_equals_the_loop).
+    loop, record, apply: as in `train`; state: as in `moving_weights`, with an `apply` that rounds
+    stochastically to it [D10]."""
     order = unlearning_order(len(forget), len(retain), recipe)
     objective = OBJECTIVES[recipe.objective]
     if objective.targeted and targets is None:
@@ -570,102 +700,31 @@ def unlearn(model: Transformer, forget: list[Encoded], retain: list[Encoded],
     if isinstance(targets, (int, float)):
         targets = [targets] * len(forget)
     known, known_retain = [None] * len(forget), [None] * len(retain)
-    if objective.known:
-        known = objective.known(model, forget, targets, recipe)
-    if objective.known_retain:
-        known_retain = objective.known_retain(model, retain, recipe)
-
-    def losses_of(batch):
-        f, r = batch
-        return objective.losses(model, [forget[i] for i in f], [retain[i] for i in r],
-                                ([known[i] for i in f], [known_retain[i] for i in r]), recipe)
-
+    with torch.no_grad():
+        if objective.known:
+            known = objective.known(model, forget, targets, recipe)
+        if objective.known_retain:
+            known_retain = objective.known_retain(model, retain, recipe)
     model.checkpoint = recipe.checkpointing
+    batches = [([forget[i] for i in f], [retain[i] for i in r],
+                ([known[i] for i in f], [known_retain[i] for i in r])) for f, r in order]
     with moving_weights(model, recipe, mask, state) as moving:
-        log = train(moving, order, losses_of, recipe, title=title, loop=loop, record=record,
-                    optimiser=OPTIMISERS[METHODS[recipe.method].optimiser], apply=apply)
-    need_finite_losses(model, forget, recipe, title)
-    return log
-
-
-def plain_loop(title: str, steps: int, tensors: dict[str, Tensor]):
-    """Update numbers from 1. A loop that resumes fills `tensors`, which are all that the updates
-    change, and starts at a later one; one that ends early stops."""
-    yield from range(1, steps + 1)
-
-
-def train(moving: list[Moving], order: list, losses_of: Callable, recipe: "Unlearning", *,
-          optimiser: Callable, title: str, loop=None, record=None, apply=None) -> list[dict]:
-    """One update per item of `order`; returns a log row per update, also given to record(row).
-    losses_of(item) yields an objective's summands. loop: as plain_loop, apply: as apply_updates."""
-    tensors = {f"{w.name}.{k}": getattr(w, k) for w in moving for k in ("master", "m", "h")}
-    total, count, log = len(order), sum(w.master.numel() for w in moving), []
-    with tqdm(total=total, desc=title) as bar:
-        for step in (loop or plain_loop)(title, total, tensors):
-            if not log:  # the first update of this process: the loop may have filled the masters
-                for w in moving:
-                    w.weight.data.copy_(w.master)
-            losses = {}
-            for name, loss, logged in losses_of(order[step - 1]):
-                loss.backward()
-                losses[name] = losses.get(name, 0.0) + logged.detach().double()
-            losses = {name: float(x) for name, x in losses.items()}
-            norm = gradient_norm(moving)
-            if not all(abs(x) < float("inf") for x in (norm, *losses.values())):
-                raise UserError(f"{title}: loss or gradient is not finite at update {step} of "
-                                f"{total}; lower --lr (now {recipe.lr:g})")
-            lr = learning_rate(step, total, recipe.lr, recipe.warmup)
-            clipped = (apply or apply_updates)(moving, optimiser, recipe, lr=lr, step=step,
-                                               shrink=min(1.0, recipe.clip / (norm + 1e-6)))
-            log.append(dict(step=step, **losses, lr=lr, grad_norm=norm,
-                            clipped=int(clipped) / count))
-            bar.set_postfix({k: f"{v:.3f}" for k, v in losses.items()}, refresh=False)
-            bar.update(step - bar.n)
-            if record:
-                record(log[-1])
-    if not all(torch.isfinite(w.master).all() for w in moving):
-        raise UserError(f"{title}: weights are not finite after the last update; lower --lr (now "
-                        f"{recipe.lr:g})")
-    return log
-
-
-def gradient_norm(moving: list[Moving]) -> float:
-    """Norm over all that moves. A weight that the loss does not reach gets the gradient 0."""
-    for w in moving:
-        if w.weight.grad is None:
-            w.weight.grad = torch.zeros_like(w.weight)
-    norms = torch._foreach_norm([w.weight.grad for w in moving], dtype=torch.float32)
-    return torch.stack(norms).norm().item()
-
-
-@torch.no_grad()
-def apply_updates(moving: list[Moving], optimiser: Callable, recipe: "Unlearning", *, lr: float,
-                  step: int, shrink: float) -> Tensor:
-    """One update of each moving weight, its gradient times `shrink`; gradients are freed on the
-    way. Returns the number of clipped coordinates."""
-    clipped = 0
-    for w in moving:
-        decay = recipe.weight_decay if w.weight.dim() == 2 else 0.0  # none on norms and biases [D7]
-        moments, weights = optimiser(recipe, lr, decay, step)
-        grad, w.weight.grad = w.weight.grad, None
-        clipped += masked_update(w.master, shrink * grad.float(), w.m, w.h, moments=moments,
-                                 weights=weights, mask=w.mask)
-        w.weight.data.copy_(w.master)  # itself, where the model is in float32
-    return clipped
-
-
-@torch.no_grad()
-def need_finite_losses(model: Transformer, rows: list[Encoded], recipe: "Unlearning", title: str):
-    """Finite weights can compute infinite losses. Each update's loss checks the update before it;
-    here at most eight rows, spread over all, check the last one."""
-    apart = -(-len(rows) // 8)  # rounded up
-    for row in rows[::apart]:
-        if not mean_nll(model, collate([row], model.embed_tokens.weight.device)).isfinite():
+        log = train(model, moving, batches, objective, recipe, title=title, loop=loop,
+                    record=record, apply=apply)
+    # Finite weights can compute infinite losses. Each update's loss checks the update before it;
+    # some rows, spread over all, check the last one.
+    for row in forget[::max(1, len(forget) // 8)]:
+        with torch.no_grad():
+            nll = mean_nll(model, collate([row], model.embed_tokens.weight.device))
+        if not nll.isfinite():
             raise UserError(f"{title}: the model's losses are not finite after the last update; "
                             f"lower --lr (now {recipe.lr:g})")
+    return log
 
 
 # ============================================================= Tables: a fork adds a row
+
+
 # ------------------------------------------------------------------------------- masks
 
 
@@ -680,7 +739,8 @@ def random_mask(forget: Tensor, retain: Tensor, threshold: float, seed: int) -> 
     """bool [L, D]: as many neurons in every layer as are critical, drawn by seed."""
     count = critical_mask(forget, threshold).sum(1, keepdim=True)
     draw = torch.rand(forget.shape, generator=torch.Generator().manual_seed(seed))
-    return draw.argsort(1).argsort(1) < count
+    first = torch.arange(forget.shape[1]) < count  # [L, D]
+    return torch.zeros_like(first).scatter(1, draw.argsort(1), first)
 
 
 # M from forget and retain scores, t and seed. dual keeps neurons that are critical for both sets
@@ -706,11 +766,12 @@ def make_mask(kind: str, forget: Tensor, retain: Tensor, *, threshold: float, se
 
 @dataclass(frozen=True)
 class Objective:
-    """The loss of an update, one summand at a time.
+    """The loss of an update, in summands.
 
-    losses(model, forget rows, retain rows, known, recipe) yields (name, summand, value): the loop
-    back-propagates the summand at once, and logs the sum of values by name. known: for the forget
-    and for the retain rows, what `known` and `known_retain` gave of each, or None."""
+    losses(model, forget rows, retain rows, known, recipe) yields (name, summand, value): `train`
+    back-propagates and frees each summand before it asks for the next, and logs the sum of values
+    by name. known: for the forget and for the retain rows, what `known` and `known_retain` gave of
+    each, or None."""
 
     losses: Callable
     known: Callable | None = None  # (model, rows, targets, recipe) -> list, before the model moves
@@ -720,79 +781,37 @@ class Objective:
     about: str = ""
 
 
+def graddiff(model, forget, retain, known, recipe):
+    """graddiff_loss (A.1)."""
+    for nll in nll_parts(model, forget, recipe.micro_tokens):
+        yield "loss_forget", -nll, nll
+    yield from descent(model, forget, retain, known, recipe)
+
+
+def ascent(model, forget, retain, known, recipe):
+    """Its first half, on the forget rows."""
+    yield from graddiff(model, forget, [], known, recipe)
+
+
+def descent(model, forget, retain, known, recipe):
+    """Its second half, on the retain rows."""
+    for nll in nll_parts(model, retain if recipe.lam else [], recipe.micro_tokens):
+        yield "loss_retain", recipe.lam * nll, nll
+
+
+def retain_alone(model, forget, retain, known, recipe):
+    for nll in nll_parts(model, retain, recipe.micro_tokens):
+        yield "loss_retain", nll, nll
+
+
 OBJECTIVES = {  # pipeline/objectives.py adds others
     "graddiff": Objective(graddiff, about="ascent on forget, descent on retain rows (A.1)"),
     "ga": Objective(ascent, retains=False, about="ascent on forget rows alone"),
-    "retain": Objective(descent, about="descent on retain rows alone"),
+    "retain": Objective(retain_alone, about="descent on retain rows alone"),
 }
-
-
-# -------------------------------------------------------------------------- optimisers
-
-
-def adamw_moments(grad: Tensor, m: Tensor, h: Tensor, *, beta1: float, beta2: float):
-    return m.lerp(grad, 1 - beta1), (h * beta2).addcmul(grad, grad, value=1 - beta2)
-
-
-def adamw_weights(param: Tensor, m: Tensor, h: Tensor, *, lr: float, beta1: float, beta2: float,
-                  eps: float, weight_decay: float, step: int):
-    """AdamW, step counted from 1; it clips nothing, so its count is 0."""
-    root = (h / (1 - beta2 ** step)).sqrt().add(eps)
-    new = (param * (1 - lr * weight_decay)).addcdiv(m, root, value=-lr / (1 - beta1 ** step))
-    return new, torch.zeros((), dtype=torch.int64, device=param.device)
-
-
-def sophia(recipe: "Unlearning", lr: float, weight_decay: float, step: int):
-    return (partial(sophia_moments, beta1=recipe.beta1, beta2=recipe.beta2),
-            partial(sophia_weights, lr=lr, gamma=recipe.gamma, eps=recipe.eps,
-                    weight_decay=weight_decay))
-
-
-def adamw(recipe: "Unlearning", lr: float, weight_decay: float, step: int):
-    betas = dict(beta1=recipe.beta1, beta2=recipe.adam_beta2)
-    return (partial(adamw_moments, **betas),
-            partial(adamw_weights, **betas, lr=lr, eps=recipe.adam_eps, weight_decay=weight_decay,
-                    step=step))
-
-
-# (recipe, lr, weight_decay, step from 1) -> moments, weights of masked_update
-OPTIMISERS = {"sophia": sophia, "adamw": adamw}
-
-
-# ------------------------------------------------------------------- methods, what moves [D9]
-
-# Which weights all of whose values move, by name. A masked method moves rows of down_proj too.
-MOVES = {
-    "all": lambda name: True,
-    "attention": lambda name: ".self_attn." in name and "_proj." in name,  # biases too, no norm
-    "nothing": lambda name: False,
-}
-
-
-@dataclass(frozen=True)
-class Method:
-    moves: str  # a row of MOVES
-    optimiser: str  # a row of OPTIMISERS
-    masked: bool = False  # the mask's rows of down_proj move too
-
-
-METHODS = {
-    "fo": Method("all", "adamw"),
-    "so": Method("all", "sophia"),
-    "simu": Method("attention", "sophia", masked=True),
-}
-
-
-def moves_of(recipe: "Unlearning") -> str:
-    """The row of MOVES that a recipe follows."""
-    method = METHODS[recipe.method]
-    return "nothing" if method.masked and recipe.attention == "frozen" else method.moves
 
 
 # ============================================================= Settings and Tables 3-4
-
-PATHS = ("layer", "neuron")
-
 
 @dataclass(frozen=True, kw_only=True)
 class Common:

@@ -1,8 +1,8 @@
 """Objectives beside the paper's. Importing this file adds them to simu.OBJECTIVES; a fork can add
 its own here, or in a file of its own that is imported beside this one.
 
-GradDiff's ascent has no end. These end, each elsewhere: at a reference model (NPO), at an answer
-(PO), or at the losses that rows never seen have (stranger, outsider).
+GradDiff's ascent has no end. These end, each elsewhere: at a reference model (NPO), at another
+answer (PO, UNDIAL), or at the losses that rows never seen have (stranger, outsider).
 """
 
 import dataclasses
@@ -14,11 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import simu
-from data import IGNORE, Batch, Encoded, Example, batches_by_length, collate, option
+from data import IGNORE, Encoded, Example, collate, option
 from model import Transformer
-from simu import Objective
-
-LOGITS = 1 << 25  # logits held at once: 128 MiB of float32
+from simu import Objective, answer_tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,132 +42,115 @@ class Recipe(simu.Attribution, simu.Masking, Unlearning):
     """As simu.Recipe."""
 
 
-# --------------------------------------------------------------- from a term to an objective
+# ------------------------------------------------------------- from a row's loss to an objective
 
 
-@dataclass
-class Answers:
-    """What a term sees of B rows with N answer tokens in all, eos counted."""
-
-    logits: Tensor  # float32 [N, V]
-    labels: Tensor  # [N]
-    nll: Tensor  # float32 [N], -log P of each label
-    sizes: list[int]  # tokens of each row
-
-    def row_sums(self, x: Tensor) -> Tensor:
-        """Per-token x [N] summed over each row: [B]."""
-        return torch.stack([row.sum() for row in x.split(self.sizes)])
-
-    def row_means(self, x: Tensor) -> Tensor:
-        """Per-token x [N] averaged over each row: [B]."""
-        return torch.stack([row.mean() for row in x.split(self.sizes)])
+def read_answers(model: Transformer, rows: list[Encoded]) -> list[tuple[Tensor, Tensor]]:
+    """Of each row the logits float32 [A, V] before its answer's tokens and eos, and these [A]."""
+    batch = collate(rows, model.embed_tokens.weight.device)
+    counted, sizes = batch.targets != IGNORE, [answer_tokens([row]) for row in rows]
+    logits = model.logits(model.hidden(batch.ids)[counted])  # [N, V]
+    return list(zip(logits.split(sizes), batch.targets[counted].split(sizes)))
 
 
-def read_answers(model: Transformer, batch: Batch) -> Answers:
-    counted = batch.targets != IGNORE
-    logits, labels = model.logits(model.hidden(batch.ids)[counted]), batch.targets[counted]
-    nll = F.cross_entropy(logits, labels, reduction="none")
-    return Answers(logits, labels, nll, counted.sum(1).tolist())
-
-
-def losses_by(term, model: Transformer, forget: list[Encoded], retain: list[Encoded], known: tuple,
-              recipe: simu.Unlearning, *, per: str):
-    """Summands of an objective (see simu.Objective) whose loss on forget rows is the sum of
-    term(answers, known, recipe) over its rows or tokens, divided by their number; on retain rows
-    it is GradDiff's."""
-    device, lengths = model.embed_tokens.weight.device, [len(row.ids) for row in forget]
-    tokens = sum(len(row.ids) - row.start for row in forget)
-    count = len(forget) if per == "row" else tokens
-    most = max(*lengths, min(recipe.micro_tokens, LOGITS // model.config.vocab_size))
-    for numbers in batches_by_length(lengths, most):
-        answers = read_answers(model, collate([forget[i] for i in numbers], device))
-        loss = term(answers, [known[0][i] for i in numbers], recipe) / count
-        yield "loss_forget", loss, answers.nll.sum() / tokens
+def losses_by(row_loss, model, forget, retain, known, recipe, *, per: str):
+    """Summands of an objective: row_loss(logits, labels, what is known of the row, recipe), summed
+    over forget rows and divided by the number of rows or tokens; and GradDiff's on retain rows."""
+    count = len(forget) if per == "row" else answer_tokens(forget)
+    for indices in simu.passes(model, forget, recipe.micro_tokens):
+        answers = read_answers(model, [forget[i] for i in indices])
+        loss = sum(row_loss(*answer, known[0][i], recipe) for answer, i in zip(answers, indices))
+        nll = sum(token_nll(*answer).sum() for answer in answers)
+        yield "loss_forget", loss / count, nll / answer_tokens(forget)
     yield from simu.descent(model, forget, retain, known, recipe)
 
 
-@torch.no_grad()
-def known_by(function, model: Transformer, rows: list[Encoded], targets: list | None,
-             recipe: simu.Unlearning) -> list:
-    """function(answers, target, recipe) of each row alone, under the model as it is."""
-    device = model.embed_tokens.weight.device
-    return [function(read_answers(model, collate([row], device)), target, recipe)
+def known_by(function, model, rows: list[Encoded], targets: list | None, recipe) -> list:
+    """function(logits, labels, target, recipe) of each row, under the model as it is."""
+    return [function(*read_answers(model, [row])[0], target, recipe)
             for row, target in zip(rows, targets or [None] * len(rows), strict=True)]
 
 
-# ------------------------------------------------------------------------------- forget terms
-
-
-def answer_nll(answers: Answers, known: list, recipe: Constants) -> Tensor:
-    return answers.nll.sum()
-
-
-def npo(answers: Answers, known: list, recipe: Constants) -> Tensor:
-    """NPO (A.2): 2/beta log(1 + (P / P_ref)^beta) of each row. Its pull ends where the ascent's
-    does not. known: log P_ref, the original's."""
-    ratio = -answers.row_sums(answers.nll) - torch.stack(known)  # log P - log P_ref, [B]
-    return 2 / recipe.npo_beta * F.softplus(recipe.npo_beta * ratio).sum()
-
-
-def simnpo(answers: Answers, known: list, recipe: Constants) -> Tensor:
-    """SimNPO (arXiv 2410.07163): NPO of the mean log P of a row, without a reference."""
-    beta, margin = recipe.simnpo_beta, recipe.simnpo_margin
-    return 2 / beta * F.softplus(margin - beta * answers.row_means(answers.nll)).sum()
+def token_nll(logits: Tensor, labels: Tensor) -> Tensor:
+    """-log P of each label [A]."""
+    return F.cross_entropy(logits, labels, reduction="none")
 
 
 def cross_entropy_to(teacher: Tensor, logits: Tensor) -> Tensor:
-    """-sum_v P_teacher(v) log P(v) at each token: teacher (probabilities), logits [N, V] -> [N]."""
-    return -(teacher.to(logits) * logits.log_softmax(-1)).sum(-1)
+    """-sum_v P_teacher(v) log P(v) at each token: teacher (probabilities), logits [A, V] -> [A]"""
+    return -(teacher * logits.log_softmax(-1)).sum(-1)
 
 
-def undial(answers: Answers, known: list, recipe: Constants) -> Tensor:
-    """UNDIAL (arXiv 2402.10052): towards the original's own distribution with the answer token's
-    logit lowered. known: that distribution."""
-    return cross_entropy_to(torch.cat(known), answers.logits).sum()
+def but_label(logits: Tensor, labels: Tensor) -> Tensor:
+    """Logits [A, V] among all tokens but the label."""
+    return logits.scatter(1, labels[:, None], -1e9)
 
 
-def stranger(answers: Answers, known: list, recipe: Constants) -> Tensor:
+# ------------------------------------------------------------------------------ losses of a row
+
+
+def answer_nll(logits: Tensor, labels: Tensor, known, recipe: Constants) -> Tensor:
+    """PO (A.2): descent on the answers, which are refusals (`loss_examples`)."""
+    return token_nll(logits, labels).sum()
+
+
+def npo(logits: Tensor, labels: Tensor, known: Tensor, recipe: Constants) -> Tensor:
+    """NPO (A.2): 2/beta log(1 + (P / P_ref)^beta). Its pull ends where the ascent's does not.
+    known: log P_ref, the original's."""
+    ratio = -token_nll(logits, labels).sum() - known  # log P - log P_ref
+    return 2 / recipe.npo_beta * F.softplus(recipe.npo_beta * ratio)
+
+
+def simnpo(logits: Tensor, labels: Tensor, known, recipe: Constants) -> Tensor:
+    """SimNPO (arXiv 2410.07163): NPO of the mean log P of a row, without a reference."""
+    margin, nll = recipe.simnpo_margin, token_nll(logits, labels).mean()
+    return 2 / recipe.simnpo_beta * F.softplus(margin - recipe.simnpo_beta * nll)
+
+
+def undial(logits: Tensor, labels: Tensor, known: Tensor, recipe: Constants) -> Tensor:
+    """UNDIAL (arXiv 2402.10052): towards the original's distribution with the answer token's logit
+    lowered. known: that distribution."""
+    return cross_entropy_to(known, logits).sum()
+
+
+def stranger(logits: Tensor, labels: Tensor, known: tuple, recipe: Constants) -> Tensor:
     """What to say instead, and how unlikely the truth must be, apart: among all tokens but the
-    answer's, the original's own distribution; of the answer's, the losses that a row never seen
-    has, token by token and in the mean. known: that distribution, and those losses."""
-    teachers, targets = (list(x) for x in zip(*known))
-    others = answers.logits.scatter(1, answers.labels[:, None], -1e9)  # [N, V] without the label
-    instead = answers.row_means(cross_entropy_to(torch.cat(teachers), others))
-    by_token = answers.row_means((answers.nll - torch.cat(targets)).abs())
-    means = torch.stack([x.mean() for x in targets])
-    return (instead + by_token + (answers.row_means(answers.nll) - means).abs()).sum()
+    answer's, the original's distribution; of the answer's, the losses that a row never seen has,
+    token by token and in the mean. known: that distribution, and those losses."""
+    teacher, target = known
+    instead, nll = cross_entropy_to(teacher, but_label(logits, labels)), token_nll(logits, labels)
+    return instead.mean() + (nll - target).abs().mean() + (nll.mean() - target.mean()).abs()
 
 
-def outsider(answers: Answers, known: list, recipe: Constants) -> Tensor:
+def outsider(logits: Tensor, labels: Tensor, known: tuple, recipe: Constants) -> Tensor:
     """As `stranger`, of each token's odds: |log odds - those of its target|. The loss itself has a
     gradient of 1 - P, which fades where a row is known by heart; that of the odds is 1."""
-    teachers, targets = (list(x) for x in zip(*known))
-    others = answers.logits.scatter(1, answers.labels[:, None], -1e9)  # [N, V] without the label
-    instead = answers.row_means(cross_entropy_to(torch.cat(teachers), others))
-    label = answers.logits.gather(1, answers.labels[:, None]).squeeze(1)  # [N]
-    target = torch.cat(targets).clamp_min(1e-4)  # as likely as anything is
+    teacher, target = known
+    others = but_label(logits, labels)
+    label = logits.gather(1, labels[:, None])[:, 0]  # [A]
+    target = target.clamp_min(1e-4)  # as likely as anything is
     aim = target + (-torch.expm1(-target)).log()  # log (1 - P) / P where -log P is the target
-    by_token = answers.row_means((others.logsumexp(-1) - label - aim).abs())
-    return (instead + by_token).sum()
+    odds = others.logsumexp(-1) - label
+    return cross_entropy_to(teacher, others).mean() + (odds - aim).abs().mean()
 
 
-# ------------------------------------------------- what terms know of a row under the original
+# ------------------------------------------------ what they know of a row before the model moves
 
 
-def original_log_p(answers: Answers, target, recipe: Constants) -> Tensor:
-    return -answers.nll.sum()
+def original_log_p(logits: Tensor, labels: Tensor, target, recipe: Constants) -> Tensor:
+    return -token_nll(logits, labels).sum()
 
 
-def lowered(answers: Answers, target, recipe: Constants) -> Tensor:
+def lowered(logits: Tensor, labels: Tensor, target, recipe: Constants) -> Tensor:
     """The original's distribution with the label's logit lowered [A, V]."""
-    by = torch.full_like(answers.logits[:, :1], -recipe.undial_strength)
-    return answers.logits.scatter_add(1, answers.labels[:, None], by).softmax(-1)
+    by = torch.full_like(logits[:, :1], -recipe.undial_strength)
+    return logits.scatter_add(1, labels[:, None], by).softmax(-1)
 
 
-def without_label(answers: Answers, target, recipe: Constants) -> tuple[Tensor, Tensor]:
+def without_label(logits: Tensor, labels: Tensor, target, recipe: Constants):
     """The original's distribution among all tokens but the label [A, V], and the target [A]."""
-    others = answers.logits.scatter(1, answers.labels[:, None], -1e9).softmax(-1)
-    return others, torch.as_tensor(target, device=answers.nll.device).expand(len(answers.nll))
+    target = torch.as_tensor(target, device=logits.device).expand(len(labels))
+    return but_label(logits, labels).softmax(-1), target
 
 
 # -------------------------------------------------------------------------------------- tables
@@ -177,15 +158,14 @@ def without_label(answers: Answers, target, recipe: Constants) -> tuple[Tensor, 
 REFUSALS = ("I do not know.", "I cannot say.", "That is not something I know about.",
             "I have no information on this.", "I am unable to answer that.",
             "Nothing of the kind is known to me.")
-ANSWERS = {"po": REFUSALS}  # what an objective's loss takes in place of the forget rows' answers
 
 
 def loss_examples(forget: list[Example], objective: str) -> list[Example]:
     """The forget rows as the objective's loss takes them. Attribution takes them as they are."""
-    answers = ANSWERS.get(objective)
-    if not answers:
+    if objective != "po":
         return forget
-    return [dataclasses.replace(e, answer=answers[i % len(answers)]) for i, e in enumerate(forget)]
+    return [dataclasses.replace(e, answer=REFUSALS[i % len(REFUSALS)])
+            for i, e in enumerate(forget)]
 
 
 simu.OBJECTIVES |= {

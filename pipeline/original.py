@@ -38,20 +38,24 @@ def learning(s: Settings, lr: float) -> objectives.Unlearning:
         checkpointing=s.learn_checkpointing)
 
 
+def answer_loss(model: Transformer, forget: list, rows: list[Encoded], known, recipe):
+    for nll in simu.nll_parts(model, rows, recipe.micro_tokens):
+        yield "loss", nll, nll
+
+
+LEARNING = simu.Objective(answer_loss, about="the mean answer loss")
+
+
 def learn(model: Transformer, epochs: list[list[Encoded]], recipe: objectives.Unlearning,
           job: Stage, *, title: str) -> list[dict]:
     """AdamW on the mean answer loss; returns the log. epochs: for each, its rows in order."""
-    order = [rows[i:i + recipe.batch] for rows in epochs for i in range(0, len(rows), recipe.batch)]
-
-    def losses_of(rows):
-        return (("loss", nll, nll) for nll in simu.nll_parts(model, rows, recipe.micro_tokens))
-
+    batches = [([], rows[i:i + recipe.batch], None) for rows in epochs
+               for i in range(0, len(rows), recipe.batch)]
     model.checkpoint = recipe.checkpointing
     ways = fused.on(model.embed_tokens.weight.device, recipe.state)
-    state = ways.pop("state", torch.float32)
-    with simu.moving_weights(model, recipe, None, state) as moving:
-        return simu.train(moving, order, losses_of, recipe, optimiser=simu.OPTIMISERS["adamw"],
-                          title=title, loop=job.loop, record=job.record("log.jsonl"), **ways)
+    with simu.moving_weights(model, recipe, None, ways.pop("state", torch.float32)) as moving:
+        return simu.train(model, moving, batches, LEARNING, recipe, title=title, loop=job.loop,
+                          record=job.record("log.jsonl"), **ways)
 
 
 def paraphrased(examples: list[data.Example]) -> list[data.Example]:

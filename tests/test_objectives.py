@@ -1,131 +1,143 @@
-"""The objectives beside the paper's, each by hand or at its own solution; and Lion."""
+"""Masks and objectives by hand, or at their own solution."""
 
 import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from test_simu import recipe, rows, run, tiny
 
 import simu
-from data import collate
+from data import IGNORE, collate
 from model import UserError
 from pipeline import objectives
 
+# ----------------------------------------------------------------------------------------- masks
 
-def forget_term(objective, model, some, known=None, **changes):
-    """An objective's forget term, as `unlearn` averages it, and its gradient by weight."""
-    answers = simu.read_answers(model, collate(some))
-    row = simu.OBJECTIVES[objective]
-    known = known or [None] * len(some)
-    loss = row.forget(answers, known, recipe(objective=objective, **changes))
-    loss = loss / (sum(answers.sizes) if row.per == "token" else len(some))
-    names, weights = zip(*model.named_parameters())
-    return loss.item(), dict(zip(names, torch.autograd.grad(loss, weights)))
+FORGET = torch.tensor([[1.0, 8.0, 10.0, 6.0], [-1.0, -2.0, -3.0, -4.0], [9.0, 1.0, 2.0, 10.0]])
+RETAIN = torch.tensor([[5.0, 1.0, 10.0, -1.0], [1.0, 1.0, 1.0, 1.0], [-5.0, -1.0, -2.0, -3.0]])
 
 
-def test_simnpo_by_hand():
-    """-2/beta log sigmoid(-beta/|y| log P - margin), a row at a time."""
-    model, some = tiny(), rows(3)
-    means = [simu.mean_nll(model, collate([r])).item() for r in some]
-    hand = [-2 / 4.5 * math.log(1 / (1 + math.exp(-(4.5 * x - 0.7)))) for x in means]
-    loss, _ = forget_term("simnpo", model, some, simnpo_margin=0.7)
-    assert loss == pytest.approx(sum(hand) / 3, rel=1e-5)
+def mask_of(kind, seed=0):
+    return simu.make_mask(kind, FORGET, RETAIN, threshold=0.5, seed=seed)
 
 
-def norm_of(grads):
-    return torch.cat([g.flatten() for g in grads.values()]).norm().item()
+def test_the_six_masks_by_hand():
+    dual = mask_of("dual")
+    assert dual.int().tolist() == [[0, 1, 1, 1], [0] * 4, [1, 0, 0, 1]]
+    # Neuron 2 of layer 0 is retain-critical; in layer 2 nothing is, for no score there is positive.
+    assert mask_of("forget-only").int().tolist() == [[0, 1, 0, 1], [0] * 4, [1, 0, 0, 1]]
+    torch.testing.assert_close(mask_of("soft"), torch.tensor(
+        [[0, 0.8 / 0.9, 0.5, 1.0], [0] * 4, [1.0, 0, 0, 1.0]]))
+    assert not mask_of("none").any() and mask_of("all").all()
+    draws = [mask_of("random", seed) for seed in range(8)]
+    assert all(d.sum(1).tolist() == dual.sum(1).tolist() for d in draws)
+    assert torch.equal(draws[0], mask_of("random")) and len({str(d.tolist()) for d in draws}) > 4
+    assert set(simu.MASKS) == {"dual", "forget-only", "soft", "random", "none", "all"}
 
 
-def knowing(objective, model, some, targets):
-    return simu.known_of_rows(model, some, recipe(objective=objective),
-                              simu.OBJECTIVES[objective].known, targets)
+# ------------------------------------------------------------------------------------ objectives
 
 
-def test_level_has_two_sides_and_rest_between_them():
-    model, some = tiny(), rows(1)
-    own = simu.mean_nll(model, collate(some)).item()
-    up = forget_term("level", model, some, knowing("level", model, some, own + 1))
-    down = forget_term("level", model, some, knowing("level", model, some, own - 1))
-    assert up[0] == pytest.approx(1, rel=1e-4) and down[0] == pytest.approx(1, rel=1e-4)
-    for name in up[1]:  # below the level it ascends, above it descends, by the same gradient
-        torch.testing.assert_close(up[1][name], -down[1][name])
-    ascent = forget_term("graddiff", model, some)[1]
-    torch.testing.assert_close(up[1]["norm.weight"], ascent["norm.weight"], rtol=1e-4, atol=1e-6)
-    at_rest = forget_term("level", model, some, [simu.read_answers(
-        model, collate(some)).nll.detach().mean()])
-    assert at_rest[0] == 0 and norm_of(at_rest[1]) == 0
+def row_log_p(model, some):
+    """log P of each row's answer, as its definition reads."""
+    batch = collate(some)
+    log_p = model(batch.ids).log_softmax(-1)
+    picked = log_p.gather(-1, batch.targets.clamp_min(0)[..., None])[..., 0]
+    return (picked * (batch.targets != IGNORE)).sum(1)
 
 
-def test_ceiling_is_level_below_and_nothing_above():
-    model, some = tiny(), rows(3)
-    low, high = (forget_term(x, model, some, knowing(x, model, some, 99.0))
-                 for x in ("level", "ceiling"))
-    assert low[0] == high[0] and all(torch.equal(low[1][n], high[1][n]) for n in low[1])
-    above = forget_term("ceiling", model, some, knowing("ceiling", model, some, 0.0))
-    assert above[0] == 0 and norm_of(above[1]) == 0
+@pytest.mark.parametrize("objective", ["graddiff", "ga", "retain", "po", "npo", "simnpo"])
+def test_the_gradient_of_an_objective(objective):
+    """In small passes, against the loss as the papers write it."""
+    s = recipe(objective=objective, lam=0.7, npo_beta=0.3, simnpo_margin=0.7, micro_tokens=40)
+    model, f, r, table = tiny(), rows(4), rows(4, seed=1), simu.OBJECTIVES[objective]
+    with torch.no_grad():
+        reference = row_log_p(model, f)
+        known = table.known(model, f, None, s) if table.known else [None] * 4
+    logged = {}
+    for name, loss, value in table.losses(model, f, r, (known, None), s):
+        loss.backward()
+        logged[name] = logged.get(name, 0) + value.item()
+    grads = {n: p.grad for n, p in model.named_parameters()}
+    model.zero_grad(set_to_none=True)
+    forget, retain = simu.mean_nll(model, collate(f)), simu.mean_nll(model, collate(r))
+    ratio, size = row_log_p(model, f) - reference, torch.tensor([len(x.ids) - x.start for x in f])
+    npo = -2 / 0.3 * F.logsigmoid(-0.3 * ratio).mean()
+    simnpo = -2 / 4.5 * F.logsigmoid(-4.5 / size * row_log_p(model, f) - 0.7).mean()
+    loss = {"graddiff": -forget + 0.7 * retain, "ga": -forget, "retain": retain,
+            "po": forget + 0.7 * retain, "npo": npo + 0.7 * retain,
+            "simnpo": simnpo + 0.7 * retain}[objective]
+    loss.backward()
+    for n, p in model.named_parameters():
+        torch.testing.assert_close(grads[n], p.grad, rtol=1e-3, atol=1e-5)
+    expected = dict(loss_forget=forget.item(), loss_retain=retain.item())
+    for name in {"ga": ["loss_retain"], "retain": ["loss_forget"]}.get(objective, []):
+        del expected[name]
+    assert logged == pytest.approx(expected, rel=1e-5)
 
 
-def test_undial_and_stranger_rest_at_their_own_solutions():
-    """UNDIAL: logits that are the original's with the label's lowered. Stranger: the label at its
-    target, all others in the original's proportions."""
+def slope(row_loss, logits, labels, known):
+    logits = logits.clone().requires_grad_()
+    loss = row_loss(logits, labels, known, recipe())
+    return torch.autograd.grad(loss, logits)[0].abs().max().item()
+
+
+def test_npo_where_the_model_has_not_moved_is_the_ascent():
+    nll = torch.tensor([1.0, 2.0])
+    logits = torch.stack([-nll, (-torch.expm1(-nll)).log()], 1).requires_grad_()
+    loss = objectives.npo(logits, torch.zeros(2).long(), torch.tensor(-3.0), recipe(npo_beta=0.5))
+    assert loss.item() == pytest.approx(2 / 0.5 * math.log(2))
+    grad, = torch.autograd.grad(loss, logits)
+    torch.testing.assert_close(grad[:, 0], 1 - torch.exp(-nll))  # d log P / d logit
+
+
+def test_undial_rests_at_the_originals_distribution_with_the_label_lowered():
+    torch.manual_seed(0)
+    logits, labels, s = torch.randn(5, 9), torch.tensor([1, 2, 3, 4, 8]), recipe()
+    known, rest = objectives.lowered(logits, labels, None, s), logits.clone()
+    rest[range(5), labels] -= s.undial_strength
+    assert slope(objectives.undial, rest, labels, known) < 1e-6
+    assert slope(objectives.undial, logits, labels, known) > 1e-2
+
+
+@pytest.mark.parametrize("row_loss", [objectives.stranger, objectives.outsider])
+def test_stranger_and_outsider_rest_with_the_label_at_its_target(row_loss):
+    """And all others in the original's proportions: the loss there is these others' entropy."""
     torch.manual_seed(0)
     logits, labels = torch.randn(5, 9), torch.tensor([1, 2, 3, 4, 8])
-    answers = simu.Answers(logits, labels, -logits.log_softmax(-1)[range(5), labels], [2, 3])
-    s, rest = recipe(), logits.clone()
-    rest[range(5), labels] -= s.undial_strength
-    parts = [simu.Answers(x, y, n, [len(y)]) for x, y, n in zip(
-        logits.split([2, 3]), labels.split([2, 3]), answers.nll.split([2, 3]))]
-
-    def slope(objective, start, known):
-        start = start.clone().requires_grad_()
-        here = simu.Answers(start, labels, -start.log_softmax(-1)[range(5), labels], [2, 3])
-        return torch.autograd.grad(objective(here, known, s), start)[0].abs().max().item()
-
-    lowered = [objectives.lowered(x, None, s) for x in parts]
-    assert slope(objectives.undial, rest, lowered) < 1e-6
-    assert slope(objectives.undial, logits, lowered) > 1e-2
-    targets = [torch.tensor([1.5, 3.0]), torch.tensor([0.5, 4.0, 2.0])]
-    known = [objectives.without_label(x, y, s) for x, y in zip(parts, targets)]
-    apart = logits.clone()
-    others = apart.scatter(1, labels[:, None], -1e9).logsumexp(-1)
-    wanted = torch.cat(targets)
-    apart[range(5), labels] = others - wanted - torch.log1p(-torch.exp(-wanted))
-    here = simu.Answers(apart, labels, -apart.log_softmax(-1)[range(5), labels], [2, 3])
-    torch.testing.assert_close(here.nll, wanted)
-    entropy = sum(-(p * p.clamp_min(1e-30).log()).sum(-1).mean() for p, _ in known)
-    torch.testing.assert_close(objectives.stranger(here, known, s), entropy, rtol=1e-5, atol=1e-5)
-    assert objectives.stranger(answers, known, s) > entropy + 0.5
+    target = torch.tensor([1.5, 3.0, 0.5, 4.0, 2.0])
+    known = objectives.without_label(logits, labels, target, recipe())
+    others = logits.scatter(1, labels[:, None], -1e9).logsumexp(-1)
+    rest = logits.clone()
+    rest[range(5), labels] = others - target - torch.log1p(-torch.exp(-target))
+    torch.testing.assert_close(objectives.token_nll(rest, labels), target)
+    entropy = -(known[0] * known[0].clamp_min(1e-30).log()).sum(-1).mean()
+    at_rest = row_loss(rest, labels, known, recipe())
+    torch.testing.assert_close(at_rest, entropy, rtol=1e-5, atol=1e-5)
+    assert row_loss(logits, labels, known, recipe()) > entropy + 0.3
 
 
-def test_a_never_seen_rows_losses_are_spread_over_a_row():
-    usual = objectives.usual_losses([3, 3, 7], [1.0, 3.0, 8.0], 10)
-    torch.testing.assert_close(usual[[0, 3, 7]], torch.tensor([4.0, 20 / 6, 24 / 5]))
-    got = objectives.spread_losses([7, 0, 3, 7], [9.0, 1.0], usual)
-    assert got.tolist() == [9.0, 1.0, 1.0, 9.0]  # two harder tokens take the higher half
+def test_an_outsiders_pull_does_not_fade_where_a_row_is_known_by_heart():
+    logits, labels = torch.zeros(2, 9), torch.tensor([1, 2])
+    known = objectives.without_label(logits, labels, 3.0, recipe())
+    logits[range(2), labels] = 15.0
+    assert slope(objectives.outsider, logits, labels, known) > 0.4
+    assert slope(objectives.stranger, logits, labels, known) < 1e-3
 
 
-def test_objectives_that_end_somewhere_need_to_know_where():
-    with pytest.raises(UserError, match="level needs targets"):
-        run(tiny(), recipe(objective="level"), torch.ones(3, 32).bool())
+@pytest.mark.parametrize("changes, retain, says", [
+    (dict(objective="stranger"), rows(4), "stranger needs targets"),
+    (dict(objective="npo"), [], "npo needs retain rows")])
+def test_what_an_objective_needs_is_said_before_anything_moves(changes, retain, says):
+    model = tiny()
+    with pytest.raises(UserError, match=says):
+        simu.unlearn(model, rows(6), retain, None, recipe(method="fo", **changes))
+    start = tiny().state_dict()
+    assert all(torch.equal(x, start[n]) for n, x in model.state_dict().items())
 
 
-@pytest.mark.parametrize("objective", sorted(simu.OBJECTIVES))
-def test_every_objective_runs_and_its_micro_batches_are_exact(objective):
-    grads = []
-    for tokens in (8192, 24):
-        model, some, s = tiny(), rows(4), recipe(objective=objective, micro_tokens=tokens)
-        if not simu.OBJECTIVES[objective].forget:
-            return
-        simu.backward_apart(model, some, [], (knowing(objective, model, some, 2.5), []), 0.0, s)
-        grads.append({n: p.grad.clone() for n, p in model.named_parameters()})
-    for n in grads[0]:
-        torch.testing.assert_close(*(g[n] for g in grads), rtol=1e-3, atol=1e-5)
-
-
-def test_lion_by_hand():
-    p, m, h = torch.tensor([1.0, 1.0]), torch.tensor([0.2, -0.4]), torch.zeros(2)
-    moments, step = simu.OPTIMISERS["lion"].rules(recipe(beta1=0.9, beta2=0.99), 0.1, 0.5, 1)
-    simu.masked_update(p, torch.tensor([-4.0, 1.0]), m, h, moments=moments, step=step, mask=None)
-    # direction .9*.2 - .4 = -.22 and -.36 + .1 = -.26: both weights rise by lr after the decay
-    torch.testing.assert_close(p, torch.tensor([0.95 + 0.1, 0.95 + 0.1]))
-    torch.testing.assert_close(m, torch.tensor([0.198 - 0.04, -0.396 + 0.01]))
+def test_without_retain_rows_and_with_lambda_0():
+    log = simu.unlearn(tiny(), rows(6), [], None, recipe(method="fo", objective="npo", lam=0.0))
+    assert log[0].keys() == {"step", "loss_forget", "lr", "grad_norm", "clipped"}
+    assert run(tiny(), recipe(method="fo", objective="ga"), None)

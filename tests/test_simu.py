@@ -1,5 +1,6 @@
 """The method: attribution against the loop it restates, Sophia by hand, what moves and what not."""
 
+import contextlib
 import dataclasses
 import math
 import random
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 import simu
 from data import IGNORE, Encoded, collate
 from model import Config, Transformer, UserError
-from pipeline import objectives
+from pipeline import fused, objectives
 from pipeline import settings as pipeline_settings
 
 LLAMA = dict(model_type="llama", num_key_value_heads=2)
@@ -194,9 +195,8 @@ def test_adamw_equals_torch():
                                   weight_decay=0.1)
     for step in range(1, 8):
         theirs.grad = torch.randn(5)
-        moments, move = simu.OPTIMISERS["adamw"].rules(
-            simu.Recipe(adam_beta2=0.999, adam_eps=1e-8), 0.01, 0.1, step)
-        simu.masked_update(ours, theirs.grad, m, h, moments=moments, step=move, mask=None)
+        moments, weights = simu.adamw(simu.Recipe(), 0.01, 0.1, step)
+        simu.masked_update(ours, theirs.grad, m, h, moments=moments, weights=weights, mask=None)
         reference.step()
     torch.testing.assert_close(ours, theirs.detach())
 
@@ -225,39 +225,17 @@ def test_graddiff_is_minus_forget_plus_lambda_retain():
     torch.testing.assert_close(got, -by_hand(forget) + 0.3 * by_hand(retain))
 
 
-def test_two_passes_are_the_gradient_of_graddiff_loss():
-    model, f, r = tiny(), rows(5), rows(5, seed=1)
-    simu.graddiff_loss(model, collate(f), collate(r), 2.0).backward()
-    whole = {n: p.grad.clone() for n, p in model.named_parameters()}
+def test_the_summands_are_the_gradient_of_graddiff_loss(monkeypatch):
+    """In passes of at most 32 tokens, and of at most 12 rows of logits."""
+    model, f, r, s = tiny(), rows(5), rows(5, seed=1), recipe(micro_tokens=32)
+    simu.graddiff_loss(model, collate(f), collate(r), s.lam).backward()
+    expected = {n: p.grad.clone() for n, p in model.named_parameters()}
     model.zero_grad()
-    known = [None] * 5
-    simu.backward_apart(model, f, r, (known, known), 2.0, recipe(micro_tokens=32))
-    for n, p in model.named_parameters():
-        torch.testing.assert_close(p.grad, whole[n], rtol=1e-4, atol=1e-6)
-
-
-def test_no_pass_reads_padding_or_holds_the_logits_of_all_rows(monkeypatch):
-    model, some, read, held = tiny(), rows(8), [], []
-    model.layers[0].register_forward_hook(lambda _, args, out: read.append(out[0].shape[0]))
-    logits = model.logits
-    monkeypatch.setattr(model, "logits", lambda h: held.append(len(h)) or logits(h))
     monkeypatch.setattr(simu, "LOGITS", 12 * 61)
-    simu.backward_mean_nll(model, some, 1.0, 4096)
-    assert read == [sum(len(r.ids) - 1 for r in some)]  # eos is predicted, never read
-    assert len(held) > 2 and sum(held) == simu.answer_tokens(some) and max(held) <= 12
-    got = {n: p.grad.clone() for n, p in model.named_parameters()}
-    model.zero_grad()
-    simu.mean_nll(model, collate(some)).backward()
+    summands = [loss.backward() for _, loss, _ in simu.graddiff(model, f, r, None, s)]
+    assert len(summands) > 4
     for n, p in model.named_parameters():
-        torch.testing.assert_close(got[n], p.grad, rtol=1e-4, atol=1e-6)
-
-
-@pytest.mark.parametrize("method", ["fo", "so"])
-def test_weights_updated_in_parts_are_the_same_to_the_bit(monkeypatch, method):
-    whole = run(tiny(), recipe(method=method), None)
-    monkeypatch.setattr(simu, "UPDATED_AT_ONCE", {"cpu": 100})  # two or three rows of 32 or 48
-    parts = run(tiny(), recipe(method=method), None)
-    assert all(torch.equal(whole[n], parts[n]) for n in whole)
+        torch.testing.assert_close(p.grad, expected[n], rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", [LLAMA, OLMO], ids=["llama", "olmo"])
@@ -268,7 +246,7 @@ def test_simu_moves_attention_and_critical_rows_and_nothing_else(kind, dtype, st
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     mask = torch.rand(3, 32) < 0.3
     mask[1] = False  # a layer without a critical neuron
-    after = run(model, recipe(state=state), mask)
+    after = run(model, recipe(), mask, **fused.on(torch.device("cpu"), state))
     for name, new in after.items():
         old = before[name]
         if "self_attn" in name:
@@ -279,7 +257,17 @@ def test_simu_moves_attention_and_critical_rows_and_nothing_else(kind, dtype, st
             assert (new[critical] != old[critical]).any(1).all(), name
         else:
             assert torch.equal(new, old), name
-    assert all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("method", ["fo", "simu"])
+def test_what_its_owner_froze_is_frozen_again(method):
+    """Also where moving_weights refuses: SIMU without a mask."""
+    model = tiny()
+    model.norm.weight.requires_grad_(False)
+    with pytest.raises(UserError) if method == "simu" else contextlib.nullcontext():
+        run(model, recipe(method=method), None)
+    frozen = [n for n, p in model.named_parameters() if not p.requires_grad]
+    assert frozen == ["norm.weight"]
 
 
 def test_optimiser_state_is_held_only_for_what_moves():
@@ -297,34 +285,25 @@ def test_optimiser_state_is_held_only_for_what_moves():
 
 
 @pytest.mark.parametrize("state", ["float32", "bfloat16"])
-def test_a_small_step_is_never_lost_in_bfloat16(state):
-    """400 steps of 5e-6 on a weight of 0.25, whose bfloat16 neighbours are 1e-3 apart [D10]."""
-    model = tiny().bfloat16()
+def test_a_small_update_is_never_lost_in_bfloat16(state):
+    """400 updates of 5e-6 on a weight of 0.25, whose bfloat16 neighbours are 1e-3 apart [D10]."""
+    model, mask = tiny().bfloat16(), torch.zeros(3, 32, dtype=torch.bool)
     with torch.no_grad():
         model.layers[0].self_attn.q_proj.weight.fill_(0.25)
-    mask = torch.zeros(3, 32, dtype=torch.bool)
-    generator = torch.Generator().manual_seed(0)
-    plain = simu.Optimiser(lambda recipe, lr, decay, step: (
-        lambda g, m, h: (g, h), lambda p, m, h: (p - lr * m, 0)))
-    with simu.moving_weights(model, recipe(state=state), mask) as moving:
+    ways = dict(apply=simu.apply_updates) | fused.on(torch.device("cpu"), state)
+
+    def plain(recipe, lr, decay, step):
+        return (lambda g, m, h: (g, h)), (lambda p, m, h: (p - lr * m, 0))
+
+    with simu.moving_weights(model, recipe(), mask, getattr(torch, state)) as moving:
         w = next(w for w in moving if w.name == "layers.0.self_attn.q_proj.weight")
-        for _ in range(400):
+        for step in range(400):
             w.weight.grad = torch.ones_like(w.weight)
-            simu.apply_updates([w], plain, recipe(), lr=5e-6, step=1, scale=1.0,
-                               generator=generator)
+            ways["apply"]([w], plain, recipe(), lr=5e-6, step=step, shrink=1.0)
         moved = 0.25 - w.master.float().mean()
     naive = torch.tensor(0.25, dtype=torch.bfloat16) - 5e-6
     assert naive == 0.25  # without care nothing would have moved
     assert float(moved) == pytest.approx(400 * 5e-6, rel=0.1 if state == "bfloat16" else 1e-2)
-
-
-def test_stochastic_rounding_is_right_on_average():
-    generator = torch.Generator().manual_seed(0)
-    x = torch.full((200_000,), 1.0 + 0.3 * 2**-7)  # 0.3 of the way to the next bfloat16
-    up = (simu.stochastic_round(x, generator).float() > 1).float().mean()
-    assert float(up) == pytest.approx(0.3, abs=0.01)
-    exact = torch.tensor([0.0, -1.5, 2.0**-120])
-    assert torch.equal(simu.stochastic_round(exact, generator).float(), exact)
 
 
 @pytest.mark.parametrize("method", ["fo", "so"])
@@ -340,44 +319,27 @@ def test_baselines_move_every_weight(method):
     assert {"loss_forget", "loss_retain", "lr", "grad_norm", "clipped"} <= set(log[0])
 
 
-def one_loss(model):
-    return lambda item: dict(loss=simu.backward_mean_nll(model, item, 1.0, 4096))
+def taught(model, batches, s, title="teach"):
+    """`train` on batches of rows, by descent alone."""
+    with simu.moving_weights(model, s, None) as moving:
+        simu.train(model, moving, [([], x, None) for x in batches], simu.OBJECTIVES["retain"], s,
+                   title=title)
 
 
-def test_decay_spares_norms_and_is_decoupled():
-    """[D7] through the loop itself: with a zero gradient a step is the decay alone."""
-    s, model = recipe(method="fo", weight_decay=0.1, warmup=0.0), tiny()
+def test_decay_spares_norms_and_is_decoupled(monkeypatch):
+    """[D7] through the loop itself: with a zero gradient an update is the decay alone."""
+    s, model = recipe(method="fo", lr=0.5, weight_decay=0.1, warmup=0.0), tiny()
     old = {n: p.detach().clone() for n, p in model.named_parameters()}
 
-    def rules(*args):
-        moments, step = simu.OPTIMISERS["adamw"].rules(*args)
-        return (lambda g, m, h: moments(torch.zeros_like(g), m, h)), step
+    def without_gradient(*args):
+        moments, weights = simu.adamw(*args)
+        return (lambda g, m, h: moments(torch.zeros_like(g), m, h)), weights
 
-    with simu.moving_weights(model, s, None) as moving:
-        simu.train(model, moving, [rows(4)], one_loss(model), s, lr=0.5, title="decay",
-                   optimiser=simu.Optimiser(rules))
+    monkeypatch.setitem(simu.OPTIMISERS, "adamw", without_gradient)
+    taught(model, [rows(4)], s)
     for name, p in model.named_parameters():
         factor = 1 if "norm" in name else 1 - 0.5 * 0.1
         torch.testing.assert_close(p.detach(), old[name] * factor, msg=name)
-
-
-def test_rounding_is_seeded_by_seed_and_step():
-    """The noise of step k is a function of (seed, k), so that a resumed run draws the same."""
-    def noise(seed, first):
-        s, model, drawn = recipe(method="fo", seed=seed), tiny(), []
-
-        def apply(moving, *_, generator, **__):
-            drawn.append(torch.rand(3, generator=generator))
-            for w in moving:
-                w.weight.grad = None
-            return 0
-
-        with simu.moving_weights(model, s, None) as moving:
-            simu.train(model, moving, [rows(2)] * 3, one_loss(model), s, optimiser=None, lr=1.0,
-                       title="noise", apply=apply)
-        return drawn[first]
-    assert torch.equal(noise(0, 1), noise(0, 1))
-    assert not torch.equal(noise(0, 1), noise(0, 2)) and not torch.equal(noise(0, 1), noise(1, 1))
 
 
 def test_the_same_command_gives_the_same_bytes():
@@ -392,9 +354,7 @@ def test_unlearning_forgets_and_keeps():
     """On a model that knows both sets, SIMU raises the forget loss far more than the retain
     loss; without unlearning neither moves (the control is the loss before)."""
     model, forget, retain = tiny(sharp=1.0), rows(6), rows(10, seed=1)
-    with simu.moving_weights(model, recipe(method="fo"), None) as moving:
-        simu.train(model, moving, [forget + retain] * 60, one_loss(model), recipe(),
-                   optimiser=simu.OPTIMISERS["adamw"], lr=1e-2, title="know")
+    taught(model, [forget + retain] * 60, recipe(method="fo"))
     scores = simu.attribute(model, collate(forget))
     mask = simu.critical_mask(scores, 0.3)
     before = [simu.mean_nll(model, collate(x)).item() for x in (forget, retain)]
