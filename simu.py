@@ -531,10 +531,10 @@ class CriticalRows(nn.Module):
 
     def __init__(self, linear: nn.Linear, critical: Tensor, dim: int):
         super().__init__()
-        self.index, self.dim = critical.nonzero()[:, 0], dim  # [C]
-        self.mask = None
+        device, index = linear.weight.device, critical.nonzero()[:, 0]  # [C]
+        self.index, self.dim, self.mask = index.to(device), dim, None
         if critical.is_floating_point():
-            self.mask = critical[self.index].unsqueeze(1 - dim)  # [C, 1] or [1, C]
+            self.mask = critical[index].unsqueeze(1 - dim).to(device)  # [C, 1] or [1, C]
         self.linear = linear.requires_grad_(False)
         self.rows = nn.Parameter(linear.weight.index_select(dim, self.index))
         linear.weight.index_fill_(dim, self.index, 0.0)
@@ -550,7 +550,7 @@ def put_critical_rows(model: Transformer, mask: Tensor):
     """A CriticalRows in the place of each matrix that belongs to critical neurons."""
     neurons = NEURONS[model.config.neurons]
     matrices = [(name, 0) for name in neurons.rows] + [(name, 1) for name in neurons.columns]
-    for block, M in zip(model.layers, mask.to(model.embed_tokens.weight.device)):
+    for block, M in zip(model.layers, mask):
         for name, dim in matrices if M.any() else ():
             setattr(block.mlp, name, CriticalRows(getattr(block.mlp, name), M, dim))
 

@@ -12,7 +12,7 @@ import eval as evaluation
 import model as core
 import simu
 from data import collate
-from pipeline import objectives, reading
+from pipeline import fused, objectives, reading
 
 KINDS = pytest.mark.parametrize("kind", [LLAMA, OLMO], ids=["llama", "olmo"])
 RECIPE = objectives.Recipe(batch=2, epochs=1, lr=1e-3, steps=2)
@@ -34,7 +34,8 @@ def unlearned(model, objective: str, method: str, **changes) -> list[torch.Tenso
     mask = torch.rand(c.num_hidden_layers, c.hidden_size,
                       generator=torch.Generator().manual_seed(0)) > 0.7
     recipe = dataclasses.replace(RECIPE, objective=objective, method=method, **changes)
-    simu.unlearn(model, rows(4), rows(4, seed=1), mask, recipe, targets=3.0)
+    simu.unlearn(model, rows(4), rows(4, seed=1), mask, recipe, targets=3.0,
+                 **fused.on(torch.device("cpu"), recipe.state))
     return [p.detach() for p in model.parameters()]
 
 

@@ -248,11 +248,9 @@ def test_outsider_pulls_odds_to_their_target_as_hard_where_a_row_is_known_by_hea
     """By hand: two tokens of a vocabulary of three, targets of log 2 and log 5/4."""
     logits = torch.tensor([[12.0, 0.0, 0.0], [0.0, 0.0, 0.0]], requires_grad=True)
     labels = torch.tensor([0, 1])
-    nll = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
-    answers = objectives.Answers(logits, labels, nll, [2])
-    want = torch.tensor([2.0, 1.25]).log()
-    known = objectives.without_label(answers, want, None)
-    loss = objectives.outsider(answers, [known], simu.Recipe())
+    target = torch.tensor([2.0, 1.25]).log()
+    known = objectives.without_label(logits, labels, target, None)
+    loss = objectives.outsider(logits, labels, known, None)
     odds = torch.tensor([2.0 - 1, 1.25 - 1]).log()  # (1 - P) / P
     now = torch.tensor([2.0, 2.0]).log() - torch.tensor([12.0, 0.0])
     instead = torch.tensor(2.0).log()  # of two alike, at each token

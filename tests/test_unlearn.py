@@ -53,9 +53,8 @@ def taught_by_heart(folder, rows, epochs):
     order = [some[i:i + 15] for some in (rng.sample(encoded, len(encoded)) for _ in range(epochs))
              for i in range(0, len(some), 15)]
     with simu.moving_weights(model, recipe, None) as moving:
-        simu.train(moving, order, lambda batch: (
-            ("loss", nll, nll) for nll in simu.nll_parts(model, batch, 8192)), recipe,
-            optimiser=simu.OPTIMISERS["adamw"], title="teach")
+        simu.train(model, moving, [([], batch, None) for batch in order],
+                   simu.OBJECTIVES["retain"], recipe, title="teach")
     return model
 
 
