@@ -75,8 +75,11 @@ def provenance(s: Settings) -> tuple[str, str]:
                 f"It holds no weights of anyone else. {text}")
     source = read_stage(s.run / "original")["notes"].get("source", {})
     name = source.get("repo") or Path(s.weights or s.model.removeprefix("hf:")).name
-    # An original that was not taught here is linked; its maker's card stands beside its weights.
-    readme = (s.run / "original" / "config.json").resolve().parent / "README.md"
+    # An original that was not taught here is linked, and its maker's card stands beside what the
+    # link names. The hub's cache links on from there, to where files have no names.
+    config = s.run / "original" / "config.json"
+    readme = config.parent / (config.readlink() if config.is_symlink() else config)
+    readme = readme.with_name("README.md")
     front = readme.read_text("utf-8", "replace").split("---")[1:2] if readme.is_file() else ""
     licence = re.search(r"^license:[ \t]*([\w.+ -]+?)[ \t]*$", "".join(front), re.MULTILINE)
     if licence:
