@@ -826,7 +826,7 @@ class Common:
 class Attribution(Common):
     """Step 1, scores (Section 2.1)."""
 
-    steps: int = option(5, "m: nodes on the path from 0 to beta (Eq. 1)", low=1)
+    steps: int = option(5, "m: nodes on the path from 0 to beta (Eq. 1)", low=1, high=1000)
     path: str = option("layer", "scale a layer's outputs together, or one neuron at a time [D4]",
                        choices=PATHS)
     attribution_tokens: int = option(4096, "tokens in one attribution pass, path nodes counted in",

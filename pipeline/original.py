@@ -21,8 +21,9 @@ from pipeline import checkpoint, fused, hub, objectives, slices
 from pipeline.levels import need_reference
 from pipeline.plan import fit_memory, fitted, outlook
 from pipeline.settings import (Making, Placement, Settings, Source, choose_device, load_benchmark,
-                               placement, tiny_config)
-from pipeline.stage import Stage, content, data_inputs, sha256, stored_dtype
+                               placement, read_settings, tiny_config)
+from pipeline.stage import (Stage, content, data_inputs, finished_models, read_stage, sha256,
+                            stored_dtype)
 from pipeline.tokenizers import load_tokenizer, train_tokenizer
 
 DECIDING = (slices.Slice, Source, Placement, Making)  # settings of a model made here
@@ -140,6 +141,8 @@ def original_stage(s: Settings):
     else:
         folder, source, ready = hub.find_original(s)
         bench = load_benchmark(s)
+        if s.layout == "rows":
+            refuse_other_request(s)
         if s.layout == "rows" and (s.force or not (s.run / "original" / "stage.json").is_file()):
             need_reference(s, bench)
             outlook(s, folder, bench)
@@ -152,6 +155,21 @@ def original_stage(s: Settings):
         if partner := hub.find_retain_only(s):
             link_model(s, "retain-only", *partner)
     write_json(s.run / "settings.json", dataclasses.asdict(s) | dict(force=False))
+
+
+def refuse_other_request(s: Settings):
+    """UserError if the run holds the result of other rows or of another model, which this one would
+    replace."""
+    inputs = data_inputs(s)
+    for name in finished_models(s.run):
+        why, before = read_stage(s.run / name)["why"], read_settings(s.run)
+        if "method" not in why["settings"]:  # no result: original or retain-only
+            continue
+        other = [file for file in ("data/forget", "data/retain")
+                 if why["inputs"].get(file) != inputs.get(file)]
+        if other or (before.model, before.weights) != (s.model, s.weights):
+            raise UserError(f"{s.run / name} is the result of other rows or of another model, and "
+                            "would be replaced; choose another --out, or move it elsewhere")
 
 
 def stage_of_tiny(s: Settings, name: str, make):

@@ -2,12 +2,13 @@
 command line made of them.
 
 A value comes from the first that has it: the command line, --config, the cell's recipe, the
-default. `Settings` is the union of what the core's functions take (simu.Recipe, eval.Limits) and of what
-only a run needs. A stage depends on the dataclasses below as they are, so that a field which is
-added to one cannot be forgotten.
+default. `Settings` is the union of what the core's functions take (simu.Recipe, eval.Limits) and
+of what only a run needs. A stage depends on the dataclasses below as they are, so that a field which
+is added to one cannot be forgotten.
 """
 
 import argparse
+import hashlib
 import operator
 import os
 import re
@@ -129,7 +130,8 @@ class Settings(Source, Placement, slices.Slice, objectives.Recipe, Making, Level
                               "forget says")
     retain_only: str = option("", "a model that never saw the forget set: a folder or "
                               "hf:OWNER/NAME[@REVISION]")
-    out: str = option("", "run folder; default runs/<benchmark>-<model>")
+    out: str = option("", "run folder; default runs/<benchmark>-<model>, of rows with a digest of "
+                      "them and of the model's path")
     name: str = option("", "folder and report row of an unlearned model; default <method>[-<mask>]"
                        "-<objective>, so that any setting may vary within a run")
     deterministic: bool = option(False, "on a GPU: only kernels that give the same bits each time, "
@@ -269,6 +271,8 @@ CELLS["demo", "tiny-llama"] |= DEMO
 
 def recipe_of(s: Settings) -> dict:
     """What is set, over the defaults, for the benchmark, model, method and device of s."""
+    if s.benchmark == "rows" and not s.out:
+        s = replace(s, out=folder_of_rows(s))
     if s.benchmark == "rows" or s.model not in MODELS:
         model = s.weights or s.model
         folders = [s.run / "original", *([] if model.startswith("hf:") else [Path(model)])]
@@ -282,12 +286,22 @@ def recipe_of(s: Settings) -> dict:
         raise UserError(f"there is no recipe for {s.benchmark} {s.model}; there is one for {known};"
                         " or name a folder or hf:OWNER/NAME as the model")
     common = {name: value for name, value in recipe.items() if not isinstance(value, dict)}
-    common |= recipe.get(s.method, {})
+    common |= recipe.get(s.method, {}) | dict(out=s.out)
     if s.benchmark in ("tofu", "lume"):
         common["data"] = whole_path(os.environ.get("SIMU_DATA") or default_data())
     if is_on_gpu(s) and not s.tiny:  # a stage sees to its memory (plan.fit_memory)
         common |= dict.fromkeys(PASSES, AUTO)
     return common
+
+
+def folder_of_rows(s: Settings) -> str:
+    """The default run folder of a user's rows: another for other rows or another model, so that no
+    result is replaced."""
+    key = hashlib.sha256((s.weights or s.model).encode())
+    for file in (s.forget, s.retain):
+        if Path(file).is_file():
+            key.update(Path(file).read_bytes())
+    return str(HERE / "runs" / f"rows-{s.label}-{key.hexdigest()[:8]}")
 
 
 def paper_values(s: Settings) -> dict:
@@ -356,7 +370,7 @@ def resolve(named: dict) -> Settings:
     for name in PASSES:  # as though it were not named: the recipe knows what AUTO means here
         if chosen.get(name) == AUTO:
             del chosen[name]
-    cell = ("benchmark", "model", "method", "out", "weights", "forget", "device")
+    cell = ("benchmark", "model", "method", "out", "weights", "forget", "retain", "device")
     recipe = recipe_of(Settings(**{name: chosen[name] for name in cell if name in chosen}))
     return Settings(**recipe | chosen, chosen=tuple(sorted(chosen)))
 
