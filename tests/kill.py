@@ -28,7 +28,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import fuzz  # noqa: E402
+import world  # noqa: E402
 import torch._dynamo  # noqa: E402, F401  attribution loads it: here once, not in every fork
 
 from pipeline.__main__ import main as command_line  # noqa: E402
@@ -149,7 +149,7 @@ def main():
     work, good, kills, begin = run_short if short else run_all, 0, 0, time.monotonic()
     with tempfile.TemporaryDirectory() as home:
         folder = Path(home) / "killed"
-        fuzz.make_data(Path(home))
+        world.make_data(Path(home))
         _, lines = run_child(work, folder)
         expected, operations = snapshot(folder), int(lines[-1])
         print(f"undisturbed: {operations} operations on files")

@@ -469,3 +469,14 @@ def test_a_runs_settings_repeat_it_and_leave_another_method_its_own_rate(tmp_pat
         settings.resolve(dict(benchmark="tofu", model="tiny-llama", config=config))
     with pytest.raises(UserError, match="is of model tiny-llama, not tiny-olmo"):
         of(model="tiny-olmo", config=config)
+
+
+def test_each_request_has_a_default_folder_for_itself(tmp_path):
+    def folder(model, text):
+        (tmp_path / model).mkdir(exist_ok=True)
+        (tmp_path / "rows.jsonl").write_text(json.dumps(dict(text=text)) + "\n")
+        return settings.resolve(dict(benchmark="rows", model=str(tmp_path / model),
+                                     forget=str(tmp_path / "rows.jsonl"))).run
+    first = folder("m", "so it is")
+    assert first == folder("m", "so it is") and first.name.startswith("rows-m-")
+    assert len({first, folder("n", "so it is"), folder("m", "so it was")}) == 3
