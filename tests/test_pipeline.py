@@ -285,7 +285,6 @@ def command(*words, **environment):
     ("original demo tiny-llama --data nowhere", "nowhere/tofu is missing"),
     ("original demo tiny-llama --weights nowhere", "nowhere"),
     ("original demo tiny-llama --path both", "--path"),
-    ("original demo tiny-llama --context 8", "more than the model's context of 8"),
     ("original demo tiny-llama --config nowhere.json", "--config nowhere.json is no file"),
     ("attribute demo tiny-llama", "is not a run folder"),
     ("mask demo tiny-llama", "is not a run folder"),
