@@ -133,13 +133,12 @@ def teach(s: Settings, examples: list[data.Example], job: Stage, base: Path, fol
 
 def original_stage(s: Settings):
     """original/, and retain-only/ where there is one. Downloads what is not at hand."""
-    if source := hub.wanted_data(s):
-        hub.download(source)
+    hub.download_data(s)
     if s.tiny and not s.weights:
         stage_of_tiny(s, "retain-only", make_retain_only)
         stage_of_tiny(s, "original", make_original)
     else:
-        folder, source, ready = hub.find_original(s)
+        folder, ready = hub.find_original(s)
         bench = load_benchmark(s)
         if s.layout == "rows":
             refuse_other_request(s)
@@ -147,13 +146,13 @@ def original_stage(s: Settings):
             need_reference(s, bench)
             outlook(s, folder, bench)
         if ready:
-            link_model(s, "original", folder, source)
+            link_model(s, "original", folder)
         else:  # nobody published one
-            stage_of_taught(s, "original", bench.forget + bench.retain, folder, source)
+            stage_of_taught(s, "original", bench.forget + bench.retain, folder)
             if s.learn_retain_only:
-                stage_of_taught(s, "retain-only", bench.retain, folder, source)
+                stage_of_taught(s, "retain-only", bench.retain, folder)
         if partner := hub.find_retain_only(s):
-            link_model(s, "retain-only", *partner)
+            link_model(s, "retain-only", partner)
     write_json(s.run / "settings.json", dataclasses.asdict(s) | dict(force=False))
 
 
@@ -182,25 +181,31 @@ def stage_of_tiny(s: Settings, name: str, make):
             make(s, load_benchmark(s), job, folder)
 
 
-def stage_of_taught(s: Settings, name: str, examples: list[data.Example], base: Path,
-                    source: dict):
-    inputs = {f"weights/{file}": sha for file, sha in source["sha256"].items()} | data_inputs(s)
-    job = Stage(s.run / name, s, inputs=inputs, code=(teach,), takes=DECIDING)
-    job.notes["source"] = source
+def stage_of_taught(s: Settings, name: str, examples: list[data.Example], base: Path):
+    job = Stage(s.run / name, s, inputs=weight_inputs(base) | data_inputs(s), code=(teach,),
+                takes=DECIDING)
+    job.notes["source"] = hub.origin(base)
     if not job.is_made():
         with job.making() as folder:
             teach(s, examples, job, base, folder)
 
 
 def model_files(folder: Path) -> list[Path]:
-    """The files of a model's folder that a run reads."""
-    return [p for p in sorted(folder.iterdir())
-            if p.is_file() and p.suffix in (".json", ".safetensors", ".model", ".jinja")]
+    """The files of a model's folder that a run reads, its tokenizer's among them."""
+    files = [p for p in sorted(folder.iterdir())
+             if p.is_file() and p.suffix in (".json", ".safetensors", ".model", ".jinja")]
+    tokenizer = hub.tokenizer_folder(folder)
+    if tokenizer != folder:
+        files += [tokenizer / x for x in data.TOKENIZER_FILES if (tokenizer / x).is_file()]
+    return files
 
 
-def link_model(s: Settings, name: str, source: Path, origin: dict):
-    """original/ or retain-only/ as links to the files of a folder; origin: its SOURCE, if it was
-    downloaded."""
+def weight_inputs(folder: Path) -> dict[str, str]:
+    return {f"weights/{p.name}": sha256(p) for p in model_files(folder)}
+
+
+def link_model(s: Settings, name: str, source: Path):
+    """original/ or retain-only/ as links to the files of a folder."""
     if not source.is_dir():
         raise UserError(f"{source} is not a folder; a model is a name of the table, a folder in "
                         "Hugging Face layout, or hf:OWNER/NAME[@REVISION]")
@@ -210,18 +215,15 @@ def link_model(s: Settings, name: str, source: Path, origin: dict):
                         "replace it; choose another --out")
     checkpoint.read_config(source)
     checkpoint.weight_files(source)
-    load_tokenizer(source)
+    load_tokenizer(hub.tokenizer_folder(source))
     if name == "original" and (s.run / "retain-only").exists() and not hub.find_retain_only(s):
         raise UserError(f"{s.run} holds a retain-only model that is not of {source}; choose "
                         "another --out, or delete that folder")
-    files = model_files(source)
-    known = origin.get("sha256", {})
-    weights = {f"weights/{p.name}": known.get(p.name) or sha256(p) for p in files}
-    job = Stage(s.run / name, s, inputs=data_inputs(s) | weights, code=(),
+    job = Stage(s.run / name, s, inputs=data_inputs(s) | weight_inputs(source), code=(),
                 takes=(slices.Slice, Source))
-    job.notes["source"] = origin or dict(folder=source.name)
+    job.notes["source"] = hub.origin(source)
     if not job.is_made():
         with job.making() as folder:
-            for p in files:
+            for p in model_files(source):
                 (folder / p.name).unlink(missing_ok=True)
                 (folder / p.name).symlink_to(p)

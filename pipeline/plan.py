@@ -335,7 +335,7 @@ def lengths_of(s: Settings, rows: list[Encoded] = ()) -> dict:
 
 def config_of(s: Settings) -> Config:
     """The shape of a run's model: its own config.json, or what it will be."""
-    for folder in (s.run / "original", hub.given_model(s)):
+    for folder in (s.run / "original", hub.chosen_model(s)):
         if folder and os.path.isfile(os.path.join(folder, "config.json")):
             return checkpoint.read_config(Path(folder))
     if s.tiny:
@@ -362,7 +362,7 @@ def critical_count(s: Settings, config: Config) -> int:
 
 def plan_command(s: Settings):
     """Print what memory each stage of a run needs, and whether it fits the device at hand."""
-    folder = Path(hub.given_model(s))
+    folder = Path(hub.chosen_model(s))
     if s.layout == "rows" and (folder / "config.json").is_file():
         return outlook(s, folder, load_benchmark(s))
     config, device, dtype = config_of(s), choose_device(s), choose_dtype(s)

@@ -449,14 +449,9 @@ def settings_of(values, path: Path, **changed) -> Settings:
 # ----------------------------------------------------------------------------- the files of a run
 
 
-def downloads() -> Path:
-    """The folder that holds everything fetched."""
-    return Path(os.environ.get("SIMU_DOWNLOADS") or HERE / "downloads")
-
-
 def default_data() -> str:
     """--data where neither it nor SIMU_DATA is set: what is downloaded."""
-    return str(downloads() / "data")
+    return str(HERE / "downloads" / "data")
 
 
 def row_files(s: Settings) -> dict[str, str]:

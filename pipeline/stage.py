@@ -12,6 +12,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -53,8 +54,20 @@ def digest(value) -> str:
 def sha256(path) -> str:
     """sha256 of a file. A large one that stays as it is, is read once, whatever links to it."""
     info = os.stat(path)
+    if name := hub_digest(Path(path)):
+        return name
     read = read_sha256 if info.st_size > SMALL else read_sha256.__wrapped__
     return read(os.path.realpath(path), info.st_size, info.st_mtime_ns)
+
+
+def hub_digest(file: Path) -> str:
+    """The sha256 by which the hub's cache names a large file that a link leads to; "" for others.
+    It follows one link at a time: the last may lead to a store that names files otherwise."""
+    while file.is_symlink():
+        file = file.parent / os.readlink(file)
+        if file.parent.name == "blobs" and re.fullmatch("[0-9a-f]{64}", file.name):
+            return file.name
+    return ""
 
 
 @functools.cache
