@@ -6,8 +6,7 @@ V vocabulary, S cached columns. A SIMU neuron [D1] is one of the D output channe
 down_proj; a function put in `model.layers[l].mlp.intervene` sees and may change exactly those.
 
 Not here: dropout, sliding windows, quantised weights, sampling, padding masks (training rows are
-padded on the right, where causal attention cannot see them), checks of every value in a stranger's
-config.json, and weights in several files when saving.
+padded on the right, where causal attention cannot see them), saving weights in several files.
 """
 
 import contextlib
@@ -15,21 +14,19 @@ import ctypes
 import json
 import math
 import os
-import re
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 INIT_STD = 0.02  # GPT-2's, which LLaMA's and OLMo's published configs share
 OLMO_EPS = 1e-5  # not in OLMo's config.json: its released code and transformers both fix it
-LOGITS = 1 << 25  # logits held at once: 128 MiB of float32
 
 
 class UserError(Exception):
@@ -65,24 +62,6 @@ def make_norm(c: "Config") -> nn.Module:
     return norm(c.hidden_size, c.rms_norm_eps)
 
 
-def rope(c: "Config", positions):
-    """positions int64 [...] -> cos, sin float32 [..., hd] as `rotate` takes them: channels j and
-    j + hd/2 turn by one angle, which therefore stands twice, with sin negated the first time."""
-    hd, scaling = c.head_dim, c.rope_scaling
-    j = torch.arange(0, hd, 2, dtype=torch.float32, device=positions.device)  # [hd/2]
-    frequency = 1.0 / c.rope_theta ** (j / hd)
-    if scaling is not None:
-        # Llama 3.1 divides by `factor` the frequencies that turn fewer than `low` times in the
-        # trained context, keeps those that turn more than `high` times, and blends in between.
-        factor, low, high, context = (scaling[k] for k in LLAMA3)
-        turns = context * frequency / (2 * math.pi)
-        keep = ((turns - low) / (high - low)).clamp(0, 1)
-        frequency = frequency * (keep + (1 - keep) / factor)
-    angle = positions[..., None].float() * frequency  # [..., hd/2]
-    cos, sin = angle.cos(), angle.sin()
-    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)  # [..., hd]
-
-
 def rotate(x, cos, sin):
     """RoPE on x [B, heads, T, hd], in float32 as cos and sin are: the pair (x_j, x_j+hd/2) becomes
     (x_j cos - x_j+hd/2 sin, x_j+hd/2 cos + x_j sin). This is the "rotate half" layout of HF
@@ -103,23 +82,11 @@ def attention(q, k, v, mask):
 def causal_attention(q, k, v):
     """q [B, H, T, hd] on k, v [B, K, T, hd] -> [B, T, H*hd]: a position sees itself and what stands
     before it. What stands in for it in a layer takes and gives the same."""
-    dtype = q.dtype
-    if dtype == torch.bfloat16 and q.device.type == "cpu":  # bfloat16's backward is 3x slower
-        q, k, v = q.float(), k.float(), v.float()
+    if q.dtype == torch.bfloat16 and q.device.type == "cpu":  # its backward is 3x slower there
+        return causal_attention(q.float(), k.float(), v.float()).to(q.dtype)
     grouped = q.shape[1] != k.shape[1]
     y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
-    return y.transpose(1, 2).flatten(2).to(dtype)  # [B, T, H*hd]
-
-
-def attention_of_rows(slots, shape, q, k, v, *, attend):
-    """Attention where the tokens of B rows stand side by side, q [1, H, N, hd] and k, v
-    [1, K, N, hd], token n in slot slots[n] of shape (B, T) laid out flat -> [1, N, H*hd]"""
-    def spread(x):  # [1, heads, N, hd] -> [B, heads, T, hd]
-        rows = x.new_zeros(shape[0] * shape[1], *x.shape[1::2]).index_copy(
-            0, slots, x[0].transpose(0, 1))
-        return rows.unflatten(0, shape).transpose(1, 2)
-
-    return attend(*map(spread, (q, k, v))).flatten(0, 1).index_select(0, slots)[None]
+    return y.transpose(1, 2).flatten(2)  # [B, T, H*hd]
 
 
 class Attention(nn.Module):
@@ -135,12 +102,10 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(c.hidden_size, kv_size, bias=biases)
         self.v_proj = nn.Linear(c.hidden_size, kv_size, bias=biases)
         self.o_proj = nn.Linear(q_size, c.hidden_size, bias=False)
-        if self.norms == "all":
-            self.q_norm = RMSNorm(q_size, c.rms_norm_eps)
-            self.k_norm = RMSNorm(kv_size, c.rms_norm_eps)
-        elif self.norms == "head":
-            self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps)
-            self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps)
+        if self.norms:
+            heads = self.norms == "head"
+            self.q_norm = RMSNorm(c.head_dim if heads else q_size, c.rms_norm_eps)
+            self.k_norm = RMSNorm(c.head_dim if heads else kv_size, c.rms_norm_eps)
 
     def qkv(self, x, cos, sin):
         """x [B, T, D], cos and sin [T, hd] or [B, T, hd] -> q [B, H, T, hd], k, v [B, K, T, hd],
@@ -183,9 +148,6 @@ class MLP(nn.Module):
         """The neurons' activations [.., D] or [.., F] -> what they add to the stream [.., D]"""
         return self.down_proj(a) if self.inner else a
 
-    def forward(self, x):
-        return self.write(self.neurons(x))
-
 
 class Block(nn.Module):
     """One layer: how attention and MLP read the residual stream and add to it. Most models norm
@@ -212,8 +174,7 @@ class Block(nn.Module):
         return x, self.mlp.neurons(self.post_attention_layernorm(x))
 
     def add_beta(self, x, beta):
-        """The stream after attention and beta, which broadcast against each other -> the stream
-        that leaves the layer [..., D]"""
+        """The stream after attention, and beta, which broadcast -> what leaves the layer [.., D]"""
         y = self.mlp.write(beta)
         return x + (self.post_feedforward_layernorm(y) if self.norms_output else y)
 
@@ -255,8 +216,7 @@ class Neurons:
 
 
 NEURONS = {"output": Neurons("hidden_size", rows=("down_proj",)),
-           "inner": Neurons("intermediate_size", rows=("gate_proj", "up_proj"),
-                            columns=("down_proj",))}
+           "inner": Neurons("intermediate_size", ("gate_proj", "up_proj"), ("down_proj",))}
 LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 # Keys that would change the numbers, and the one value of each that this code computes.
 SUPPORTED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
@@ -307,64 +267,40 @@ class Config:
         compute other numbers than transformers."""
         file = Path(path) / "config.json"
         content = read_json(file)
-        try:
-            check_supported(content)
-            rope = rope_fields(content)
-        except UserError as e:
-            raise UserError(f"{file}: {e}") from None
-        architecture = ARCHITECTURES[content["model_type"]]
+        architecture = ARCHITECTURES.get(content.get("model_type"))
+        if architecture is None:
+            raise UserError(f"{file}: model_type = {content.get('model_type')!r} is not supported; "
+                            f"only {', '.join(ARCHITECTURES)} are")
+        scaling = content.get("rope_parameters") or content.get("rope_scaling") or {}
+        kind = scaling.get("rope_type", scaling.get("type", "default"))
+        window = content.get("sliding_window", architecture.window) if architecture.window else None
+        faults = [f"{key} = {content[key]!r}" for key, only in SUPPORTED.items()
+                  if content.get(key) not in (None, only)]
+        if kind not in ("default", "llama3") or scaling.get("partial_rotary_factor", 1) != 1:
+            faults.append(f"RoPE of {scaling}")
+        if any(x != "full_attention" for x in content.get("layer_types") or ()):
+            faults.append(f"layer_types = {content['layer_types']}")
+        if window is not None and window < content["max_position_embeddings"]:
+            faults.append(f"sliding_window = {window}, below max_position_embeddings,")
+        if faults:
+            raise UserError(f"{file}: {'; '.join(faults)} is not supported")
         values = {f.name: content[f.name] for f in fields(cls) if content.get(f.name) is not None}
+        values["rope_theta"] = scaling.get("rope_theta") or content.get("rope_theta") or 10000.0
+        values["rope_scaling"] = None
+        if kind == "llama3":
+            values["rope_scaling"] = {"rope_type": kind} | {key: scaling[key] for key in LLAMA3}
         values["rms_norm_eps"] = OLMO_EPS if architecture.plain_norm else content["rms_norm_eps"]
         if not architecture.clips:  # transformers' other classes ignore clip_qkv too
-            values.pop("clip_qkv", None)
+            values["clip_qkv"] = None
         if values.get("pad_token_id") == -1:  # how old LLaMA exports say "none"
-            del values["pad_token_id"]
-        return cls(**values | rope | {"neurons": "output"} | changes)
+            values["pad_token_id"] = None
+        return cls(**values | {"neurons": "output"} | changes)
 
     def to_hf(self, dtype: torch.dtype) -> dict:
         """The content of a config.json which transformers 4 and 5 load; dtype of the weights."""
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "neurons"}
-        if self.architecture.plain_norm:
-            del values["rms_norm_eps"]
-        if not self.architecture.clips:
-            del values["clip_qkv"]
-        if self.architecture.window:
-            values["sliding_window"] = None
-        return values | {
-            "architectures": [self.architecture.name], "hidden_act": "silu",
-            "attention_dropout": 0.0, "torch_dtype": str(dtype).removeprefix("torch.")}
-
-
-def check_supported(content: dict):
-    """UserError if a config.json asks for what is not computed here."""
-    architecture = ARCHITECTURES.get(content.get("model_type"))
-    if architecture is None:
-        raise UserError(f"model_type = {content.get('model_type')!r}: only "
-                        f"{', '.join(ARCHITECTURES)} are supported")
-    for key, only in SUPPORTED.items():
-        if content.get(key) is not None and content[key] != only:
-            raise UserError(f"{key} = {content[key]!r} is not supported; only {only!r} is")
-    if any(x != "full_attention" for x in content.get("layer_types") or ()):
-        raise UserError(f"layer_types = {content['layer_types']} is not supported; only "
-                        "full_attention is")
-    window = content.get("sliding_window", architecture.window)  # null: none
-    if architecture.window and window and window < content["max_position_embeddings"]:
-        raise UserError(f"sliding_window = {window} is below max_position_embeddings and not "
-                        "computed here; lower the latter to it in config.json, if texts are short")
-
-
-def rope_fields(content: dict) -> dict:
-    """RoPE's base and scaling, as transformers 4 writes them or, inside rope_parameters,
-    transformers 5."""
-    scaling = content.get("rope_parameters") or content.get("rope_scaling") or {}
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if kind not in ("default", "llama3") or scaling.get("partial_rotary_factor", 1) != 1:
-        raise UserError(f"RoPE of {scaling} is not supported; only plain RoPE and llama3's are")
-    values = {"rope_theta": scaling.get("rope_theta") or content.get("rope_theta") or 10000.0,
-              "rope_scaling": None}
-    if kind == "llama3":
-        values["rope_scaling"] = {"rope_type": kind} | {key: scaling[key] for key in LLAMA3}
-    return values
+        return values | {"architectures": [self.architecture.name], "sliding_window": None,
+                         "torch_dtype": str(dtype).removeprefix("torch.")}
 
 
 # ----------------------------------------------------------------------------------------- model
@@ -394,8 +330,7 @@ class KVCache:
 
 
 class Transformer(nn.Module):
-    """A decoder-only language model. Fresh weights are drawn from torch's global generator, so
-    `torch.manual_seed` decides them."""
+    """A decoder-only language model, whose fresh weights torch.manual_seed decides."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -412,27 +347,34 @@ class Transformer(nn.Module):
         # The residual stream adds 2L outputs: scaled so that its variance does not grow with L.
         residual_std = INIT_STD / math.sqrt(2 * config.num_hidden_layers)
         for name, weight in self.named_parameters():
-            if weight.is_meta:  # a loader fills it
-                continue
-            if weight.dim() == 2:
+            if weight.dim() == 2 and not weight.is_meta:  # else a loader fills it
                 residual = name.endswith(("o_proj.weight", "down_proj.weight"))
                 nn.init.normal_(weight, std=residual_std if residual else INIT_STD)
             elif name.endswith(".bias"):
                 nn.init.zeros_(weight)
 
     def rope(self, positions):
-        """positions int64 [...] -> cos, sin float32 [..., hd]: the `cos_sin` that layers take"""
-        return rope(self.config, positions)
-
-    def embed(self, ids):
-        """ids [B, T] -> the stream that enters the first layer [B, T, D]"""
-        return self.embed_tokens(ids)
+        """positions int64 [...] -> cos, sin float32 [..., hd] as `rotate` takes them: channels j
+        and j + hd/2 turn by one angle, so it stands twice, with its sine negated the first time."""
+        hd, scaling = self.config.head_dim, self.config.rope_scaling
+        j = torch.arange(0, hd, 2, dtype=torch.float32, device=positions.device)  # [hd/2]
+        frequency = 1.0 / self.config.rope_theta ** (j / hd)
+        if scaling is not None:
+            # Llama 3.1 divides by `factor` the frequencies that turn fewer than `low` times in the
+            # trained context, keeps those that turn more than `high` times, and blends in between.
+            factor, low, high, context = (scaling[k] for k in LLAMA3)
+            turns = context * frequency / (2 * math.pi)
+            keep = ((turns - low) / (high - low)).clamp(0, 1)
+            frequency = frequency * (keep + (1 - keep) / factor)
+        angle = positions[..., None].float() * frequency  # [..., hd/2]
+        cos, sin = angle.cos(), angle.sin()
+        return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)  # [..., hd]
 
     def hidden(self, ids, attends=None, *, cos_sin=None):
-        """ids [B, T] -> final normed states [B, T, D], in the weights' dtype. `attends` holds for
-        each layer what stands in for causal_attention. `cos_sin`: self.rope of the positions where
-        the ids stand, if not from 0 on."""
-        x = self.embed(ids)  # [B, T, D]
+        """ids [B, T] -> final normed states [B, T, D], in the weights' dtype. `attends`: for each
+        layer what stands in for causal_attention; `cos_sin`: self.rope of the ids' positions, if
+        not from 0 on."""
+        x = self.embed_tokens(ids)  # [B, T, D]
         if attends is None:
             attends = [causal_attention] * len(self.layers)
         if cos_sin is None:
@@ -445,30 +387,10 @@ class Transformer(nn.Module):
                 x = block(x, *cos_sin, attend)
         return self.norm(x)
 
-    def hidden_at(self, ids, wanted):
-        """Final normed states [N, D] where wanted [B, T] is true. No padding is read, nor anything
-        else right of a row's last wanted position: what is left of all rows stands side by side.
-        ids and wanted may lie on the host: then nothing here waits for the model's device."""
-        positions = torch.arange(ids.shape[1], device=ids.device)
-        last = positions.where(wanted, -1).amax(1)  # [B]
-        slots = (positions <= last[:, None]).flatten().nonzero()[:, 0]
-        which = wanted.flatten()[slots].nonzero()[:, 0]  # [N]
-        read, slots, positions, which = (
-            x.to(self.embed_tokens.weight.device)
-            for x in (ids.flatten()[slots], slots, slots % ids.shape[1], which))
-        return self.hidden_of_rows(read, slots, ids.shape, positions).index_select(0, which)
-
-    def hidden_of_rows(self, ids, slots, shape, positions, attend=causal_attention):
-        """Final normed states [N, D] of the ids [N] of B rows, side by side: id n stands in slot
-        slots[n] of shape (B, T) laid out flat, and at positions[n] of its text. `attend`: the
-        attention over the rows as they are laid out."""
-        attends = [partial(attention_of_rows, slots, shape, attend=attend)] * len(self.layers)
-        return self.hidden(ids[None], attends, cos_sin=self.rope(positions))[0]
-
     @property
     def head(self):
         """The matrix [V, D] of the logits."""
-        return (self.embed_tokens if self.lm_head is None else self.lm_head).weight
+        return (self.lm_head or self.embed_tokens).weight
 
     def logits(self, h):
         """Final normed states [..., D] -> float32 [..., V]"""
@@ -479,8 +401,7 @@ class Transformer(nn.Module):
         return self.logits(self.hidden(ids))
 
     @classmethod
-    def from_pretrained(cls, path, dtype=torch.float32, device="cpu", *, neurons="output"
-                        ) -> "Transformer":
+    def from_pretrained(cls, path, dtype=torch.float32, device="cpu", *, neurons="output"):
         """Load a HF folder (config.json and safetensors, whole or sharded), tensor by tensor into
         dtype on device. UserError names what is missing, unexpected, misshapen or damaged."""
         with torch.device("meta"):
@@ -491,9 +412,8 @@ class Transformer(nn.Module):
     def save_pretrained(self, path):
         """Write a HF folder, config.json and model.safetensors, in the dtype of the weights. Each
         file appears under its name only when whole."""
-        config = self.config.to_hf(self.embed_tokens.weight.dtype)
         save_tensors(Path(path) / "model.safetensors", stored_parameters(self), {"format": "pt"})
-        write_json(Path(path) / "config.json", config)
+        write_json(Path(path) / "config.json", self.config.to_hf(self.embed_tokens.weight.dtype))
 
 
 # -------------------------------------------------------------------------------------- decoding
@@ -504,15 +424,21 @@ def generate(model, prompts, *, max_new_tokens=None, eos_id, max_total_tokens=No
              batch_tokens=16384, progress=None) -> list[list[int]]:
     """Greedy continuations [D16] of `prompts` (lists of ids), in their order: new ids, without eos.
     A row ends at eos_id (an id, several, or None: never), after max_new_tokens, at max_total_tokens
-    with its prompt, or at the model's context. A batch holds at most batch_tokens cached positions
-    (a longer row is a batch of its own); `progress` names a tqdm bar. UserError: a prompt that
-    cannot be continued."""
+    with its prompt, or at the model's context. A batch is one row, or as many as batch_tokens
+    cached positions hold; `progress` names a tqdm bar."""
+    context, vocab = model.config.max_position_embeddings, model.config.vocab_size
+    for prompt in prompts:
+        if not 0 < len(prompt) < context or max(prompt) >= vocab:
+            raise UserError(f"a prompt of {len(prompt)} tokens cannot be continued in a context of "
+                            f"{context}, with ids up to {max(prompt, default=0)} of {vocab}")
     ends = {eos_id} if isinstance(eos_id, int) else set(eos_id or ())
-    limit = [longest(model.config, p, max_new_tokens, max_total_tokens) for p in prompts]
+    new = context if max_new_tokens is None else max_new_tokens
+    total = context if max_total_tokens is None else max_total_tokens
+    limit = [max(len(p), min(len(p) + new, total, context)) for p in prompts]
     texts = [list(p) for p in prompts]
+    order = [i for i, prompt in enumerate(prompts) if limit[i] > len(prompt)]
     # The longest first: what does not fit in memory fails at once, and little is padded.
-    order = sorted(range(len(prompts)), key=lambda i: (-limit[i], -len(prompts[i])))
-    order = [i for i in order if limit[i] > len(prompts[i])]
+    order.sort(key=lambda i: (-limit[i], -len(prompts[i])))
     with tqdm(total=len(order), desc=progress, unit="row", disable=progress is None) as bar:
         while order:
             count = max(1, batch_tokens // limit[order[0]])
@@ -520,18 +446,6 @@ def generate(model, prompts, *, max_new_tokens=None, eos_id, max_total_tokens=No
             decode(model, [texts[i] for i in rows], [limit[i] for i in rows], ends)
             bar.update(len(rows))
     return [text[len(prompt):] for text, prompt in zip(texts, prompts)]
-
-
-def longest(c: Config, prompt: list[int], max_new_tokens, max_total_tokens) -> int:
-    """How many tokens a prompt may have with its continuation."""
-    context = c.max_position_embeddings
-    if not 0 < len(prompt) < context or max(prompt) >= c.vocab_size:
-        raise UserError(f"a prompt of {len(prompt)} tokens, the largest {max(prompt, default=0)}, "
-                        f"cannot be continued: the model's context has {context}, its vocabulary "
-                        f"{c.vocab_size}")
-    new = context if max_new_tokens is None else max_new_tokens
-    total = context if max_total_tokens is None else max_total_tokens
-    return max(len(prompt), min(len(prompt) + new, total, context))
 
 
 def decode(model, texts: list[list[int]], limit: list[int], ends: set[int]):
@@ -557,10 +471,8 @@ def decode(model, texts: list[list[int]], limit: list[int], ends: set[int]):
 # ------------------------------------------------------------------------------ loading, saving
 
 INDEX = "model.safetensors.index.json"
-NO_TEXT = re.compile("[\0\ud800-\udfff]")  # what no file name or UTF-8 file can hold
-DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
-          torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
-          torch.uint8: "U8", torch.bool: "BOOL"}  # safetensors' names
+DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+          torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL"}  # safetensors' names
 
 
 def stored_parameters(model) -> dict[str, nn.Parameter]:
@@ -572,37 +484,35 @@ def stored_parameters(model) -> dict[str, nn.Parameter]:
 def load_weights(model, folder: Path, dtype, device):
     """Fill a model on the meta device from a HF folder. Strict: UserError names a tensor that is
     missing, unexpected, misshapen, not float or not finite."""
-    missing, unexpected, head_file = stored_parameters(model), [], None
+    files = {}  # the file of each stored name
     for file in shard_files(folder):
-        with open_tensors(file) as shard:
-            names = sorted(shard.keys())
-        for name in names:
-            if name.endswith("rotary_emb.inv_freq"):
-                continue  # old exports store RoPE's frequencies, which the config decides
-            if name in missing:
-                weight = read_weight(file, name, missing.pop(name).shape, dtype, device)
-                module, _, leaf = name.removeprefix("model.").rpartition(".")
-                setattr(model.get_submodule(module), leaf, nn.Parameter(weight))
-            elif name == "lm_head.weight" and model.lm_head is None:
-                head_file = file
-            else:
-                unexpected.append(name)
-    faults = [f"{name} is missing" for name in missing]
-    faults += [f"{name} is unexpected" for name in unexpected]
+        with safe_open(file, framework="pt") as shard:
+            files |= dict.fromkeys(sorted(shard.keys()), file)
+    parameters = stored_parameters(model)
+    # Old exports store RoPE's frequencies, which the config decides, and some a head that is tied.
+    optional = ("rotary_emb.inv_freq", "lm_head.weight")
+    faults = [f"{name} is missing" for name in parameters if name not in files]
+    faults += [f"{name} is unexpected" for name in files
+               if name not in parameters and not name.endswith(optional)]
     if faults:
         raise UserError(f"{folder}: {len(faults)} weights do not fit config.json: "
                         f"{', '.join(faults[:4])}; take both from the same model")
-    if head_file is not None:
-        head = read_weight(head_file, "lm_head.weight", model.head.shape, dtype, device)
+    for name, parameter in parameters.items():
+        weight = read_weight(files[name], name, parameter.shape, dtype, device)
+        module, _, leaf = name.removeprefix("model.").rpartition(".")
+        setattr(model.get_submodule(module), leaf, nn.Parameter(weight))
+    file = files.get("lm_head.weight")
+    if model.lm_head is None and file is not None:
+        head = read_weight(file, "lm_head.weight", model.head.shape, dtype, device)
         if not torch.equal(head, model.head):
-            raise UserError(f"{head_file}: lm_head.weight is not the embedding, yet config.json "
-                            "says tie_word_embeddings; set it to false to use this head")
+            raise UserError(f"{file}: lm_head.weight is not the embedding, yet config.json says "
+                            "tie_word_embeddings; set it to false to use this head")
 
 
 def read_weight(file: Path, name: str, shape, dtype, device) -> torch.Tensor:
     """A copy of one stored tensor. The file is opened for each anew: what is mapped counts as this
     process's memory until it is closed, which would double the peak."""
-    with open_tensors(file) as shard:
+    with safe_open(file, framework="pt") as shard:
         stored = shard.get_tensor(name)
         if stored.shape != shape or not stored.is_floating_point():
             raise UserError(f"{file}: {name} is {list(stored.shape)} of {stored.dtype}, not "
@@ -627,20 +537,6 @@ def shard_files(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def open_tensors(file: Path):
-    try:
-        return safe_open(file, framework="pt")
-    except (OSError, SafetensorError) as e:
-        reason = str(e).splitlines()[0] if str(e) else type(e).__name__
-        raise UserError(f"{file} is not a whole safetensors file ({reason}); "
-                        "download it again") from None
-
-
-def tensor_bytes(t: torch.Tensor) -> bytes:
-    """The bytes of a contiguous tensor on the CPU; numpy, which would give them, is not needed."""
-    return ctypes.string_at(t.data_ptr(), t.nbytes)
-
-
 def save_tensors(path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None):
     """Write a safetensors file tensor by tensor, all of it or nothing. Not by the package, which
     copies each shard and needs numpy. The format: 8 bytes of header length, a JSON header, the
@@ -657,10 +553,8 @@ def save_tensors(path, tensors: dict[str, torch.Tensor], metadata: dict[str, str
     with atomic_file(path) as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for _, t in ordered:
-            file.write(tensor_bytes(t.detach().cpu().contiguous()))
-
-
-# ------------------------------------------------------------------------------------------ files
+            t = t.detach().cpu().contiguous()
+            file.write(ctypes.string_at(t.data_ptr(), t.nbytes))  # its bytes, without numpy
 
 
 def read_json(path):
@@ -670,8 +564,7 @@ def read_json(path):
     except FileNotFoundError:
         raise UserError(f"{path} is missing") from None
     except (OSError, ValueError, RecursionError) as e:
-        what = str(e).splitlines()[0]
-        raise UserError(f"{path} is not valid JSON ({what}); fetch or make it again") from None
+        raise UserError(f"{path} is not valid JSON ({e!r}); fetch or make it again") from None
 
 
 @contextlib.contextmanager
@@ -686,9 +579,6 @@ def atomic_file(path):
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial_file, path)
-    except OSError as e:
-        e.filename = e.filename or str(path)  # the error of a full disk names no file
-        raise
     finally:
         partial_file.unlink(missing_ok=True)
 

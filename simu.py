@@ -385,7 +385,7 @@ def clean_pass(model: Transformer, ids: Tensor, pos: Tensor, labels: Tensor) -> 
     positions = torch.arange(T, device=ids.device)
     itself = torch.eye(A, dtype=torch.bool, device=ids.device).expand(len(pos), A, A)
     seen = torch.cat([positions < pos[..., None], itself], dim=2)  # [B, A, T + A]
-    x, cos_sin = model.embed(ids), model.rope(positions)
+    x, cos_sin = model.embed_tokens(ids), model.rope(positions)
     mask = x.new_zeros(seen.shape).masked_fill(~seen, float("-inf"))[:, None]
 
     def at_ends(x):  # [B, T, D] -> [B, A, D]

@@ -9,6 +9,7 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from model import (ARCHITECTURES, INDEX, LLAMA3, Config, Transformer, UserError, read_json,
                    save_tensors, shard_files, stored_parameters, write_json)
@@ -93,7 +94,7 @@ def load_model(path, dtype=torch.float32, device="cpu", *, neurons="output") -> 
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint, all of which are there."""
+    """The safetensors files of a checkpoint. UserError if one is not there, or not whole."""
     index = folder / INDEX
     if not (folder / "model.safetensors").is_file():
         if not index.is_file():
@@ -107,8 +108,11 @@ def weight_files(folder: Path) -> list[Path]:
             raise UserError(f"{index}: weight_map must map tensors to files; download it again")
     files = shard_files(folder)
     for file in files:
-        if not file.is_file():
-            raise UserError(f"{file} is missing, which {INDEX} names; finish the download")
+        try:
+            safe_open(file, framework="pt")
+        except (OSError, SafetensorError) as e:
+            raise UserError(f"{file} is not a whole safetensors file ({e!r}); finish the "
+                            "download, or fetch it again") from None
     return files
 
 

@@ -46,7 +46,7 @@ def row_depths(original: Transformer, source: Transformer, ids: list[int], at: l
     """d(l, source) of a row by layer; at: the positions whose next tokens count."""
     device = original.embed_tokens.weight.device
     ids, at = torch.tensor([ids], device=device), torch.tensor(at, device=device)
-    clean, other = (streams_above(m, -1, m.embed(ids))[1:] for m in (original, source))
+    clean, other = (streams_above(m, -1, m.embed_tokens(ids))[1:] for m in (original, source))
 
     def mean_log_p(hidden):  # [1, T, D] that left the last layer
         logits = original.logits(original.norm(hidden)[0, at])  # [N, V]

@@ -17,7 +17,7 @@ LAYER, LENGTH = 1, 20.0  # the layer, and how long the random direction is
 def states(model: simu.Transformer, row: Encoded) -> Tensor:
     """States [A, D] of a row that leave the layer, where answer tokens are predicted."""
     batch = collate([row])
-    x = model.embed(batch.ids)  # [1, T, D]
+    x = model.embed_tokens(batch.ids)  # [1, T, D]
     cos_sin = model.rope(torch.arange(len(row.ids)))
     for block in model.layers[:LAYER + 1]:
         x = block(x, *cos_sin)
