@@ -12,9 +12,9 @@
 #   bash run.sh figures [FOLDER ...]                  figures of the sweeps and runs stored there
 #   bash run.sh test                                  the test suite
 #
-# Each has a --help. Of the first three: --methods fo so simu and --objectives graddiff to run others
-# or several; --seeds N to run seeds 0 to N-1; --dry-run to see the downloads, the stages and the
-# memory only. A finished stage is skipped (--force: run again), a killed one goes on.
+# Each has a --help. Of the first three: --methods fo so simu and --objectives graddiff to run
+# others or several; --seeds N to run seeds 0 to N-1; --dry-run to see the downloads, the stages and
+# the memory only. A finished stage is skipped (--force: run again), a killed one goes on.
 set -euo pipefail
 here="$(cd "$(dirname "$(realpath "${BASH_SOURCE[0]}")")" && pwd)"
 export MALLOC_MMAP_THRESHOLD_=4194304  # glibc: freed blocks of 4 MB go back; a fifth of the peak

@@ -3,8 +3,8 @@ command line made of them.
 
 A value comes from the first that has it: the command line, --config, the cell's recipe, the
 default. `Settings` is the union of what the core's functions take (simu.Recipe, eval.Limits) and
-of what only a run needs. A stage depends on the dataclasses below as they are, so that a field which
-is added to one cannot be forgotten.
+of what only a run needs. A stage depends on the dataclasses below as they are, so a field that is
+added to one cannot be forgotten.
 """
 
 import argparse
