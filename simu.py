@@ -723,36 +723,14 @@ def unlearn(model: Transformer, forget: list[Encoded], retain: list[Encoded],
 
 
 # ============================================================= Tables: a fork adds a row
-
-
 # ------------------------------------------------------------------------------- masks
 
-
-def soft_mask(forget: Tensor, retain: Tensor, threshold: float, seed: int) -> Tensor:
-    """float32 [L, D]: for a critical neuron f / (f + r), f and r its forget and retain scores as
-    shares of the layer's largest; else 0."""
-    f, r = (x.clamp_min(0) / x.amax(1, keepdim=True).clamp_min(1e-30) for x in (forget, retain))
-    return torch.where(critical_mask(forget, threshold), f / (f + r), 0.0)
-
-
-def random_mask(forget: Tensor, retain: Tensor, threshold: float, seed: int) -> Tensor:
-    """bool [L, D]: as many neurons in every layer as are critical, drawn by seed."""
-    count = critical_mask(forget, threshold).sum(1, keepdim=True)
-    draw = torch.rand(forget.shape, generator=torch.Generator().manual_seed(seed))
-    first = torch.arange(forget.shape[1]) < count  # [L, D]
-    return torch.zeros_like(first).scatter(1, draw.argsort(1), first)
-
-
 # M from forget and retain scores, t and seed. dual keeps neurons that are critical for both sets
-# [D6]; none leaves attention alone to move; all moves every row of down_proj.
+# [D6]. pipeline/objectives.py adds others.
 MASKS = {
     "dual": lambda forget, retain, t, seed: critical_mask(forget, t),
     "forget-only": lambda forget, retain, t, seed: (critical_mask(forget, t)
                                                     & ~critical_mask(retain, t)),
-    "soft": soft_mask,
-    "random": random_mask,
-    "none": lambda forget, retain, t, seed: torch.zeros_like(forget, dtype=torch.bool),
-    "all": lambda forget, retain, t, seed: torch.ones_like(forget, dtype=torch.bool),
 }
 
 

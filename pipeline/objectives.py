@@ -1,5 +1,5 @@
-"""Objectives beside the paper's. Importing this file adds them to simu.OBJECTIVES; a fork can add
-its own here, or in a file of its own that is imported beside this one.
+"""Objectives and masks beside the paper's. Importing this file adds them to the tables of simu.py; a
+fork can add its own here, or in a file of its own that is imported beside this one.
 
 GradDiff's ascent has no end. These end, each elsewhere: at a reference model (NPO), at another
 answer (PO, UNDIAL), or at the losses that rows never seen have (stranger, outsider).
@@ -181,4 +181,31 @@ simu.OBJECTIVES |= {
                           "heart"),
     "po": Objective(partial(losses_by, answer_nll, per="token"),
                     about="descent on refusals to forget rows (A.2)"),
+}
+
+
+# --------------------------------------------------------------------------------------- masks
+
+
+def soft_mask(forget: Tensor, retain: Tensor, threshold: float, seed: int) -> Tensor:
+    """float32 [L, D]: for a critical neuron f / (f + r), f and r its forget and retain scores as
+    shares of the layer's largest; else 0."""
+    f, r = (x.clamp_min(0) / x.amax(1, keepdim=True).clamp_min(1e-30) for x in (forget, retain))
+    return torch.where(simu.critical_mask(forget, threshold), f / (f + r), 0.0)
+
+
+def random_mask(forget: Tensor, retain: Tensor, threshold: float, seed: int) -> Tensor:
+    """bool [L, D]: as many neurons in every layer as are critical, drawn by seed."""
+    count = simu.critical_mask(forget, threshold).sum(1, keepdim=True)
+    draw = torch.rand(forget.shape, generator=torch.Generator().manual_seed(seed))
+    first = torch.arange(forget.shape[1]) < count  # [L, D]
+    return torch.zeros_like(first).scatter(1, draw.argsort(1), first)
+
+
+# none leaves attention alone to move; all moves every row of down_proj.
+simu.MASKS |= {
+    "soft": soft_mask,
+    "random": random_mask,
+    "none": lambda forget, retain, t, seed: torch.zeros_like(forget, dtype=torch.bool),
+    "all": lambda forget, retain, t, seed: torch.ones_like(forget, dtype=torch.bool),
 }

@@ -34,7 +34,7 @@ from pipeline.evaluate import evaluations_of, read_rows
 from pipeline.settings import Settings, load_benchmark, read_settings
 from pipeline.stage import content, data_inputs, read_stage, stale, unlearned_name
 
-DEFINITION = __doc__.split("\n\n", 1)[1]
+DEFINITION = (__doc__ or "").partition("\n\n")[2]  # python -OO drops docstrings
 MOST_SAID = 0.05  # share of the rows said word for word, or completed from a half
 MOST_SPECIFICS = 0.10  # share of a row's specifics said, beyond chance
 MOST_NEAR = 0.15  # ROUGE-L, beyond chance
