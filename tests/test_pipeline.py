@@ -240,7 +240,7 @@ def command(*words, **environment):
 
 
 @pytest.mark.parametrize("words, told", [
-    ("original tofu tiny-llama", "SIMU_DATA"),
+    ("original tofu tiny-llama", "--data"),
     ("original tofu llama3-8b", "llama3-8b"),
     ("original demo tiny-llama --treshold 0.3", "--treshold"),
     ("original demo tiny-llama --steps 0", "--steps is 0; it must be at least 1"),
