@@ -50,10 +50,14 @@ def load_original(s: Settings, job: Stage, name: str, encoded: dict, method: str
     return checkpoint.load_model(folder, **placement(s)), s
 
 
-def rows_to_learn(s: Settings, bench: slices.Benchmark, encoded: dict, model: Transformer) -> dict:
-    """The encoded rows; of a stranger's, without an eos that the original does not expect."""
-    if s.layout != "rows":
-        return encoded
+def trim_of(s: Settings):
+    """What shortens a stranger's encoded rows once the original is there; None for a benchmark's.
+    It is given from outside, so that its code is not that of every benchmark's stages."""
+    return rows_without_unexpected_eos if s.layout == "rows" else None
+
+
+def rows_without_unexpected_eos(s: Settings, bench: slices.Benchmark, encoded: dict,
+                                model: Transformer) -> dict:
     return {name: without_unexpected_eos(model, getattr(bench, name), rows, s)
             for name, rows in encoded.items()}
 
@@ -62,17 +66,17 @@ def rows_to_learn(s: Settings, bench: slices.Benchmark, encoded: dict, model: Tr
 
 
 def attribution_job(s: Settings) -> Stage:
-    return Stage(s.run / attribution_name(s), s, code=(make_attribution,),
+    return Stage(s.run / attribution_name(s), s, code=(make_attribution, trim_of(s)),
                  inputs=dict(original=content(s.run / "original")) | data_inputs(s),
                  takes=(slices.Slice, Source, Placement, simu.Attribution))
 
 
-def make_attribution(s: Settings, job: Stage, folder: Path):
+def make_attribution(s: Settings, job: Stage, folder: Path, trim=None):
     bench, encoded = encoded_rows(s)
     # As many retain rows as forget rows: scores only matter relative to their layer's maximum.
     s = fitted(s, encoded["forget"] + encoded["retain"])
     model, s = load_original(s, job, "attribute", encoded)
-    encoded = rows_to_learn(s, bench, encoded, model)
+    encoded = trim(s, bench, encoded, model) if trim else encoded
     count = min(len(encoded["retain"]), len(encoded["forget"]))
     encoded["retain"] = random.Random(s.seed).sample(encoded["retain"], count)
     scores = {name: simu.attribute_rows(model, rows, s, title=f"attribute {name}",
@@ -86,7 +90,7 @@ def attribute_stage(s: Settings):
     job = attribution_job(s)
     if not job.is_made():
         with job.making() as folder:
-            make_attribution(s, job, folder)
+            make_attribution(s, job, folder, trim_of(s))
 
 
 def mask_job(s: Settings) -> Stage:
@@ -160,19 +164,20 @@ def unlearn_job(s: Settings) -> Stage:
     if simu.METHODS[s.method].masked:
         mask_job(s).require()
         inputs[mask_name(s)] = content(s.run / mask_name(s))
-    return Stage(s.run / unlearned_name(s), s, inputs=inputs, code=(make_unlearned, aim_of(s)),
-                 takes=takes)
+    return Stage(s.run / unlearned_name(s), s, inputs=inputs, takes=takes,
+                 code=(make_unlearned, aim_of(s), trim_of(s)))
 
 
-def make_unlearned(s: Settings, job: Stage, folder: Path, aim=None):
-    """aim: aim_of(s), given from outside, so that its code is not that of every objective."""
+def make_unlearned(s: Settings, job: Stage, folder: Path, aim=None, trim=None):
+    """aim: aim_of(s), given from outside, so that its code is not that of every objective; trim:
+    trim_of(s)."""
     mask, targets, loop = None, None, job.loop
     if simu.METHODS[s.method].masked:
         mask = load_file(s.run / mask_name(s) / "mask.safetensors")["mask"]
     bench, encoded = encoded_rows(s, s.objective)
     s = fitted(s, encoded["forget"] + encoded["retain"])
     model, s = load_original(s, job, "unlearn", encoded, s.method)
-    encoded = rows_to_learn(s, bench, encoded, model)
+    encoded = trim(s, bench, encoded, model) if trim else encoded
     if aim:
         targets, loop = aim(s, job, bench, encoded, model)
     simu.unlearn(model, encoded["forget"], encoded["retain"], mask, s, targets=targets,
@@ -188,6 +193,6 @@ def unlearn_stage(s: Settings):
     job = unlearn_job(s)
     if not job.is_made():
         with job.making() as folder:
-            make_unlearned(s, job, folder, aim_of(s))
+            make_unlearned(s, job, folder, aim_of(s), trim_of(s))
             write_generation_config(folder, s)
             write_card(folder, job.name, s, dataclasses.asdict(s))
