@@ -50,14 +50,14 @@ def as_scalar(x: float) -> Tensor:
 
 
 @cache
-def compiled_update(device: str):
-    """update_weight compiled for a kind of device, or as it is, with one line that says so, where
-    the compiler (Triton and gcc; on a CPU g++) is missing or refuses it."""
+def compiled_update(device: str, optimiser):
+    """update_weight compiled for a kind of device, which is tried with an optimiser; or as it is,
+    with one line that says so, where the compiler (Triton and gcc; on a CPU g++) fails."""
     torch._dynamo.config.cache_size_limit = MOST_GRAPHS
     tensors = [torch.zeros(4, 4, device=device) for _ in range(4)]
     try:
         update = torch.compile(update_weight, dynamic=True, fullgraph=True)
-        update(simu.sophia, simu.Recipe(), *map(as_scalar, (1, 0.1, 1, 1)), tuple(tensors[:3]),
+        update(optimiser, simu.Recipe(), *map(as_scalar, (1, 0.1, 1, 1)), tuple(tensors[:3]),
                tensors[3], None)
         return update
     except Exception as e:  # any of a dozen kinds: what is wrong with the compiler is not ours
@@ -67,8 +67,8 @@ def compiled_update(device: str):
         return update_weight
 
 
-def update_on(device: torch.device):
-    return compiled_update(device.type) if device.type == "cuda" else update_weight
+def update_on(device: torch.device, optimiser):
+    return compiled_update(device.type, optimiser) if device.type == "cuda" else update_weight
 
 
 @torch.no_grad()
@@ -77,7 +77,7 @@ def apply_updates(moving: list[simu.Moving], optimiser, recipe, *, lr: float, st
     """simu.apply_updates by update_weight, compiled on a card. The noise of its rounding depends on
     seed and step alone, and torch's own random numbers go on as if there were none."""
     device, clipped = moving[0].master.device, 0
-    update = update_on(device)
+    update = update_on(device, optimiser)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(recipe.seed * 1_000_003 + step)
         for w in moving:

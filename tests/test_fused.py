@@ -20,9 +20,9 @@ KINDS = [("sophia", "float32", "float32"), ("sophia", "bfloat16", "float32"),
 @pytest.fixture
 def compiled(monkeypatch):
     """fused.apply_updates as a card has it."""
-    update = fused.compiled_update("cpu")
+    update = fused.compiled_update("cpu", simu.sophia)
     assert update is not fused.update_weight
-    monkeypatch.setattr(fused, "update_on", lambda device: update)
+    monkeypatch.setattr(fused, "update_on", lambda device, optimiser: update)
 
 
 def moving(weights: str, state: str, soft: bool) -> list[simu.Moving]:
@@ -62,7 +62,7 @@ def test_the_compiled_update_is_the_written_one(name, weights, state, compiled, 
         args = name, weights, state, soft, 1 if state == "bfloat16" else 4
         got, ours = run(fused.apply_updates, *args)
         with monkeypatch.context() as m:
-            m.setattr(fused, "update_on", lambda device: fused.update_weight)
+            m.setattr(fused, "update_on", lambda device, optimiser: fused.update_weight)
             want, counts = run(fused.apply_updates, *args)
         if state == "float32":
             literal, _ = run(simu.apply_updates, *args)
@@ -123,7 +123,7 @@ def test_without_a_compiler_one_line_says_so_and_the_written_update_is_taken(mon
         raise RuntimeError("Cannot find a working triton installation.\nmore")
 
     monkeypatch.setattr(torch, "compile", broken)
-    assert fused.compiled_update.__wrapped__("cpu") is fused.update_weight
+    assert fused.compiled_update.__wrapped__("cpu", simu.sophia) is fused.update_weight
     printed = capsys.readouterr().err
     assert "not fused" in printed and "triton" in printed and printed.count("\n") == 1
 
