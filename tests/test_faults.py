@@ -175,7 +175,7 @@ def nothing(w):
 LOAD = ["original weights-tofu", "attribute weights-tofu"]
 SHARDED = ["original sharded-tofu", "attribute sharded-tofu"]
 ORIGINAL, OLMO, NEW = LOAD[:1], ["original weights-lume"], ["original new"]
-NOT_WHOLE = "model.safetensors is not a whole safetensors file .*download it again"
+NOT_WHOLE = "model.safetensors is not a whole safetensors file .*fetch it again"
 EVAL = "run-tofu/original/eval"
 REPORT, MASK = ["report run-tofu"], ["mask run-tofu --threshold 0.4"]
 UNLEARN = ["unlearn run-tofu --lr 1e-4"]
@@ -184,10 +184,10 @@ CHANGED = "is not what its stage wrote; "
 
 FAULTS = {
     # Weights. What else a loader refuses: test_model.py, test_layouts.py.
-    "weights: cut": (cut(WHOLE), LOAD, NOT_WHOLE),
+    "weights: cut": (cut(WHOLE), ORIGINAL, NOT_WHOLE),
     "weights: header beyond the file": (
-        change(WHOLE, lambda x: (10**7).to_bytes(8, "little") + x[8:]), LOAD, NOT_WHOLE),
-    "weights: offsets outside": (tensor(data_offsets=[0, 10**12]), LOAD, NOT_WHOLE),
+        change(WHOLE, lambda x: (10**7).to_bytes(8, "little") + x[8:]), ORIGINAL, NOT_WHOLE),
+    "weights: offsets outside": (tensor(data_offsets=[0, 10**12]), ORIGINAL, NOT_WHOLE),
     "weights: whole numbers": (tensor(dtype="I32"), LOAD, f"{UP} is .*int32"),
     "weights: other shape": (tensor(shape=[64, 256]), LOAD, f"{UP} is "),
     "weights: NaN": (weight(float("nan")), LOAD, f"{UP} holds NaN or infinity"),
@@ -196,11 +196,11 @@ FAULTS = {
     "weights: pickled": (
         lambda w: (w / WHOLE).rename(w / "weights-tofu/pytorch_model.bin"), ORIGINAL,
         "pickled weights .*never read"),
-    "weights: a pickle by another name": (put(WHOLE, b"\x80\x04\x95(__main__"), LOAD, NOT_WHOLE),
+    "weights: a pickle by another name": (put(WHOLE, b"\x80\x04\x95(__main__"), ORIGINAL, NOT_WHOLE),
     "weights: no folder": (nothing, [f"original {WHOLE}"], "is not a folder"),
     "weights: a file's name": (put("weights-tofu/\udcff.model", b""), ORIGINAL, NAME),
     "index: missing shard": (
-        shard("model-9.safetensors"), SHARDED[:1], "model-9.safetensors is missing"),
+        shard("model-9.safetensors"), SHARDED[:1], "model-9.safetensors is not a whole"),
     "index: shard above the folder": (
         shard("../weights-tofu/model.safetensors"), SHARDED[:1], "not stand beside it"),
     "index: absolute path": (shard("/etc/passwd.safetensors"), SHARDED[:1], "not stand beside it"),
