@@ -70,8 +70,7 @@ def rotate(x, cos, sin):
 
 
 def attention(q, k, v, mask):
-    """q [B, H, T, hd] on k, v [B, K, S, hd] -> [B, T, H*hd]; mask [B, 1, T, S] is added to the
-    scores."""
+    """q [B, H, T, hd] on k, v [B, K, S, hd] -> [B, T, H*hd], with scores + mask [B, 1, T, S]"""
     B, H, T, hd = q.shape
     shared = H // k.shape[1]  # heads with the same keys stand as queries of one, which copies none
     q = q.reshape(B, -1, shared * T, hd)  # [B, K, H/K * T, hd]
@@ -90,8 +89,7 @@ def causal_attention(q, k, v):
 
 
 class Attention(nn.Module):
-    """The projections of one layer. The attention between them (`attend`) is the caller's: causal,
-    on a cache, or SIMU's second stream [D2]."""
+    """The projections of a layer. The attention between them, `attend`, is the caller's [D2]."""
 
     def __init__(self, c: "Config"):
         super().__init__()
@@ -165,8 +163,7 @@ class Block(nn.Module):
             self.input_layernorm = make_norm(c)
 
     def up_to_beta(self, x, cos, sin, attend):
-        """The stream x [B, T, D] -> the stream after attention, and beta of Eq. 1: the neurons'
-        activations."""
+        """The stream x [B, T, D] -> the stream after attention, and the activations beta (Eq. 1)"""
         if self.norms_output:
             x = x + self.post_attention_layernorm(self.self_attn(x, cos, sin, attend))
             return x, self.mlp.neurons(x)

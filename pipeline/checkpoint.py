@@ -21,6 +21,8 @@ LARGEST_NUMBER = 1e30  # float32 must hold it
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 SHARD_BYTES = 5_000_000_000  # as transformers cuts its own
 
+# ---------------------------------------------------------------------------------------- config
+
 
 def read_config(path, **changes) -> Config:
     """Config.from_dir, every value looked at."""
@@ -85,6 +87,7 @@ def need(content: dict, keys, types: list, must: str, most: float = LARGEST_NUMB
 
 
 # --------------------------------------------------------------------------------------- weights
+
 
 def load_model(path, dtype=torch.float32, device="cpu", *, neurons="output") -> Transformer:
     """Transformer.from_pretrained of a folder whose config and index are looked at first."""
