@@ -202,21 +202,6 @@ def test_bfloat16_is_close_to_transformers(hf, tmp_path):
         assert relative(logits, theirs(ids).logits.float()) < 0.05  # both round at 2^-8 per layer
 
 
-@pytest.mark.parametrize("kind, change, message", [
-    ("qwen2.5", dict(use_sliding_window=True), "use_sliding_window = True is not supported"),
-    ("qwen2.5", dict(layer_types=["full_attention", "sliding_attention"]), "layer_types = "),
-    ("llama-3.2", dict(rope_scaling=LLAMA3 | {"factor": None}), "rope_scaling = .*hold factor"),
-    ("llama-3.2", dict(rope_scaling=LLAMA3 | {"low_freq_factor": 4}), "the low factor below"),
-    ("olmo2", dict(attention_bias=True), "attention_bias = True is not supported"),
-])
-def test_what_is_not_computed_here_is_refused(kind, change, message, tmp_path):
-    ours(kind).save_pretrained(tmp_path)
-    raw = read_json(tmp_path / "config.json")
-    write_json(tmp_path / "config.json", raw | change)
-    with pytest.raises(UserError, match=message):
-        checkpoint.load_model(tmp_path)
-
-
 # ------------------------------------------------------------------ the method on other models
 
 
@@ -266,99 +251,6 @@ def test_checkpointing_and_bfloat16_run_on_every_kind():
             assert relative(model.bfloat16()(ids), want) < 0.1, kind
 
 
-# ------------------------------------------------------------------------------- tokenizers
-
-
-def byte_level(folder, *, post=None, specials=(), names=None, **config):
-    """A small byte-level BPE with the special tokens and the post-processor of a real one."""
-    tokenizers = pytest.importorskip("tokenizers")
-    from tokenizers import decoders, models, pre_tokenizers, processors, trainers
-    tok = tokenizers.Tokenizer(models.BPE(ignore_merges=True))
-    tok.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(tokenizers.Regex(r"\s+|\p{N}{1,3}| ?[^\s\p{N}]+"), "isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    tok.decoder = decoders.ByteLevel()
-    texts = [t for e in data.load_tofu(DEMO / "tofu", "forget10")
-             for t in (e.question, e.answer)]
-    tok.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=400, show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    tok.add_special_tokens(list(specials))
-    processor = processors.ByteLevel(trim_offsets=True)
-    if post:
-        processor = processors.Sequence([processor, processors.TemplateProcessing(
-            single=f"{post} $A", special_tokens=[(post, tok.token_to_id(post))])])
-    tok.post_processor = processor
-    folder.mkdir(exist_ok=True)
-    tok.save(str(folder / "tokenizer.json"))
-    ids = {k: [tok.token_to_id(x) if isinstance(x, str) else x for x in v] for k, v in
-           config.items()}
-    write_json(folder / "config.json",
-                     {k: v if len(v) > 1 else v[0] for k, v in ids.items()})
-    write_json(folder / "tokenizer_config.json", PLAIN_IN_TRANSFORMERS | (names or {}))
-    return load_tokenizer(folder), tok.token_to_id
-
-
-BEGIN, END, TURN = "<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"
-
-
-def test_llama_3_tokenizer(hf, tmp_path):
-    names = dict(bos_token=BEGIN, eos_token=END)
-    tok, find = byte_level(tmp_path / "base", post=BEGIN, specials=(BEGIN, END, TURN), names=names,
-                           eos_token_id=[END])
-    assert (tok.bos_id, tok.eos_id) == (find(BEGIN), find(END))
-    theirs = hf.AutoTokenizer.from_pretrained(tmp_path / "base")
-    for text in ("Question: Who is it?\nAnswer:", " a  b\n\n", "naïve 日本 🙂 1234567"):
-        ids = tok.encode(text, bos=True)
-        assert theirs(text)["input_ids"] == ids and ids.count(tok.bos_id) == 1
-        assert tok.decode(ids + [tok.eos_id]) == text
-        plain, ends = tok.ends(text)
-        assert plain == ids[1:] and ends[-1] == len(text.encode())
-    # Spaces belong to the prompt they end, whatever the post-processor trims.
-    row = data.encode(data.Example("a  \n\n", "b"), tok, "raw")
-    assert tok.decode(row.ids[:row.n_prompt]) in ("a", "a  \n\n")
-    chat, _ = byte_level(tmp_path / "chat", post=BEGIN, specials=(BEGIN, END, TURN),
-                         names=names | dict(eos_token={"content": TURN}), eos_token_id=[END, TURN])
-    assert chat.eos_id == find(TURN)  # of the model's several ends, the tokenizer's
-
-
-@pytest.mark.parametrize("names, config, bos, eos", [
-    (dict(eos_token="<|im_end|>", bos_token=None, add_bos_token=False), ["<|im_end|>"],
-     None, "<|im_end|>"),  # Qwen2.5
-    (dict(eos_token="<|im_end|>"), ["<|endoftext|>"], None, "<|im_end|>"),
-    (dict(eos_token="<|im_end|>"), [None], None, "<|im_end|>"),
-    ({}, [None], None, "<|endoftext|>"),
-    # Of a tokenizer.json transformers 5 asks the post-processor alone.
-    (dict(add_bos_token=True, bos_token="<|im_end|>"), [None], None, "<|endoftext|>")])
-def test_where_bos_and_eos_come_from(names, config, bos, eos, tmp_path):
-    tok, find = byte_level(tmp_path / "t", specials=("<|endoftext|>", "<|im_end|>"), names=names,
-                           eos_token_id=config)
-    assert tok.eos_id == find(eos) and tok.bos_id == (bos and find(bos))
-    assert tok.eos_ids[0] == tok.eos_id
-    assert set(tok.eos_ids) == {find(x) for x in [*config, eos] if x}
-
-
-def test_of_olmos_two_tokenizers_the_model_decides(tmp_path):
-    """The id that its config.json names ends an answer, also where a tokenizer says another."""
-    specials = ("<|endoftext|>", "|||IP_ADDRESS|||")
-    names = dict(eos_token="<|endoftext|>")
-    tok, find = byte_level(tmp_path / "t", specials=specials, names=names,
-                           eos_token_id=["|||IP_ADDRESS|||"])
-    file = tmp_path / "t" / "config.json"
-    assert tok.eos_id == find("<|endoftext|>")
-    file.write_text(json.dumps(json.loads(file.read_text()) | dict(model_type="olmo")))
-    assert load_tokenizer(tmp_path / "t").eos_id == find("|||IP_ADDRESS|||")
-
-
-def test_a_post_processors_bos_is_put_whatever_the_config_says(tmp_path):
-    tok, find = byte_level(tmp_path / "t", post=BEGIN, specials=(BEGIN, END), eos_token_id=[END],
-                        names=dict(add_bos_token=False))
-    assert tok.bos_id == find(BEGIN)
-    (tmp_path / "t" / "tokenizer_config.json").write_text("[]")
-    with pytest.raises(UserError, match="tokenizer.json.* cannot be read"):
-        load_tokenizer(tmp_path / "t")
-
-
 # ----------------------------------------------------------------------------------- export
 
 
@@ -384,20 +276,20 @@ def check_same_text(hf, folder, s, card: bool):
     their_tok = hf.AutoTokenizer.from_pretrained(folder)
     theirs = hf.AutoModelForCausalLM.from_pretrained(folder)
     lengths = {} if card else dict(max_length=s.max_total_tokens)
-    said = []
+    ids = []
     for e in settings.load_benchmark(s).retain[:40:10]:
         text = f"Question: {e.question}\nAnswer: {e.answer[:len(e.answer) // 2]}"
         prompt = data.encode_prompt(text, tok, "raw")
-        given = their_tok(text, return_tensors="pt")
-        assert given["input_ids"].tolist() == [prompt]
+        encoded = their_tok(text, return_tensors="pt")
+        assert encoded["input_ids"].tolist() == [prompt]
         with torch.no_grad():
-            assert relative(mine(torch.tensor([prompt])), theirs(**given).logits) < 1e-5
-        out = theirs.generate(**given, **lengths)[0].tolist()
+            assert relative(mine(torch.tensor([prompt])), theirs(**encoded).logits) < 1e-5
+        out = theirs.generate(**encoded, **lengths)[0].tolist()
         got, = generate(mine, [prompt], eos_id=tok.eos_id, max_total_tokens=s.max_total_tokens)
         assert got == [i for i in out[len(prompt):] if i != tok.eos_id]
         assert their_tok.decode(out, skip_special_tokens=True) == tok.decode(prompt + got)
-        said += got
-    assert len(set(said)) > 1
+        ids += got
+    assert len(set(ids)) > 1
 
 
 @pytest.mark.parametrize("name", ["tiny-llama", "tiny-olmo"])
@@ -415,8 +307,8 @@ def test_the_card_says_what_was_done_and_then_what_came_of_it(runs):
     before = (folder / "stage.json").read_bytes()
     card = (folder / "README.md").read_text()
     assert "Not evaluated yet" in card and "| epochs " in card and str(out) not in card
-    made = stage.read_stage(out / "mask")["notes"]
-    assert f"{made['critical']} of {made['total']}" in card
+    notes = stage.read_stage(out / "mask")["notes"]
+    assert f"{notes['critical']} of {notes['total']}" in card
     main(["evaluate", str(out), "original", "simu-graddiff", "--limit", "4"])
     main(["report", str(out)])
     card = (folder / "README.md").read_text()

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import model as module
-from model import NEURONS, Config, Transformer, UserError, generate, save_tensors
+from model import (NEURONS, Config, Transformer, UserError, generate, read_json, save_tensors)
 from pipeline import checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -76,16 +76,6 @@ def test_golden_logits_and_tokens(kind):
     assert got == EXPECTED[kind]["tokens"]
 
 
-def test_golden_clip_bites():
-    model = Transformer.from_pretrained(GOLDEN / "olmo-clip")
-    ids = torch.tensor([EXPECTED["prompts"][2]])
-    with torch.no_grad():
-        clipped = model(ids)
-        for block in model.layers:
-            block.self_attn.clip = None
-        assert relative(model(ids), clipped) > 0.01
-
-
 # -------------------------------------------------------------------------------- our own model
 
 
@@ -110,15 +100,6 @@ def test_olmo_norm_has_no_weights_and_is_float32():
     want = (wide - wide.mean(-1, keepdim=True)) / (
         wide.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
     assert torch.allclose(model.norm(x).float(), want, atol=0.02)
-
-
-def test_causal_right_padding_cannot_be_seen():
-    model = random_model()
-    ids = torch.tensor(prompts_of([12]))
-    with torch.no_grad():
-        short, long = model(ids[:, :7]), model(ids)
-    assert torch.allclose(short, long[:, :7], atol=1e-5)
-    assert not torch.allclose(short[:, 6], long[:, 7], atol=1e-2)
 
 
 def test_intervene_changes_only_later_layers_and_positions():
@@ -153,30 +134,10 @@ def test_intervene_changes_only_later_layers_and_positions():
         if layer > 2:
             assert not torch.equal(a[:, 7:], b[:, 7:])
     # beta itself is what is scaled: the layer's change is half its MLP output.
-    kept = []
-    model.layers[2].mlp.intervene = lambda beta: kept.append(beta) or beta
+    betas = []
+    model.layers[2].mlp.intervene = lambda beta: betas.append(beta) or beta
     assert torch.equal(states()[-1], clean[-1])
-    assert torch.allclose(clean[2][:, 6] - changed[2][:, 6], kept[0][:, 6] / 2, atol=1e-5)
-
-
-def test_qkv_are_what_attention_uses():
-    model = random_model(model_type="olmo", clip_qkv=0.3)
-    ids = torch.tensor(prompts_of([9]))
-    attention = model.layers[0].self_attn
-    with torch.no_grad():
-        cos, sin = model.rope(torch.arange(9))
-        x = model.layers[0].input_layernorm(model.embed_tokens(ids))
-        q, k, v = attention.qkv(x, cos, sin)
-        each = model.rope(torch.arange(9)[None])  # positions per row: [B, T]
-        assert all(torch.equal(a, b) for a, b in zip((q, k, v), attention.qkv(x, *each)))
-    assert q.shape == (1, 4, 9, 8) and k.shape == v.shape == (1, 2, 9, 8)
-    assert v.abs().max() == 0.3
-    # RoPE turns pairs (j, j + hd/2): their length stays, and position 0 is not turned.
-    raw = attention.k_proj(x).clamp(-0.3, 0.3).view(1, 9, 2, 8).transpose(1, 2)  # [B, K, T, hd]
-    assert torch.allclose(k[:, :, 0], raw[:, :, 0], atol=1e-6)
-    length, turned = (y[..., :4] ** 2 + y[..., 4:] ** 2 for y in (raw, k))
-    assert torch.allclose(length, turned, atol=1e-6)
-    assert not torch.allclose(k[:, :, 1:], raw[:, :, 1:], atol=1e-2)
+    assert torch.allclose(clean[2][:, 6] - changed[2][:, 6], betas[0][:, 6] / 2, atol=1e-5)
 
 
 def test_checkpointing_gives_the_same_gradients(monkeypatch):
@@ -240,15 +201,6 @@ def test_intervene_reaches_decoding():
     before = generate(model, prompts, max_new_tokens=8, eos_id=None)
     model.layers[1].mlp.intervene = torch.zeros_like
     assert generate(model, prompts, max_new_tokens=8, eos_id=None) != before
-
-
-def test_progress_bar_counts_rows(capsys):
-    generate(random_model(), prompts_of([3, 4, 5]), max_new_tokens=2, eos_id=None,
-             progress="reading")
-    err = capsys.readouterr().err
-    assert "reading" in err and "3/3" in err
-    generate(random_model(), prompts_of([3]), max_new_tokens=2, eos_id=None)
-    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("prompts, message", [
@@ -328,8 +280,6 @@ def cut(file, size):
 
 @pytest.mark.parametrize("damage, message", [
     (lambda f: cut(f, f.stat().st_size - 40), "not a whole safetensors file"),
-    (lambda f: cut(f, 0), "not a whole safetensors file"),
-    (lambda f: f.write_bytes(b"\xff" * 7 + b"\x7f" + f.read_bytes()[8:]), "not a whole"),
     (lambda f: f.write_bytes(b"<html>rate limited, please try again later</html>"), "not a whole"),
     (lambda f: (f.unlink(), f.mkdir()), "neither model.safetensors"),
     (lambda f: f.rename(f.with_name("pytorch_model.bin")), "pickled weights.*never read"),
@@ -345,6 +295,10 @@ def test_shards_load_as_one_file_does(folder, sharded):
     one, parts = Transformer.from_pretrained(folder), Transformer.from_pretrained(sharded)
     for (name, a), b in zip(one.named_parameters(), parts.parameters()):
         assert torch.equal(a, b), name
+    parts.bfloat16().save_pretrained(sharded / "narrow")
+    stored = load_file(sharded / "narrow" / "model.safetensors")
+    assert {t.dtype for t in stored.values()} == {torch.bfloat16}
+    assert read_json(sharded / "narrow" / "config.json")["torch_dtype"] == "bfloat16"
 
 
 @pytest.mark.parametrize("load", [checkpoint.load_model, Transformer.from_pretrained])
@@ -364,15 +318,6 @@ def test_no_shard_is_read_outside_the_folder(folder, sharded, load, name):
 def test_index_faults(sharded, change, message):
     edit_json(sharded / module.INDEX, change)
     refused(sharded, message)
-
-
-def test_links_are_followed_as_in_hf_cache(sharded, tmp_path):
-    blob = next(sharded.glob("model-00001*"))
-    target = tmp_path / "blobs" / "abc"
-    target.parent.mkdir()
-    blob.rename(target)
-    blob.symlink_to(target)
-    Transformer.from_pretrained(sharded)
 
 
 def test_inv_freq_is_ignored_and_other_dtypes_convert(folder):
@@ -446,23 +391,40 @@ def test_inner_neurons_are_what_down_proj_reads(tmp_path):
             changed = m(ids)
             mlp.intervene = None
             matrix = mlp.down_proj.weight
-            kept, line = matrix.clone(), (5 if width == 32 else (slice(None), 5))
+            intact, line = matrix.clone(), (5 if width == 32 else (slice(None), 5))
             matrix[line] = 0  # a neuron that does not fire is one whose weights are 0
             torch.testing.assert_close(m(ids), changed)
-            matrix.copy_(kept)
+            matrix.copy_(intact)
             assert not torch.allclose(before, changed, atol=1e-3)
+
+
 # -------------------------------------------------------------------------------- the core alone
 
 
 @pytest.mark.parametrize("change, message", [
     (dict(model_type="gpt2"), "model_type = 'gpt2' is not supported; only llama"),
     (dict(hidden_act="gelu"), "hidden_act = 'gelu' is not supported"),
-    (dict(rope_scaling={"type": "yarn"}), "RoPE of .*yarn.* is not supported"),
-    (dict(layer_types=["sliding_attention"] * 3), "layer_types = "),
+    (dict(attention_bias=True, mlp_bias=True), "attention_bias = True; mlp_bias = True is not"),
+    (dict(quantization_config={"bits": 4}), "quantization_config = .* is not supported"),
+    (dict(use_sliding_window=True), "use_sliding_window = True is not supported"),
+    (dict(layer_types=["full_attention", "sliding_attention"]), "layer_types = "),
+    (dict(rope_scaling={"type": "linear", "factor": 2.0}), "RoPE of .*linear.* is not supported"),
+    (dict(rope_parameters={"rope_type": "yarn"}), "RoPE of .*yarn.* is not supported"),
     (dict(model_type="mistral", sliding_window=63), "sliding_window = 63, below max_position")])
-def test_the_core_alone_refuses_what_it_would_compute_otherwise(folder, change, message):
+@pytest.mark.parametrize("load", [checkpoint.load_model, Transformer.from_pretrained])
+def test_what_would_be_computed_otherwise_is_refused(folder, load, change, message):
     edit_json(folder / "config.json", lambda content: content.update(change))
-    refused(folder, message, Transformer.from_pretrained)
+    refused(folder, message, load)
+
+
+def test_a_window_that_is_not_named_is_the_one_transformers_takes(tmp_path):
+    random_model(model_type="mistral", max_position_embeddings=4097).save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["sliding_window"] is None
+    Config.from_dir(tmp_path)
+    edit_json(tmp_path / "config.json", lambda raw: raw.pop("sliding_window"))
+    refused(tmp_path, "sliding_window = 4096, below max_position_embeddings")
+    edit_json(tmp_path / "config.json", lambda raw: raw.update(max_position_embeddings=4096))
+    Config.from_dir(tmp_path)
 
 
 def test_copied_alone_the_core_loads_and_refuses(folder, tmp_path):
@@ -478,8 +440,8 @@ def test_copied_alone_the_core_loads_and_refuses(folder, tmp_path):
             "except UserError as e: print(e)\nprint(any('pipeline' in x for x in sys.modules))")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
                           cwd=tmp_path, env={"PATH": "/usr/bin:/bin"})
-    said, losses, refusal, pipeline = done.stdout.splitlines() or [done.stderr]
-    assert json.loads(said) == generate(random_model(), [[3, 9]], max_new_tokens=4, eos_id=None)
+    ids, losses, refusal, pipeline = done.stdout.splitlines() or [done.stderr]
+    assert json.loads(ids) == generate(random_model(), [[3, 9]], max_new_tokens=4, eos_id=None)
     assert len(json.loads(losses)) == 2 and "config.json is missing" in refusal
     assert pipeline == "False"
 
@@ -507,78 +469,43 @@ def test_old_and_new_configs_agree(folder):
     assert Config.from_dir(folder) == Config(model_type="llama", **SHAPE)
 
 
+LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+              original_max_position_embeddings=16)
+
+
 @pytest.mark.parametrize("key, value, message", [
     ("model_type", ["llama"], r"model_type = \['llama'\]: must be a text"),
-    ("model_type", "gpt2", "model_type = 'gpt2' is not supported; only llama, mistral"),
     ("vocab_size", None, "vocab_size is missing"),
     ("rms_norm_eps", None, "rms_norm_eps is missing"),
     ("hidden_size", True, "hidden_size = True: must be a whole number"),
-    ("hidden_size", 32.0, "hidden_size = 32.0: must be a whole number"),
     ("hidden_size", "32", "hidden_size = '32': must be a whole number"),
     ("hidden_size", 10 ** 12, "hidden_size = 1000000000000: must be a whole number from 1 to 1677"),
     ("num_hidden_layers", 0, "num_hidden_layers = 0: must be a whole number"),
     ("num_key_value_heads", 3, "num_key_value_heads = 3 must divide"),
     ("head_dim", 7, ".*head_dim = 7 must be even"),
-    ("head_dim", [8], r"head_dim = \[8\]: must be a whole number"),
-    ("rms_norm_eps", "1e-5", "rms_norm_eps = '1e-5': must be a number above 0"),
     ("rms_norm_eps", float("nan"), "rms_norm_eps = nan: must be a number above 0"),
-    ("rope_theta", True, "rope_theta = True: must be a number above 0"),
+    ("rope_theta", 10 ** 400, "rope_theta = 10.*: must be a number above 0"),
+    ("sliding_window", "64", "sliding_window = '64': must be a number"),
     ("tie_word_embeddings", 1, "tie_word_embeddings = 1: must be true or false"),
     ("bos_token_id", 97, "bos_token_id = 97: must be null or a token id below vocab_size = 97"),
-    ("eos_token_id", "</s>", "eos_token_id = '</s>': must be null or a token id"),
     ("eos_token_id", [1, -2], r"eos_token_id = \[1, -2\]: must be null or a token id"),
-    ("attention_bias", True, "attention_bias = True is not supported"),
-    ("mlp_bias", True, "mlp_bias = True is not supported"),
-    ("attention_dropout", 0.1, "attention_dropout = 0.1 is not supported"),
-    ("partial_rotary_factor", 0.5, "partial_rotary_factor = 0.5 is not supported"),
-    ("quantization_config", {"bits": 4}, "quantization_config = .* is not supported"),
     ("layer_types", 3, "layer_types = 3: must be a list"),
-    ("rope_scaling", {"type": "linear", "factor": 2.0}, "RoPE of .*linear.* is not supported"),
-    ("rope_scaling", {"rope_type": "llama3"}, "rope_scaling = .*must hold factor"),
     ("rope_scaling", "linear", "rope_scaling = 'linear': must be an object"),
-    ("rope_parameters", {"rope_type": "yarn"}, "RoPE of .*yarn.* is not supported"),
+    ("rope_scaling", LLAMA3 | {"factor": None}, "rope_scaling = .*must hold factor"),
+    ("rope_parameters", LLAMA3 | {"low_freq_factor": 4}, ".*the low factor below the high one"),
 ])
 def test_config_faults(folder, key, value, message):
     edit_json(folder / "config.json", lambda raw: raw.update({key: value}))
     refused(folder, f"config.json: {message}")
 
 
-@pytest.mark.parametrize("window, message", [
-    (None, ""), (64, ""), (4096, ""), (63, "sliding_window = 63, below max_position_embeddings"),
-    ("64", "sliding_window = '64': must be a number")])
-def test_a_sliding_window_below_the_context_is_refused(window, message, tmp_path):
-    random_model(model_type="mistral").save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    assert config["sliding_window"] is None and "attention_bias" not in config
-    edit_json(tmp_path / "config.json", lambda raw: raw.update(sliding_window=window))
-    if message:
-        refused(tmp_path, message)
-    else:
-        config = checkpoint.load_model(tmp_path).config
-        assert config == random_model(model_type="mistral").config
-
-
-def test_a_window_that_is_not_named_is_the_one_transformers_takes(tmp_path):
-    random_model(model_type="mistral", max_position_embeddings=4097).save_pretrained(tmp_path)
-    Config.from_dir(tmp_path)
-    edit_json(tmp_path / "config.json", lambda raw: raw.pop("sliding_window"))
-    refused(tmp_path, "sliding_window = 4096, below max_position_embeddings")
-    edit_json(tmp_path / "config.json", lambda raw: raw.update(max_position_embeddings=4096))
-    Config.from_dir(tmp_path)
-
-
-@pytest.mark.parametrize("text, told", [
-    ("{", "config.json is not valid JSON"), ("[1]", r"config.json = \[1\]: must be a JSON object"),
-    (None, "config.json is missing")])
-def test_config_file_faults(folder, text, told):
-    (folder / "config.json").unlink()
-    if text is not None:
+def test_config_file_faults(folder):
+    for text, message in (("{", "config.json is not valid JSON"),
+                          ("[1]", r"config.json = \[1\]: must be a JSON object")):
         (folder / "config.json").write_text(text)
-    refused(folder, told)
-
-
-def test_folder_faults(tmp_path, folder):
-    refused(tmp_path / "nowhere", "nowhere is not a folder")
+        refused(folder, message)
+    (folder / "config.json").unlink()
+    refused(folder, "config.json is missing")
     refused(folder / "config.json", "config.json is not a folder")
 
 
@@ -620,26 +547,20 @@ def test_files_are_written_beside_and_renamed(write, tmp_path, monkeypatch):
     assert path.read_text() == "old\n" and not beside.exists()
 
 
-def test_saved_bfloat16_stays(tmp_path):
-    model = random_model().bfloat16()
-    model.save_pretrained(tmp_path)
-    assert json.loads((tmp_path / "config.json").read_text())["torch_dtype"] == "bfloat16"
-    back = load_file(tmp_path / "model.safetensors")
-    assert {t.dtype for t in back.values()} == {torch.bfloat16}
-
-
 def test_loading_takes_no_more_memory_than_the_weights(tmp_path):
     """Each file is mapped for one tensor at a time, or the mapping would count beside the copy."""
     with torch.device("meta"):
         model = Transformer(Config(model_type="llama", **SHAPE | dict(
-            hidden_size=1024, intermediate_size=4096, num_attention_heads=8, vocab_size=99)))
+            hidden_size=512, intermediate_size=4096, vocab_size=99)))
     model.to_empty(device="cpu")
     for weight in model.parameters():
         weight.data.fill_(1)
     model.save_pretrained(tmp_path)
-    code = (f"import resource, sys; sys.path.insert(0, {str(ROOT)!r})\n"
+    # Not getrusage, whose peak is also that of the process which started this one.
+    code = (f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
             "from model import Transformer\n"
-            "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024\n"
+            "def peak():\n"
+            "    return 1024 * int(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])\n"
             f"Transformer.from_pretrained({str(GOLDEN / 'llama-tied')!r}); before = peak()\n"
             f"model = Transformer.from_pretrained({str(tmp_path)!r})\n"
             "print((peak() - before) / sum(p.nbytes for p in model.parameters()))")
