@@ -216,7 +216,7 @@ def test_a_tokenizer_is_borrowed_where_there_is_none(server, checkpoint, monkeyp
         name for name in body if "token" in name}
 
 
-# ----------------------------------------------------------------------------------- what goes wrong
+# --------------------------------------------------------------------------------- what goes wrong
 
 
 def refuse(part, status, code=""):
@@ -290,7 +290,7 @@ def test_names_that_are_none(server, tmp_path, name, message):
               "--out", str(tmp_path / "run")])
 
 
-# ------------------------------------------------------------------------------------ the originals
+# ----------------------------------------------------------------------------------- the originals
 
 
 def test_a_published_original_is_linked(server, tmp_path, monkeypatch):

@@ -560,7 +560,8 @@ def test_loading_takes_no_more_memory_than_the_weights(tmp_path):
     code = (f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
             "from model import Transformer\n"
             "def peak():\n"
-            "    return 1024 * int(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])\n"
+            "    status = open('/proc/self/status').read()\n"
+            "    return 1024 * int(status.split('VmHWM:')[1].split()[0])\n"
             f"Transformer.from_pretrained({str(GOLDEN / 'llama-tied')!r}); before = peak()\n"
             f"model = Transformer.from_pretrained({str(tmp_path)!r})\n"
             "print((peak() - before) / sum(p.nbytes for p in model.parameters()))")

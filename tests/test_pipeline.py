@@ -263,7 +263,6 @@ def test_mistakes_end_in_one_line(tmp_path, words, told, monkeypatch, capsys):
     out = [] if not words else ["--out", str(tmp_path / "run")]
     monkeypatch.delenv("SIMU_DATA", raising=False)
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    monkeypatch.setenv("SIMU_DOWNLOADS", str(tmp_path / "none"))
     handlers = {x: signal.getsignal(x) for x in (signal.SIGINT, signal.SIGTERM)}
     with pytest.raises(SystemExit) as e:
         stage.run_cli(lambda: main([*words.split(), *out]))
