@@ -63,7 +63,9 @@ def is_code(thing) -> bool:
 
 
 def is_ours(module) -> bool:
-    return Path(getattr(module, "__file__", None) or "/").is_relative_to(ROOT)
+    """Is a module a file of this repository, and of no environment inside it (.venv)?"""
+    file = Path(getattr(module, "__file__", None) or "/")
+    return file.is_relative_to(ROOT) and "site-packages" not in file.parts
 
 
 def describe(value, reached: list) -> str:

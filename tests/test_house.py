@@ -6,10 +6,12 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import simu
+from pipeline import code
 
 ROOT = Path(simu.__file__).parent
 CORE = ("model", "data", "simu", "eval")
@@ -165,3 +167,10 @@ def test_what_an_edit_makes_again(tmp_path, before, file, old, new, again):
     (tmp_path / file).write_text(text.replace(old, new, 1))
     after = digests(tmp_path)
     assert {stage for stage in before if before[stage] != after[stage]} == again
+
+
+def test_packages_in_the_repositorys_environment_are_no_code_of_ours():
+    """run.sh makes .venv inside the repository, and compiled files there cannot be read."""
+    inside = ROOT / ".venv" / "lib" / "python3" / "site-packages" / "torch" / "_C.so"
+    assert not code.is_ours(SimpleNamespace(__file__=str(inside)))
+    assert code.is_ours(simu) and not code.is_ours(SimpleNamespace())
