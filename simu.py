@@ -34,7 +34,6 @@ import random
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Callable
 
 import torch
@@ -46,49 +45,34 @@ from data import IGNORE, Batch, Encoded, batches_by_length, collate, option
 from model import NEURONS, Transformer, UserError, attention, causal_attention
 
 LOGITS = 1 << 25  # logits held at once, the largest tensors there are: 128 MiB of float32
+PATHS = ("layer", "neuron")
 
 # ==================================================================== Part 1: the method
 # ----------------------------------------------------- Step 1: attribution (Eq. 1-2)
 
-PATHS = ("layer", "neuron")
-
-
-@contextmanager
-def frozen(model: Transformer):
-    """No gradients of weights while the block runs: only activations need them in step 1."""
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    try:
-        for p in trainable:
-            p.requires_grad_(False)
-        yield
-    finally:
-        for p in trainable:
-            p.requires_grad_(True)
-
 
 def check_path(steps: int, path: str):
-    if steps < 1:
-        raise UserError(f"steps m = {steps}; it must be at least 1")
-    if path not in PATHS:
-        raise UserError(f"path {path!r} is unknown; choose {' or '.join(PATHS)}")
+    if steps < 1 or path not in PATHS:
+        raise UserError(f"steps m = {steps} and path {path!r}: m must be at least 1, and path "
+                        f"{' or '.join(PATHS)}")
 
 
-def path_node(model: Transformer, prefix: list[int], label: int, l: int, k: slice,
+def path_node(model: Transformer, prefix: list[int], label: int, l: int, neurons: slice,
               share: float) -> tuple[Tensor, Tensor]:
     """beta [D] of layer l at the prefix's last position, and d log P(label | prefix) / da [D] where
-    its neurons k are scaled to a = share * beta, share = j / m (Eq. 1) [D3]."""
+    these neurons are scaled to a = share * beta, share = j / m (Eq. 1) [D3]."""
     mlp, activations = model.layers[l].mlp, {}
 
     def scale(y):  # [1, T, D]
         activations["beta"] = y[0, -1].detach()
         a = activations["beta"].clone()
-        a[k] *= share  # Eq. 1a
+        a[neurons] *= share  # Eq. 1a
         activations["a"] = a.requires_grad_()
         return torch.cat([y[:, :-1], a[None, None]], dim=1)  # only the last position
 
     mlp.intervene = scale
     try:
-        with torch.enable_grad():
+        with torch.enable_grad():  # whatever the caller has set
             ids = torch.tensor([prefix], device=model.embed_tokens.weight.device)
             log_p = model(ids)[0, -1].log_softmax(-1)[label]  # Eq. 1b without its minus [D3]
             grad, = torch.autograd.grad(log_p, activations["a"])
@@ -107,14 +91,13 @@ def attribute_loop(model: Transformer, encoded: Encoded, *, steps: int = 5,
     D = model.config.neuron_count
     scores = torch.zeros(len(model.layers), D, device=model.embed_tokens.weight.device)
     scaled_together = [slice(0, D)] if path == "layer" else [slice(k, k + 1) for k in range(D)]
-    with frozen(model):
-        for i in range(encoded.start, len(encoded.ids)):  # sample i: predict token i
-            prefix, label = encoded.ids[:i], encoded.ids[i]
-            for l in range(len(model.layers)):
-                for k in scaled_together:
-                    for j in range(1, steps + 1):
-                        beta, grad = path_node(model, prefix, label, l, k, j / steps)
-                        scores[l, k] += beta[k] * grad[k] / steps  # Eq. 2
+    for i in range(encoded.start, len(encoded.ids)):  # sample i: predict token i
+        prefix, label = encoded.ids[:i], encoded.ids[i]
+        for l in range(len(model.layers)):
+            for neurons in scaled_together:
+                for j in range(1, steps + 1):
+                    beta, grad = path_node(model, prefix, label, l, neurons, j / steps)
+                    scores[l, neurons] += beta[neurons] * grad[neurons] / steps  # Eq. 2
     return scores
 
 
@@ -156,32 +139,37 @@ def graddiff_loss(model: Transformer, forget: Batch, retain: Batch, lam: float) 
 # ------------------------------------------------------- Step 2: masked Sophia (Eq. 3-7)
 
 
-def sophia_moments(grad: Tensor, m: Tensor, h: Tensor, *, beta1: float, beta2: float):
-    """Eq. 4: one EMA of g and one of g^2, both at every update [D7]."""
-    return beta1 * m + (1 - beta1) * grad, beta2 * h + (1 - beta2) * grad.square()
+def sophia(recipe: "Unlearning", lr: float, weight_decay: float, step: int):
+    """Rules of an update: moments(grad, m, h) -> new m, h; weights(param, m, h) -> new param, and
+    how many coordinates were clipped. step, the update's number from 1, is not needed here."""
+    beta1, beta2, gamma, eps = recipe.beta1, recipe.beta2, recipe.gamma, recipe.eps
 
+    def moments(grad: Tensor, m: Tensor, h: Tensor):
+        """Eq. 4: one EMA of g and one of g^2, both at every update [D7]."""
+        return beta1 * m + (1 - beta1) * grad, beta2 * h + (1 - beta2) * grad.square()
 
-def sophia_weights(param: Tensor, m: Tensor, h: Tensor, *, lr: float, gamma: float, eps: float,
-                   weight_decay: float):
-    """Eq. 3 with decoupled decay: the new weights, and how many coordinates its clip held."""
-    ratio = m / (gamma * h).clamp_min(eps)
-    return param * (1 - lr * weight_decay) - lr * ratio.clamp(-1, 1), (ratio.abs() >= 1).sum()
+    def weights(param: Tensor, m: Tensor, h: Tensor):
+        """Eq. 3 with decoupled decay."""
+        ratio = m / (gamma * h).clamp_min(eps)
+        return param * (1 - lr * weight_decay) - lr * ratio.clamp(-1, 1), (ratio.abs() >= 1).sum()
+
+    return moments, weights
 
 
 def blend(mask: Tensor | None, new: Tensor, old: Tensor) -> Tensor:
     """M * new + (1 - M) * old. Where M is 0 it is old itself: 0 * new is not 0 if new overflows."""
     if mask is None:
         return new
-    mask = mask.to(new.dtype)
+    mask = mask.to(new)  # its dtype and device
     return torch.where(mask == 0, old, mask * new + (1 - mask) * old)
 
 
-def masked_update(param: Tensor, grad: Tensor, m: Tensor, h: Tensor, *, moments: Callable,
-                  weights: Callable, mask: Tensor | None) -> Tensor:
-    """One update by any optimiser, in place, the mask at the three points of Eq. 5-7.
-
-    moments(grad, m, h) -> new m, h; weights(param, m, h) -> new param, clipped count. Returns that
-    count. All tensors have one shape; mask broadcasts to it, with real values in [0, 1]."""
+def masked_update(param: Tensor, grad: Tensor, m: Tensor, h: Tensor, rules: tuple,
+                  mask: Tensor | None) -> Tensor:
+    """One update in place, by the rules that a row of OPTIMISERS gives, the mask at the three
+    points of Eq. 5-7. Returns the number of clipped coordinates. All tensors have one shape; mask
+    broadcasts to it, with real values in [0, 1]."""
+    moments, weights = rules
     m_new, h_new = moments(grad, m, h)  # Eq. 4
     m.copy_(blend(mask, m_new, m))  # (i) Eq. 5
     h.copy_(blend(mask, h_new, h))  # (ii) Eq. 6
@@ -194,47 +182,31 @@ def sophia_update(param: Tensor, grad: Tensor, m: Tensor, h: Tensor, *, lr: floa
                   beta2: float, gamma: float, eps: float, weight_decay: float,
                   mask: Tensor | None = None) -> Tensor:
     """`masked_update` by Sophia, Eq. 3-7, on float32 param, grad, m, h of one shape: for use apart
-    from a model. `unlearn_loop` and `unlearn` get the same two functions from OPTIMISERS."""
-    return masked_update(
-        param, grad, m, h, mask=mask, moments=partial(sophia_moments, beta1=beta1, beta2=beta2),
-        weights=partial(sophia_weights, lr=lr, gamma=gamma, eps=eps, weight_decay=weight_decay))
-
-
-# ------------------------------------------------- Step 2: optimisers, a table that a fork edits
-
-
-def adamw_moments(grad: Tensor, m: Tensor, h: Tensor, *, beta1: float, beta2: float):
-    return m.lerp(grad, 1 - beta1), (h * beta2).addcmul(grad, grad, value=1 - beta2)
-
-
-def adamw_weights(param: Tensor, m: Tensor, h: Tensor, *, lr: float, beta1: float, beta2: float,
-                  eps: float, weight_decay: float, step: int):
-    """AdamW, step counted from 1; it clips nothing, so its count is 0."""
-    root = (h / (1 - beta2 ** step)).sqrt().add(eps)
-    new = (param * (1 - lr * weight_decay)).addcdiv(m, root, value=-lr / (1 - beta1 ** step))
-    return new, torch.zeros((), dtype=torch.int64, device=param.device)
-
-
-def sophia(recipe: "Unlearning", lr: float, weight_decay: float, step: int):
-    return (partial(sophia_moments, beta1=recipe.beta1, beta2=recipe.beta2),
-            partial(sophia_weights, lr=lr, gamma=recipe.gamma, eps=recipe.eps,
-                    weight_decay=weight_decay))
+    from a model and its recipe. The loops below call masked_update themselves."""
+    recipe = Unlearning(beta1=beta1, beta2=beta2, gamma=gamma, eps=eps)
+    return masked_update(param, grad, m, h, sophia(recipe, lr, weight_decay, step=1), mask)
 
 
 def adamw(recipe: "Unlearning", lr: float, weight_decay: float, step: int):
-    betas = dict(beta1=recipe.beta1, beta2=recipe.adam_beta2)
-    return (partial(adamw_moments, **betas),
-            partial(adamw_weights, **betas, lr=lr, eps=recipe.adam_eps, weight_decay=weight_decay,
-                    step=step))
+    """FO-GradDiff's rules. AdamW clips nothing."""
+    beta1, beta2 = recipe.beta1, recipe.adam_beta2
+
+    def moments(grad: Tensor, m: Tensor, h: Tensor):
+        return m.lerp(grad, 1 - beta1), (h * beta2).addcmul(grad, grad, value=1 - beta2)
+
+    def weights(param: Tensor, m: Tensor, h: Tensor):
+        root = (h / (1 - beta2 ** step)).sqrt().add(recipe.adam_eps)
+        new = (param * (1 - lr * weight_decay)).addcdiv(m, root, value=-lr / (1 - beta1 ** step))
+        return new, torch.zeros((), dtype=torch.int64, device=param.device)
+
+    return moments, weights
 
 
-# (recipe, lr, weight_decay, step from 1) -> moments and weights of masked_update
 OPTIMISERS = {"sophia": sophia, "adamw": adamw}
 
+# -------------------------------------------------- Step 2: what moves (Section 2.2) [D9]
 
-# ------------------------------------- Step 2: methods and what they move [D9], for a fork to edit
-
-# Which weights all of whose values move, by name. A masked method moves rows of down_proj too.
+# Weights that move with all their values, by name. A masked method moves rows of down_proj too.
 MOVES = {
     "all": lambda name: True,
     "attention": lambda name: ".self_attn." in name and "_proj." in name,  # biases too, no norm
@@ -262,20 +234,15 @@ def moves_of(recipe: "Unlearning") -> str:
     return "nothing" if method.masked and recipe.attention == "frozen" else method.moves
 
 
-def need_mask(model: Transformer, recipe: "Unlearning", mask: Tensor | None):
-    if mask is None or mask.shape != (len(model.layers), model.config.neuron_count):
-        raise UserError(f"method {recipe.method} needs a mask of one value per layer and neuron; "
-                        "make_mask gives one")
-
-
 def mask_of_weights(model: Transformer, mask: Tensor | None, recipe: "Unlearning") -> dict:
-    """What moves (Section 2.2) [D9]: weight -> M in a shape that broadcasts to it, or None if all
-    of it moves."""
+    """What moves: weight -> M in a shape that broadcasts to it, or None if all of it moves."""
     moving = {p: None for name, p in model.named_parameters() if MOVES[moves_of(recipe)](name)}
     if METHODS[recipe.method].masked:
-        need_mask(model, recipe, mask)
+        if mask is None or mask.shape != (len(model.layers), model.config.neuron_count):
+            raise UserError(f"method {recipe.method} needs a mask of one value per layer and "
+                            "neuron; make_mask gives one")
         neurons = NEURONS[model.config.neurons]  # by default the rows of down_proj [D1]
-        for block, M in zip(model.layers, mask.to(model.embed_tokens.weight.device)):
+        for block, M in zip(model.layers, mask):
             moving |= {getattr(block.mlp, name).weight: M[:, None] for name in neurons.rows}
             moving |= {getattr(block.mlp, name).weight: M[None] for name in neurons.columns}
     return moving
@@ -285,26 +252,22 @@ def mask_of_weights(model: Transformer, mask: Tensor | None, recipe: "Unlearning
 
 
 def learning_rate(step: int, total: int, peak: float, warmup: float) -> float:
-    """Linear rise over the first `warmup` of all updates, then linear decay to 0. step counts from
-    1."""
+    """Linear rise over a share `warmup` of the updates, then linear decay. step counts from 1."""
     rise = max(1, int(total * warmup))
     return peak * min(step / rise, (total - step + 1) / (total - rise + 1))
 
 
-def unlearning_order(n_forget: int, n_retain: int, recipe: "Unlearning"
-                     ) -> list[tuple[list[int], list[int]]]:
+def unlearning_order(n_forget: int, n_retain: int, recipe: "Unlearning") -> list[tuple[list, list]]:
     """For each update, the indices of its forget rows and of the retain rows drawn to go with them
-    [D8], none if there are none. Epochs are permutations laid end to end and cut into full batches,
-    as SOUL does."""
-    rng, size = random.Random(recipe.seed), recipe.batch
+    [D8]. Epochs are permutations laid end to end and cut into full batches, as SOUL does."""
+    rng, B = random.Random(recipe.seed), recipe.batch
     forget = [i for _ in range(recipe.epochs) for i in rng.sample(range(n_forget), n_forget)]
-    count = len(forget) // size
-    if not count:
+    starts = range(0, len(forget) - B + 1, B)
+    if not starts:
         raise UserError(f"{n_forget} forget rows times {recipe.epochs} epochs do not fill one "
-                        f"batch of {size}; lower --batch")
-    retain = [rng.randrange(n_retain) for _ in range(count * size)] if n_retain else []
-    return [(forget[i * size:(i + 1) * size], retain[i * size:(i + 1) * size])
-            for i in range(count)]
+                        f"batch of {B}; lower --batch")
+    retain = [rng.randrange(n_retain) for _ in range(len(starts) * B)] if n_retain else []
+    return [(forget[i:i + B], retain[i:i + B]) for i in starts]
 
 
 def unlearn_loop(model: Transformer, forget: list[Encoded], retain: list[Encoded],
@@ -321,15 +284,14 @@ def unlearn_loop(model: Transformer, forget: list[Encoded], retain: list[Encoded
                              collate([retain[i] for i in r], device), recipe.lam)
         grads = torch.autograd.grad(loss, list(moving))  # g_t of Eq. 4
         # The clip is over what moves: the gradient of a frozen row must not shorten the update.
-        norm = torch.stack([(g if M is None else g * (M != 0)).norm()
+        norm = torch.stack([(g if M is None else g * (M.to(g) != 0)).norm()
                             for g, M in zip(grads, moving.values())]).norm()
         shrink = (recipe.clip / (norm + 1e-6)).clamp(max=1)
         lr = learning_rate(step, len(order), recipe.lr, recipe.warmup)
         for (p, M), grad in zip(moving.items(), grads):
             decay = recipe.weight_decay if p.dim() == 2 else 0.0  # none on norms and biases [D7]
-            moments, weights = optimiser(recipe, lr, decay, step)
-            masked_update(p.detach(), shrink * grad, *moments_of[p], moments=moments,
-                          weights=weights, mask=M)
+            rules = optimiser(recipe, lr, decay, step)
+            masked_update(p.detach(), shrink * grad, *moments_of[p], rules, M)
         log.append(dict(step=step, loss=loss.item(), lr=lr, grad_norm=norm.item()))
     return log
 
@@ -346,7 +308,7 @@ def attribute(model: Transformer, batch: Batch, *, steps: int = 5, path: str = "
     """attribute_loop summed over a batch of pairs: float32 [L, D], the same numbers to rounding.
 
     Costs about L*(m-1)/2 forward-backward passes per *pair*, however many tokens its answer has.
-    path="neuron" costs D times that: for tiny models. UserError if no answer token is in batch."""
+    path="neuron" costs D times that: for tiny models. UserError without an answer token."""
     check_path(steps, path)
     answer = batch.targets != IGNORE  # [B, T]
     if not answer.any():
@@ -354,8 +316,8 @@ def attribute(model: Transformer, batch: Batch, *, steps: int = 5, path: str = "
     A = int(answer.sum(1).max())
     # Answer positions first, in order. Pairs with shorter answers are padded, their labels IGNORE.
     pos = answer.int().argsort(dim=1, descending=True, stable=True)[:, :A]  # [B, A]
-    with frozen(model):
-        clean = clean_pass(model, batch.ids, pos, batch.targets.gather(1, pos))
+    with trainable(model, set()):
+        clean = Clean(model, batch.ids, pos, batch.targets.gather(1, pos))
         scores = last_node(clean)  # j = m scales nothing, so one pass serves every layer
         if steps > 1:
             for l in range(len(model.layers)):
@@ -363,63 +325,78 @@ def attribute(model: Transformer, batch: Batch, *, steps: int = 5, path: str = "
     return scores / steps  # the 1/m of Eq. 2
 
 
-@dataclass
+@contextmanager
+def trainable(model: Transformer, wanted: set):
+    """Only the `wanted` weights require gradients while the block runs."""
+    before = {p: p.requires_grad for p in model.parameters()}
+    try:
+        for p in before:
+            p.requires_grad_(p in wanted)
+        yield
+    finally:
+        for p, required in before.items():
+            p.requires_grad_(required)
+
+
 class Clean:
-    """The clean pass over B pairs, as the second stream needs it: where samples end, [B, A], and
-    for each layer what it computed there, and its keys and values at all positions."""
+    """The clean pass over ids [B, T], as a second stream needs it, which holds the last positions
+    pos [B, A] of all samples alone; labels [B, A]: the token after each, or IGNORE."""
 
-    model: Transformer
-    labels: Tensor  # [B, A], the token that follows each sample's prefix
-    cos_sin: tuple[Tensor, Tensor]  # [B, A, hd], of the samples' last positions
-    mask: Tensor  # [B, 1, A, T + A]: 0 at clean positions before and itself, else -inf
-    x: Tensor  # [B, A, D], embeddings
-    keys_values: list[tuple[Tensor, Tensor]]  # per layer, [B, K, T, hd]
-    mid: list[Tensor]  # per layer [B, A, D], the residual stream after attention
-    beta: list[Tensor]  # per layer [B, A, D], the neurons' activations
+    @torch.no_grad()
+    def __init__(self, model: Transformer, ids: Tensor, pos: Tensor, labels: Tensor):
+        def at_ends(x):  # [B, T, D] -> [B, A, D]
+            return x.gather(1, pos[..., None].expand(-1, -1, x.shape[-1]))
 
+        def attend(q, k, v):
+            self.keys_values.append((k, v))
+            return causal_attention(q, k, v)
 
-@torch.no_grad()
-def clean_pass(model: Transformer, ids: Tensor, pos: Tensor, labels: Tensor) -> Clean:
-    """The clean pass of ids [B, T], kept at the last positions pos [B, A] of the samples."""
-    T, A = ids.shape[1], pos.shape[1]
-    positions = torch.arange(T, device=ids.device)
-    itself = torch.eye(A, dtype=torch.bool, device=ids.device).expand(len(pos), A, A)
-    seen = torch.cat([positions < pos[..., None], itself], dim=2)  # [B, A, T + A]
-    x, cos_sin = model.embed_tokens(ids), model.rope(positions)
-    mask = x.new_zeros(seen.shape).masked_fill(~seen, float("-inf"))[:, None]
+        positions, A = torch.arange(ids.shape[1], device=ids.device), pos.shape[1]
+        x, cos_sin = model.embed_tokens(ids), model.rope(positions)
+        self.model, self.labels, self.cos_sin, self.x = model, labels, model.rope(pos), at_ends(x)
+        # A last position sees the clean positions before it, and itself: [B, 1, A, T + A].
+        itself = torch.eye(A, dtype=torch.bool, device=ids.device).expand(len(pos), A, A)
+        seen = torch.cat([positions < pos[..., None], itself], dim=2)
+        self.mask = x.new_zeros(seen.shape).masked_fill(~seen, float("-inf"))[:, None]
+        # Per layer: keys and values [B, K, T, hd]; the residual stream after attention, and beta,
+        # at the last positions [B, A, D].
+        self.keys_values, self.mid, self.beta = [], [], []
+        for block in model.layers:
+            x, beta = block.up_to_beta(x, *cos_sin, attend)
+            self.mid.append(at_ends(x))
+            self.beta.append(at_ends(beta))
+            x = block.add_beta(x, beta)
 
-    def at_ends(x):  # [B, T, D] -> [B, A, D]
-        return x.gather(1, pos[..., None].expand(-1, -1, x.shape[-1]))
+    def up_to_beta(self, l: int, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Block.up_to_beta of layer l for the second stream x [N, A, D], N = B * nodes of a path:
+        each last position attends to the clean keys before it, and to its own."""
+        nodes = len(x) // len(self.labels)
 
-    def attend(q, k, v):
-        clean.keys_values.append((k, v))
-        return causal_attention(q, k, v)
+        def of_nodes(y):  # [B, ...] -> [N, ...]
+            return y.repeat_interleave(nodes, dim=0)
 
-    clean = Clean(model, labels, model.rope(pos), mask, at_ends(x), [], [], [])
-    for block in model.layers:
-        x, beta = block.up_to_beta(x, *cos_sin, attend)
-        clean.mid.append(at_ends(x))
-        clean.beta.append(at_ends(beta))
-        x = block.add_beta(x, beta)
-    return clean
+        def attend(q, k, v):  # q [N, H, A, hd], k and v [N, K, A, hd]
+            keys, values = self.keys_values[l]
+            keys = torch.cat([of_nodes(keys), k], dim=2)  # [N, K, T + A, hd]
+            values = torch.cat([of_nodes(values), v], dim=2)
+            return attention(q, keys, values, of_nodes(self.mask))
 
+        return self.model.layers[l].up_to_beta(x, *map(of_nodes, self.cos_sin), attend)
 
-def up_to_beta(clean: Clean, l: int, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Block.up_to_beta of layer l for the second stream x [N, A, D], N = B * nodes of a path: each
-    last position attends to the clean keys before it, and to its own."""
-    nodes = len(x) // len(clean.labels)
-
-    def of_nodes(y):  # [B, ...] -> [N, ...]
-        return y.repeat_interleave(nodes, dim=0)
-
-    def attend(q, k, v):  # q [N, H, A, hd], k and v [N, K, A, hd]
-        keys, values = clean.keys_values[l]
-        keys = torch.cat([of_nodes(keys), k], dim=2)  # [N, K, T + A, hd]
-        values = torch.cat([of_nodes(values), v], dim=2)
-        return attention(q, keys, values, of_nodes(clean.mask))
-
-    cos, sin = clean.cos_sin
-    return clean.model.layers[l].up_to_beta(x, of_nodes(cos), of_nodes(sin), attend)
+    def log_p_gradient(self, x: Tensor, activations: list[Tensor]) -> tuple[Tensor, ...]:
+        """d log P(label) / da (Eq. 1b) [D3], summed over samples, for the second stream x [N, A, D]
+        that left the last layer. d log P(y) / d logits is 1 at y, minus P: three times as fast as
+        autograd, and a few rows of logits, the largest tensors of all, are held at once."""
+        model, hidden, grads = self.model, self.model.norm(x), []
+        labels = self.labels.repeat_interleave(len(x) // len(self.labels), dim=0)  # [N, A]
+        size = max(1, LOGITS // model.config.vocab_size)
+        with torch.no_grad():
+            for h, y in zip(hidden.flatten(0, 1).split(size), labels.flatten().split(size)):
+                p = model.logits(h).softmax(-1)  # [size, V]
+                p[torch.arange(len(y), device=y.device), y.clamp_min(0)] -= 1
+                grads.append(p.to(h.dtype) @ model.head)
+            grad = -torch.cat(grads).view_as(hidden).masked_fill(labels[..., None] == IGNORE, 0)
+        return torch.autograd.grad(hidden, activations, grad)
 
 
 def last_node(clean: Clean) -> Tensor:
@@ -427,10 +404,10 @@ def last_node(clean: Clean) -> Tensor:
     with torch.enable_grad():
         x, activations = clean.x.detach().requires_grad_(), []
         for l, block in enumerate(clean.model.layers):
-            x, a = up_to_beta(clean, l, x)
+            x, a = clean.up_to_beta(l, x)
             activations.append(a)
             x = block.add_beta(x, a)
-        grads = log_p_gradient(clean, x, activations)
+        grads = clean.log_p_gradient(x, activations)
     return torch.stack([(beta.float() * grad.float()).sum((0, 1))  # Eq. 2
                         for beta, grad in zip(clean.beta, grads)])
 
@@ -438,38 +415,23 @@ def last_node(clean: Clean) -> Tensor:
 def lower_nodes(clean: Clean, l: int, steps: int, path: str) -> Tensor:
     """beta * d log P / da of layer l, summed over the nodes j = 1..m-1 of its path, or of the path
     of each of its neurons [D4]: float32 [D]."""
-    beta, block = clean.beta[l][:, None, None], clean.model.layers[l]  # [B, 1, 1, A, D]
-    B, _, _, A, D = beta.shape
+    beta, mid, block = clean.beta[l], clean.mid[l][:, None, None], clean.model.layers[l]
+    B, A, D = beta.shape
+    beta = beta[:, None, None]  # [B, 1, 1, A, D]
     share = torch.arange(1, steps, device=beta.device, dtype=beta.dtype) / steps
     share = share[:, None, None]  # [J, 1, 1]
-    scaled = torch.ones(1, D) if path == "layer" else torch.eye(D)  # [C, D], a row of 1 per path
+    paths = (torch.ones(1, D) if path == "layer" else torch.eye(D)).to(beta.device)
     scores = torch.zeros(D, device=beta.device)
-    for k in scaled.to(beta.device).bool().split(max(1, 4096 // max(1, B * A * (steps - 1)))):
-        k = k[:, None, None]  # [C, 1, 1, D]
+    for scaled in paths.bool().split(max(1, 4096 // (B * A * (steps - 1)))):
+        scaled = scaled[:, None, None]  # [C, 1, 1, D], the neurons that each path scales
         with torch.enable_grad():
-            a = torch.where(k, share * beta, beta).requires_grad_()  # [B, C, J, A, D], Eq. 1a
-            x = block.add_beta(clean.mid[l][:, None, None], a).flatten(0, 2)  # [N, A, D]
+            a = torch.where(scaled, share * beta, beta).requires_grad_()  # [B, C, J, A, D], Eq. 1a
+            x = block.add_beta(mid, a).flatten(0, 2)  # [N, A, D]
             for u in range(l + 1, len(clean.model.layers)):
-                x = clean.model.layers[u].add_beta(*up_to_beta(clean, u, x))
-            grad, = log_p_gradient(clean, x, [a])
-        scores += (k * beta.float() * grad.float()).sum((0, 1, 2, 3))  # Eq. 2
+                x = clean.model.layers[u].add_beta(*clean.up_to_beta(u, x))
+            grad, = clean.log_p_gradient(x, [a])
+        scores += (scaled * beta.float() * grad.float()).sum((0, 1, 2, 3))  # Eq. 2
     return scores
-
-
-def log_p_gradient(clean: Clean, x: Tensor, activations: list[Tensor]) -> tuple[Tensor, ...]:
-    """d log P(label) / da (Eq. 1b) [D3], summed over samples, for the second stream x [N, A, D]
-    that left the last layer. d log P(y) / d logits is 1 at y, minus P: three times as fast as
-    autograd, and a few rows of logits, the largest tensors of all, are held at once."""
-    model, hidden, grads = clean.model, clean.model.norm(x), []
-    labels = clean.labels.repeat_interleave(len(x) // len(clean.labels), dim=0)  # [N, A]
-    size = max(1, LOGITS // model.config.vocab_size)
-    with torch.no_grad():
-        for h, y in zip(hidden.flatten(0, 1).split(size), labels.flatten().split(size)):
-            p = model.logits(h).softmax(-1)  # [size, V]
-            p[torch.arange(len(y), device=y.device), y.clamp_min(0)] -= 1
-            grads.append(p.to(h.dtype) @ model.head)
-        grad = -torch.cat(grads).view_as(hidden).masked_fill(labels[..., None] == IGNORE, 0)
-    return torch.autograd.grad(hidden, activations, grad)
 
 
 def attribute_rows(model: Transformer, rows: list[Encoded], recipe: "Attribution", *,
@@ -479,21 +441,20 @@ def attribute_rows(model: Transformer, rows: list[Encoded], recipe: "Attribution
     device = model.embed_tokens.weight.device
     total = torch.zeros(len(model.layers), model.config.neuron_count, device=device)
     # Of m nodes, m - 1 run at once; the last is cheaper.
-    batches = batches_by_length([len(r.ids) for r in rows],
+    batches = batches_by_length([len(row.ids) for row in rows],
                                 recipe.attribution_tokens // max(1, recipe.steps - 1))
-    with tqdm(total=len(rows), desc=title, unit="pair") as bar:
-        for n in (loop or plain_loop)(title, len(batches), {"sum": total}):
-            batch = collate([rows[i] for i in batches[n - 1]], device)
-            total += attribute(model, batch, steps=recipe.steps, path=recipe.path)
-            bar.update(sum(map(len, batches[:n])) - bar.n)
+    count = len(batches)
+    numbers = loop(title, count, {"sum": total}) if loop else range(1, count + 1)
+    for number in tqdm(numbers, title, count):
+        batch = collate([rows[i] for i in batches[number - 1]], device)
+        total += attribute(model, batch, steps=recipe.steps, path=recipe.path)
     need_finite_scores(total)
     return total
 
 
-# -------------------------------------------------- an objective's gradient, for that of one loss
-# Why it is the same: a gradient is linear, so GradDiff's is the sum of those of its summands, each
-# taken in a pass that fits memory and freed before the next
-# (test_two_passes_are_the_gradient_of_graddiff_loss).
+# ---------------------------------------------------------- summands, for the loss as one
+# Why it is the same: a gradient is linear, so GradDiff's is the sum of its summands' gradients, each
+# from a pass that fits memory (test_the_summands_are_the_gradient_of_graddiff_loss).
 
 
 def passes(model: Transformer, rows: list[Encoded], tokens: int) -> list[list[int]]:
@@ -517,27 +478,25 @@ def nll_parts(model: Transformer, rows: list[Encoded], tokens: int):
         yield mean_nll(model, batch) * (answer_tokens(part) / answer_tokens(rows))
 
 
-# ------------------------------------------ only what moves [D9], for the masked update of it all
+# ------------------------------------------ only what moves, for the masked update of it all
 # Why it is the same: where M is 0, Eq. 5-7 leave weight and moments as they are, and where it is 1
 # they are the plain update. So the critical rows can be separate weights, and neither gradient nor
 # optimiser state of the frozen rows need ever exist (test_unlearn_equals_the_loop).
 
 
 class CriticalRows(nn.Module):
-    """Stands in for a matrix [O, I] of an MLP while only the rows (dim 0) or columns (dim 1) of its
-    layer's critical neurons move, as the parameter `rows` [C, I] or [O, C]. Meanwhile these are 0
-    in the matrix itself, so that two products add up to what the moved matrix gives. critical: M
-    of the layer [D]; `mask` holds the values of a soft one, in a shape that broadcasts to rows."""
+    """Stands in for a matrix [O, I] while only those of its rows (dim 0), or columns (dim 1), move
+    where M [O, 1], or [1, I], is not 0: the parameter `rows` [C, I], or [O, C]. Meanwhile these are
+    0 in the matrix itself, so that the two products add up. mask: a soft M of the rows."""
 
-    def __init__(self, linear: nn.Linear, critical: Tensor, dim: int):
+    def __init__(self, linear: nn.Linear, M: Tensor):
         super().__init__()
-        device, index = linear.weight.device, critical.nonzero()[:, 0]  # [C]
-        self.index, self.dim, self.mask = index.to(device), dim, None
-        if critical.is_floating_point():
-            self.mask = critical[index].unsqueeze(1 - dim).to(device)  # [C, 1] or [1, C]
-        self.linear = linear.requires_grad_(False)
-        self.rows = nn.Parameter(linear.weight.index_select(dim, self.index))
-        linear.weight.index_fill_(dim, self.index, 0.0)
+        self.linear, self.dim = linear.requires_grad_(False), int(M.shape[0] == 1)
+        index = M.flatten().nonzero()[:, 0]  # [C]
+        soft = M.index_select(self.dim, index) if M.is_floating_point() else None
+        self.mask, self.index = soft, index.to(linear.weight.device)
+        self.rows = nn.Parameter(linear.weight.detach().index_select(self.dim, self.index))
+        linear.weight.detach().index_fill_(self.dim, self.index, 0.0)
 
     def forward(self, x):
         if self.dim == 0:
@@ -545,24 +504,22 @@ class CriticalRows(nn.Module):
         return self.linear(x) + F.linear(x[..., self.index], self.rows)
 
 
-@torch.no_grad()
-def put_critical_rows(model: Transformer, mask: Tensor):
-    """A CriticalRows in the place of each matrix that belongs to critical neurons."""
-    neurons = NEURONS[model.config.neurons]
-    matrices = [(name, 0) for name in neurons.rows] + [(name, 1) for name in neurons.columns]
-    for block, M in zip(model.layers, mask):
-        for name, dim in matrices if M.any() else ():
-            setattr(block.mlp, name, CriticalRows(getattr(block.mlp, name), M, dim))
-
-
-@torch.no_grad()
-def restore_matrices(model: Transformer):
-    """The matrices themselves again, with what became of their critical rows."""
-    for block in model.layers:
-        for name, module in list(block.mlp.named_children()):
-            if isinstance(module, CriticalRows):
-                module.linear.weight.index_copy_(module.dim, module.index, module.rows)
-                setattr(block.mlp, name, module.linear)
+@contextmanager
+def critical_rows(model: Transformer, masks: dict):
+    """CriticalRows in place of the matrices of which only some rows move, while the block runs."""
+    stand_ins = []
+    try:
+        for block in model.layers:
+            for name, linear in list(block.mlp.named_children()):
+                M = masks.get(linear.weight)
+                if M is not None and M.any():
+                    stand_ins.append((block.mlp, name, CriticalRows(linear, M)))
+                    setattr(*stand_ins[-1])
+        yield [module for *_, module in stand_ins]
+    finally:
+        for mlp, name, module in stand_ins:
+            module.linear.weight.detach().index_copy_(module.dim, module.index, module.rows)
+            setattr(mlp, name, module.linear)
 
 
 @dataclass
@@ -584,35 +541,19 @@ def moving_weights(model: Transformer, recipe: "Unlearning", mask: Tensor | None
     """The weights that recipe.method moves, as a list of Moving; all others are frozen meanwhile.
     mask [L, D], of a masked method: the rows of down_proj where it is not zero move [D9]. state:
     the dtype of moments, and of masters unless the model has more precision."""
-    required = {p: p.requires_grad for p in model.parameters()}
-    moving = []
-    try:
-        for name, p in model.named_parameters():
-            p.requires_grad_(MOVES[moves_of(recipe)](name))
-        if METHODS[recipe.method].masked:
-            need_mask(model, recipe, mask)
-            put_critical_rows(model, mask)
-        masks = {x.rows: x.mask for x in model.modules() if isinstance(x, CriticalRows)}
+    masks = mask_of_weights(model, mask, recipe)
+    everywhere, moving = {p for p, M in masks.items() if M is None}, []
+    with trainable(model, everywhere), critical_rows(model, masks) as modules:
+        soft = {module.rows: module.mask for module in modules}
         for name, p in model.named_parameters():
             if p.requires_grad:
                 master = p.detach().to(torch.promote_types(p.dtype, state))
                 m, h = torch.zeros_like(master, dtype=state), torch.zeros_like(master, dtype=state)
-                moving.append(Moving(name, p, master, m, h, masks.get(p)))
+                moving.append(Moving(name, p, master, m, h, soft.get(p)))
         if not moving:
             raise UserError(f"method {recipe.method} moves nothing here: the mask is empty and "
                             "attention frozen; lower the threshold or let attention move")
         yield moving
-    finally:
-        restore_matrices(model)
-        for p, value in required.items():
-            p.requires_grad_(value)
-
-
-def write_masters(moving: list[Moving]):
-    """Round the masters into the weights that the model reads."""
-    for w in moving:
-        if w.weight.dtype != w.master.dtype:  # else the weight is its master
-            w.weight.data.copy_(w.master)
 
 
 @torch.no_grad()
@@ -623,60 +564,51 @@ def apply_updates(moving: list[Moving], optimiser: Callable, recipe: "Unlearning
     clipped = 0
     for w in moving:
         decay = recipe.weight_decay if w.weight.dim() == 2 else 0.0  # none on norms and biases [D7]
-        moments, weights = optimiser(recipe, lr, decay, step)
         grad, w.weight.grad = shrink * w.weight.grad.float(), None
-        clipped += masked_update(w.master, grad, w.m, w.h, moments=moments, weights=weights,
-                                 mask=w.mask)
+        rules = optimiser(recipe, lr, decay, step)
+        clipped += masked_update(w.master, grad, w.m, w.h, rules, w.mask)
     return clipped
 
 
 # ------------------------------------------------------------- `unlearn` for `unlearn_loop`
 
 
-def plain_loop(title: str, total: int, tensors: dict[str, Tensor]):
-    """Update numbers from 1. A loop that resumes (pipeline/stage.py) fills `tensors`, which are
-    all that the updates change, and starts at a later one; it must draw nothing at random."""
-    yield from range(1, total + 1)
-
-
 def train(model: Transformer, moving: list[Moving], batches: list[tuple], objective: "Objective",
           recipe: "Unlearning", *, title: str, loop=None, record=None, apply=None) -> list[dict]:
     """One update per batch (forget rows, retain rows, known) by objective.losses. Returns a log row
-    per update, also handed to record(row). loop, apply: in place of plain_loop, apply_updates. All
-    that an update takes depends on its number alone: `loop` may start at any, and end early."""
+    per update, also handed to record(row). apply: in place of apply_updates. loop(title, total,
+    tensors): gives update numbers, from 1 to total unless it ends early, or goes on from a later
+    one with tensors, all that updates change, filled. It must draw nothing at random: all else that
+    an update takes depends on its number."""
     tensors = {f"{w.name}.{k}": getattr(w, k) for w in moving for k in ("master", "m", "h")}
     total, count, log = len(batches), sum(w.master.numel() for w in moving), []
     optimiser = OPTIMISERS[METHODS[recipe.method].optimiser]
-    with tqdm(total=total, desc=title) as bar:
-        for step in (loop or plain_loop)(title, total, tensors):
-            write_masters(moving)  # `loop` may have filled them
-            losses = Counter()
-            for name, loss, logged in objective.losses(model, *batches[step - 1], recipe):
-                loss.backward()
-                losses[name] += logged.detach()
-            for w in moving:
-                if w.weight.grad is None:  # the loss does not reach it
-                    w.weight.grad = torch.zeros_like(w.weight)
-            norms = torch._foreach_norm([w.weight.grad for w in moving], dtype=torch.float32)
-            norm = torch.stack(norms).norm().item()
-            losses = {name: value.item() for name, value in losses.items()}
-            if not all(map(math.isfinite, (norm, *losses.values()))):
-                raise UserError(f"{title}: loss or gradient is not finite at update {step} of "
-                                f"{total}; lower --lr (now {recipe.lr:g})")
-            shrink = min(1.0, recipe.clip / (norm + 1e-6))
-            lr = learning_rate(step, total, recipe.lr, recipe.warmup)
-            clipped = (apply or apply_updates)(moving, optimiser, recipe, lr=lr, step=step,
-                                               shrink=shrink)
-            write_masters(moving)
-            log.append(dict(step=step, **losses, lr=lr, grad_norm=norm,
-                            clipped=int(clipped) / count))
-            bar.set_postfix({k: f"{v:.3f}" for k, v in losses.items()}, refresh=False)
-            bar.update(step - bar.n)
-            if record:
-                record(log[-1])
-    if not all(torch.isfinite(w.master).all() for w in moving):
-        raise UserError(f"{title}: weights are not finite after the last update; "
-                        f"lower --lr (now {recipe.lr:g})")
+    numbers = loop(title, total, tensors) if loop else range(1, total + 1)
+    for step in tqdm(numbers, title, total):
+        for w in moving:  # `loop` may have filled the masters
+            w.weight.data.copy_(w.master)
+        losses = Counter()
+        for name, loss, logged in objective.losses(model, *batches[step - 1], recipe):
+            loss.backward()
+            losses[name] += logged.detach()
+        for w in moving:
+            if w.weight.grad is None:  # the loss does not reach it
+                w.weight.grad = torch.zeros_like(w.weight)
+        norms = torch._foreach_norm([w.weight.grad for w in moving], dtype=torch.float32)
+        norm = torch.stack(norms).norm().item()
+        losses = {name: value.item() for name, value in losses.items()}
+        if not all(map(math.isfinite, (norm, *losses.values()))):
+            raise UserError(f"{title}: loss or gradient is not finite at update {step} of {total}; "
+                            f"lower --lr (now {recipe.lr:g})")
+        shrink = min(1.0, recipe.clip / (norm + 1e-6))
+        lr = learning_rate(step, total, recipe.lr, recipe.warmup)
+        clipped = (apply or apply_updates)(moving, optimiser, recipe, lr=lr, step=step,
+                                           shrink=shrink)
+        for w in moving:
+            w.weight.data.copy_(w.master)
+        log.append(dict(step=step, **losses, lr=lr, grad_norm=norm, clipped=int(clipped) / count))
+        if record:
+            record(log[-1])
     return log
 
 
@@ -697,28 +629,26 @@ def unlearn(model: Transformer, forget: list[Encoded], retain: list[Encoded],
                         "row is to reach")
     if objective.retains and recipe.lam and not retain:
         raise UserError(f"objective {recipe.objective} needs retain rows; give some, or lam = 0")
-    if isinstance(targets, (int, float)):
-        targets = [targets] * len(forget)
     known, known_retain = [None] * len(forget), [None] * len(retain)
     with torch.no_grad():
         if objective.known:
             known = objective.known(model, forget, targets, recipe)
         if objective.known_retain:
             known_retain = objective.known_retain(model, retain, recipe)
-    model.checkpoint = recipe.checkpointing
     batches = [([forget[i] for i in f], [retain[i] for i in r],
                 ([known[i] for i in f], [known_retain[i] for i in r])) for f, r in order]
+    model.checkpoint = recipe.checkpointing
     with moving_weights(model, recipe, mask, state) as moving:
         log = train(model, moving, batches, objective, recipe, title=title, loop=loop,
                     record=record, apply=apply)
-    # Finite weights can compute infinite losses. Each update's loss checks the update before it;
-    # some rows, spread over all, check the last one.
-    for row in forget[::max(1, len(forget) // 8)]:
-        with torch.no_grad():
-            nll = mean_nll(model, collate([row], model.embed_tokens.weight.device))
-        if not nll.isfinite():
-            raise UserError(f"{title}: the model's losses are not finite after the last update; "
-                            f"lower --lr (now {recipe.lr:g})")
+        finite = all(w.master.isfinite().all() for w in moving)
+    # Each update's loss checks the update before it. For the last one, some rows' losses do.
+    with torch.no_grad():
+        losses = [mean_nll(model, collate([row], model.embed_tokens.weight.device))
+                  for row in forget[::max(1, len(forget) // 8)]]
+    if not finite or not all(map(torch.isfinite, losses)):
+        raise UserError(f"{title}: weights or losses are not finite after the last update; lower "
+                        f"--lr (now {recipe.lr:g})")
     return log
 
 
@@ -760,32 +690,20 @@ class Objective:
 
 
 def graddiff(model, forget, retain, known, recipe):
-    """graddiff_loss (A.1)."""
+    """graddiff_loss (A.1) in summands."""
     for nll in nll_parts(model, forget, recipe.micro_tokens):
         yield "loss_forget", -nll, nll
     yield from descent(model, forget, retain, known, recipe)
 
 
-def ascent(model, forget, retain, known, recipe):
-    """Its first half, on the forget rows."""
-    yield from graddiff(model, forget, [], known, recipe)
-
-
 def descent(model, forget, retain, known, recipe):
-    """Its second half, on the retain rows."""
+    """The retain rows' part of graddiff."""
     for nll in nll_parts(model, retain if recipe.lam else [], recipe.micro_tokens):
         yield "loss_retain", recipe.lam * nll, nll
 
 
-def retain_alone(model, forget, retain, known, recipe):
-    for nll in nll_parts(model, retain, recipe.micro_tokens):
-        yield "loss_retain", nll, nll
-
-
 OBJECTIVES = {  # pipeline/objectives.py adds others
     "graddiff": Objective(graddiff, about="ascent on forget, descent on retain rows (A.1)"),
-    "ga": Objective(ascent, retains=False, about="ascent on forget rows alone"),
-    "retain": Objective(retain_alone, about="descent on retain rows alone"),
 }
 
 

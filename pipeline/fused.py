@@ -34,10 +34,9 @@ def stochastic_round(x: Tensor) -> Tensor:
 def update_weight(optimiser, recipe, lr, decay, step, shrink, stored: tuple[Tensor, Tensor, Tensor],
                   grad: Tensor, mask: Tensor | None) -> Tensor:
     """masked_update of one weight in float32; stored: its master, m and h, as they are stored."""
-    moments, weights = optimiser(recipe, lr, decay, step)
     exact = [t.float() for t in stored]  # the stored tensors themselves, where they are float32
     clipped = simu.masked_update(exact[0], shrink * grad.float(), exact[1], exact[2],
-                                 moments=moments, weights=weights, mask=mask)
+                                 optimiser(recipe, lr, decay, step), mask)
     for narrow, wide in zip(stored, exact):
         if narrow.dtype == torch.bfloat16:
             narrow.copy_(stochastic_round(wide))

@@ -65,10 +65,11 @@ def losses_by(row_loss, model, forget, retain, known, recipe, *, per: str):
     yield from simu.descent(model, forget, retain, known, recipe)
 
 
-def known_by(function, model, rows: list[Encoded], targets: list | None, recipe) -> list:
+def known_by(function, model, rows: list[Encoded], targets, recipe) -> list:
     """function(logits, labels, target, recipe) of each row, under the model as it is."""
+    targets = targets if isinstance(targets, list) else [targets] * len(rows)
     return [function(*read_answers(model, [row])[0], target, recipe)
-            for row, target in zip(rows, targets or [None] * len(rows), strict=True)]
+            for row, target in zip(rows, targets, strict=True)]
 
 
 def token_nll(logits: Tensor, labels: Tensor) -> Tensor:
@@ -84,6 +85,18 @@ def cross_entropy_to(teacher: Tensor, logits: Tensor) -> Tensor:
 def but_label(logits: Tensor, labels: Tensor) -> Tensor:
     """Logits [A, V] among all tokens but the label."""
     return logits.scatter(1, labels[:, None], -1e9)
+
+
+# ------------------------------------------------------------------------- GradDiff's two halves
+
+
+def ga(model, forget, retain, known, recipe):
+    yield from simu.graddiff(model, forget, [], known, recipe)
+
+
+def retain_alone(model, forget, retain, known, recipe):
+    for nll in simu.nll_parts(model, retain, recipe.micro_tokens):
+        yield "loss_retain", nll, nll
 
 
 # ------------------------------------------------------------------------------ losses of a row
@@ -169,6 +182,8 @@ def loss_examples(forget: list[Example], objective: str) -> list[Example]:
 
 
 simu.OBJECTIVES |= {
+    "ga": Objective(ga, retains=False, about="ascent on forget rows alone"),
+    "retain": Objective(retain_alone, about="descent on retain rows alone"),
     "npo": Objective(partial(losses_by, npo, per="row"), partial(known_by, original_log_p),
                      about="NPO on forget rows (A.2)"),
     "simnpo": Objective(partial(losses_by, simnpo, per="row"), about="SimNPO on forget rows"),

@@ -217,7 +217,7 @@ def trace_attribution(model, s, longest, answer) -> int:
     pos = zeros(B, min(answer, longest))
     with LiveBytes(*model.parameters()) as live, fused_attention(s):
         before = live.now
-        clean = simu.clean_pass(model, zeros(B, longest), pos, pos)
+        clean = simu.Clean(model, zeros(B, longest), pos, pos)
         simu.last_node(clean)
         if s.steps > 1:
             simu.lower_nodes(clean, 0, s.steps, s.path)

@@ -322,7 +322,7 @@ class Stage:
         return write
 
     def loop(self, title: str, steps: int, tensors: dict):
-        """simu.plain_loop that goes on where a killed stage was. A checkpoint holds what the loop
+        """simu.train's loop, going on where a killed stage was. A checkpoint holds what the loop
         changes in place and the stage's logs, and is written so seldom that it costs a set share of
         the time. Whatever else decides a step, such as its rows and its random bits, has
         to be a function of the step alone: then the bytes are those of an undisturbed run."""

@@ -195,7 +195,7 @@ def attack_weights(model: Transformer, attack: str, bench: slices.Benchmark, tok
         rows = random.Random(s.seed).sample(bench.retain, count)
     encoded = data.encode_for(model.config, rows, tokenizer, s.template)
     order = random.Random(s.seed).sample(encoded, len(encoded))
-    job = SimpleNamespace(loop=simu.plain_loop, record=lambda name: None)
+    job = SimpleNamespace(loop=None, record=lambda name: None)
     learn(model, [order], relearning(s), job, title=attack)
 
 

@@ -75,7 +75,7 @@ class Lab:
             encoded.append(data.Encoded(prompt + ids + [self.tokenizer.eos_id], len(prompt)))
         rng = random.Random(0)
         order = [rng.sample(encoded, len(encoded)) for _ in range(epochs)]
-        job = SimpleNamespace(loop=simu.plain_loop, record=lambda name: None)
+        job = SimpleNamespace(loop=None, record=lambda name: None)
         original.learn(self.model, order, original.learning(self.s, lr), job, title="teach")
 
     def save(self, name):
