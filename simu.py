@@ -445,7 +445,7 @@ def attribute_rows(model: Transformer, rows: list[Encoded], recipe: "Attribution
                                 recipe.attribution_tokens // max(1, recipe.steps - 1))
     count = len(batches)
     numbers = loop(title, count, {"sum": total}) if loop else range(1, count + 1)
-    for number in tqdm(numbers, title, count):
+    for number in tqdm(numbers, desc=title, total=count):
         batch = collate([rows[i] for i in batches[number - 1]], device)
         total += attribute(model, batch, steps=recipe.steps, path=recipe.path)
     need_finite_scores(total)
@@ -453,7 +453,7 @@ def attribute_rows(model: Transformer, rows: list[Encoded], recipe: "Attribution
 
 
 # ---------------------------------------------------------- summands, for the loss as one
-# Why it is the same: a gradient is linear, so GradDiff's is the sum of its summands' gradients, each
+# Why it is the same: a gradient is linear, so GradDiff's is the sum of those of its summands, each
 # from a pass that fits memory (test_the_summands_are_the_gradient_of_graddiff_loss).
 
 
@@ -584,7 +584,7 @@ def train(model: Transformer, moving: list[Moving], batches: list[tuple], object
     total, count, log = len(batches), sum(w.master.numel() for w in moving), []
     optimiser = OPTIMISERS[METHODS[recipe.method].optimiser]
     numbers = loop(title, total, tensors) if loop else range(1, total + 1)
-    for step in tqdm(numbers, title, total):
+    for step in tqdm(numbers, desc=title, total=total):
         for w in moving:  # `loop` may have filled the masters
             w.weight.data.copy_(w.master)
         losses = Counter()

@@ -1,5 +1,5 @@
-"""Objectives and masks beside the paper's. Importing this file adds them to the tables of simu.py; a
-fork can add its own here, or in a file of its own that is imported beside this one.
+"""Objectives and masks beside the paper's. Importing this file adds them to simu.py's tables; a fork
+can add its own here, or in a file of its own that is imported beside this one.
 
 GradDiff's ascent has no end. These end, each elsewhere: at a reference model (NPO), at another
 answer (PO, UNDIAL), or at the losses that rows never seen have (stranger, outsider).

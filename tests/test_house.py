@@ -130,11 +130,13 @@ EDITS = [  # file, text, its replacement, stages made again
     ("simu.py", "ratio = m / (gamma", "ratio = 2 * m / (gamma", {"so-graddiff", "simu-npo"}),
     ("simu.py", "return m.lerp(grad, 1 - beta1)", "return m.lerp(grad, 2 - beta1)",
      {"fo-graddiff"}),
-    ("simu.py", "x, cos_sin = model.embed_tokens(", "x, cos_sin = 2 * model.embed_tokens(", {"attribution"}),
+    ("simu.py", "x, cos_sin = model.embed_tokens(", "x, cos_sin = 2 * model.embed_tokens(",
+     {"attribution"}),
     ("simu.py", "(scores > threshold * top)", "(scores >= threshold * top)", {"mask"}),
     ("simu.py", "rise = max(1,", "rise = max(2,", UNLEARNED | {"retain-only", "original"}),
     ("model.py", "F.silu(", "F.gelu(", set(STAGES) - {"mask"}),
-    ("simu.py", '    "ga": Objective(', '    "mine": Objective(descent),\n    "ga": Objective(',
+    ("simu.py", '    "graddiff": Objective(', '    "mine": Objective(graddiff),\n    "graddiff": '
+     'Objective(',
      set()),
     ("pipeline/objectives.py", '    "po": Objective(', '    "mine": Objective(npo),\n    "po": '
      'Objective(', set()),
