@@ -14,6 +14,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
+os.environ["TQDM_DISABLE"] = "1"  # tests read what else is printed; tqdm asks when it is imported
 
 import pipeline  # noqa: E402, F401  before torch: it silences a warning of torch's import
 import pytest  # noqa: E402

@@ -11,6 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+os.environ["TQDM_DISABLE"] = "1"  # as all.py
 os.environ["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])
 
 import pipeline  # noqa: E402, F401  before torch: it silences a warning of torch's import
