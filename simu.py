@@ -570,6 +570,14 @@ def apply_updates(moving: list[Moving], optimiser: Callable, recipe: "Unlearning
     return clipped
 
 
+def write_masters(moving: list[Moving]):
+    """Round the masters into the weights that the model reads. One of a weight's own dtype is that
+    weight, and copying it onto itself would cost each update two passes over the model."""
+    for w in moving:
+        if w.weight.dtype != w.master.dtype:
+            w.weight.data.copy_(w.master)
+
+
 # ------------------------------------------------------------- `unlearn` for `unlearn_loop`
 
 
@@ -585,8 +593,8 @@ def train(model: Transformer, moving: list[Moving], batches: list[tuple], object
     optimiser = OPTIMISERS[METHODS[recipe.method].optimiser]
     numbers = loop(title, total, tensors) if loop else range(1, total + 1)
     for step in tqdm(numbers, desc=title, total=total):
-        for w in moving:  # `loop` may have filled the masters
-            w.weight.data.copy_(w.master)
+        if not log:  # `loop` may have filled the masters
+            write_masters(moving)
         losses = Counter()
         for name, loss, logged in objective.losses(model, *batches[step - 1], recipe):
             loss.backward()
@@ -604,8 +612,7 @@ def train(model: Transformer, moving: list[Moving], batches: list[tuple], object
         lr = learning_rate(step, total, recipe.lr, recipe.warmup)
         clipped = (apply or apply_updates)(moving, optimiser, recipe, lr=lr, step=step,
                                            shrink=shrink)
-        for w in moving:
-            w.weight.data.copy_(w.master)
+        write_masters(moving)
         log.append(dict(step=step, **losses, lr=lr, grad_norm=norm, clipped=int(clipped) / count))
         if record:
             record(log[-1])

@@ -170,11 +170,6 @@ def says_all(answer: str, text: str) -> bool:
     return bool(a) and any(b[i:i + len(a)] == a for i in range(len(b) - len(a) + 1))
 
 
-def recall(answer: str, text: str) -> float | None:
-    """ROUGE-L recall; None of an answer without a word."""
-    return evaluation.rouge_l(answer, text).recall if evaluation.rouge_words(answer) else None
-
-
 @dataclass
 class Candidate:
     """An answer to a row, its own or one that could stand in its place, and its specifics."""
