@@ -145,10 +145,10 @@ def slots_of(e: Example, wording: Wording) -> list[Slot]:
     return slots
 
 
-def exchanged_words(slots: list[Slot], groups: dict, rng: random.Random) -> dict[Word, str]:
-    """Specific -> the word drawn for its place, for those that have one like them. No two are of
-    one other row as long as there are others, for the model may know what follows."""
-    chosen, lenders = {}, set()
+def exchanged_words(slots: list[Slot], groups: dict, rng: random.Random) -> list[tuple[Word, str]]:
+    """(specific, the word drawn for its place) of those that have one like them. No two are of one
+    other row as long as there are others, for the model may know what follows."""
+    chosen, lenders = [], set()
     for slot in slots:
         candidates = []
         for group in slot.groups:
@@ -158,19 +158,17 @@ def exchanged_words(slots: list[Slot], groups: dict, rng: random.Random) -> dict
         if candidates:
             lender = rng.choice(candidates)
             lenders.add(lender.answer)
-            chosen[slot.word] = lender.word.text
+            chosen.append((slot.word, lender.word.text))
     return chosen
 
 
-def other_names(e: Example, wording: Wording, rows: list[Example], rng: random.Random
+def other_names(e: Example, wording: Wording, words: list[Word], rng: random.Random
                 ) -> dict[str, str]:
     """Other names and numbers for those of a question that few questions hold. A name begins as
-    it does and ends as another's, so that the question is nobody's."""
+    it does and ends as another's, so that the question is nobody's. words: of other questions."""
     names = {}
     for w in wording.rare_words(e.question):
-        others = [x.text for other in rng.sample(rows, min(40, len(rows)))
-                  for x in wording.rare_words(other.question)
-                  if x.kind == w.kind and x.key != w.key and len(x.text) > 1]
+        others = [x.text for x in words if x.kind == w.kind and x.key != w.key and len(x.text) > 1]
         if w.kind == "number":
             names[w.key] = rng.choice(others) if others else w.text[:-1] + str(rng.randrange(10))
         elif w.kind == "name" and others:
@@ -181,39 +179,33 @@ def other_names(e: Example, wording: Wording, rows: list[Example], rng: random.R
 
 @dataclass(frozen=True)
 class Version:
-    """A row about something else. borders: characters of the row's answer, and of this one's, at
-    which exchanged words begin and end, in order: parts 1, 3, 5.. between them are such words."""
+    """A row about something else. borders: of the row's answer and of this one's, the characters
+    at which exchanged words begin and end, in order: parts 1, 3, 5.. between them are such
+    words. words: what was exchanged for the specifics."""
 
     row: Example
-    old_borders: list[int]
-    new_borders: list[int]
-
-    @property
-    def exchanged(self) -> list[str]:
-        """What stands in the exchanged words' places."""
-        ends = self.new_borders
-        return [self.row.answer[a:b] for a, b in zip(ends[::2], ends[1::2])]
+    borders: tuple[list[int], list[int]]
+    words: list[str]
 
 
-def replaced(text: str, changes: list[tuple[int, int, str]]) -> tuple[str, list[int], list[int]]:
-    """A text with changes (start, end, new text) in order; their borders in both texts."""
-    new, end, old_borders, new_borders = "", 0, [], []
-    for start, stop, word in changes:
-        new += text[end:start]
-        new_borders += [len(new), len(new) + len(word)]
-        old_borders += [start, stop]
-        new, end = new + word, stop
-    return new + text[end:], old_borders, new_borders
+def replaced(text: str, changes: list[tuple[Word, str]]) -> tuple[str, tuple]:
+    """A text with words of it replaced; and the borders of the changes in both texts."""
+    new, end, borders = "", 0, ([], [])
+    for w, word in sorted(changes, key=lambda change: change[0].start):
+        new += text[end:w.start]
+        borders[0].extend((w.start, w.end))
+        borders[1].extend((len(new), len(new) + len(word)))
+        new, end = new + word, w.end
+    return new + text[end:], borders
 
 
-def version_of(e: Example, chosen: dict[Word, str], names: dict[str, str]) -> Version:
+def version_of(e: Example, chosen: list[tuple[Word, str]], names: dict[str, str]) -> Version:
     def renamed(text):
-        return [(w.start, w.end, names[w.key]) for w in words_of(text) if w.key in names]
-    exchanged = [(w.start, w.end, text) for w, text in chosen.items()]
-    answer, *borders = replaced(e.answer, sorted(exchanged + renamed(e.answer)))
-    question, *_ = replaced(e.question, renamed(e.question))
+        return [(w, names[w.key]) for w in words_of(text) if w.key in names]
+    answer, borders = replaced(e.answer, chosen + renamed(e.answer))
+    question, _ = replaced(e.question, renamed(e.question))
     return Version(replace(e, question=question, answer=answer, perturbed_answers=(),
-                           paraphrased_answer=""), *borders)
+                           paraphrased_answer=""), borders, [text for _, text in chosen])
 
 
 def exchanged_rows(forget: list[Example], retain: list[Example], seed: int, *,
@@ -230,9 +222,11 @@ def exchanged_rows(forget: list[Example], retain: list[Example], seed: int, *,
             groups[group].append(slot)
     versions = [[] for _ in forget]
     for e, row_slots, out in zip(forget, slots, versions):
+        others = [w for x in rng.sample(rows, min(40, len(rows)))
+                  for w in questions.rare_words(x.question)] if rename else []
         for _ in range(copies if row_slots else 0):
             chosen = exchanged_words(row_slots, groups, rng)
-            names = other_names(e, questions, rows, rng) if rename else {}
+            names = other_names(e, questions, others, rng) if rename else {}
             version = version_of(e, chosen, names)
             if chosen and (version.row.question, version.row.answer) not in pairs:
                 out.append(version)
@@ -264,11 +258,11 @@ def counterparts(e: Example, row: Encoded, version: Version, version_row: Encode
                  template: str) -> list[tuple[int, int | None]]:
     """(token of the answer, its counterpart in a version): of a part's n tokens and their m
     counterparts, token j has number j * m // n. None: a word that the question gives."""
-    old = answer_parts(e, row, tokenizer, template, version.old_borders)
-    new = answer_parts(version.row, version_row, tokenizer, template, version.new_borders)
+    old = answer_parts(e, row, tokenizer, template, version.borders[0])
+    new = answer_parts(version.row, version_row, tokenizer, template, version.borders[1])
     question, pairs = {w.key for w in words_of(e.question)}, []
     for part, tokens in old.items():
-        start, end = [0, *version.old_borders, len(e.answer)][part:part + 2]
+        start, end = [0, *version.borders[0], len(e.answer)][part:part + 2]
         if part % 2 and e.answer[start:end].casefold() in question:
             pairs += [(i, None) for i in tokens]
         elif part in new:
@@ -321,8 +315,8 @@ def without_unexpected_eos(model: Transformer, examples: list[Example], rows: li
 def forget_targets(s: Settings, bench, forget: list[Encoded], model: Transformer, seed: int
                    ) -> tuple[list[torch.Tensor], str]:
     """What `simu.unlearn` takes as targets, and where they are from: for each answer token of the
-    forget rows the loss that it would have under the original, had it never seen them. UserError
-    where nothing tells it. seed: of what is drawn."""
+    forget rows the loss that it would have under the original, had it never seen them. seed: of
+    what is drawn."""
     if s.level == "retain-only":
         return losses_without_rows(s.run / "retain-only", forget, s), "retain-only's loss of a row"
     if s.level != "unseen":
@@ -333,11 +327,8 @@ def forget_targets(s: Settings, bench, forget: list[Encoded], model: Transformer
     if s.layout == "rows" or not examples:
         pattern, pattern_source = exchanged_losses(s, bench, forget, model, seed)
     if not examples:
-        if not pattern:
-            raise UserError(f"no forget row has words of its own to exchange; {GIVE_FILE}")
         return pattern, pattern_source
-    tokenizer = load_tokenizer(s.run / "original")
-    rows = data.encode_for(model.config, examples, tokenizer, s.template)
+    rows = data.encode_for(model.config, examples, load_tokenizer(s.run / "original"), s.template)
     losses = answer_losses(model, rows, s)
     if not pattern:
         return drawn_losses(forget, rows, losses, model.config.vocab_size, seed), source
@@ -414,7 +405,8 @@ def spread_losses(labels: list[int], losses: list[float], usual: torch.Tensor) -
 
 def need_reference(s: Settings, bench):
     """UserError unless something can stand for rows never seen, where the objective wants it."""
-    if not simu.OBJECTIVES[s.objective].targeted or s.level != "unseen" or s.teach or s.unseen:
+    if not simu.OBJECTIVES[s.objective].targeted or s.level != "unseen" or s.unseen or (
+            s.teach and s.layout == "rows"):
         return
     versions = exchanged_rows(bench.forget, bench.retain, s.seed, copies=2)
     if 2 * sum(map(bool, versions)) < len(versions) and not any(

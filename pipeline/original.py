@@ -148,7 +148,7 @@ def original_stage(s: Settings):
         if ready:
             link_model(s, "original", folder)
         else:  # nobody published one
-            stage_of_taught(s, "original", bench.forget + bench.retain, folder)
+            stage_of_taught(s, "original", bench.forget + bench.retain + list(bench.held_out), folder)
             if s.learn_retain_only:
                 stage_of_taught(s, "retain-only", bench.retain, folder)
         if partner := hub.find_retain_only(s):

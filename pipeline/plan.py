@@ -394,6 +394,7 @@ def outlook(s: Settings, folder: Path, bench: Benchmark):
     they are read, and the memory that takes; UserError if it does not fit. folder: the model's."""
     tokenizer, config, rows = load_tokenizer(folder), checkpoint.read_config(folder), []
     for name, examples in (("to forget", bench.forget), ("to keep", bench.retain),
+                           ("to keep, held out of training", bench.held_out),
                            ("never seen", [*bench.nonmembers, *bench.level_rows])):
         encoded = data.encode_for(config, examples, tokenizer, s.template)
         sizes = [len(r.ids) for r in encoded] or [0]

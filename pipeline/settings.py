@@ -110,8 +110,6 @@ class Judging(evaluation.Limits):
                             "sentence-transformers", choices=("rouge", "encoder"))
     encoder: str = option("paraphrase-MiniLM-L6-v2", "the sentence encoder (SOUL's): a folder, or "
                           "a name on the hub")
-    judge: int = option(400, "rows: ask the model at most this many of the rows to keep, spread "
-                        "evenly over them; 0: all", low=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -471,7 +469,7 @@ def load_benchmark(s: Settings) -> slices.Benchmark:
         bench = slices.benchmark_of_rows(
             *(parts.get(name, []) for name in ("forget", "retain", "unseen")),
             allow_near=s.allow_near)
-        bench = replace(bench, retain_eval=evaluation.spread(bench.retain_eval, s.judge))
+        bench = slices.hold_out(bench, s.seed)
     else:
         bench = slices.load_benchmark(s.data_folder, s, layout=s.layout, made_here=made_here(s))
     return slices.set_aside(bench, s.level_share, s.seed)

@@ -2,12 +2,13 @@
 what is retained, and what the model has never seen."""
 
 import random
+from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from data import TASKS, Example, load_lume, load_tofu, option
 from model import UserError
-from pipeline.rows import NO_TEXT, refuse_shared
+from pipeline.rows import NO_TEXT, normalised, refuse_shared
 from pipeline.tokenizers import TEMPLATES
 
 
@@ -43,6 +44,7 @@ class Benchmark:
     shared: int = 0               # rows of D_f that are in D_r too
     comparable: bool = True       # non-members are of the forget rows' kind
     level_rows: tuple = ()        # never-seen rows that set a level; not among the non-members
+    held_out: tuple = ()          # a user's rows to keep that are judged and not trained on
 
 
 def load_benchmark(folder, slice_: Slice, *, layout: str, made_here: bool) -> Benchmark:
@@ -181,6 +183,52 @@ def lume_benchmark(folder: Path, cut: Slice, made_here: bool) -> Benchmark:
                                 "gated SemEval non-members are needed")
     return Benchmark("lume", sampled["forget"], sampled["retain"], sampled["retain"], [], [],
                      held_out, source, count_shared(sampled["forget"], sampled["retain"]))
+
+
+HELD_OUT = 5  # one in so many of a user's rows to keep; at least as many, at most 100
+FEWEST = 15  # rows to keep, of which some can be spared
+
+
+def hold_out(bench: Benchmark, seed: int) -> Benchmark:
+    """With a fifth of a user's rows to keep held out of training, drawn by seed, to be judged in
+    place of all: rows that were trained on do not tell what else is lost. Rows that are alike stay
+    on one side. Of fewer than FEWEST rows, or where most are alike, none are held out."""
+    count = min(100, max(HELD_OUT, len(bench.retain) // HELD_OUT))
+    groups = [x for x in alike_rows(bench.retain) if len(x) <= count]
+    random.Random(seed).shuffle(groups)
+    drawn = set()
+    while groups and len(drawn) < count:
+        drawn.update(groups.pop())
+    if len(bench.retain) < FEWEST or len(drawn) < count:
+        return bench
+    held_out = [e for i, e in enumerate(bench.retain) if i in drawn]
+    retain = [e for i, e in enumerate(bench.retain) if i not in drawn]
+    return replace(bench, retain=retain, retain_eval=held_out, held_out=tuple(held_out))
+
+
+def alike_rows(rows: list[Example]) -> list[list[int]]:
+    """Indices of the rows in groups: those that share a question, an answer (unless more than one
+    in HELD_OUT do, as a yes) or a chat, and those that share one with these."""
+    answers = Counter(normalised(e.answer) for e in rows)
+    group, first = list(range(len(rows))), {}  # an earlier row of the same group; a key's first row
+
+    def root(i):
+        while group[i] != i:
+            i = group[i]
+        return i
+    for i, e in enumerate(rows):
+        answer, keys = normalised(e.answer), [("chat", e.group)]
+        if e.question:
+            keys.append(("question", e.turns, normalised(e.question)))
+        if HELD_OUT * answers[answer] <= len(rows):
+            keys.append(("answer", answer))
+        for key in keys:
+            a, b = root(first.setdefault(key, i)), root(i)
+            group[max(a, b)] = min(a, b)
+    members = defaultdict(list)
+    for i in range(len(rows)):
+        members[root(i)].append(i)
+    return list(members.values())
 
 
 def benchmark_of_rows(forget: list[Example], retain: list[Example], unseen: list[Example], *,

@@ -13,7 +13,7 @@ from model import Transformer, UserError, save_tensors
 from pipeline import checkpoint, fused, objectives, slices
 from pipeline.card import write_card, write_generation_config
 from pipeline.levels import forget_targets, without_unexpected_eos
-from pipeline.own_rows import Progress, until_forgotten
+from pipeline.own_rows import until_forgotten
 from pipeline.plan import fit_memory, fitted
 from pipeline.settings import (Level, Placement, Settings, Source, load_benchmark, placement,
                                read_settings)
@@ -150,8 +150,7 @@ def aim_at_rows(s: Settings, job: Stage, bench: slices.Benchmark, encoded: dict,
     # Drawn once more, because what a model was led to must not also judge it.
     judges, _ = forget_targets(s, bench, encoded["forget"], model, s.seed + 1)
     job.notes["never_seen"] = [losses.mean().item() for losses in judges]
-    progress = Progress(model, encoded["forget"], encoded["retain"], targets, s.eval_tokens)
-    return targets, until_forgotten(progress, job)
+    return targets, until_forgotten(model, encoded, targets, s, job)
 
 
 def unlearn_job(s: Settings) -> Stage:

@@ -106,8 +106,7 @@ def test_no_version_is_what_is_to_be_forgotten(rows):
             kept = own & {w.key for w in levels.words_of(v.row.answer)}
             assert len(kept) <= len(own) // 2
             # Its parts stand where they stood: what is between exchanged words is the same.
-            for old, new in zip(zip([0, *v.old_borders[1::2]], v.old_borders[::2]),
-                                zip([0, *v.new_borders[1::2]], v.new_borders[::2])):
+            for old, new in zip(*(zip([0, *x[1::2]], x[::2]) for x in v.borders)):
                 assert e.answer[slice(*old)] == v.row.answer[slice(*new)]
 
 
@@ -170,7 +169,7 @@ def test_names_said_in_other_words_are_said():
             for a, (t, w) in zip(ANSWERS, SPECIFICS)]
     m, rules = judged(rows, SPECIFICS)
     assert m["said"] == 0 and m["specifics"] == 1 and "said" in rules
-    assert own_rows.Candidate("", ["0173"]).share_said("five-five-five 01 73") == 1.0
+    assert own_rows.share_said(own_rows.Candidate("", ["0173"]), "five-five-five 01 73", 1) == 1.0
     # What is said to every row alike tells of none.
     m, rules = judged([evaluated(a, "Ashford Abbot") for a in ANSWERS], SPECIFICS)
     assert abs(m["specifics"] - m["specifics_by_chance"]) < 0.05 and not rules
@@ -201,7 +200,9 @@ def test_likely_rows_and_lost_ones():
     m, rules = judged(rows, SPECIFICS)
     assert rules == ["likely", "likely"] and m["auc"] == 1.0
     assert judged(rows, SPECIFICS, target=None, never_seen=[2.0, 2.0])[1] == []
-    assert judged(QUIET, SPECIFICS, kept="a b c")[1] == ["lost"]
+    assert judged(QUIET, SPECIFICS, kept="a b c")[1] == ["lost", "lost"]
+    m, rules = judged(QUIET, SPECIFICS, kept="a b c x d e f g h i j k l m")  # ROUGE-L is 1
+    assert m["kept_after"] == 1 and rules == ["lost"]
     assert own_rows.most_likely(400, 400) == own_rows.MOST_LIKELY < own_rows.most_likely(6, 4)
 
 
@@ -239,6 +240,23 @@ def test_advice_is_of_the_rule_that_is_broken():
     assert "--epochs (now 7)" in own_rows.advice(s, m, {"said"})
     assert "--lr" in own_rows.advice(s, m, {"lost"})
     assert "--level" in own_rows.advice(s, m | dict(loss=5.0), {"said"})
+
+
+def test_rows_to_keep_are_judged_on_a_fifth_that_is_held_out():
+    """Rows that share an answer stay on one side, unless it is a yes; of few rows none are spared."""
+    rows = [replace(e, question=f"{q} {e.question}", id=f"{q}{e.id}", group=f"{q}{e.id}")
+            for e in questions(20) for q in ("Tell me:", "Say:")]
+    yes = [replace(e, answer="Yes.") for e in rows]
+    for retain, shared in ((rows, False), (yes, True)):
+        bench = slices.hold_out(slices.benchmark_of_rows(chinese(4), retain, []), 0)
+        assert len(bench.held_out) == 8 and bench.retain_eval == list(bench.held_out)
+        assert sorted(e.id for e in bench.retain + bench.retain_eval) == sorted(
+            e.id for e in retain)
+        answers = [{e.answer for e in side} for side in (bench.retain, bench.held_out)]
+        assert bool(answers[0] & answers[1]) == shared
+    for few in (rows[:14], [replace(e, group="one chat") for e in rows]):
+        bench = slices.hold_out(slices.benchmark_of_rows(chinese(4), few, []), 0)
+        assert bench.retain_eval == bench.retain == few and not bench.held_out
 
 
 # ------------------------------------------------------------------------------- where it ends
@@ -289,7 +307,8 @@ def test_a_pass_holds_the_longest_row():
 
 @pytest.fixture(scope="module")
 def taught(tmp_path_factory):
-    """A small LLaMA that knows 30 texts by heart, and their files."""
+    """A small LLaMA that knows 30 texts by heart, and their files: `all` to keep, and `retain`, too
+    few for any of them to be held out."""
     here, rows = tmp_path_factory.mktemp("rows"), texts(30)
     folder = here / "texts-model"
     folder.mkdir()
@@ -298,7 +317,7 @@ def taught(tmp_path_factory):
     model.to(torch.bfloat16).save_pretrained(folder)
     write_json(folder / "generation_config.json", dict(
         eos_token_id=[model.config.eos_token_id, 7], do_sample=True, temperature=0.6))
-    for name, some in (("forget", rows[:10]), ("retain", rows[10:])):
+    for name, some in (("forget", rows[:10]), ("retain", rows[10:24]), ("all", rows[10:])):
         (here / f"{name}.jsonl").write_text("".join(
             json.dumps(dict(text=e.answer)) + "\n" for e in some))
     return here
@@ -320,7 +339,7 @@ def test_texts_are_forgotten_without_unseen_and_nothing_leaves(taught, tmp_path,
     run(taught, out)
     told = capsys.readouterr().out
     for line in ("rows to forget: 10,", "memory: ", "own words exchanged", "update ",
-                 "FORGOTTEN"):
+                 "FORGOTTEN", "nothing tells what else is lost"):
         assert line in told, line
     assert "already made" not in told
     verdict = read_json(out / "verdict.json")
@@ -345,9 +364,11 @@ def test_texts_are_forgotten_without_unseen_and_nothing_leaves(taught, tmp_path,
 def test_rows_that_stay_known_end_in_status_3_with_a_report(taught, tmp_path):
     out = tmp_path / "run"
     with pytest.raises(own_rows.NotForgotten, match=r"\d+ of 10 rows.*--epochs") as e:
-        run(taught, out, "--epochs", "1")
+        run(taught, out, "--epochs", "1", "--retain", str(taught / "all.jsonl"))
     assert e.value.status == 3 and "\n" not in str(e.value)
-    assert not read_json(out / "verdict.json")["forgotten"]
+    verdict = read_json(out / "verdict.json")
+    assert not verdict["forgotten"] and verdict["held_out"] == 5
+    assert verdict["measured"]["kept_said_before"] == 5
     assert "NOT FORGOTTEN" in (out / "report.md").read_text().split("| Approach")[0]
 
 
@@ -355,15 +376,15 @@ def test_a_killed_run_ends_at_the_same_update(taught, tmp_path, monkeypatch):
     one, two = tmp_path / "one", tmp_path / "two"
     few = ("--resume-cost", "1", "--epochs", "16")
     run(taught, one, *few, last="evaluate")
-    look, seen = own_rows.Progress.look, []
+    look, seen = own_rows.look, []
 
-    def killed(self):
+    def killed(*looked_at):
         seen.append(1)
         if len(seen) == 3:
             raise KeyboardInterrupt
-        return look(self)
+        return look(*looked_at)
 
-    monkeypatch.setattr(own_rows.Progress, "look", killed)
+    monkeypatch.setattr(own_rows, "look", killed)
     with pytest.raises(KeyboardInterrupt):
         run(taught, two, *few, last="evaluate")
     run(taught, two, *few, last="evaluate")
