@@ -167,12 +167,10 @@ def collate(rows: list[Encoded], device="cpu", pad_id: int = 0) -> Batch:
 
 def batches_by_length(lengths: list[int], tokens: int) -> list[list[int]]:
     """Indices of rows, longest first, cut so that rows times longest stays within `tokens`, and the
-    longest within 1.25 times the shortest: padding would cost more than another pass."""
+    longest within 1.25 times the shortest: padding would cost more than another pass. A row of more
+    tokens is a batch of its own."""
     batches = []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if lengths[i] > tokens:
-            raise UserError(f"a pass of {tokens} tokens cannot hold a row of {lengths[i]}; raise "
-                            "micro_tokens, or attribution_tokens (which m - 1 nodes share)")
         longest = lengths[batches[-1][0]] if batches else 0
         if batches and (len(batches[-1]) + 1) * longest <= tokens and longest <= 1.25 * lengths[i]:
             batches[-1].append(i)

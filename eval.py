@@ -396,7 +396,7 @@ def token_scores(model: Transformer, rows: list[Encoded], first: list[int], *, t
     share a padded pass of at most `tokens`, or of one row that is longer."""
     lengths = [len(row.ids) for row in rows]
     scores = [None] * len(rows)
-    for batch in data.batches_by_length(lengths, max([tokens, *lengths])):
+    for batch in data.batches_by_length(lengths, tokens):
         T = lengths[batch[0]]  # the longest comes first
         ids = torch.tensor([rows[i].ids + [0] * (T - lengths[i]) for i in batch],
                            device=model.embed_tokens.weight.device)  # [B, T]

@@ -461,8 +461,7 @@ def passes(model: Transformer, rows: list[Encoded], tokens: int) -> list[list[in
     """Indices of the rows that go through the model together: at most so many tokens, and at most
     LOGITS logits unless one row has more."""
     lengths = [len(row.ids) for row in rows]
-    most = max([LOGITS // model.config.vocab_size, *lengths])
-    return batches_by_length(lengths, min(tokens, most))
+    return batches_by_length(lengths, min(tokens, LOGITS // model.config.vocab_size))
 
 
 def answer_tokens(rows: list[Encoded]) -> int:

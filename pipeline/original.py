@@ -19,7 +19,7 @@ from data import Encoded
 from model import Transformer, UserError, write_json
 from pipeline import checkpoint, fused, hub, objectives, slices
 from pipeline.levels import need_reference
-from pipeline.plan import fit_memory, fitted, outlook
+from pipeline.plan import fit_memory, outlook
 from pipeline.settings import (Making, Placement, Settings, Source, choose_device, load_benchmark,
                                placement, read_settings, tiny_config)
 from pipeline.stage import (Stage, content, data_inputs, finished_models, read_stage, sha256,
@@ -115,7 +115,6 @@ def teach(s: Settings, examples: list[data.Example], job: Stage, base: Path, fol
     """A model that never saw the benchmark, taught some of its rows in one go."""
     tokenizer, config = load_tokenizer(base), checkpoint.read_config(base)
     rows = data.encode_for(config, examples, tokenizer, s.template)
-    s = fitted(s, rows)
     s, notes = fit_memory(s, config, "learn", rows=rows)
     job.notes.update(notes)
     model = checkpoint.load_model(base, **placement(s))

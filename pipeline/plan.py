@@ -313,17 +313,6 @@ def with_passes(s: Settings, config: Config, name: str, method, free: int, lengt
     return chosen, n
 
 
-def fitted(s: Settings, rows: list[Encoded]) -> Settings:
-    """On a user's own rows: the same settings with passes that hold the longest row."""
-    if s.layout != "rows":
-        return s
-    longest = max(len(r.ids) for r in rows)
-    passes = {name: max(getattr(s, name), longest) for name in ("micro_tokens", "learn_tokens")
-              if getattr(s, name) != AUTO}  # then the memory decides
-    return replace(s, **passes, eval_tokens=max(s.eval_tokens, longest),
-                   attribution_tokens=max(s.attribution_tokens, longest * max(1, s.steps - 1)))
-
-
 def lengths_of(s: Settings, rows: list[Encoded] = ()) -> dict:
     if rows:
         return dict(longest=max(len(r.ids) for r in rows),
@@ -404,7 +393,7 @@ def outlook(s: Settings, folder: Path, bench: Benchmark):
           f"updates of {s.batch} + {s.batch} rows; the model answers "
           f"{len(bench.forget) + len(bench.retain_eval)} rows before and after")
     stages = [("unlearn", s.method), *([("learn", None)] if s.teach else [])]
-    needs = [fit_memory(fitted(s, rows), config, *stage, rows=rows)[1] for stage in stages]
+    needs = [fit_memory(s, config, *stage, rows=rows)[1] for stage in stages]
     print(f"memory: {max(n['predicted_bytes'] for n in needs) / GB:.1f} GB at most", flush=True)
 
 

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 import data
 from eval import TokenScores
-from model import Transformer, UserError, causal_attention
+from model import Transformer, causal_attention
 
 ATTENDED = 2048  # tokens whose attention is computed at once: texts of like length, little padding
 CPU_PASS = 1024  # tokens in one pass on a CPU, whose caches hold no larger activations
@@ -30,16 +30,11 @@ class Pass:
 @torch.inference_mode()
 def token_scores(model: Transformer, rows: list[data.Encoded], first: list[int], *, tokens: int,
                  detailed: list[bool] | None = None) -> list[TokenScores]:
-    """eval.token_scores, fast. A pass reads at most `tokens`; only states that a scored token
-    follows reach the lm_head."""
+    """eval.token_scores, fast. A pass reads at most `tokens`, or one text of more. Only states that
+    a scored token follows reach the lm_head."""
     scores, detailed = [None] * len(rows), detailed or [False] * len(rows)
-    longest = max((len(row.ids) - 1 for row in rows), default=0)  # the last token is but predicted
-    if longest > tokens:
-        raise UserError(f"--eval-tokens {tokens} cannot hold a text of {longest + 1} tokens; "
-                        "raise it")
     device = model.embed_tokens.weight.device
-    if device.type == "cpu":
-        tokens = min(tokens, max(CPU_PASS, longest))
+    tokens = min(tokens, CPU_PASS) if device.type == "cpu" else tokens
     with tqdm(total=len(rows), desc="losses", unit="text") as bar:
         for part in passes_that_share([row.ids[:-1] for row in rows], tokens):
             # Of each scored token: which of the pass's states it follows, its id, details or not.
@@ -85,7 +80,7 @@ def read_pass(model: Transformer, part: Pass) -> torch.Tensor:
     device, texts = model.embed_tokens.weight.device, list(part.texts.values())
     ids, positions = torch.tensor([part.ids, part.positions]).to(device)  # [N]
     groups, slot_of, slots = [], [0] * len(part.ids), 0
-    for group in data.batches_by_length(list(map(len, texts)), max(ATTENDED, *map(len, texts))):
+    for group in data.batches_by_length(list(map(len, texts)), ATTENDED):
         width = len(texts[group[0]])
         groups.append(torch.tensor([texts[i] + [0] * (width - len(texts[i])) for i in group],
                                    device=device))  # [B, T]; which token pads does not matter

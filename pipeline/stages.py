@@ -14,7 +14,7 @@ from pipeline import checkpoint, fused, objectives, slices
 from pipeline.card import write_card, write_generation_config
 from pipeline.levels import forget_targets, without_unexpected_eos
 from pipeline.own_rows import until_forgotten
-from pipeline.plan import fit_memory, fitted
+from pipeline.plan import fit_memory
 from pipeline.settings import (Level, Placement, Settings, Source, load_benchmark, placement,
                                read_settings)
 from pipeline.stage import (Stage, attribution_name, content, data_inputs, mask_name, stale,
@@ -74,7 +74,6 @@ def attribution_job(s: Settings) -> Stage:
 def make_attribution(s: Settings, job: Stage, folder: Path, trim=None):
     bench, encoded = encoded_rows(s)
     # As many retain rows as forget rows: scores only matter relative to their layer's maximum.
-    s = fitted(s, encoded["forget"] + encoded["retain"])
     model, s = load_original(s, job, "attribute", encoded)
     encoded = trim(s, bench, encoded, model) if trim else encoded
     count = min(len(encoded["retain"]), len(encoded["forget"]))
@@ -174,7 +173,6 @@ def make_unlearned(s: Settings, job: Stage, folder: Path, aim=None, trim=None):
     if simu.METHODS[s.method].masked:
         mask = load_file(s.run / mask_name(s) / "mask.safetensors")["mask"]
     bench, encoded = encoded_rows(s, s.objective)
-    s = fitted(s, encoded["forget"] + encoded["retain"])
     model, s = load_original(s, job, "unlearn", encoded, s.method)
     encoded = trim(s, bench, encoded, model) if trim else encoded
     if aim:

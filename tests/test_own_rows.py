@@ -14,7 +14,7 @@ import data
 import simu
 from data import Example
 from model import Config, Transformer, UserError, read_json, write_json
-from pipeline import card, levels, objectives, own_rows, plan, settings, slices, stages
+from pipeline import card, levels, objectives, own_rows, settings, slices, stages
 from pipeline.__main__ import main
 from pipeline.stage import content, read_stage
 from pipeline.tokenizers import train_tokenizer
@@ -293,13 +293,6 @@ def test_few_rows_get_as_many_updates_as_many_do(tmp_path):
         return own["epochs"] * rows // own["batch"]
     assert {settings.UPDATES <= updates(n) <= settings.UPDATES + 40 for n in (1, 6, 40, 400)} == {
         True}
-
-
-def test_a_pass_holds_the_longest_row():
-    s = settings.Settings(benchmark="rows", micro_tokens=8, eval_tokens=8, attribution_tokens=8)
-    fit = plan.fitted(s, [data.Encoded([1] * 50, 9)])
-    assert (fit.micro_tokens, fit.eval_tokens, fit.attribution_tokens) == (50, 50, 200)
-    assert plan.fitted(replace(s, benchmark="tofu"), []).micro_tokens == 8
 
 
 # ------------------------------------------------------------------------- a run, from end to end

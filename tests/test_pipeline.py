@@ -273,15 +273,6 @@ def test_mistakes_end_in_one_line(tmp_path, words, told, monkeypatch, capsys):
     assert not list(tmp_path.rglob("model.safetensors"))
 
 
-def test_a_budget_that_cannot_hold_a_row(runs, tmp_path):
-    out = tmp_path / "run"
-    shutil.copytree(runs["demo"], out)
-    for name, option in (("attribute", "--attribution-tokens"), ("unlearn", "--micro-tokens")):
-        with pytest.raises(UserError, match="cannot hold a row"):
-            main([name, "demo", "tiny-llama", "--out", str(out), *MICRO, "--data",
-                       str(DEMO), option, "8", "--method", "so"])
-
-
 def test_a_run_in_use_is_refused(runs, tmp_path):
     out = tmp_path / "run"
     shutil.copytree(runs["demo"], out)
