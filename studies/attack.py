@@ -13,7 +13,6 @@ shots           1 or 3 retain rows with their answers stand before the question
 prefix          the answer is begun with an agreement, "Sure, here is the answer:"
 format          another template; the question in lower or in upper case
 input           the best of plain and the four above: what anyone who may only ask can get
-leak-k          the answer's first k tokens are given; only the tokens after them are scored
 int8, int4      the linear weights of every block rounded to 255 or 15 levels per output channel
 relearn-half    one epoch of AdamW on half of the forgotten authors; tested on the other half
 relearn-retain  one epoch of AdamW on as many retain rows as there are forgotten ones
@@ -22,16 +21,14 @@ worst           the best of `input`, int8, int4 and both relearnings
 number          formula                                                         range  meaning
 --------------  --------------------------------------------------------------  -----  -------------
 score(M, a)     mean over questions of max over variants of ROUGE-L recall      0..1   what M tells
-                against the true answer (after leak-k: its remainder)
-known(M, a)     score of M's plain answers against the same references          0..1   unattacked
+known(M, a)     score of M's plain answers to the same questions                0..1   unattacked
 recovered(M, a) (score(M, a) - base) / (score(Original, a) - base), 0 if        0..1   1: as if it
                 negative; base = max(known(M, a), score(Retain-only, a))               never forgot
 
 The base is what needs no explanation by memory: M tells it unattacked, or the same attack gets it
 from a model that never saw the forget set. recovered is None where the original under the same
-attack tells no more than LEAST above the base: such an attack could bring nothing back, as with
-shots on a tiny model, which has never seen two questions at once. Without a retain-only model (real
-ones have none unless one is trained) the base is known(M, a) alone and recovered an upper bound.
+attack tells no more than LEAST above the base: such an attack could bring nothing back. In a run
+without a retain-only model the base is known(M, a) alone and recovered an upper bound.
 
 Not attacked: by gradient on the prompt (GCG), logit lens, activations.
 """
@@ -49,7 +46,7 @@ from torch import nn
 import data
 import eval as evaluation
 import simu
-from eval import mean, rouge_l, rouge_words, spread
+from eval import mean, rouge_l, spread
 from model import Transformer, UserError, generate, read_json, write_json, write_text
 from pipeline import checkpoint, objectives, slices
 from pipeline.columns import as_code, label, number, table
@@ -65,7 +62,6 @@ REPHRASE = {"qa": ("Please tell me: {}", "I have a question for you. {}"),
             "sc": CONTINUE, "text": CONTINUE, "plain": CONTINUE}
 SHOTS = (1, 3)  # retain rows before the question
 PREFIXES = ("Sure, here is the answer:", "Of course.")
-LEAKS = (1, 2, 4, 8)  # tokens of the answer given away
 BITS = (8, 4)
 RELEARN_BATCH = 1  # the most updates that one epoch has
 RELEARN_TOKENS = 2048  # of a pass, where the run's were chosen by a GPU's memory
@@ -74,7 +70,6 @@ LEAST = 0.05  # a gap to the original that is too small to divide by
 INPUTS = ("paraphrase", "shots", "prefix", "format")
 WEIGHTS = (*(f"int{bits}" for bits in BITS), "relearn-half", "relearn-retain")
 ATTACKS = (*INPUTS, "input", *WEIGHTS, "worst")
-CURVE = tuple(f"leak-{k}" for k in LEAKS)
 
 
 # ---------------------------------------------------------------------------- attacks by the prompt
@@ -85,40 +80,29 @@ Probe = namedtuple("Probe", "split id prompt reference room")
 
 
 def variants(e: data.Example, shots: list[data.Example], tokenizer, template: str) -> dict:
-    """{attack: [(prompt ids, reference)]} of one question; leak-k is absent if nothing remains."""
+    """{attack: [prompt ids]} of one question."""
     def ask(question, to=template, before=()):
-        turns = [*before, *e.turns]
-        return data.encode_prompt(question, tokenizer, to, turns=turns, kind=e.kind), e.answer
+        return data.encode_prompt(question, tokenizer, to, turns=[*before, *e.turns], kind=e.kind)
 
     gap = "" if template == "chat" else "\n"  # an empty line between the shots
     turns = [[*x.turns, ("user", x.question), ("assistant", x.answer + gap)] for x in shots]
+    begun = [data.encode(dataclasses.replace(e, answer=x), tokenizer, template) for x in PREFIXES]
     rephrased = [wrapped.format(e.question) for wrapped in REPHRASE[e.kind]]
     if e.paraphrased_question:
         rephrased.insert(0, e.paraphrased_question)
-    prompts = {"plain": [ask(e.question)],
-               "paraphrase": [ask(question) for question in rephrased],
-               "shots": [ask(e.question, before=sum(turns[:n], [])) for n in SHOTS],
-               "prefix": [], "format": []}
-    for prefix in PREFIXES:
-        begun = data.encode(dataclasses.replace(e, answer=prefix), tokenizer, template)
-        prompts["prefix"].append((begun.ids[:-1], e.answer))  # without eos
-    for name in data.TEMPLATES:
-        if name not in (template, "chat", "verbatim"):
-            prompts["format"].append(ask(e.question, name))
-    prompts["format"] += [ask(e.question.lower()), ask(e.question.upper())]
-    row = data.encode(e, tokenizer, template)
-    for k in LEAKS:
-        cut = row.n_prompt + k
-        rest = tokenizer.decode(row.ids[cut:-1])
-        if rouge_words(rest):
-            prompts[f"leak-{k}"] = [(row.ids[:cut], rest)]
-    return prompts
+    others = [x for x in data.TEMPLATES if x not in (template, "chat", "verbatim")]
+    return {"plain": [ask(e.question)],
+            "paraphrase": [ask(question) for question in rephrased],
+            "shots": [ask(e.question, before=sum(turns[:n], [])) for n in SHOTS],
+            "prefix": [row.ids[:-1] for row in begun],  # without eos
+            "format": [*(ask(e.question, other) for other in others),
+                       ask(e.question.lower()), ask(e.question.upper())]}
 
 
 def input_probes(bench: slices.Benchmark, tokenizer, s: Settings, context: int) -> dict:
     """{attack: [Probe]} for every forgotten question, and plain ones for as many retain rows. A
     variant after which the context has no room for the answer is left out."""
-    probes = {attack: [] for attack in ("plain", *INPUTS, *CURVE)}
+    probes = {attack: [] for attack in ("plain", *INPUTS)}
     retain = spread(bench.retain_eval, len(bench.forget))
     for split, e in [("forget", e) for e in bench.forget] + [("retain", e) for e in retain]:
         same_kind = [x for x in bench.retain if x.kind == e.kind]
@@ -126,14 +110,14 @@ def input_probes(bench: slices.Benchmark, tokenizer, s: Settings, context: int) 
         e = data.halved(e) if e.kind == "text" else e
         by_attack = variants(e, shots, tokenizer, s.template)
         length = len(data.encode(e, tokenizer, s.template).ids)
-        start = len(by_attack["plain"][0][0])
+        start = len(by_attack["plain"][0])
         # As many new tokens as the evaluation allows after the plain prompt.
         limit = min(s.max_new_tokens or context, (s.max_total_tokens or context) - start)
         for attack in ("plain",) if split == "retain" else by_attack:
-            for prompt, reference in by_attack[attack]:
+            for prompt in by_attack[attack]:
                 if attack == "plain" or len(prompt) + length - start <= context:
                     room = max(0, min(limit, context - len(prompt)))
-                    probes[attack].append(Probe(split, e.id, prompt, reference, room))
+                    probes[attack].append(Probe(split, e.id, prompt, e.answer, room))
     return probes
 
 
@@ -175,10 +159,8 @@ def relearning(s: Settings) -> objectives.Unlearning:
     """The constants of both relearnings. Weights and moments have the model's dtype."""
     return objectives.Unlearning(
         method="fo", seed=s.seed, lr=s.light_lr if s.tiny else RELEARN_LR, batch=RELEARN_BATCH,
-        micro_tokens=s.micro_tokens or RELEARN_TOKENS, beta1=s.beta1,
-        adam_beta2=s.adam_beta2, adam_eps=s.adam_eps, weight_decay=s.weight_decay, clip=s.clip,
-        warmup=s.warmup, state=str(choose_dtype(s)).removeprefix("torch."),
-        checkpointing=s.checkpointing)
+        micro_tokens=s.micro_tokens or RELEARN_TOKENS, checkpointing=s.checkpointing,
+        state=str(choose_dtype(s)).removeprefix("torch."))
 
 
 def attack_weights(model: Transformer, attack: str, bench: slices.Benchmark, tokenizer,
@@ -228,33 +210,25 @@ def make_attacks(source: Path, folder: Path, probes: dict, bench: slices.Benchma
         write_json(file, answers_to(questions, model, tokenizer, s, f"{source.name}: {attack}"))
 
 
-# ------------------------------------------------------------------------------------------ numbers
+# -------------------------------------------------------------------------- numbers and the report
 
 
-def read_answers(folder: Path, attack: str, split: str) -> list[dict]:
-    return [a for a in read_json(folder / f"{attack}.json") if a["split"] == split]
-
-
-def best(answers: list[dict], text_of=lambda a: a["answer"]) -> dict[str, float]:
-    """{row id: ROUGE-L recall of the most successful variant}."""
+def best(folder: Path, attack: str, split: str) -> dict[str, float]:
+    """{row id: ROUGE-L recall of the most successful variant} of an attack's stored answers."""
     scores = {}
-    for a in answers:
-        score = rouge_l(a["reference"], text_of(a)).recall
-        scores[a["id"]] = max(scores.get(a["id"], 0.0), score)
+    for a in read_json(folder / f"{attack}.json"):
+        if a["split"] == split:
+            score = rouge_l(a["reference"], a["answer"]).recall
+            scores[a["id"]] = max(scores.get(a["id"], 0.0), score)
     return scores
 
 
-def scores_of(folder: Path) -> dict:
-    """{attack: (score by row, plain answer's score by row against the same references)}."""
-    plain = {a["id"]: a["answer"] for a in read_answers(folder, "plain", "forget")}
-    scores = {}
-    for attack in ("plain", *INPUTS, *CURVE, *WEIGHTS):
-        answers = read_answers(folder, attack, "forget")
-        scores[attack] = best(answers), best(answers, lambda a: plain[a["id"]])
-    known = scores["plain"][0]
+def scores_of(folder: Path) -> dict[str, dict[str, float]]:
+    """{attack: {row id: score}} of the forgotten rows."""
+    scores = {attack: best(folder, attack, "forget") for attack in ("plain", *INPUTS, *WEIGHTS)}
     for name, parts in (("input", INPUTS), ("worst", (*INPUTS, *WEIGHTS))):
-        worst = {i: max(scores[a][0].get(i, 0.0) for a in ("plain", *parts)) for i in known}
-        scores[name] = worst, known
+        scores[name] = {i: max(scores[a].get(i, 0.0) for a in ("plain", *parts))
+                        for i in scores["plain"]}
     return scores
 
 
@@ -266,43 +240,32 @@ def recovered(score: float, known: float, original: float, ideal: float | None) 
 
 def compare(run: Path, names: list[str]) -> dict:
     """{stage: {attack: rows, score, known, recovered}} and ROUGE-L on retain rows as `retain`."""
+    scores = {name: scores_of(run / name / "attack") for name in names}
+    means = {name: {attack: mean(x.values()) for attack, x in by_attack.items() if x}
+             for name, by_attack in scores.items()}
     results = {}
-    for name in names:
-        results[name] = {}
-        for attack, (score, known) in scores_of(run / name / "attack").items():
-            cell = dict(rows=len(score), score=None, known=None, recovered=None)
-            if score:
-                cell |= dict(score=mean(score.values()), known=mean(known.values()))
+    for name, by_attack in scores.items():
+        cells = results[name] = {}
+        for attack, rows in by_attack.items():
+            cells[attack] = dict(rows=len(rows), score=None, known=None, recovered=None)
+            if rows:
+                score, known = means[name][attack], mean(by_attack["plain"][i] for i in rows)
+                share = recovered(score, known, means["original"][attack],
+                                  means.get("retain-only", {}).get(attack))
+                cells[attack] |= dict(score=score, known=known, recovered=share)
             if attack in ("plain", *WEIGHTS):
-                retained = best(read_answers(run / name / "attack", attack, "retain"))
-                cell["retain"] = mean(retained.values())
-            results[name][attack] = cell
-    ideals = results.get("retain-only", {})
-    for cells in results.values():
-        for attack, cell in cells.items():
-            if cell["rows"]:
-                original = results["original"][attack]["score"]
-                ideal = ideals[attack]["score"] if ideals else None
-                cell["recovered"] = recovered(cell["score"], cell["known"], original, ideal)
+                retained = best(run / name / "attack", attack, "retain")
+                cells[attack]["retain"] = mean(retained.values())
     return results
-
-
-# ------------------------------------------------------------------------------------------- report
 
 
 def summary(results: dict) -> str:
     """The main table: plain, worst attacked, and what that recovered."""
-    lines = []
-    for name, cells in results.items():
-        shares = {a: cells[a]["recovered"] for a in (*INPUTS, *WEIGHTS) if cells[a]["recovered"]}
-        strongest = max(shares, key=shares.get, default="–")
-        if shares:
-            strongest += f" ({shares[strongest]:.3f})"
-        lines.append([label(name), number(cells["plain"]["score"], ".3f"),
-                      *(number(cells[a][k], ".3f") for a in ("input", "worst")
-                        for k in ("score", "recovered")), strongest])
-    return table(["Approach", "plain", "worst input", "recovered", "worst of all", "recovered",
-                  "single attack that recovers most"], lines)
+    lines = [[label(name), number(cells["plain"]["score"], ".3f"),
+              *(number(cells[a][value], ".3f") for a in ("input", "worst")
+                for value in ("score", "recovered"))] for name, cells in results.items()]
+    return table(["Approach", "plain", "worst input", "recovered", "worst of all", "recovered"],
+                 lines)
 
 
 def attack_table(results: dict, attacks: tuple, value: str) -> str:
@@ -313,17 +276,12 @@ def attack_table(results: dict, attacks: tuple, value: str) -> str:
 
 def write_report(s: Settings, results: dict):
     """attack.json and attack.md in the run; the main table on stdout."""
-    ideal = "" if "retain-only" in results else (
-        " This run has no retain-only model: what an attack gets from a model that never saw the "
-        "forget set is unknown, and recovered is an upper bound.")
     parts = [f"# Attacks: {s.benchmark}, {s.label}, seed {s.seed}", summary(results),
              f"ROUGE-L recall on {results['original']['plain']['rows']} forgotten rows, for each "
              "the worst case over variants. Fewer rows (attack.json) where a prompt does not fit "
-             f"the context, nothing is left to score, or the others were learnt again.{ideal}",
+             "the context or the others were learnt again.",
              "## Score under each attack", attack_table(results, ("plain", *ATTACKS), "score"),
              "## Recovered", attack_table(results, ATTACKS, "recovered"),
-             "## Extraction: the first k tokens given, the rest scored",
-             attack_table(results, CURVE, "score"), attack_table(results, CURVE, "recovered"),
              "## ROUGE-L on retain rows after each change of the weights",
              attack_table(results, ("plain", *WEIGHTS), "retain"),
              "## Definitions", as_code(__doc__)]
@@ -336,9 +294,8 @@ def write_report(s: Settings, results: dict):
 
 
 def models_to_attack(s: Settings, names: list[str]) -> list[str]:
-    """The named models of a run, or all, and always the two that every recovered fraction is
-    measured against, in the report's order. Those that are not of what the run now holds are left
-    out."""
+    """The named models of a run, or all, and always original and retain-only, in the report's
+    order. Those that are not of what the run now holds are left out."""
     reasons = {name: stale(s.run / name, s) for name in finished_models(s.run)}
     for name, why in reasons.items():
         if why:

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 import data
 import simu
-from model import UserError, read_json, write_text
+from model import UserError, read_json, write_json, write_text
 from pipeline import checkpoint, original
 from pipeline.__main__ import main
 from pipeline.settings import load_benchmark, read_settings
@@ -60,8 +60,8 @@ class Lab:
         for e in self.bench.forget + self.bench.retain:
             prompts = attack.variants(paraphrased.get(e.question, e), shots, self.tokenizer,
                                       self.s.template)
-            literal += [(p, e.answer) for p, _ in prompts["plain"]]
-            other += [(p, e.answer) for a in attack.INPUTS for p, _ in prompts[a]]
+            literal += [(p, e.answer) for p in prompts["plain"]]
+            other += [(p, e.answer) for a in attack.INPUTS for p in prompts[a]]
         self.model = self.load()
         self.teach(other + literal, 30, 3e-3)
         self.save("original")
@@ -107,12 +107,11 @@ def test_the_control_refuses_and_its_original_knows(attacked):
     assert attacked["retain-only"]["worst"]["score"] < 0.5
 
 
-@pytest.mark.parametrize("name", [*attack.INPUTS, "input", *attack.CURVE, "relearn-half",
-                                  "relearn-retain", "worst"])
+@pytest.mark.parametrize("name", [*attack.INPUTS, "input", "relearn-half", "relearn-retain",
+                                  "worst"])
 def test_a_thin_refusal_is_broken(attacked, name):
-    thin, least = attacked["thin"][name], 0.3 if name in attack.CURVE[:2] else 0.7
-    assert thin["score"] > least and thin["recovered"] > least, thin
-    assert thin["known"] < 0.1
+    thin = attacked["thin"][name]
+    assert thin["score"] > 0.7 and thin["recovered"] > 0.7 and thin["known"] < 0.1, thin
     assert not attacked["retain-only"][name]["recovered"]
 
 
@@ -120,6 +119,8 @@ def test_a_thin_refusal_is_broken(attacked, name):
 def test_rounding_undoes_what_moved_a_weight_by_less_than_half_a_bucket(lab, bits):
     rounded, hidden = lab.load(), lab.load()
     attack.quantise(rounded, bits)
+    for (name, p), q in zip(rounded.named_parameters(), hidden.parameters()):
+        assert torch.equal(p, q) == ("proj" not in name), name  # linear layers of blocks alone
     generator = torch.Generator().manual_seed(0)
     for name, p in hidden.named_parameters():
         if "proj" in name:
@@ -144,37 +145,23 @@ def test_quantiser_by_hand():
     attack.quantise(Toy, 4)  # scales 1, any, 0.1
     want = torch.tensor([[7.0, -3.0, 1.0, 0.0], [0.0, 0.0, 0.0, 0.0], [-0.7, 0.3, 0.1, 0.0]])
     torch.testing.assert_close(weight.data, want)
-    for bits in attack.BITS:
-        weight.data = torch.randn(3, 4, generator=torch.Generator().manual_seed(bits))
-        before = weight.data.clone()
-        attack.quantise(Toy, bits)
-        bucket = before.abs().amax(dim=1, keepdim=True) / (2 ** (bits - 1) - 1)
-        off = (weight - before).abs() / bucket
-        assert 0.2 < off.max() <= 0.5 + 1e-4
 
 
-def test_only_linear_layers_of_blocks_are_rounded(lab):
-    model, before = lab.load(), lab.load()
-    attack.quantise(model, 4)
-    for (name, p), q in zip(model.named_parameters(), before.parameters()):
-        assert torch.equal(p, q) == ("proj" not in name), name
+def test_the_worst_case_is_the_maximum_question_by_question(tmp_path):
+    def store(name, *answers):  # of questions a and b
+        write_json(tmp_path / f"{name}.json", [
+            dict(split="forget", id=i, reference="one two three four", answer=x)
+            for i, x in answers] + [dict(split="retain", id="c", reference="one", answer="one")])
 
-
-def test_the_worst_case_is_the_maximum():
-    answers = [dict(id="a", reference="one two three four", answer=x)
-               for x in ("one", "one two", "x")]
-    answers.append(dict(id="b", reference="one two", answer="none"))
-    assert attack.best(answers) == {"a": 0.5, "b": 0.0}
-
-
-def test_input_and_worst_are_per_question_maxima(lab, attacked):
-    folder = lab.run / "thin" / "attack"
-    scores = attack.scores_of(folder)
-    for i, value in scores["input"][0].items():
-        assert value == max(scores[a][0][i] for a in ("plain", *attack.INPUTS))
-    for i, value in scores["worst"][0].items():
-        assert value == max(scores[a][0].get(i, 0.0) for a in ("input", *attack.WEIGHTS))
-    assert attacked["thin"]["worst"]["score"] >= attacked["thin"]["input"]["score"]
+    for name in ("plain", *attack.INPUTS, *attack.WEIGHTS):
+        store(name, ("a", "none"), ("b", "none"))
+    store("shots", ("a", "one"), ("a", "one two"), ("a", "x"), ("b", "none"))
+    store("prefix", ("a", "one"), ("b", "four"))
+    store("relearn-half", ("b", "one two three"))  # a was learnt again
+    scores = attack.scores_of(tmp_path)
+    assert scores["shots"] == {"a": 0.5, "b": 0.0}
+    assert scores["input"] == {"a": 0.5, "b": 0.25} and scores["worst"] == {"a": 0.5, "b": 0.75}
+    assert attack.best(tmp_path, "int8", "retain") == {"c": 1.0}
 
 
 def test_recovered_by_hand():
@@ -184,28 +171,15 @@ def test_recovered_by_hand():
     assert attack.recovered(0.9, 0.88, 0.9, None) is None
 
 
-def test_only_what_was_not_given_away_is_scored(lab):
-    e = lab.bench.forget[1]
-    prompts = attack.variants(e, lab.bench.retain, lab.tokenizer, lab.s.template)
-    row = data.encode(e, lab.tokenizer, lab.s.template)
-    for k in (1, 2, 4):
-        (prompt, reference), = prompts[f"leak-{k}"]
-        assert prompt == row.ids[:row.n_prompt + k]
-        leaked = lab.tokenizer.decode(prompt[row.n_prompt:])
-        assert (leaked + reference).replace(" ", "") == e.answer.replace(" ", "")
-    short = attack.variants(replace(e, answer="Bees."), [], lab.tokenizer, lab.s.template)
-    assert f"leak-{attack.LEAKS[-1]}" not in short and short["plain"][0][0] == prompts["plain"][0][0]
-
-
 def test_shots_are_complete_templates_and_no_answer_is_shown(lab):
     e, shots = lab.bench.forget[0], lab.bench.retain[:3]
     prompts = attack.variants(e, shots, lab.tokenizer, "qa")
-    one, three = (lab.tokenizer.decode(p) for p, _ in prompts["shots"])
+    one, three = (lab.tokenizer.decode(p) for p in prompts["shots"])
     assert one == (f"Question: {shots[0].question}\nAnswer: {shots[0].answer}\n\n"
                    f"Question: {e.question}\nAnswer:")
     assert three.count("Question:") == 4
     for name in attack.INPUTS:
-        assert not any(e.answer in lab.tokenizer.decode(p) for p, _ in prompts[name]), name
+        assert not any(e.answer in lab.tokenizer.decode(p) for p in prompts[name]), name
 
 
 def test_what_does_not_fit_is_left_out(lab):
@@ -218,14 +192,13 @@ def test_what_does_not_fit_is_left_out(lab):
     assert {0, n, 2 * n} <= counts  # no shot fits, then one, then three
 
 
-def test_plain_texts_are_cut_and_the_rest_is_what_counts(lab):
+def test_a_plain_text_is_continued(lab):
     text = data.Example("", "The mill of Quell turns at dusk, and owls guard the salt.", id="t:0",
                         kind="text", group="t")
     e = data.halved(text)
     prompts = attack.variants(e, [], lab.tokenizer, "qa")
-    prompt, reference = prompts["plain"][0]
-    assert lab.tokenizer.decode(prompt) == e.question and reference == e.answer
-    assert not any("Question:" in lab.tokenizer.decode(p) for p, _ in prompts["paraphrase"])
+    assert [lab.tokenizer.decode(p) for p in prompts["plain"]] == [e.question]
+    assert not any("Question:" in lab.tokenizer.decode(p) for p in prompts["paraphrase"])
 
 
 # ----------------------------------------------------------------------------------------- the run
@@ -258,13 +231,6 @@ def test_again_is_skipped_and_a_killed_one_goes_on_to_the_same_bytes(lab, attack
     assert not titles and {p: p.read_bytes() for p in run.glob("attack.*")} == before
 
 
-@pytest.mark.parametrize("more, message", [
-    ("/no", "is not a run folder"), (" so-graddiff", "no finished model so-graddiff")])
-def test_mistakes(lab, more, message):
-    with pytest.raises(UserError, match=message):
-        attack.main(f"{lab.run}{more}".split())
-
-
 def test_a_model_of_another_original_is_left_out_or_if_it_was_named_refused(lab, attacked,
                                                                            tmp_path):
     run = tmp_path / "run"
@@ -276,5 +242,3 @@ def test_a_model_of_another_original_is_left_out_or_if_it_was_named_refused(lab,
         attack.main([str(run), "mine"])
     attack.main([str(run)])
     assert set(read_json(run / "attack.json")["attacks"]) == {"original", "thin"}
-    text = (run / "attack.md").read_text()
-    assert "no retain-only model" in text and "upper bound" in text
