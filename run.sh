@@ -69,7 +69,7 @@ attack | sweep | depth)
     exec "$python" "$here/pipeline" "$@" ;;
 figures)
     set_up "${least[@]}"  # figures.py says so where matplotlib is missing
-    exec "$python" "$here/pipeline" figures all "${@:2}" ;;
+    exec "$python" "$here/pipeline" figures "${@:2}" ;;
 test)
     set_up requirements-dev.txt
     cd "$here"

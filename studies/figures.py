@@ -1,8 +1,7 @@
 """Every figure of the paper, and the frontier, from what a run or a sweep left in its folder.
 
     python -m pipeline figures                        every folder of benchmarks/results/
-    python -m pipeline figures runs/demo-tiny-llama   all that this folder has the data for
-    python -m pipeline figures frontier runs/sweep-demo-tiny-llama
+    python -m pipeline figures runs/demo-tiny-llama   this one: all that it has the data for
 
 what       reads                               writes to FOLDER/figures/, each with its CSV
 ---------  ----------------------------------  ------------------------------------------------
@@ -15,8 +14,7 @@ losses     of a run: each model's log.jsonl    losses: of forget and retain rows
 
 The frontier of one seed: of an arm's points and the original, those that no other beats in both
 forgetting and utility, joined by straight lines. Intervals are 95% t-intervals over seeds; a
-difference is taken seed by seed, as both arms start from the same original. Nothing is trained
-here, and matplotlib is needed only to draw.
+difference is taken seed by seed, as both arms start from the same original.
 """
 
 import argparse
@@ -93,8 +91,6 @@ def frontiers(points: list[dict]) -> tuple[dict, dict]:
             baselines.setdefault(p["arm"], {})[p["seed"]] = at
         elif p["sweep"] == "frontier" and not p["error"]:
             arms.setdefault(p["arm"], {}).setdefault(p["seed"], []).append(at)
-    if not arms or "original" not in baselines:
-        raise UserError("sweep.csv holds no frontier; `python -m pipeline sweep` makes one")
     original = baselines["original"]
     return {arm: {seed: pareto([*pairs, original[seed]]) for seed, pairs in by_seed.items()}
             for arm, by_seed in arms.items()}, baselines
@@ -240,14 +236,10 @@ def draw_against(folder: Path, about: dict, points: list[dict], setting: str, na
         for (value, label), colour, marker, size in zip(panel, (BLUE, RED), "sD", (9, 5)):
             ax.plot(xs, [number(p, value) for p in points], label=label, color=colour,
                     marker=marker, ms=size)
-        low, high = ax.get_ylim()
-        spare = max(0, 0.1 - (high - low)) / 2  # so that noise does not fill the picture
-        ax.set(xlabel=setting, ylim=(low - spare, high + spare))
+        ax.set(xlabel=setting, ylim=(-0.02, 1.02))  # or noise would fill the picture
         ax.tick_params(axis="x", rotation=90)
         ax.legend(fontsize=9)
-    critical = sorted(int(p["critical"]) for p in points)
-    figure.suptitle(f"Figure {name[-1]}: {title_of(about)}, SIMU, seed {points[0]['seed']}; "
-                    f"{critical[0]} to {critical[-1]} critical neurons", fontsize=11)
+    figure.suptitle(f"Figure {name[-1]}: {title_of(about)}, SIMU, seed {points[0]['seed']}")
     columns = [setting, "critical", *(value for panel in PANELS for value, _ in panel)]
     save(folder, name, figure, columns, [[p[c] for c in columns] for p in points])
 
@@ -266,50 +258,26 @@ def variants(folder: Path, about: dict):
 
 
 def losses(folder: Path, about: dict):
-    """Losses by update, a panel for each objective: where forgetting sets in, and what it costs."""
-    logs, lines = read_logs(folder), []
-    if not logs:
-        raise UserError(f"{folder} holds no unlearned model of what it now holds; run its stages "
-                        "again")
-    objectives = list(dict.fromkeys(objective for objective, _ in logs.values()))
-    figure, axes = canvas(1, len(objectives), (max(6.5, 3.6 * len(objectives)), 4.2), sharey=True)
-    for i, (name, (objective, log)) in enumerate(logs.items()):
-        ax, arm = axes[0, objectives.index(objective)], name.removesuffix(f"-{objective}")
+    """Losses by update of a run's unlearned models: where forgetting sets in, and what it costs."""
+    s, lines = read_settings(folder), []
+    names = [x for x in finished_models(folder) if x not in BASELINES and not stale(folder / x, s)]
+    figure, ((ax,),) = canvas(1, 1, (8, 4.2))
+    for i, name in enumerate(names):
+        text = (folder / name / "log.jsonl").read_text(encoding="utf-8")
+        log = [json.loads(line) for line in text.splitlines()]
         for key, dashes in (("loss_forget", "-"), ("loss_retain", ":")):
-            seen = {update["step"]: update[key] for update in log if key in update}
-            ax.plot(list(seen), list(seen.values()), color=style_of(arm, i)[0], ls=dashes,
-                    label=f"{arm}, {key[5:]}")
-        ax.set(title=objective, xlabel="update", yscale="log")
-        ax.legend(fontsize=8)
+            by_step = {update["step"]: update[key] for update in log if key in update}
+            ax.plot(list(by_step), list(by_step.values()), color=style_of(name, i)[0], ls=dashes,
+                    label=f"{name}, {key[5:]}")
         lines += [(name, update["step"], update.get("loss_forget", ""),
                    update.get("loss_retain", "")) for update in log]
-    axes[0, 0].set_ylabel("loss in nats a token")
-    figure.suptitle(f"Losses by update: {title_of(about)}", fontsize=11)
+    ax.set(xlabel="update", ylabel="loss in nats a token", yscale="log",
+           title=f"Losses by update: {title_of(about)}")
+    ax.legend(fontsize=8)
     save(folder, "losses", figure, ("model", "update", "loss_forget", "loss_retain"), lines)
 
 
-def read_logs(run: Path) -> dict[str, tuple]:
-    """{stage: (objective, log)} of a run's unlearned models, but for those that are not of what the
-    run now holds."""
-    s, logs = read_settings(run), {}
-    for name in finished_models(run):
-        if name not in BASELINES and not stale(run / name, s):
-            text = (run / name / "log.jsonl").read_text(encoding="utf-8")
-            logs[name] = (read_stage(run / name)["why"]["settings"]["objective"],
-                          [json.loads(line) for line in text.splitlines()])
-    return logs
-
-
-# ------------------------------------------------------------------------------------------ reading
-
-
-def read_about(folder: Path) -> dict:
-    """settings.json of a run or sweep, as far as titles and masks need it."""
-    path = folder / "settings.json"
-    about = read_json(path) if path.is_file() else {}
-    if not {"benchmark", "model", "threshold", "steps"} <= about.keys():
-        raise UserError(f"{path} is missing or not of a run or a sweep; name the folder of one")
-    return about
+# -------------------------------------------------------------------------------------- the folders
 
 
 def title_of(about: dict) -> str:
@@ -318,19 +286,16 @@ def title_of(about: dict) -> str:
 
 def read_csv(path: Path, columns: tuple) -> list[dict]:
     """The lines of a sweep's table: {column: text}."""
-    lines = []
-    if path.is_file():
-        with open(path, encoding="utf-8", newline="") as file:
-            lines = list(csv.DictReader(file))
+    with open(path, encoding="utf-8", newline="") as file:
+        lines = list(csv.DictReader(file))
     if not lines or not set(columns) <= lines[0].keys():
-        raise UserError(f"{path} is missing, has no lines or lacks columns; run its sweep again: "
-                        "what is in points.jsonl is not computed twice")
+        raise UserError(f"{path} has no lines or lacks columns; run its sweep again")
     return lines
 
 
-def number(point: dict, name: str) -> float | None:
-    """A cell as a number, None where it is empty."""
-    return float(point[name]) if point[name] else None
+def number(point: dict, name: str) -> float:
+    """A cell as a number, nan where it is empty."""
+    return float(point[name] or "nan")
 
 
 def read_scores(folder: Path, about: dict):
@@ -342,48 +307,34 @@ def read_scores(folder: Path, about: dict):
                 for name in ("forget", "retain")]
     s, attribution = read_settings(folder), folder / "attribution"
     if why := stale(attribution, s):
-        raise UserError(f"{attribution} is not of what this run now holds: {'; '.join(why)}; run "
-                        "its stages again")
+        raise UserError(f"{attribution}: {'; '.join(why)}; run its stages again")
     about["steps"] = read_stage(attribution)["why"]["settings"]["steps"]
     scores = load_file(attribution / "scores.safetensors")
     return scores["forget"], scores["retain"]
 
 
-# --------------------------------------------------------------------------------------------- main
-
-FIGURES = {"frontier": frontier, "masks": masks, "variants": variants, "losses": losses}
-
-
-def drawable(folder: Path) -> list[str]:
-    """The figures for which a folder holds the data."""
-    sweeps = set()
-    if (folder / "sweep.csv").is_file():
-        sweeps = {p["sweep"] for p in read_csv(folder / "sweep.csv", COLUMNS)}
-    scores = (folder / "scores.csv", folder / "attribution" / "scores.safetensors")
-    has_data = {"frontier": "frontier" in sweeps, "masks": any(x.is_file() for x in scores),
-                "variants": not sweeps.isdisjoint(("m", "t", "mask")),
-                "losses": not set(finished_models(folder)) <= set(BASELINES)}
-    return [name for name in FIGURES if has_data[name]]
+def drawable(folder: Path) -> list:
+    """Those of the functions above for which a folder holds the data."""
+    swept, scores = folder / "sweep.csv", ("scores.csv", "attribution/scores.safetensors")
+    sweeps = {p["sweep"] for p in read_csv(swept, COLUMNS)} if swept.is_file() else set()
+    has_data = {frontier: "frontier" in sweeps,
+                masks: any((folder / name).is_file() for name in scores),
+                variants: not sweeps.isdisjoint(("m", "t", "mask")),
+                losses: not set(finished_models(folder)) <= set(BASELINES)}
+    return [figure for figure, has in has_data.items() if has]
 
 
 def main(argv: list[str]):
     """The paper's figures and the frontier, from stored runs and sweeps."""
     parser = Parser(prog="python -m pipeline figures", description=__doc__,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="?", choices=("all", *FIGURES), default="all",
-                        help="default: all that a folder has the data for")
     parser.add_argument("folders", nargs="*", default=[], type=Path, metavar="FOLDER",
                         help="a run or a sweep; default: every folder of benchmarks/results/")
-    if argv and argv[0] not in ("all", *FIGURES) and not argv[0].startswith("-"):
-        argv = ["all", *argv]
-    args = parser.parse_args(argv)
-    stored = HERE / "benchmarks" / "results"
-    for folder in args.folders or sorted(p.parent for p in stored.glob("*/sweep.csv")):
-        about = read_about(folder)
-        names = drawable(folder) if args.what == "all" else [args.what]
-        if not names:
-            raise UserError(f"{folder} holds neither a sweep's tables nor attribution scores; name "
-                            "the folder of a run or a sweep")
-        for name in names:
-            print(f"== {folder}: {name}")
-            FIGURES[name](folder, about)
+    stored = sorted((HERE / "benchmarks" / "results").glob("*/sweep.csv"))
+    for folder in parser.parse_args(argv).folders or [p.parent for p in stored]:
+        about, figures = read_json(folder / "settings.json"), drawable(folder)
+        if not figures:
+            raise UserError(f"{folder} holds nothing to draw; name a run's or a sweep's folder")
+        for figure in figures:
+            print(f"== {folder}: {figure.__name__}")
+            figure(folder, about)

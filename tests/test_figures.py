@@ -1,16 +1,13 @@
-"""The sweep: what it computes, and that it computes nothing twice. Every figure, from a small
-fixture and from the tables stored in benchmarks/results."""
+"""The sweep: what it computes, and that it computes nothing twice. Every figure, from the tables
+stored in benchmarks/results."""
 
-import builtins
 import json
 import math
-import os
 import shutil
-import signal
+import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 import simu
 from model import UserError, read_json, write_json
@@ -20,7 +17,7 @@ from pipeline.stages import encoded_rows
 from studies import figures, sweep
 
 ROOT = Path(simu.__file__).parent
-DEMO = ROOT / "pipeline" / "demo"
+DEMO, RESULTS = ROOT / "pipeline" / "demo", ROOT / "benchmarks" / "results"
 MICRO = ("--width 64 --depth 2 --vocab 500 --learn-epochs 2 --light-epochs 2 --epochs 1 "
          "--max-total-tokens 40 --context 160").split()
 
@@ -176,24 +173,13 @@ def test_utility_is_of_what_the_data_has():
     assert sweep.axes({}, "tofu") == (None, None)
 
 
-def killed_at_two(x):
-    if x == 2:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return x
+def refuse(x):
+    raise UserError(f"{x} is refused")
 
 
-def refused_at_two(x):
-    if x == 2:
-        raise UserError("two is refused")
-    return x
-
-
-@pytest.mark.parametrize("function, message", [(killed_at_two, "memory.*--jobs"),
-                                               (refused_at_two, "two is refused")])
-def test_what_ends_a_worker_ends_the_sweep_in_one_line(function, message):
-    with pytest.raises(UserError, match=message) as e:
-        list(sweep.run_each(function, [0, 1, 2, 3], 2, "points"))
-    assert "\n" not in str(e.value)
+def test_what_a_worker_refuses_ends_the_sweep_in_one_line():
+    with pytest.raises(UserError, match="^1 is refused$"):
+        list(sweep.run_each(refuse, [1, 1], 2, "points"))
 
 
 # ----------------------------------------------------------------------------------------- figures
@@ -220,93 +206,50 @@ def test_an_interval_has_the_degrees_of_freedom_of_its_numbers(degrees, t):
     assert math.isnan(figures.interval([1.0])[1])
 
 
-def store(folder, D=40):
-    """A folder as a sweep leaves it, with numbers that only have to be drawn."""
-    generator = torch.Generator().manual_seed(0)
-    scores = torch.rand(2, 3, D, generator=generator).tolist()
-    sweep.write_csv(folder / "scores.csv", ("layer", "neuron", "forget", "retain"),
-                    [(l, k, scores[0][l][k], scores[1][l][k]) for l in range(3) for k in range(D)])
-    points = []
-
-    def add(kind, arm, seed, forget, utility, **changed):
-        cells = dict.fromkeys(sweep.COLUMNS, 0.5) | dict(
-            sweep=kind, arm=arm, seed=seed, forget=forget, utility=utility, error="",
-            critical=7, varied="") | changed
-        points.append([cells[c] for c in sweep.COLUMNS])
-
-    for seed in range(3):
-        add("baseline", "original", seed, 0.95, 0.99)
-        add("baseline", "retain-only", seed, 0.1, 0.99)
-        for i, arm in enumerate(sweep.ARMS):
-            for forget in (0.05, 0.4):
-                utility = 0.9 - 0.1 * i - 0.1 * (forget < 0.1) + 0.01 * seed
-                add("frontier", arm, seed, forget, utility)
-        add("frontier", "so", seed, "", "", error="diverged")
-    for m in sweep.STEPS:
-        add("m", "simu", 0, 0.1, 0.8, steps=m)
-    for t in sweep.THRESHOLDS:
-        add("t", "simu", 0, 0.1, 0.8, threshold=t)
-    for kind in simu.MASKS:
-        add("mask", "simu" if kind == "dual" else f"simu-{kind}", 0, 0.1, 0.8)
-    add("vary", "simu", 0, 0.1, 0.8, varied="lam=1")
-    sweep.write_csv(folder / "sweep.csv", sweep.COLUMNS, points)
-    write_json(folder / "settings.json",
-               dict(benchmark="tofu", model="tiny-llama", threshold=0.6, steps=5))
+def stored_sweep(name, tmp_path):
+    """A copy of a sweep of benchmarks/results, without its figures."""
+    return Path(shutil.copytree(RESULTS / name, tmp_path / name,
+                                ignore=shutil.ignore_patterns("figures")))
 
 
-def test_every_figure_from_stored_numbers(tmp_path, capsys):
+def test_every_figure_of_a_sweep_and_again_the_same_bytes(tmp_path, capsys):
     pytest.importorskip("matplotlib")
-    store(tmp_path)
-    figures.main([str(tmp_path)])
+    folder = stored_sweep("tofu-tiny-llama", tmp_path)
+    figures.main([str(folder)])
     pictures = {"figure2", "figure3", "figure4", "figure5", "figure6", "frontier"}
-    assert {p.name for p in (tmp_path / "figures").iterdir()} == {
+    files = {p: p.read_bytes() for p in (folder / "figures").iterdir()}
+    assert {p.name for p in files} == {
         *(f"{n}.{e}" for n in pictures for e in ("png", "csv")), "layers.csv", "table5.csv",
         "equal-forgetting.csv"}
-    by_layer = (tmp_path / "figures" / "layers.csv").read_text().splitlines()
-    forget, _ = figures.read_scores(tmp_path, {})
-    critical = simu.critical_mask(forget, 0.6)
+    by_layer = (folder / "figures" / "layers.csv").read_text().splitlines()
+    critical = simu.critical_mask(figures.read_scores(folder, {})[0], 0.6)
     assert [sum(map(int, x.split(",")[1:3])) for x in by_layer[1:]] == critical.sum(1).tolist()
-    assert "15 comparisons, each a 95% t-interval over seeds" in capsys.readouterr().out
-    levels = (tmp_path / "figures" / "equal-forgetting.csv").read_text().splitlines()
-    line = next(x for x in levels if x.startswith("forget = 0.2,simu-random,3,"))
-    assert line.endswith(",0.10000,0.00000")
-    before = (tmp_path / "figures" / "frontier.png").read_bytes()
-    figures.main(["frontier", str(tmp_path)])
-    assert (tmp_path / "figures" / "frontier.png").read_bytes() == before
+    assert "18 comparisons, each a 95% t-interval over seeds" in capsys.readouterr().out
+    figures.main([str(folder)])
+    assert {p: p.read_bytes() for p in files} == files
 
 
-@pytest.mark.parametrize("stored", sorted((ROOT / "benchmarks/results").glob("*/sweep.csv")),
-                         ids=lambda p: p.parent.name)
-def test_the_stored_tables_are_those_of_their_stored_sweep(stored, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", sorted(p.parent.name for p in RESULTS.glob("*/sweep.csv")))
+def test_the_stored_tables_are_those_of_their_stored_sweep(name, tmp_path, monkeypatch):
     """And so what the pages take from them."""
     pyplot = pytest.importorskip("matplotlib.pyplot")
     monkeypatch.setattr(pyplot.Figure, "savefig", lambda *_, **__: None)  # tables alone
-    folder = tmp_path / stored.parent.name
-    shutil.copytree(stored.parent, folder, ignore=shutil.ignore_patterns("figures"))
+    folder = stored_sweep(name, tmp_path)
     figures.main([str(folder)])
     tables, again = ({p.name: p.read_bytes() for p in (x / "figures").glob("*.csv")}
-                     for x in (stored.parent, folder))
+                     for x in (RESULTS / name, folder))
     assert again == tables
 
 
 def test_without_matplotlib_one_line_says_what_to_install(tmp_path, monkeypatch):
-    store(tmp_path)
-    real = builtins.__import__
-
-    def blocked(name, *args, **kwargs):
-        if name.split(".")[0] == "matplotlib":
-            raise ImportError(name)
-        return real(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", blocked)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(UserError, match="pip install matplotlib"):
+        figures.main([str(stored_sweep("tofu-tiny-llama", tmp_path))])
+
+
+def test_a_folder_without_data_is_named(tmp_path):
+    with pytest.raises(UserError, match="settings.json is missing"):
         figures.main([str(tmp_path)])
-
-
-@pytest.mark.parametrize("file, message", [
-    ("sweep.csv", "sweep.csv is missing"), ("settings.json", "settings.json is missing")])
-def test_what_is_missing_is_named(tmp_path, file, message):
-    store(tmp_path)
-    (tmp_path / file).unlink()
-    with pytest.raises(UserError, match=message):
-        figures.main(["frontier", str(tmp_path)])
+    write_json(tmp_path / "settings.json", dict(benchmark="demo"))
+    with pytest.raises(UserError, match="nothing to draw"):
+        figures.main([str(tmp_path)])
