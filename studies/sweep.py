@@ -8,19 +8,17 @@ every row of the slice by what the frontier needs and then dropped. Without --va
 every arm at a range of learning rates, and SIMU at several m, t and masks; with it, every arm at
 every combination of the values named.
 
-Each computed point is a line of points.jsonl, and is not computed again unless what it depends on
+points.json holds each computed point, which is not computed again unless what it depends on
 changed. seed<k>/ is a run like any other (original, attribution); seed<k>-steps=<m>/ is the same
 original attributed with m nodes. At the end sweep.csv lists the points, scores.csv the first seed's
 scores, settings.json its settings: all that figures.py reads. What the original depends on (rows,
-width, teaching) cannot be varied: a sweep of its own, with another --out, does that.
+width, teaching) cannot be varied: another sweep, with another --out, does that.
 """
 
 import argparse
 import dataclasses
 import itertools
-import json
 import os
-import time
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -30,7 +28,7 @@ from safetensors.torch import load_file
 import data
 import eval as evaluation
 import simu
-from model import Transformer, UserError, write_json, write_text
+from model import Transformer, UserError, read_json, write_json
 from pipeline import fused, objectives, reading, settings, slices
 from pipeline.columns import table
 from pipeline.evaluate import splits_of
@@ -51,12 +49,11 @@ VARIANT = 0.0884  # for m, t and masks: there forgetting is not yet complete, an
 STEPS = (2, 3, 5, 8, 10)  # m of Figure 2
 THRESHOLDS = tuple(i / 10 for i in range(1, 11))  # t of Figure 3
 BASELINES = ("original", "retain-only")
-SWEEPS = ("baseline", "frontier", "vary", "m", "t", "mask")
 VALUES = ("forget.rouge_l", "forget.exact_match", "retain.rouge_l", "retain.exact_match",
           "world_facts.rouge_l", "world_facts.exact_match", "mia.auc")
 COLUMNS = ("sweep", "arm", "seed", "lr", "epochs", "threshold", "steps", "critical", "forget",
            "utility", "aggregate", *VALUES, "varied", "error")
-MEANS = ("sweep", "arm", "lr", "epochs", "threshold", "steps", "varied")  # what seeds share
+SHOWN = ("sweep", "arm", "seed", "lr", "varied", "forget", "utility", "aggregate", "error")
 OF_ARMS = ("method", "mask", "objective")
 OF_ATTRIBUTION = [f.name for f in fields(simu.Attribution) if f.name != "seed"]
 MAY_VARY = {f.name for t in (objectives.Recipe, Level, evaluation.Limits) for f in fields(t)}
@@ -115,12 +112,11 @@ def plan_point(options: dict, home: Settings, sweep: str, arm: str, changes: dic
 
 def plan_points(options: dict, homes: list[Settings], arms, factors, variants: bool,
                 grid: list[dict]) -> list[Point]:
-    """Every point; one model may stand in several sweeps."""
-    plans = []
-    for home in homes:
-        plans += [(home, "baseline", arm, {}, 1.0) for arm in BASELINES]
-        plans += [(home, "frontier", arm, {}, factor) for arm in arms for factor in factors]
-        plans += [(home, "vary", arm, changes, 1.0) for arm in arms for changes in grid]
+    """Every point, in the order of sweep.csv; one model may stand in several sweeps."""
+    plans = [(home, "baseline", arm, {}, 1.0) for arm in BASELINES for home in homes]
+    for arm, home in itertools.product(arms, homes):
+        plans += [(home, "frontier", arm, {}, factor) for factor in sorted(factors)]
+        plans += [(home, "vary", arm, changes, 1.0) for changes in grid]
     if variants:
         kinds = ["simu" if mask == "dual" else f"simu-{mask}" for mask in simu.MASKS]
         plans += [(homes[0], "m", "simu", dict(steps=m), VARIANT) for m in STEPS]
@@ -181,7 +177,7 @@ def judge(model: Transformer, s: Settings) -> dict:
 
 
 def make_point(p: Point) -> dict:
-    """Unlearn and judge one point: what its line of points.jsonl says of the result."""
+    """Unlearn and judge one point: what points.json says of it."""
     s, result, mask, targets = p.settings, {}, None, None
     folder = s.run / (p.arm if p.arm in BASELINES else "original")
     model = Transformer.from_pretrained(folder, **placement(s))
@@ -202,44 +198,25 @@ def make_point(p: Point) -> dict:
     return result | dict(values=judge(model, s))
 
 
-def run_point(keyed: tuple[str, Point]) -> dict:
-    """The line of points.jsonl."""
+def run_point(keyed: tuple[str, Point]) -> tuple[str, dict]:
     key, p = keyed
-    start = time.monotonic()
     if p.settings.tiny and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # as the stages do
-    about = dict(key=key, arm=p.arm, seed=p.settings.seed, lr=p.settings.lr)
-    return about | make_point(p) | dict(seconds=round(time.monotonic() - start, 1))
-
-
-# -------------------------------------------------------------------------------------- many points
-
-
-def read_lines(file: Path) -> dict[str, dict]:
-    """{key: line} of points.jsonl. A line that a killed process tore is cut off."""
-    text = file.read_text(encoding="ascii") if file.is_file() else ""
-    complete = text[:text.rfind("\n") + 1]
-    if complete != text:
-        write_text(file, complete)
-    lines = [json.loads(x) for x in complete.splitlines()]
-    return {line["key"]: line for line in lines}
+    return key, make_point(p)
 
 
 def make_points(points: list[Point], file: Path, jobs: int) -> list[dict]:
-    """The lines of sweep.csv, a point once a sweep. What points.jsonl lacks is computed and
-    appended."""
-    lines = read_lines(file)
+    """The lines of sweep.csv, a point once a sweep. What points.json lacks is computed."""
+    results = read_json(file) if file.is_file() else {}
     # Not every run has a retain-only.
     points = [p for p in points if p.arm not in BASELINES or (p.settings.run / p.arm).is_dir()]
     keyed = {(p.sweep, key_of(p)): p for p in points}
-    missing = {key: p for (_, key), p in keyed.items() if key not in lines}
+    missing = {key: p for (_, key), p in keyed.items() if key not in results}
     print(f"{len({key for _, key in keyed})} points, {len(missing)} to make", flush=True)
-    with open(file, "a", encoding="ascii") as out:
-        for line in run_each(run_point, list(missing.items()), jobs, "points"):
-            lines[line["key"]] = line
-            out.write(json.dumps(line) + "\n")
-            out.flush()
-    return [table_line(p, lines[key]) for (_, key), p in keyed.items()]
+    for key, result in run_each(run_point, list(missing.items()), jobs, "points"):
+        results[key] = result
+        write_json(file, results)
+    return [table_line(p, results[key]) for (_, key), p in keyed.items()]
 
 
 # ---------------------------------------------------------------------------------------- the table
@@ -256,26 +233,22 @@ def axes(values: dict, layout: str) -> tuple[float | None, float | None]:
     return tuple(evaluation.mean(x) if x else None for x in numbers)
 
 
-def table_line(p: Point, line: dict) -> dict:
+def table_line(p: Point, result: dict) -> dict:
     """A point as a line of sweep.csv: {column: value}."""
-    s, values = p.settings, line["values"]
+    s, values = p.settings, result["values"]
     forget, utility = axes(values, s.layout)
     aggregate = values.get("aggregate_exact_match", values.get("aggregate"))
     numbers = dict(forget=forget, utility=utility, aggregate=aggregate)
     numbers |= {name: values.get(name) for name in VALUES}
-    varied = p.changes if p.sweep == "vary" else {}
     cells = {name: "" if x is None else f"{x:.5f}" for name, x in numbers.items()}
     return cells | dict(
         sweep=p.sweep, arm=p.arm, seed=s.seed, lr=f"{s.lr:.4g}", epochs=s.epochs,
-        threshold=s.threshold, steps=s.steps, critical=line.get("critical", ""),
-        varied=" ".join(f"{k}={v}" for k, v in varied.items()), error=line.get("error", ""))
+        threshold=s.threshold, steps=s.steps, critical=result.get("critical", ""),
+        varied=" ".join(f"{k}={v}" for k, v in p.changes.items()), error=result.get("error", ""))
 
 
 def write_tables(out: Path, lines: list[dict], first: Settings):
     """sweep.csv; scores.csv of the first run; settings.json of that run."""
-    arms = list(dict.fromkeys(line["arm"] for line in lines))
-    lines = sorted(lines, key=lambda line: (SWEEPS.index(line["sweep"]), arms.index(line["arm"]),
-                                            line["seed"], float(line["lr"])))
     write_csv(out / "sweep.csv", COLUMNS, [[line[c] for c in COLUMNS] for line in lines])
     scores = load_file(first.run / "attribution" / "scores.safetensors")
     forget, retain = scores["forget"], scores["retain"]
@@ -283,21 +256,7 @@ def write_tables(out: Path, lines: list[dict], first: Settings):
         (l, k, f"{forget[l, k]:.6g}", f"{retain[l, k]:.6g}")
         for l, k in itertools.product(*map(range, forget.shape))])
     write_json(out / "settings.json", bare_names(dataclasses.asdict(first)))
-    print_means(lines)
-
-
-def print_means(lines: list[dict]):
-    """Means over seeds, a line per sweep, arm and setting."""
-    groups, means = {}, []
-    for line in lines:
-        groups.setdefault(tuple(line[name] for name in MEANS), []).append(line)
-    for key, group in groups.items():
-        means.append([*key, len(group)])
-        for name in ("forget", "utility", "aggregate"):
-            values = [float(line[name]) for line in group if line[name]]
-            means[-1].append(f"{evaluation.mean(values):.3f}" if values
-                             else group[0]["error"] or "–")
-    print(table([*MEANS, "seeds", "forget", "utility", "aggregate"], means))
+    print(table(list(SHOWN), [[line[c] for c in SHOWN] for line in lines]))
 
 
 # ------------------------------------------------------------------------------------- command line
@@ -311,11 +270,9 @@ def read_options(argv: list[str]) -> tuple[argparse.Namespace, dict]:
     parser.add_argument("model", nargs="?", default="tiny-llama")
     parser.add_argument("--seeds", type=int, default=3, help="seeds 0 to N-1 (default 3)")
     parser.add_argument("--arms", nargs="+", default=ARMS, metavar="ARM",
-                        help=f"METHOD[-MASK][-OBJECTIVE] (default {' '.join(ARMS)}); methods: "
-                             f"{', '.join(simu.METHODS)}")
+                        help=f"METHOD[-MASK][-OBJECTIVE] (default {' '.join(ARMS)})")
     parser.add_argument("--factors", nargs="+", type=float, default=FACTORS, metavar="X",
-                        help="learning rates, as multiples of the recipe's for the arm's method "
-                             f"(default {' '.join(map(str, FACTORS))})")
+                        help="learning rates, as multiples of the recipe's for the arm's method")
     parser.add_argument("--variants", action=argparse.BooleanOptionalAction, default=True,
                         help=f"also m, t and masks at {VARIANT} of the rate, on seed 0")
     parser.add_argument("--vary", action="append", default=[], metavar="NAME=VALUE,...",
@@ -350,4 +307,4 @@ def main(argv: list[str]):
     with lock(out, new=True):
         for part in (homes, [s for s in runs.values() if s not in homes]):
             list(run_each(prepare, part, jobs, "originals and attribution"))
-        write_tables(out, make_points(points, out / "points.jsonl", jobs), homes[0])
+        write_tables(out, make_points(points, out / "points.json", jobs), homes[0])

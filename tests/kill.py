@@ -9,8 +9,8 @@ writes a line of a log or a checkpoint, all of a run is met. A process that had 
 many operations just ends.
 
 Compared: every file of the run. Wall times and memory differ from run to run, so these and nothing
-else are left out: `seconds` and `peak_*` in stage.json, `seconds` in points.jsonl, and the table
-"Time and memory" in report.md. A file too many or too few counts as a difference.
+else are left out: `seconds` and `peak_*` in stage.json, and the table "Time and memory" in
+report.md. A file too many or too few counts as a difference.
 """
 
 import json
@@ -122,9 +122,6 @@ def snapshot(folder: Path) -> dict[str, object]:
         if path.name == "stage.json":
             content = {k: v for k, v in json.loads(content).items()
                        if k != "seconds" and not k.startswith("peak_")}
-        if path.name == "points.jsonl":
-            content = [{k: v for k, v in json.loads(line).items() if k != "seconds"}
-                       for line in content.splitlines()]
         if path.name == "report.md":
             content = re.sub(rb"## Time and memory\n.*?\n(?=## )", b"", content, flags=re.S)
         files[str(path.relative_to(folder))] = content

@@ -571,7 +571,7 @@ def test_a_folder_that_is_no_stage_is_left_alone(w):
 
 def test_a_foreign_folder_is_no_run(w):
     (w / "out").mkdir()
-    for name in ("settings.json", "report.md", "points.jsonl"):
+    for name in ("settings.json", "report.md", "points.json"):
         (w / "out" / name).write_text("{}")
     refused(w, NEW, "is not empty and no run folder")
 
