@@ -11,9 +11,9 @@ decoding     transformers: generate on one padded batch, with its cache; ours: m
 updates      transformers: as public code does, on rows padded to 512 tokens; fo, so, simu: unlearn
 
 Weights are random, made on the device, and the same tensors serve both ways; rows are random ids of
-TOFU's lengths. Seconds are medians; ways take turns, so that a busy machine is busy for all, and on
-one CPU thread they are CPU seconds. `check` says that the work is the same: the largest difference
-as a share of the largest number, or how many texts are equal.
+TOFU's lengths. Seconds are medians; ways take turns, so that a busy machine is busy for all.
+`check` says that the work is the same: the largest difference as a share of the largest number, or
+how many texts are equal.
 """
 
 import argparse
@@ -50,7 +50,7 @@ LENGTHS = ((19, 43), (22, 48), (24, 52), (25, 57), (26, 65), (27, 96), (29, 9), 
            (36, 36), (68, 39))
 PADDED = 512  # the fixed length of public code
 PASS = 4  # rows of a padded pass, for which all logits are held
-UPDATES = 3
+NEW, UPDATES, REPEATS = 64, 3, 3  # tokens of a decoded answer
 
 
 # ----------------------------------------------------------------------------- models, rows, clocks
@@ -110,21 +110,18 @@ def run(function, device: str) -> tuple[float, float, object]:
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         torch.cuda.synchronize()
-    # On one CPU thread other work of the machine does not count.
-    alone = device == "cpu" and torch.get_num_threads() == 1
-    clock = time.process_time if alone else time.perf_counter
-    start = clock()
+    start = time.perf_counter()
     result = function()
     if device == "cuda":
         torch.cuda.synchronize()
-    return clock() - start, torch.cuda.max_memory_allocated() / 1e9, result
+    return time.perf_counter() - start, torch.cuda.max_memory_allocated() / 1e9, result
 
 
 def measure(step: str, tokens: int, ways: dict, a, compare=None) -> list[list]:
     """Entries of the table. The first way is what the others are compared with: by their seconds
     and, where there is something to compare, by what they return."""
     seconds, peaks, results = {way: [] for way in ways}, {}, {}
-    for _ in range(a.repeats + 1):
+    for _ in range(1 + REPEATS):
         for way, function in ways.items():
             took, peaks[way], results[way] = run(function, a.device)
             seconds[way].append(took)
@@ -185,13 +182,13 @@ def decoding(model: Transformer, theirs, a) -> list[list]:
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=a.device)
 
     def padded_batch():
-        out = theirs.generate(ids, attention_mask=mask, max_new_tokens=a.new, do_sample=False,
+        out = theirs.generate(ids, attention_mask=mask, max_new_tokens=NEW, do_sample=False,
                               eos_token_id=None, pad_token_id=0)
         return out[:, width:].tolist()
 
     ways = {"transformers": padded_batch,
-            "ours": lambda: generate(model, prompts, eos_id=None, max_new_tokens=a.new)}
-    return measure(f"decoding, {a.rows} rows", a.rows * a.new, ways, a,
+            "ours": lambda: generate(model, prompts, eos_id=None, max_new_tokens=NEW)}
+    return measure(f"decoding, {a.rows} rows", a.rows * NEW, ways, a,
                    lambda x, y: f"{sum(p == q for p, q in zip(x, y))} texts equal")
 
 
@@ -239,8 +236,6 @@ def main():
     parser.add_argument("--size", choices=SIZES, default="tiny")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--rows", type=int, default=32, help="attributed, scored and asked")
-    parser.add_argument("--new", type=int, default=64, help="tokens of a decoded answer")
-    parser.add_argument("--repeats", type=int, default=3)
     a = parser.parse_args()
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, text=True,
                             capture_output=True).stdout.strip()

@@ -1,10 +1,10 @@
 """The fast twin of eval.token_scores. What several texts begin with, as the six answers to one
-question do, is read once, and nothing is padded. In float32 the scores are equal to rounding
-(tests/test_reading.py).
+question do, is read once, and nothing is padded. In float32 the scores are equal to rounding.
 """
 
 from dataclasses import dataclass, field
 from functools import partial
+from os.path import commonprefix
 
 import torch
 from tqdm import tqdm
@@ -35,19 +35,16 @@ def token_scores(model: Transformer, rows: list[data.Encoded], first: list[int],
     scores, detailed = [None] * len(rows), detailed or [False] * len(rows)
     device = model.embed_tokens.weight.device
     tokens = min(tokens, CPU_PASS) if device.type == "cpu" else tokens
-    with tqdm(total=len(rows), desc="losses", unit="text") as bar:
-        for part in passes_that_share([row.ids[:-1] for row in rows], tokens):
-            # Of each scored token: which of the pass's states it follows, its id, details or not.
-            scored = torch.tensor([(states[t - 1], rows[i].ids[t], detailed[i])
-                                   for i, states in part.texts.items()
-                                   for t in range(first[i], len(rows[i].ids))]).to(device)  # [N, 3]
-            values = scores_after(model, read_pass(model, part), *scored.T)
-            sizes = [len(rows[i].ids) - first[i] for i in part.texts]
-            for i, *columns in zip(part.texts, *(x.cpu().split(sizes) for x in values)):
-                losses, predicted, standard = (x.tolist() for x in columns)
-                scores[i] = TokenScores(losses, predicted if detailed[i] else [],
-                                        standard if detailed[i] else [])
-            bar.update(len(part.texts))
+    for part in tqdm(passes_that_share([row.ids[:-1] for row in rows], tokens), desc="losses"):
+        # Of each scored token: which of the pass's states it follows, its id, details or not.
+        scored = torch.tensor([(states[t - 1], rows[i].ids[t], detailed[i])
+                               for i, states in part.texts.items()
+                               for t in range(first[i], len(rows[i].ids))]).to(device)  # [N, 3]
+        values = scores_after(model, read_pass(model, part), *scored.T)
+        sizes = [len(rows[i].ids) - first[i] for i in part.texts]
+        for i, *columns in zip(part.texts, *(x.cpu().split(sizes) for x in values)):
+            losses, *details = (x.tolist() for x in columns)
+            scores[i] = TokenScores(losses, *(details if detailed[i] else ([], [])))
     return scores
 
 
@@ -57,11 +54,7 @@ def passes_that_share(texts: list[list[int]], tokens: int) -> list[Pass]:
     passes, previous, path = [], [], []
     for i in sorted(range(len(texts)), key=texts.__getitem__):
         text = texts[i]
-        shared = 0
-        for x, y in zip(text, previous):
-            if x != y:
-                break
-            shared += 1
+        shared = len(commonprefix([text, previous]))
         if not passes or len(passes[-1].ids) + len(text) - shared > tokens:
             passes.append(Pass())
             shared = 0

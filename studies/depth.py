@@ -1,6 +1,6 @@
 """How deep did it forget? The Unlearning Depth Score (UDS, arXiv 2605.24614) of a run's models.
 
-    python -m pipeline depth RUN [STAGE ...] [--answers own]
+    python -m pipeline depth RUN [STAGE ...]
 
 The original reads a forget row and its answer while the stream that leaves its layer l is replaced,
 where it predicts the answer's tokens (without eos), by the stream of another model, the source:
@@ -16,20 +16,17 @@ import argparse
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
 import data
 from eval import mean
 from model import Transformer, UserError, write_json, write_text
-from pipeline import checkpoint, levels
-from pipeline.columns import label, table
-from pipeline.settings import Parser, Settings, load_benchmark, placement, read_settings
+from pipeline import checkpoint
+from pipeline.columns import as_code, label, number, table
+from pipeline.settings import Parser, load_benchmark, placement, read_settings
 from pipeline.stage import lock
 from pipeline.tokenizers import load_tokenizer
 from studies.attack import models_to_attack
-
-LEAST = 0.05  # nats per token: where retain-only loses less, a layer tells nothing
 
 
 def streams_above(model: Transformer, l: int, hidden: torch.Tensor) -> list[torch.Tensor]:
@@ -41,16 +38,16 @@ def streams_above(model: Transformer, l: int, hidden: torch.Tensor) -> list[torc
 
 
 @torch.inference_mode()
-def row_depths(original: Transformer, source: Transformer, ids: list[int], at: list[int]
-               ) -> list[float]:
-    """d(l, source) of a row by layer; at: the positions whose next tokens count."""
+def row_depths(original: Transformer, source: Transformer, row: data.Encoded, eos=()) -> list:
+    """d(l, source) of a row by layer; eos: tokens of the answer that do not count."""
     device = original.embed_tokens.weight.device
-    ids, at = torch.tensor([ids], device=device), torch.tensor(at, device=device)
+    at = [i - 1 for i in range(row.start, len(row.ids)) if row.ids[i] not in eos]
+    ids, at = torch.tensor([row.ids], device=device), torch.tensor(at, device=device)
     clean, other = (streams_above(m, -1, m.embed_tokens(ids))[1:] for m in (original, source))
 
     def mean_log_p(hidden):  # [1, T, D] that left the last layer
         logits = original.logits(original.norm(hidden)[0, at])  # [N, V]
-        return -F.cross_entropy(logits, ids[0, at + 1]).item()
+        return -torch.nn.functional.cross_entropy(logits, ids[0, at + 1]).item()
     patched = [hidden.index_copy(1, at, new[:, at]) for hidden, new in zip(clean, other)]
     return [mean_log_p(clean[-1]) - mean_log_p(streams_above(original, l, hidden)[-1])
             for l, hidden in enumerate(patched)]
@@ -58,24 +55,9 @@ def row_depths(original: Transformer, source: Transformer, ids: list[int], at: l
 
 def depth_score(d1: list[float], d2: list[float]) -> float | None:
     """UDS of a row; None where retain-only loses next to nothing at every layer."""
-    pairs = [(x, y) for x, y in zip(d1, d2) if x > LEAST]
+    pairs = [(x, y) for x, y in zip(d1, d2) if x > 0.05]  # nats per token
     weighted = sum(min(max(y / x, 0), 1) * x for x, y in pairs)
     return weighted / sum(x for x, _ in pairs) if pairs else None
-
-
-def rows_to_patch(s: Settings, answers: str) -> list[tuple[list[int], list[int]]]:
-    """(ids, positions whose next tokens count) of each forget row that has any."""
-    bench, folder, rows = load_benchmark(s), s.run / "original", []
-    tokenizer, wording = load_tokenizer(folder), levels.Wording(bench.forget + bench.retain)
-    config = checkpoint.read_config(folder)
-    for e, row in zip(bench.forget, data.encode_for(config, bench.forget, tokenizer, s.template)):
-        borders = [x for w in wording.specifics(e) for x in (w.start, w.end)]
-        parts = levels.answer_parts(e, row, tokenizer, s.template, borders)
-        at = sorted(row.start + i - 1 for part, tokens in parts.items() for i in tokens
-                    if (part % 2 or answers == "all")
-                    and row.ids[row.start + i] not in tokenizer.eos_ids)
-        rows += [(row.ids, at)] if at else []
-    return rows
 
 
 def main(argv: list[str]):
@@ -84,31 +66,25 @@ def main(argv: list[str]):
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
     parser.add_argument("stages", nargs="*", default=[], metavar="STAGE", help="default: all")
-    parser.add_argument("--answers", choices=("all", "own"), default="all",
-                        help="own: only the names, numbers and rare words of an answer")
     args = parser.parse_args(argv)
     with lock(args.run):
-        depth(read_settings(args.run), args.stages, args.answers)
-
-
-def depth(s: Settings, stages: list[str], answers: str):
-    """RUN/depth.md and depth.json of the named unlearned models, by default of all."""
-    names = models_to_attack(s, stages)
-    if "retain-only" not in names:
-        raise UserError(f"{s.run} holds no retain-only model, which UDS compares with; make one by "
-                        "--learn-retain-only, or give one by --retain-only")
-    original = checkpoint.load_model(s.run / "original", **placement(s))
-    rows, results, d1 = rows_to_patch(s, answers), {}, None
-    for name in ["retain-only", *(x for x in names if x != "retain-only")]:
-        source = checkpoint.load_model(s.run / name, **placement(s))
-        d2 = [row_depths(original, source, *row) for row in tqdm(rows, f"depth of {name}")]
-        d1 = d1 or d2
-        scores = [x for x in map(depth_score, d1, d2) if x is not None]
-        results[name] = dict(uds=mean(scores) if scores else None, rows=len(scores),
-                             by_layer=[mean(x) for x in zip(*d2)])
-    shown = table(["Approach", "UDS", "rows", "d by layer"], [
-        [label(name), f"{x['uds']:.3f}" if scores else "–", x["rows"],
-         " ".join(f"{d:.2f}" for d in x["by_layer"])] for name, x in results.items()])
-    write_json(s.run / "depth.json", results)
-    write_text(s.run / "depth.md", f"# How deep it forgot\n\n```\n{__doc__}```\n\n{shown}\n")
-    print(shown)
+        s, lines, results = read_settings(args.run), [], {}
+        names = models_to_attack(s, args.stages)
+        if names[0] != "retain-only":
+            raise UserError(f"{s.run} holds no retain-only model; see --learn-retain-only")
+        original = checkpoint.load_model(s.run / "original", **placement(s))
+        tokenizer = load_tokenizer(s.run / "original")
+        rows = data.encode_for(original.config, load_benchmark(s).forget, tokenizer, s.template)
+        for name in names:
+            source = checkpoint.load_model(s.run / name, **placement(s))
+            d2 = [row_depths(original, source, row, tokenizer.eos_ids) for row in tqdm(rows, name)]
+            d1 = d2 if name == "retain-only" else d1
+            scores = [x for x in map(depth_score, d1, d2) if x is not None]
+            uds, by_layer = mean(scores) if scores else None, [mean(x) for x in zip(*d2)]
+            results[name] = dict(uds=uds, rows=len(scores), by_layer=by_layer)
+            layers = " ".join(f"{d:.2f}" for d in by_layer)
+            lines.append([label(name), number(uds, ".3f"), len(scores), layers])
+        shown = table(["Approach", "UDS", "rows", "d by layer"], lines)
+        write_json(s.run / "depth.json", results)
+        write_text(s.run / "depth.md", f"# How deep it forgot\n\n{as_code(__doc__)}\n\n{shown}\n")
+        print(shown)

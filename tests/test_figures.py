@@ -14,7 +14,7 @@ from model import UserError, read_json, write_json
 from pipeline import evaluate, objectives, settings
 from pipeline.__main__ import main
 from pipeline.stages import encoded_rows
-from studies import figures, sweep
+from studies import depth, figures, sweep
 
 ROOT = Path(simu.__file__).parent
 DEMO, RESULTS = ROOT / "pipeline" / "demo", ROOT / "benchmarks" / "results"
@@ -121,7 +121,7 @@ def test_a_sweep_goes_on_where_it_stopped_and_computes_nothing_twice(swept, monk
 
 def test_a_point_is_what_the_stages_make(swept):
     """A line of the sweep against the same unlearning and evaluation by the ordinary stages; and
-    the losses of that run."""
+    the losses and depths of that run."""
     main(words(swept, "--factors", "1"))
     lines = [x.split(",") for x in table(swept)]
     line = dict(zip(lines[0], lines[-1]))
@@ -139,6 +139,9 @@ def test_a_point_is_what_the_stages_make(swept):
     assert losses[1:] == [f"simu-graddiff,{x['step']},{x['loss_forget']},{x['loss_retain']}"
                           for x in log]
     assert (run / "figures" / "figure6.png").is_file()
+    depth.main([str(run)])
+    depths = read_json(run / "depth.json")
+    assert (depths["retain-only"]["uds"], depths["original"]["uds"]) == (1.0, 0.0)
 
 
 def test_po_refuses_where_it_unlearns_and_nowhere_else(swept):

@@ -1,6 +1,6 @@
-"""pipeline/reading.py: the fast scorer gives what the plain one gives, over every architecture, with
-fewer tokens read; on a card's memory layout too. What holds for model.generate and the loops of
-simu.py on such a layout stands here as well."""
+"""pipeline/reading.py: the fast scorer gives what the plain one gives, over every architecture,
+with fewer tokens read; on a card's memory layout too. What holds for model.generate and the loops
+of simu.py on such a layout stands here as well."""
 
 import ast
 import gc
@@ -167,14 +167,14 @@ def test_every_new_tensor_names_its_device():
     """torch.arange and the like, which else are made on the CPU. On the host on purpose: a fresh
     model's weights, and what is moved at once."""
     makers = {"arange", "zeros", "ones", "tensor", "empty", "full", "rand", "randn"}
-    functions = []
+    functions = set()
     for file in ("model.py", "pipeline/reading.py"):
         tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
         moved = {id(x.func.value) for x in ast.walk(tree) if isinstance(x, ast.Call)
                  and isinstance(x.func, ast.Attribute) and x.func.attr == "to"}
         for function in (x for x in ast.walk(tree) if isinstance(x, ast.FunctionDef)):
-            functions += [(file, function.name) for x in ast.walk(function) if isinstance(x, ast.Call)
-                       and isinstance(x.func, ast.Attribute) and x.func.attr in makers
-                       and isinstance(x.func.value, ast.Name) and x.func.value.id == "torch"
-                       and id(x) not in moved and "device" not in {k.arg for k in x.keywords}]
-    assert set(functions) == {("model.py", "__init__")}
+            calls = [x for x in ast.walk(function) if isinstance(x, ast.Call)
+                     and ast.unparse(x.func) in {f"torch.{name}" for name in makers}]
+            functions |= {(file, function.name) for x in calls if id(x) not in moved
+                          and "device" not in {k.arg for k in x.keywords}}
+    assert functions == {("model.py", "__init__")}
