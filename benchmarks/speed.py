@@ -10,10 +10,9 @@ losses       transformers: padded batches, all logits of a batch at once; ours: 
 decoding     transformers: generate on one padded batch, with its cache; ours: model.generate
 updates      transformers: as public code does, on rows padded to 512 tokens; fo, so, simu: unlearn
 
-Weights are random, made on the device, and the same tensors serve both ways; rows are random ids of
-TOFU's lengths. Seconds are medians; ways take turns, so that a busy machine is busy for all.
-`check` says that the work is the same: the largest difference as a share of the largest number, or
-how many texts are equal.
+Weights and rows are random, of TOFU's lengths, and both ways have the same tensors. Seconds are
+medians, on a CPU of its time; ways take turns, so that a busy machine is busy for all. `check`: the
+largest difference as a share of the largest number, or how many texts are equal.
 """
 
 import argparse
@@ -23,7 +22,6 @@ import sys
 import time
 from dataclasses import replace
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -53,17 +51,10 @@ PASS = 4  # rows of a padded pass, for which all logits are held
 NEW, UPDATES, REPEATS = 64, 3, 3  # tokens of a decoded answer
 
 
-# ----------------------------------------------------------------------------- models, rows, clocks
-
-
-def random_model(config: Config, device: str, dtype: torch.dtype) -> Transformer:
-    """Random weights, made on the device in their dtype: at 7B there is no room for a copy."""
+def random_model(config: Config, device: str) -> Transformer:
     torch.manual_seed(0)
-    torch.set_default_dtype(dtype)
     with torch.device(device):
-        model = Transformer(config)
-    torch.set_default_dtype(torch.float32)
-    return model
+        return Transformer(config).to(torch.bfloat16 if device == "cuda" else torch.float32)
 
 
 def transformers_model(model: Transformer):
@@ -71,13 +62,11 @@ def transformers_model(model: Transformer):
     from transformers import AutoConfig, AutoModelForCausalLM
     values = model.config.to_hf(torch.float32)
     config = AutoConfig.for_model(values.pop("model_type"), **values)
-    with torch.device("meta"):
+    with model.embed_tokens.weight.device:
         theirs = AutoModelForCausalLM.from_config(config)
     theirs.load_state_dict({name if name.startswith("lm_head") else f"model.{name}": p
                             for name, p in model.named_parameters()}, strict=False, assign=True)
     theirs.tie_weights()
-    rotary = type(theirs.model.rotary_emb)(config)  # holds no weights, and was made on `meta`
-    theirs.model.rotary_emb = rotary.to(model.embed_tokens.weight.device)
     return theirs
 
 
@@ -93,13 +82,12 @@ def random_rows(config: Config, count: int) -> list[Encoded]:
 def padded_nll(theirs, rows: list[Encoded], width: int) -> tuple[torch.Tensor, torch.Tensor]:
     """-log P of every id but the first [B, width - 1], and which of them are answers: as public
     code has them, from padded rows and all logits."""
-    ids = torch.zeros(len(rows), width, dtype=torch.int64)
+    ids = torch.zeros(len(rows), width, dtype=torch.int64, device=theirs.device)
     mask, answers = torch.zeros_like(ids), torch.zeros_like(ids, dtype=torch.bool)
     for b, row in enumerate(rows):
         n = len(row.ids)
         ids[b, :n], mask[b, :n] = torch.tensor(row.ids), 1
         answers[b, row.n_prompt:n] = True
-    ids, mask, answers = (x.to(theirs.device) for x in (ids, mask, answers))
     logits = theirs(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1].float()
     nll = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
     return nll.view(len(rows), -1), answers[:, 1:]
@@ -110,11 +98,12 @@ def run(function, device: str) -> tuple[float, float, object]:
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         torch.cuda.synchronize()
-    start = time.perf_counter()
+    clock = time.process_time if device == "cpu" else time.perf_counter
+    start = clock()
     result = function()
     if device == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - start, torch.cuda.max_memory_allocated() / 1e9, result
+    return clock() - start, torch.cuda.max_memory_allocated() / 1e9, result
 
 
 def measure(step: str, tokens: int, ways: dict, a, compare=None) -> list[list]:
@@ -166,8 +155,7 @@ def losses(model: Transformer, theirs, a) -> list[list]:
         for start in range(0, len(rows), PASS):
             part = rows[start:start + PASS]
             nll, _ = padded_nll(theirs, part, max(len(r.ids) for r in part))
-            for row, of_row in zip(part, nll.tolist()):
-                numbers += of_row[:len(row.ids) - 1]
+            numbers += [x for row, line in zip(part, nll.tolist()) for x in line[:len(row.ids) - 1]]
         return numbers
 
     ways = {"transformers": padded_passes, "ours": token_scores}
@@ -198,8 +186,8 @@ def update(model: Transformer, theirs, a) -> list[list]:
     recipe = simu.Recipe(epochs=1, **changes)
     rows = random_rows(model.config, 2 * UPDATES * recipe.batch)
     forget, retain = rows[::2], rows[1::2]
-    mask = torch.zeros(model.config.num_hidden_layers, model.config.hidden_size, dtype=torch.bool)
-    mask.view(-1)[torch.arange(critical) * mask.numel() // critical] = True
+    scores = torch.rand(model.config.num_hidden_layers, model.config.hidden_size)
+    mask = scores < critical / scores.numel()
     # At 7B the baselines, which move everything, fit one card in bfloat16 alone.
     on_device = fused.on(torch.device(a.device), "bfloat16" if a.size == "7b" else "float32")
     ways = {"transformers": partial(public_updates, theirs, forget, retain, recipe)}
@@ -239,12 +227,9 @@ def main():
     a = parser.parse_args()
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, text=True,
                             capture_output=True).stdout.strip()
-    threads = f"CPU, {torch.get_num_threads()} thread(s)"
-    place = torch.cuda.get_device_name() if a.device == "cuda" else threads
-    print(f"{a.size} on {place}; commit {commit}, torch {torch.__version__}, transformers "
-          f"{version('transformers')}", flush=True)
-    dtype = torch.bfloat16 if a.device == "cuda" else torch.float32
-    model = random_model(SIZES[a.size][0], a.device, dtype)
+    name = torch.cuda.get_device_name() if a.device == "cuda" else "CPU"
+    print(f"{a.size} on {name}; commit {commit}, torch {torch.__version__}", flush=True)
+    model = random_model(SIZES[a.size][0], a.device)
     theirs = transformers_model(model)
     lines = attribution(model, a) + losses(model, theirs, a) + decoding(model, theirs, a)
     lines += update(model, theirs, a)
