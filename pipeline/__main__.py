@@ -178,7 +178,7 @@ def parser_of_commands() -> settings.Parser:
     for name, function in STAGES.items():
         command = commands.add_parser(name, help=function.__doc__, description=function.__doc__)
         command.add_argument("benchmark", choices=settings.BENCHMARKS)
-        command.add_argument("model")
+        command.add_argument("model", type=settings.model_at)
         if name == "unlearn":
             command.add_argument("--each", nargs="+", metavar="METHOD:OBJECTIVE", help="several "
                                  "models at once, each evaluated as soon as it is finished")
@@ -224,12 +224,13 @@ def add_run(commands):
         if kind == "demo":
             run.add_argument("model", nargs="?", default="tiny-llama")
         else:
-            run.add_argument("model", help=f"{', '.join(settings.MODELS)}, a folder in Hugging "
-                             "Face layout, or hf:OWNER/NAME[@REVISION]")
+            run.add_argument("model", type=settings.model_at, help="a folder in Hugging Face layout,"
+                             f" hf:OWNER/NAME[@REVISION], or {', '.join(settings.MODELS)}")
         if kind == "unlearn":
-            run.add_argument("forget", metavar="FORGET", help="file of the rows to forget")
-            run.add_argument("retain", metavar="RETAIN", nargs="?", default=argparse.SUPPRESS,
-                             help="file of the rows to keep")
+            run.add_argument("forget", metavar="FORGET", type=settings.path_at,
+                             help="file of the rows to forget")
+            run.add_argument("retain", metavar="RETAIN", nargs="?", type=settings.path_at,
+                             default=argparse.SUPPRESS, help="file of the rows to keep")
         run.add_argument("--methods", "--method", nargs="+", choices=simu.METHODS)
         run.add_argument("--objectives", "--objective", nargs="+", choices=simu.OBJECTIVES)
         run.add_argument("--seeds", type=int, default=1, help="run seeds 0 to N-1")

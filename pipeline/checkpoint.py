@@ -91,6 +91,8 @@ def need(content: dict, keys, types: list, must: str, most: float = LARGEST_NUMB
 
 def load_model(path, dtype=torch.float32, device="cpu", *, neurons="output") -> Transformer:
     """Transformer.from_pretrained of a folder whose config and index are looked at first."""
+    # cuDNN's attention makes a plan, up to 40 ms, for every shape; ours hardly ever repeat.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     read_config(path)
     weight_files(Path(path))
     return Transformer.from_pretrained(path, dtype, device, neurons=neurons)

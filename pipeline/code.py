@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 IGNORED = {f"pipeline.{name}" for name in (
     "settings", "stage", "code", "hub", "plan", "report", "columns", "card")}
 TABLES = ("OBJECTIVES", "OPTIMISERS", "MOVES", "METHODS", "MASKS", "TEMPLATES", "ARCHITECTURES",
-          "NEURONS")
+          "NEURONS", "LAYOUTS")
 MESSAGES = ("print", "UserError", "NoAccess", "tqdm")  # calls whose arguments only people read
 LABELS = ("title", "desc", "about")  # arguments and fields that only people read
 PLAIN = (str, bytes, int, float, range, torch.dtype, type(None))

@@ -16,8 +16,7 @@ from eval import NO_ATTACK, SPLITS
 from model import Transformer, UserError, generate, write_text
 from pipeline import checkpoint, metrics, slices  # noqa: F401  metrics adds to eval's tables
 from pipeline.reading import token_scores
-from pipeline.settings import (Aside, Judging, Placement, Settings, Source, load_benchmark,
-                               placement, read_settings)
+from pipeline.settings import Judging, Placement, Settings, Source, placement, read_settings
 from pipeline.stage import Stage, content, data_inputs, read_stage, sha256, stale
 from pipeline.tokenizers import load_tokenizer, optional_package
 
@@ -105,7 +104,7 @@ def evaluation_job(s: Settings, name: str, limit: int = 0) -> Stage:
         inputs |= {f"encoder/{path.relative_to(s.encoder)}": sha256(path) for path in files}
     kind = f"eval-limit-{limit}" if limit else "eval"
     return Stage(evaluations_of(s, name) / kind, s, inputs=inputs, code=(measured_rows,),
-                 takes=(slices.Slice, Source, Placement, Aside, Judging),
+                 takes=(slices.Slice, Source, Placement, Judging),
                  also=dict(limit=limit))
 
 
@@ -133,7 +132,7 @@ def evaluate(run: Path, name: str, *, limit: int = 0, force: bool = False):
     if job.is_made():
         return
     with job.making() as folder:
-        tokenizer, bench = load_tokenizer(source), load_benchmark(s)
+        tokenizer, bench = load_tokenizer(source), slices.load_benchmark(s)
         model = checkpoint.load_model(source, **placement(s))
         rows = measured_rows(model, tokenizer, bench, s, template=s.template, limit=limit)
         lines = [json.dumps(row, ensure_ascii=False) for row in rows]

@@ -130,7 +130,7 @@ def tokenizer_folder(folder: Path) -> Path:
 
 def download_data(s: Settings):
     """Put a benchmark's published files where a run that is given none looks for them."""
-    folder = Path(settings.default_data())
+    folder = settings.DOWNLOADS
     if s.data != str(folder):
         return
     if s.benchmark == "tofu" and not (folder / "tofu").is_dir():
@@ -217,7 +217,7 @@ def find_retain_only(s: Settings) -> Path | None:
 def files_command(s: Settings):
     """Print what a run would fetch, with its size. Fetches nothing."""
     repos = {name: repo for name, repo in original_sources(s)._asdict().items() if repo}
-    if s.data == settings.default_data() and s.benchmark == "tofu":
+    if s.data == str(settings.DOWNLOADS) and s.benchmark == "tofu":
         repos["data"] = TOFU
     for name, repo in repos.items():
         try:

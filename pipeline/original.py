@@ -19,9 +19,9 @@ from data import Encoded
 from model import Transformer, UserError, write_json
 from pipeline import checkpoint, fused, hub, objectives, slices
 from pipeline.levels import need_reference
-from pipeline.plan import fit_memory, outlook
-from pipeline.settings import (Making, Placement, Settings, Source, choose_device, load_benchmark,
-                               placement, read_settings, tiny_config)
+from pipeline.plan import fit_memory, outlook, tiny_config
+from pipeline.settings import (Making, Placement, Settings, Source, choose_device, placement,
+                               read_settings)
 from pipeline.stage import (Stage, content, data_inputs, finished_models, read_stage, sha256,
                             stored_dtype)
 from pipeline.tokenizers import load_tokenizer, train_tokenizer
@@ -80,7 +80,8 @@ def make_retain_only(s: Settings, bench: slices.Benchmark, job: Stage, folder: P
     train_tokenizer(texts, folder, llama=s.model == "tiny-llama", vocab=s.vocab)
     tokenizer = load_tokenizer(folder)
     torch.manual_seed(s.seed)
-    model = Transformer(tiny_config(s, tokenizer)).to(choose_device(s))
+    model = Transformer(tiny_config(s, tokenizer.vocab_size, bos_token_id=tokenizer.bos_id,
+                                    eos_token_id=tokenizer.eos_id)).to(choose_device(s))
     rows = data.encode_all(known_rows(bench), tokenizer, s.template, context=s.context,
                            vocab=tokenizer.vocab_size)
     rng = random.Random(s.seed)
@@ -138,7 +139,7 @@ def original_stage(s: Settings):
         stage_of_tiny(s, "original", make_original)
     else:
         folder, ready = hub.find_original(s)
-        bench = load_benchmark(s)
+        bench = slices.load_benchmark(s)
         if s.layout == "rows":
             refuse_other_request(s)
         if s.layout == "rows" and (s.force or not (s.run / "original" / "stage.json").is_file()):
@@ -177,7 +178,7 @@ def stage_of_tiny(s: Settings, name: str, make):
     job = Stage(s.run / name, s, inputs=inputs, code=(make,), takes=DECIDING)
     if not job.is_made():
         with job.making() as folder:
-            make(s, load_benchmark(s), job, folder)
+            make(s, slices.load_benchmark(s), job, folder)
 
 
 def stage_of_taught(s: Settings, name: str, examples: list[data.Example], base: Path):

@@ -32,7 +32,8 @@ from data import Encoded, Example
 from model import Transformer, UserError, write_json
 from pipeline import levels, reading
 from pipeline.evaluate import evaluations_of, read_rows
-from pipeline.settings import Settings, load_benchmark, read_settings
+from pipeline.settings import Settings, read_settings
+from pipeline.slices import load_benchmark
 from pipeline.stage import content, data_inputs, read_stage, stale, unlearned_name
 
 DEFINITION = (__doc__ or "").partition("\n\n")[2]  # python -OO drops docstrings

@@ -13,7 +13,6 @@ import weakref
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -25,9 +24,9 @@ import simu
 from data import Encoded
 from model import Config, KVCache, Transformer, UserError
 from pipeline import checkpoint, fused, hub, reading
-from pipeline.settings import (AUTO, Settings, choose_device, choose_dtype, flag, is_on_gpu,
-                               load_benchmark, tiny_config, with_choices)
-from pipeline.slices import Benchmark
+from pipeline.settings import (AUTO, TINY_MODELS, Settings, choose_device, choose_dtype, flag,
+                               is_on_gpu, with_choices)
+from pipeline.slices import Benchmark, load_benchmark
 from pipeline.stage import mask_name, read_stage
 from pipeline.tokenizers import load_tokenizer
 
@@ -328,7 +327,7 @@ def config_of(s: Settings) -> Config:
         if folder and os.path.isfile(os.path.join(folder, "config.json")):
             return checkpoint.read_config(Path(folder))
     if s.tiny:
-        return tiny_config(s, SimpleNamespace(vocab_size=s.vocab, bos_id=1, eos_id=2))
+        return tiny_config(s, s.vocab)
     name = "olmo-1b-0724" if (s.benchmark, s.model) == ("lume", "olmo-1b") else s.model
     repo = re.sub("llama-", "llama", (s.weights or name).lower())  # as Llama-2-7b-hf is spelled
     known = [x for x in CONFIGS if x == name or repo.startswith("hf:") and x in repo]
@@ -336,6 +335,19 @@ def config_of(s: Settings) -> Config:
         raise UserError(f"the shape of {s.model} is not known before it is here; run `python -m "
                         "pipeline original` first, or name a folder that holds its config.json")
     return CONFIGS[max(known, key=len)]
+
+
+def tiny_config(s: Settings, vocab: int, **token_ids) -> Config:
+    """A small LLaMA (grouped kv heads) or OLMo (tied head), of s.width and s.depth."""
+    kind, heads = TINY_MODELS[s.model], s.width // 32
+    if s.width % 64:
+        raise UserError(f"--width {s.width} is not a multiple of 64")
+    return Config(model_type=kind, vocab_size=vocab, hidden_size=s.width,
+                  intermediate_size=4 * s.width, num_hidden_layers=s.depth,
+                  num_attention_heads=heads,
+                  num_key_value_heads=heads // 2 if kind == "llama" else heads,
+                  max_position_embeddings=s.context, tie_word_embeddings=kind == "olmo",
+                  **token_ids)
 
 
 def critical_count(s: Settings, config: Config) -> int:

@@ -1,10 +1,10 @@
 """Every setting of every stage: its default, its range, its effect; the recipe of each cell; the
 command line made of them.
 
-A value comes from the first that has it: the command line, --config, the cell's recipe, the
-default. `Settings` is the union of what the core's functions take (simu.Recipe, eval.Limits) and
-of what only a run needs. A stage depends on the dataclasses below as they are, so a field that is
-added to one cannot be forgotten.
+A value comes from the first that has it: the command line, --config, the recipe, the default.
+`Settings` is the union of what the core's functions take (simu.Recipe, eval.Limits) and of what
+only a run needs. A stage depends on the dataclasses below as they are, so a field that is added to
+one cannot be forgotten.
 """
 
 import argparse
@@ -20,21 +20,23 @@ import torch
 import eval as evaluation
 import simu
 from data import option
-from model import Config, Transformer, UserError, read_json
+from model import Transformer, UserError, read_json
 from pipeline import checkpoint, objectives, slices
 from pipeline.rows import NO_TEXT, load_rows
+from pipeline.tokenizers import chat_template
 
 HERE = Path(__file__).resolve().parent.parent  # the repository
+DOWNLOADS = HERE / "downloads" / "data"  # --data, where neither it nor SIMU_DATA is set
 BENCHMARKS = ("demo", "tofu", "lume", "rows")  # rows: files of the user's
 TINY_MODELS = {"tiny-llama": "llama", "tiny-olmo": "olmo"}  # of this model_type, initialised here
 MODELS = ("llama2-7b", "olmo-1b", "llama3.2-1b", "smollm2-135m", *TINY_MODELS)
-# Folders of a run that hold no unlearned model; a disk may not tell A from a.
-RESERVED = re.compile("(original|retain-only|attribution(-.*)?|mask(-.*)?|"
-                      r"figures|evaluations|verdict|(settings|report|attack|verdict)\..*)", re.I)
+# Of an unlearned model's folder. It is no other stage's, and a disk may not tell A from a.
+NAME = re.compile("(?!original|retain-only|attribution|mask|figures|evaluations|verdict|settings|"
+                  "report|attack)[a-z0-9][a-z0-9_.-]{,99}", re.I)
 
 AUTO = 0  # tokens of a pass: as many as the GPU's memory lets
 PASSES = ("micro_tokens", "learn_tokens")  # what may be AUTO
-PLACES = ("data", "weights", "out", "forget", "retain", "unseen", "retain_only")  # paths
+PATHS = ("data", "weights", "out", "forget", "retain", "unseen", "retain_only")
 
 
 # ------------------------------------------------------------------------------------- settings
@@ -85,16 +87,7 @@ class Making:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Aside:
-    """Which never-seen rows membership is not measured on."""
-
-    level_share: float = option(
-        0.0, "share of the never-seen rows, in complete groups, that set the level; membership is "
-        "measured on the others", low=0, below=1)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Level(Aside):
+class Level:
     """Where forgetting ends, for the objectives that end somewhere."""
 
     level: str = option("unseen", "what such an objective gives each forget row: the loss of a row "
@@ -140,9 +133,7 @@ class Settings(Source, Placement, slices.Slice, objectives.Recipe, Making, Level
         "killed one goes on; 1: one after every update; 0: none", low=0, high=1)
     must_know: float = option(0.5, "least ROUGE-L of the original on the forget set, below which "
                               "run.sh stops before unlearning; 0: go on with any", low=0, high=1)
-    # Names of the settings that a user chose; the others follow the recipe, which depends on the
-    # method.
-    chosen: tuple = field(default=(), compare=False)
+    chosen: tuple = field(default=(), compare=False)  # names of what a user set
 
     def __post_init__(self):
         for f in OPTIONS:
@@ -150,11 +141,9 @@ class Settings(Source, Placement, slices.Slice, objectives.Recipe, Making, Level
         if not re.fullmatch(r"unseen|retain-only|\d{1,2}(\.\d+)?", self.level):
             raise UserError(f"--level is {self.level}; it must be unseen, retain-only, or a loss "
                             "in nats per token")
-        if self.name and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{,99}", self.name):
+        if self.name and not NAME.fullmatch(self.name):
             raise UserError(f"--name {self.name!r} must be letters, digits, dots, dashes and "
-                            "underscores, at most 100, and begin with a letter or digit")
-        if RESERVED.fullmatch(self.name):
-            raise UserError(f"--name {self.name} is that of another stage; choose another")
+                            "underscores, at most 100, and not begin as that of another stage")
 
     @property
     def run(self) -> Path:
@@ -178,15 +167,6 @@ class Settings(Source, Placement, slices.Slice, objectives.Recipe, Making, Level
         """Which benchmark's file layout the data have."""
         return "tofu" if self.benchmark == "demo" else self.benchmark
 
-    @property
-    def data_folder(self) -> Path:
-        """The folder of the benchmark's files."""
-        embedded = HERE / "pipeline" / "demo" if self.benchmark == "demo" else default_data()
-        folder = Path(self.data or embedded) / self.layout
-        if not folder.is_dir():
-            raise UserError(f"{folder} is missing; --data or SIMU_DATA must hold {self.layout}/")
-        return folder
-
 
 OPTIONS = [f for f in fields(Settings) if "effect" in f.metadata]
 LIMIT = 2**31  # a number from here on is a slip of the hand, and overflows some kernel
@@ -197,18 +177,19 @@ RANGES = dict(low=("at least", operator.ge), above=("above", operator.gt),
 
 def check_value(f, value):
     """UserError if an option's field may not hold this value."""
-    numbers, choices, limits = (int, float), f.metadata["choices"], f.metadata["limits"]
-    types = numbers if f.type is float else (f.type,)
-    if type(value) not in types:
-        raise UserError(f"{flag(f.name)} is {value!r}; it must be of type {f.type.__name__}")
-    if f.type is str and NO_TEXT.search(value):
-        raise UserError(f"{flag(f.name)} is {value!r}, which is not UTF-8 text; choose another")
-    if choices and value not in choices:
-        raise UserError(f"{flag(f.name)} is {value!r}; choose {' or '.join(choices)}")
-    if f.type in numbers and value != 0 and not LEAST <= abs(value) < LIMIT:  # NaN too
-        raise UserError(f"{flag(f.name)} is {value}; it must be 0, or from 2**-126 to below 2**31")
-    if not all(RANGES[name][1](value, limit) for name, limit in limits.items()):
-        raise UserError(f"{flag(f.name)} is {value}; it must be {range_in_words(f)}")
+    choices, limits, must_be = f.metadata["choices"], f.metadata["limits"], ""
+    if type(value) not in ((int, float) if f.type is float else (f.type,)):
+        must_be = f"of type {f.type.__name__}"
+    elif f.type is str and NO_TEXT.search(value):
+        must_be = "UTF-8 text"
+    elif choices and value not in choices:
+        must_be = " or ".join(choices)
+    elif f.type in (int, float) and value != 0 and not LEAST <= abs(value) < LIMIT:  # NaN too
+        must_be = "0, or from 2**-126 to below 2**31"
+    elif not all(RANGES[name][1](value, limit) for name, limit in limits.items()):
+        must_be = range_in_words(f)
+    if must_be:
+        raise UserError(f"{flag(f.name)} is {value!r}; it must be {must_be}")
 
 
 def range_in_words(f) -> str:
@@ -267,32 +248,106 @@ CELLS = {
 CELLS["demo", "tiny-llama"] |= DEMO
 
 
-def recipe_of(s: Settings) -> dict:
-    """What is set, over the defaults, for the benchmark, model, method and device of s."""
-    if s.benchmark == "rows" and not s.out:
-        s = replace(s, out=folder_of_rows(s))
+def recipe_of(s: Settings, folder: Path | None = None) -> dict:
+    """What is set, over the defaults, for the benchmark, model, method and device of s. folder:
+    where the model is; default: where it is if nothing has to be fetched."""
+    cell = s.benchmark, s.model
     if s.benchmark == "rows" or s.model not in MODELS:
-        model = s.weights or s.model
-        folders = [s.run / "original", *([] if model.startswith("hf:") else [Path(model)])]
-        folder = next((f for f in folders if (f / "config.json").is_file()), folders[-1])
-        rows = len(load_rows(s.forget)) if s.forget else 400
-        recipe = own_recipe(s.benchmark, folder, rows)
-    elif (s.benchmark, s.model) in CELLS:
-        recipe = paper_values(s) | CELLS[s.benchmark, s.model]
+        recipe = recipe_by_size(s, folder or folder_of_model(s))
+    elif cell in CELLS:
+        paper = cell in simu.TABLES_3_AND_4
+        recipe = (asdict(simu.paper_recipe(*cell, s.method)) if paper else {}) | CELLS[cell]
     else:
         known = ", ".join(" ".join(cell) for cell in CELLS)
         raise UserError(f"there is no recipe for {s.benchmark} {s.model}; there is one for {known};"
                         " or name a folder or hf:OWNER/NAME as the model")
-    common = {name: value for name, value in recipe.items() if not isinstance(value, dict)}
-    common |= recipe.get(s.method, {}) | dict(out=s.out)
+    recipe = recipe | recipe.get(s.method, {})
+    recipe = {name: value for name, value in recipe.items() if name not in simu.METHODS}
     if s.benchmark in ("tofu", "lume"):
-        common["data"] = whole_path(os.environ.get("SIMU_DATA") or default_data())
+        recipe["data"] = path_at(os.environ.get("SIMU_DATA") or str(DOWNLOADS))
     if is_on_gpu(s) and not s.tiny:  # a stage sees to its memory (plan.fit_memory)
-        common |= dict.fromkeys(PASSES, AUTO)
-    return common
+        recipe |= dict.fromkeys(PASSES, AUTO)
+    return recipe
 
 
-def folder_of_rows(s: Settings) -> str:
+UPDATES = 320  # of unlearning a user's rows at most: it ends where the rows are forgotten
+LEARNING = 120  # least updates of teaching
+
+
+def recipe_by_size(s: Settings, folder: Path) -> dict:
+    """Settings for a model that nobody tuned, from its number of weights.
+
+    The rate falls with size as it does from our tiny models' grid (1.5 million weights, 8e-4) to
+    the paper's 7B (5e-6): a power of -0.6. AdamW and Sophia on all weights move far more of them
+    and take a quarter and an eighth, as in that grid. Epochs follow from updates, so that few rows
+    get as many as many do: of a user's rows a limit, which most runs do not reach. A batch is small
+    where there are few rows. Attention and the paper's t decide the rest."""
+    size, rows = count_weights(folder), len(load_rows(s.forget)) if s.forget else 400
+    lr = float(f"{8e-4 * (size / 1.5e6) ** -0.6:.1g}")
+    batch = 4 if rows < 100 else 16
+    recipe = dict(threshold=0.3, lr=lr, batch=batch, micro_tokens=1024 if size > 5e7 else 8192,
+                  template=template_of(folder, s.benchmark), learn_lr=lr, learn_batch=8,
+                  learn_tokens=1024, learn_decay=0.01, fo=dict(lr=lr / 4), so=dict(lr=lr / 8))
+    if s.benchmark == "rows":
+        return recipe | dict(
+            max_total_tokens=0, max_new_tokens=256, level_share=0.5, objective="outsider",
+            attribution_tokens=1024, epochs=max(5, -(-UPDATES * batch // rows)),
+            learn_epochs=max(12, -(-LEARNING * 8 // (2 * rows))))
+    epochs = min(40, max(5, round(200 * batch / rows)))
+    limits = LUME if s.benchmark == "lume" else TOFU
+    return limits | recipe | dict(epochs=epochs, learn_epochs=12)
+
+
+def folder_of_model(s: Settings) -> Path:
+    """Where the model of a run is: linked in its original, or the user's folder."""
+    linked = s.run / "original"
+    return linked if (linked / "config.json").is_file() else Path(s.weights or s.model)
+
+
+def count_weights(folder: Path) -> float:
+    """Weights of the model in a folder; of one that is not fetched yet, a guess."""
+    if not (folder / "config.json").is_file():
+        return 1e9
+    with torch.device("meta"):
+        return sum(p.numel() for p in Transformer(checkpoint.read_config(folder)).parameters())
+
+
+def template_of(folder: Path, benchmark: str) -> str:
+    """The model's chat template where it has one, else qa; LUME's rows are continuations."""
+    if benchmark == "lume":
+        return "raw"
+    path = folder / "tokenizer_config.json"
+    config = read_json(path) if path.is_file() else {}
+    has_one = isinstance(config, dict) and chat_template(folder, config)
+    return "chat" if has_one else "qa"
+
+
+# --------------------------------------------------------------------------------- the one merge
+
+
+def resolve(named: dict, folder: Path | None = None) -> Settings:
+    """Settings from what a command names: defaults | recipe | config | named. `config` is the
+    settings.json of a run, of which its user's choices count. folder: see recipe_of."""
+    chosen = {k: value for k, value in named.items() if k != "config"}
+    if "config" in named:
+        chosen = choices_of(named["config"], chosen) | chosen
+    # A pass that is AUTO is as one that is not named: the recipe knows what that means here.
+    chosen = {k: value for k, value in chosen.items() if not (k in PASSES and value == AUTO)}
+    s = Settings(**chosen)
+    if s.benchmark == "rows" and not s.out:
+        s = replace(s, out=run_of_rows(s))
+    recipe = dict(out=s.out) | recipe_of(s, folder)
+    return Settings(**recipe | chosen, chosen=tuple(sorted(chosen)))
+
+
+def with_choices(s: Settings, folder: Path | None = None, **choices) -> Settings:
+    """A user's choices and these; the rest as the recipe then has it, which depends on the method
+    and the device, and on the model in `folder`."""
+    chosen = {name: getattr(s, name) for name in ("benchmark", "model", *s.chosen)}
+    return resolve(chosen | choices, folder)
+
+
+def run_of_rows(s: Settings) -> str:
     """The default run folder of a user's rows: another for other rows or another model, so that no
     result is replaced."""
     key = hashlib.sha256((s.weights or s.model).encode())
@@ -302,121 +357,12 @@ def folder_of_rows(s: Settings) -> str:
     return str(HERE / "runs" / f"rows-{s.label}-{key.hexdigest()[:8]}")
 
 
-def paper_values(s: Settings) -> dict:
-    """What the paper's row of a cell sets (Tables 3 and 4), if it has one."""
-    if (s.benchmark, s.model) not in simu.TABLES_3_AND_4:
-        return {}
-    row, plain = asdict(simu.paper_recipe(s.benchmark, s.model, s.method)), asdict(simu.Recipe())
-    return {name: value for name, value in row.items() if value != plain[name]}
-
-
-UPDATES = 320  # of unlearning rows of one's own at most: it ends where the rows are forgotten
-LEARNING = 120  # least updates of teaching
-
-
-def own_recipe(benchmark: str, folder: Path, rows: int) -> dict:
-    """Settings for a model that nobody tuned, from its number of weights.
-
-    The rate falls with size as it does from our tiny models' grid (1.5 million weights, 8e-4) to
-    the paper's 7B (5e-6): a power of -0.6. AdamW and Sophia on all weights move far more of them
-    and take a quarter and an eighth, as in that grid. Epochs follow from updates, so that few rows
-    get as many as many do: on one's own rows a limit, which most runs do not reach. A batch is
-    small where there are few rows. Attention and the paper's t decide the rest."""
-    size = count_weights(folder) or 1e9
-    lr = float(f"{8e-4 * (size / 1.5e6) ** -0.6:.1g}")
-    batch = 4 if rows < 100 else 16
-    recipe = dict(threshold=0.3, lr=lr, batch=batch, micro_tokens=1024 if size > 5e7 else 8192,
-                  template=own_template(folder, benchmark), learn_lr=lr, learn_batch=8,
-                  learn_tokens=1024, learn_decay=0.01, fo=dict(lr=lr / 4), so=dict(lr=lr / 8))
-    if benchmark != "rows":
-        epochs = min(40, max(5, round(200 * batch / max(1, rows))))
-        limits = LUME if benchmark == "lume" else TOFU
-        return limits | recipe | dict(epochs=epochs, learn_epochs=12)
-    return recipe | dict(
-        max_total_tokens=0, max_new_tokens=256, level_share=0.5, objective="outsider",
-        attribution_tokens=1024, epochs=max(5, -(-UPDATES * batch // max(1, rows))),
-        learn_epochs=max(12, -(-LEARNING * 8 // max(1, 2 * rows))))
-
-
-def count_weights(folder: Path) -> int:
-    """Weights of the model in a folder; 0 where it is not here yet."""
-    if not (folder / "config.json").is_file():
-        return 0
-    with torch.device("meta"):
-        return sum(p.numel() for p in Transformer(checkpoint.read_config(folder)).parameters())
-
-
-def own_template(folder: Path, benchmark: str) -> str:
-    """The model's chat template where it has one, else qa; LUME's rows are continuations."""
-    if benchmark == "lume":
-        return "raw"
-    path = folder / "tokenizer_config.json"
-    about = read_json(path) if path.is_file() else {}
-    chat = isinstance(about, dict) and about.get("chat_template")
-    return "chat" if chat or (folder / "chat_template.jinja").is_file() else "qa"
-
-
-# --------------------------------------------------------------------------------- the one merge
-
-
-def resolve(named: dict) -> Settings:
-    """Settings from what a command names. `config`: the settings.json of a run, whose user's
-    choices come next; then the recipe of the cell and method; then the defaults."""
-    named = whole_paths(named)
-    config = named.pop("config", None)
-    chosen = (choices_of(config, named) if config else {}) | named
-    for name in PASSES:  # as though it were not named: the recipe knows what AUTO means here
-        if chosen.get(name) == AUTO:
-            del chosen[name]
-    cell = ("benchmark", "model", "method", "out", "weights", "forget", "retain", "device")
-    recipe = recipe_of(Settings(**{name: chosen[name] for name in cell if name in chosen}))
-    return Settings(**recipe | chosen, chosen=tuple(sorted(chosen)))
-
-
-def with_choices(s: Settings, **choices) -> Settings:
-    """A user's choices and these; the rest as the recipe then has it, which depends on the method
-    and the device."""
-    chosen = {name: getattr(s, name) for name in s.chosen}
-    return resolve(dict(benchmark=s.benchmark, model=s.model) | chosen | choices)
-
-
-def whole_paths(named: dict) -> dict:
-    """The same values with absolute paths, for a run must be readable from any folder."""
-    named = dict(named)
-    for name in PLACES:
-        if named.get(name) == "":  # an empty variable in a script, most likely
-            raise UserError(f"{flag(name)} is empty; name a file or folder")
-        if name in named and not named[name].startswith("hf:"):
-            named[name] = whole_path(named[name])
-    model, encoder = named.get("model", "tiny-llama"), named.get("encoder", "")
-    if model not in MODELS and not model.startswith("hf:"):
-        named["model"] = whole_path(model)
-        if not named.get("weights") and not Path(named["model"]).is_dir():
-            raise UserError(f"MODEL {model} is no name of the table ({', '.join(MODELS)}), no "
-                            "folder, and not hf:OWNER/NAME[@REVISION]")
-    if encoder.startswith(("~", ".", "/")) or encoder and Path(encoder).is_dir():
-        named["encoder"] = whole_path(encoder)
-        if not Path(named["encoder"]).is_dir():  # or it is missed after the original is trained
-            raise UserError(f"--encoder {encoder} is not a folder; name another")
-    return named
-
-
-def whole_path(path: str) -> str:
-    try:
-        return str(Path(path).expanduser().absolute())
-    except RuntimeError:  # ~nosuchuser
-        raise UserError(f"{path}: this machine has no such user; name the folder by its absolute "
-                        "path") from None
-
-
 def choices_of(config: Path, named: dict) -> dict:
     """What the user of another run chose, from its settings.json. Its folder and method are not
     taken, so that another method gets the rate of its recipe, unless the run was given one."""
-    if not config.is_file():
-        raise UserError(f"--config {config} is no file; name the settings.json of a run")
-    s = settings_of(read_json(config), config)
+    s = settings_in(config)
     for name in ("benchmark", "model"):
-        if name in named and named[name] != getattr(s, name):
+        if named.get(name, getattr(s, name)) != getattr(s, name):
             raise UserError(f"--config {config} is of {name} {getattr(s, name)}, not "
                             f"{named[name]}; name another file, or that")
     return {name: getattr(s, name) for name in s.chosen
@@ -429,73 +375,17 @@ def read_settings(run: Path) -> Settings:
     if not path.is_file():
         raise UserError(f"{path} is missing: {run} is not a run folder; run `bash run.sh demo` or "
                         "`python -m pipeline original` first")
-    return settings_of(read_json(path), path, out=str(run))
+    return replace(settings_in(path), out=str(run))
 
 
-def settings_of(values, path: Path, **changed) -> Settings:
-    """Settings from what a file of ours says of them; UserError names the file."""
-    known = {f.name for f in fields(Settings)}
-    again = "run `python -m pipeline original` again"
-    if not isinstance(values, dict) or not {"benchmark", "model", "chosen"} <= set(values) <= known:
-        raise UserError(f"{path} does not hold the settings of a run of this version; {again}")
+def settings_in(path: Path) -> Settings:
+    """The settings that a file of ours holds; UserError names the file."""
+    values = read_json(path)
     try:
-        return Settings(**values | dict(chosen=tuple(values["chosen"])) | changed)
-    except (UserError, TypeError) as e:
-        raise UserError(f"{path}: {e}; {again}") from None
-
-
-# ----------------------------------------------------------------------------- the files of a run
-
-
-def default_data() -> str:
-    """--data where neither it nor SIMU_DATA is set: what is downloaded."""
-    return str(HERE / "downloads" / "data")
-
-
-def row_files(s: Settings) -> dict[str, str]:
-    """The files of a run on rows: name -> path."""
-    if not s.retain and simu.OBJECTIVES[s.objective].retains and s.lam:
-        raise UserError("no rows to keep are given, and this objective must know what is to stay: "
-                        "give a second file; or --objective npo --lam 0, which does less damage "
-                        "alone")
-    files = dict(forget=s.forget, retain=s.retain, unseen=s.unseen)
-    return {name: file for name, file in files.items() if file}
-
-
-def load_benchmark(s: Settings) -> slices.Benchmark:
-    """The forget and retain sets of a run."""
-    if s.layout == "rows":
-        parts = {name: load_rows(file) for name, file in row_files(s).items()}
-        bench = slices.benchmark_of_rows(
-            *(parts.get(name, []) for name in ("forget", "retain", "unseen")),
-            allow_near=s.allow_near)
-        bench = slices.hold_out(bench, s.seed)
-    else:
-        bench = slices.load_benchmark(s.data_folder, s, layout=s.layout, made_here=made_here(s))
-    return slices.set_aside(bench, s.level_share, s.seed)
-
-
-def made_here(s: Settings) -> bool:
-    """Was the original trained on this slice here, so that what it never saw is known?"""
-    if s.weights and not s.teach:
-        return False
-    return s.tiny or (s.run / "original" / "log.jsonl").is_file()
-
-
-def tiny_config(s: Settings, tokenizer) -> Config:
-    """A small LLaMA (grouped kv heads) or OLMo (tied head), of s.width and s.depth."""
-    kind, head = TINY_MODELS[s.model], 32
-    if s.width % (2 * head):
-        raise UserError(f"--width {s.width} is not a multiple of {2 * head}")
-    llama = kind == "llama"
-    return Config(
-        model_type=kind, vocab_size=tokenizer.vocab_size,
-        hidden_size=s.width, intermediate_size=4 * s.width, num_hidden_layers=s.depth,
-        num_attention_heads=s.width // head, head_dim=head,
-        num_key_value_heads=s.width // head // (2 if llama else 1),
-        max_position_embeddings=s.context, rms_norm_eps=1e-5, rope_theta=10000.0,
-        tie_word_embeddings=not llama, clip_qkv=None, bos_token_id=tokenizer.bos_id,
-        eos_token_id=tokenizer.eos_id, pad_token_id=None)
+        return Settings(**values | dict(chosen=tuple(values["chosen"])))
+    except (UserError, TypeError, KeyError) as e:
+        raise UserError(f"{path} does not hold the settings of a run of this version ({e}); run "
+                        "`python -m pipeline original` again") from None
 
 
 # ------------------------------------------------------------------------------ where to compute
@@ -504,9 +394,6 @@ def tiny_config(s: Settings, tokenizer) -> Config:
 def choose_device(s: Settings) -> torch.device:
     if s.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no GPU; check the driver, or use --device cpu")
-    if is_on_gpu(s):
-        # cuDNN's attention makes a plan, up to 40 ms, for every shape; ours hardly ever repeat.
-        torch.backends.cuda.enable_cudnn_sdp(False)
     return torch.device("cuda" if is_on_gpu(s) else "cpu")
 
 
@@ -549,21 +436,45 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see: {self.prog} --help")
 
 
+def path_at(text: str) -> str:
+    """An absolute path, for a run must be readable from any folder; hf:OWNER/NAME as it is."""
+    if not text:  # an empty variable in a script, most likely
+        raise argparse.ArgumentTypeError("is empty; name a file or folder")
+    return text if text.startswith("hf:") else str(Path(os.path.expanduser(text)).absolute())
+
+
+def model_at(text: str) -> str:
+    """A name of the table, hf:OWNER/NAME[@REVISION], or the absolute path of a folder."""
+    if text in MODELS or text.startswith("hf:") or os.path.isdir(path_at(text)):
+        return text if text in MODELS else path_at(text)
+    raise argparse.ArgumentTypeError(f"{text} is no name of the table ({', '.join(MODELS)}), no "
+                                     "folder, and not hf:OWNER/NAME[@REVISION]")
+
+
+def encoder_at(text: str) -> str:
+    """A name on the hub, or the absolute path of a folder, which must exist before the work."""
+    if os.path.isdir(path_at(text)):
+        return path_at(text)
+    if text[0] in "~./":
+        raise argparse.ArgumentTypeError(f"{text} is not a folder; name another")
+    return text
+
+
+TYPES = dict.fromkeys(PATHS, path_at) | dict(model=model_at, encoder=encoder_at)
+
+
 def add_options(to: argparse.ArgumentParser, *, skip: tuple = ()):
     """One option per field. One that is not named stays absent, so that recipes can fill it."""
     for f in OPTIONS:
         if f.name in skip:
             continue
-        effect, choices = f.metadata["effect"], f.metadata["choices"] or None
+        effect, choices = f.metadata["effect"], f.metadata["choices"]
         if f.name == "objective":
             effect += ": " + "; ".join(f"{k}: {v.about}" for k, v in simu.OBJECTIVES.items())
-        effect = effect.replace("%", "%%")
-        if f.type is bool:
-            to.add_argument(flag(f.name), help=effect, default=argparse.SUPPRESS,
-                            action=argparse.BooleanOptionalAction)
-            continue
-        limits = range_in_words(f)
-        shown = f"{effect} (default {f.default!r}{limits and '; ' + limits})"
-        to.add_argument(flag(f.name), type=f.type, help=shown, default=argparse.SUPPRESS,
-                        choices=choices,
-                        metavar=None if choices else f.type.__name__.upper())
+        options = dict(action=argparse.BooleanOptionalAction)
+        if f.type is not bool:
+            effect += f" (default {f.default!r}; {range_in_words(f)})".replace("; )", ")")
+            options = dict(type=TYPES.get(f.name, f.type), choices=choices or None,
+                           metavar=None if choices else f.type.__name__.upper())
+        to.add_argument(flag(f.name), help=effect.replace("%", "%%"), default=argparse.SUPPRESS,
+                        **options)

@@ -1,14 +1,17 @@
 """TOFU, LUME and a stranger's rows, cut by whole authors or documents [D15] into what is forgotten,
-what is retained, and what the model has never seen."""
+what is retained, and what the model has never seen.
+
+`s` is the settings of a run (settings.Settings), which hold those of Slice."""
 
 import random
 from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import simu
 from data import TASKS, Example, load_lume, load_tofu, option
 from model import UserError
-from pipeline.rows import NO_TEXT, normalised, refuse_shared
+from pipeline.rows import NO_TEXT, load_rows, normalised, refuse_shared
 from pipeline.tokenizers import TEMPLATES
 
 
@@ -27,6 +30,9 @@ class Slice:
                                   high=1)
     template: str = option("qa", "prompt template [D14]; chat: the model's own",
                            choices=tuple(TEMPLATES))
+    level_share: float = option(
+        0.0, "share of the never-seen rows, in complete groups, that set the level; membership is "
+        "measured on the others", low=0, below=1)
 
 
 @dataclass(frozen=True)
@@ -41,35 +47,43 @@ class Benchmark:
     real_authors: list[Example]
     nonmembers: list[Example]     # for MIA [D12]; empty with the reason below
     nonmember_source: str
-    shared: int = 0               # rows of D_f that are in D_r too
     comparable: bool = True       # non-members are of the forget rows' kind
+    shared: int = 0               # rows of D_f that are in D_r too
     level_rows: tuple = ()        # never-seen rows that set a level; not among the non-members
     held_out: tuple = ()          # a user's rows to keep that are judged and not trained on
 
 
-def load_benchmark(folder, slice_: Slice, *, layout: str, made_here: bool) -> Benchmark:
-    """The forget and retain sets in a folder of the layout "tofu" or "lume", cut by whole authors
-    or documents. made_here: the original learnt exactly these, so what it never saw is known."""
-    load = {"tofu": tofu_benchmark, "lume": lume_benchmark}[layout]
-    return load(Path(folder), slice_, made_here)
+# ------------------------------------------------------------------------------------------ files
 
 
-def set_aside(bench: Benchmark, share: float, seed: int) -> Benchmark:
-    """With this share of the non-members, whole groups drawn by seed, as level_rows instead: what
-    decides how far a model forgets must not also judge whether it forgot as far as that."""
-    groups = groups_of(bench.nonmembers)
-    count = round(share * len(groups)) if bench.comparable else 0
-    drawn = set(random.Random(seed).sample(groups, count))
-    return replace(bench, nonmembers=[r for r in bench.nonmembers if r.group not in drawn],
-                   level_rows=tuple(r for r in bench.nonmembers if r.group in drawn))
+def data_folder(s) -> Path:
+    """The folder of a benchmark's files."""
+    embedded = Path(__file__).parent / "demo" if s.benchmark == "demo" else ""
+    folder = Path(s.data or embedded) / s.layout
+    if not folder.is_dir():
+        raise UserError(f"{folder} is missing; --data or SIMU_DATA must hold {s.layout}/")
+    return folder
+
+
+def data_files(s) -> dict[str, Path | str]:
+    """The files that a run's rows come from, by name."""
+    if s.layout != "rows":
+        folder = data_folder(s)
+        return {str(p.relative_to(folder)): p for p in sorted(folder.rglob("*.json*"))}
+    if not s.retain and simu.OBJECTIVES[s.objective].retains and s.lam:
+        raise UserError("no rows to keep are given, and this objective must know what is to stay: "
+                        "give a second file; or --objective npo --lam 0, which does less damage "
+                        "alone")
+    files = dict(forget=s.forget, retain=s.retain, unseen=s.unseen)
+    return {name: file for name, file in files.items() if file}
 
 
 def read_split(folder: Path, name: str, load) -> list[Example]:
     """The rows that load() gives of a file of a folder; UserError names what is wrong with it."""
     path = folder / name
     if not path.is_file():
-        raise UserError(f"{path} is {'a folder' if path.is_dir() else 'missing'}; point --data or "
-                        f"SIMU_DATA at the folder that holds {folder.name}/{name}")
+        raise UserError(f"{path} is missing; point --data or SIMU_DATA at the folder that holds "
+                        f"{folder.name}/{name}")
     try:
         rows = load()
     except UnicodeDecodeError:
@@ -89,11 +103,7 @@ def read_split(folder: Path, name: str, load) -> list[Example]:
     return rows
 
 
-def first_groups(rows: list[Example], count: int) -> list[Example]:
-    """Rows of the first `count` groups in order of appearance; all for 0."""
-    groups = groups_of(rows)
-    first = set(groups[:count] if count else groups)
-    return [r for r in rows if r.group in first]
+# ------------------------------------------------------------------------------------------- cuts
 
 
 def groups_of(rows: list[Example]) -> list[str]:
@@ -101,88 +111,117 @@ def groups_of(rows: list[Example]) -> list[str]:
     return list(dict.fromkeys(r.group for r in rows))
 
 
-def tofu_benchmark(folder: Path, cut: Slice, made_here: bool) -> Benchmark:
-    def load(split):
-        return read_split(folder, f"{split}.json", lambda: load_tofu(
-            folder, split, rows_per_author=cut.rows_per_author))
+def first_groups(rows: list[Example], count: int) -> list[Example]:
+    """Rows of the first `count` groups in order of appearance; all for 0."""
+    groups = groups_of(rows)
+    first = set(groups[:count] if count else groups)
+    return [r for r in rows if r.group in first]
 
-    def load_if_there(split):
-        return load(split) if (folder / f"{split}.json").exists() else []
 
-    every = load(cut.forget_split)
-    known = {(r.question, r.answer): r for r in load_if_there(f"{cut.forget_split}_perturbed")}
-    if known and set(known) != {(r.question, r.answer) for r in every}:
-        raise UserError(f"{folder}/{cut.forget_split}_perturbed.json does not hold the rows of "
-                        f"{cut.forget_split}.json; fetch both from one release")
-    forget = [replace(known.get((r.question, r.answer), r), id=r.id, group=r.group)
-              for r in first_groups(every, cut.forget_groups)]
-    authors = load(cut.retain_split)
-    retain = first_groups(authors, cut.retain_groups)
-    shared = count_shared(forget, retain)
-    if shared == len(forget):
-        raise UserError(f"every row of {cut.forget_split} is in {cut.retain_split} too; choose "
-                        "another --forget-split or --retain-split")
-    inside = {(r.question, r.answer) for r in retain}
-    retain_eval = [r for r in load_if_there("retain_perturbed") if (r.question, r.answer) in inside]
-    if not retain_eval:
-        raise UserError(f"no row of {folder}/retain_perturbed.json is in the retain set; fetch it, "
-                        "or raise --retain-groups")
-    world, real = load_if_there("world_facts_perturbed"), load_if_there("real_authors_perturbed")
-    # Non-members must be text the original never saw; which that is depends on what it was made of.
-    rest = [r for r in authors if r.group not in {x.group for x in retain}]
-    held_out = load_if_there(cut.forget_split.replace("forget", "holdout"))
-    if held_out and "forget" in cut.forget_split:
-        nonmembers, source = held_out, "hold-out authors"
-    elif made_here and rest:
-        last = groups_of(rest)[-len(groups_of(forget)):]
-        nonmembers, source = [r for r in rest if r.group in last], "authors outside the slice"
-    elif made_here:
-        nonmembers, source = [], "none: the original learnt every row here; slice them"
-    else:
-        nonmembers, source = real + world, "real authors and world facts, as SOUL"
-    return Benchmark("tofu", forget, retain, retain_eval, world, real, nonmembers, source, shared,
-                     comparable=bool(held_out) or made_here)
+def pair(row: Example) -> tuple[str, str]:
+    return row.question, row.answer
 
 
 def count_shared(forget: list[Example], retain: list[Example]) -> int:
-    """How many forget rows, question and answer, are to be retained too; warns if any are."""
-    retained = {(r.question, r.answer) for r in retain}
-    count = sum((r.question, r.answer) in retained for r in forget)
+    """How many forget rows are to be retained too; warns if any are."""
+    retained = set(map(pair, retain))
+    count = sum(pair(r) in retained for r in forget)
     if count:
         print(f"warning: {count} of {len(forget)} rows of the forget set are in the retain set "
               "too: they are pulled both ways", flush=True)
     return count
 
 
-def lume_benchmark(folder: Path, cut: Slice, made_here: bool) -> Benchmark:
-    rng, sampled, rest = random.Random(cut.seed), {}, []
-    for split, count in (("forget", cut.forget_groups), ("retain", cut.retain_groups)):
-        rows = read_split(folder, f"{split}.jsonl", lambda: load_lume(folder, split))
-        chosen = set()
-        for task in TASKS:
-            documents = groups_of([r for r in rows if r.task == task])
-            rng.shuffle(documents)
-            share = documents[:round(cut.lume_fraction * len(documents))]  # [D15]
-            chosen.update(share[:count] if count else share)
-        sampled[split] = [r for r in rows if r.group in chosen]
-        if not sampled[split]:
-            raise UserError(f"--lume-fraction {cut.lume_fraction} leaves no {split} document; "
-                            "raise it")
-        rest += [r for r in rows if r.group not in chosen]
-    # As many held-out documents of each task as are forgotten, so that kind alone tells nothing.
-    held_out = []
+def learnt_slice(s) -> bool:
+    """Was the original trained on this slice of the files, so that what it never saw is known?"""
+    if s.weights and not s.teach:
+        return False
+    return s.tiny or (s.run / "original" / "log.jsonl").is_file()
+
+
+def read_tofu(s, split: str, *, required: bool = True) -> list[Example]:
+    """The rows of one of TOFU's files; none where it is missing and not required."""
+    folder = data_folder(s)
+    if not required and not (folder / f"{split}.json").exists():
+        return []
+    return read_split(folder, f"{split}.json", lambda: load_tofu(
+        folder, split, rows_per_author=s.rows_per_author))
+
+
+def tofu_benchmark(s) -> Benchmark:
+    every, authors = read_tofu(s, s.forget_split), read_tofu(s, s.retain_split)
+    perturbed, retain_perturbed, world, real = (
+        read_tofu(s, f"{name}_perturbed", required=False)
+        for name in (s.forget_split, "retain", "world_facts", "real_authors"))
+    fuller = {pair(r): r for r in perturbed}
+    if fuller and set(fuller) != set(map(pair, every)):
+        raise UserError(f"{data_folder(s)}/{s.forget_split}_perturbed.json does not hold the rows "
+                        f"of {s.forget_split}.json; fetch both from one release")
+    forget = [replace(fuller.get(pair(r), r), id=r.id, group=r.group)
+              for r in first_groups(every, s.forget_groups)]
+    retain = first_groups(authors, s.retain_groups)
+    shared = count_shared(forget, retain)
+    if shared == len(forget):
+        raise UserError(f"every row of {s.forget_split} is in {s.retain_split} too; choose "
+                        "another --forget-split or --retain-split")
+    retained = set(map(pair, retain))
+    retain_eval = [r for r in retain_perturbed if pair(r) in retained]
+    if not retain_eval:
+        raise UserError(f"no row of {data_folder(s)}/retain_perturbed.json is in the retain set; "
+                        "fetch it, or raise --retain-groups")
+    unseen = tofu_nonmembers(s, forget, retain, authors, real + world)
+    return Benchmark("tofu", forget, retain, retain_eval, world, real, *unseen, shared=shared)
+
+
+def tofu_nonmembers(s, forget, retain, authors, others) -> tuple[list[Example], str, bool]:
+    """Text that the original never saw, which depends on what it was made of; where it is from; is
+    it of the forget rows' kind?"""
+    if (split := s.forget_split.replace("forget", "holdout")) != s.forget_split:
+        if rows := read_tofu(s, split, required=False):
+            return rows, "hold-out authors", True
+    if not learnt_slice(s):
+        return others, "real authors and world facts, as SOUL", False
+    retained = set(groups_of(retain))
+    rest = [r for r in authors if r.group not in retained]
+    if not rest:
+        return [], "none: the original learnt every row here; slice them", True
+    last = groups_of(rest)[-len(groups_of(forget)):]
+    return [r for r in rest if r.group in last], "authors outside the slice", True
+
+
+def draw_documents(rows: list[Example], rng: random.Random, how_many) -> list[Example]:
+    """Rows of documents that rng draws: of each task how_many(task, number of its documents)."""
+    drawn = set()
     for task in TASKS:
-        documents = groups_of([r for r in rest if r.task == task])
+        documents = groups_of([r for r in rows if r.task == task])
         rng.shuffle(documents)
-        count = len(groups_of([r for r in sampled["forget"] if r.task == task]))
-        chosen = set(documents[:count])
-        held_out += [r for r in rest if r.group in chosen]
-    source = "seeded hold-out documents of the open release, never trained on"
-    if not made_here:
+        drawn.update(documents[:how_many(task, len(documents))])
+    return [r for r in rows if r.group in drawn]
+
+
+def lume_benchmark(s) -> Benchmark:
+    folder, rng, sampled, rest = data_folder(s), random.Random(s.seed), {}, []
+    for split, count in (("forget", s.forget_groups), ("retain", s.retain_groups)):
+        rows = read_split(folder, f"{split}.jsonl", lambda: load_lume(folder, split))
+        sampled[split] = draw_documents(
+            rows, rng, lambda _, n: min(round(s.lume_fraction * n), count or n))  # [D15]
+        if not sampled[split]:
+            raise UserError(f"--lume-fraction {s.lume_fraction} leaves no {split} document; raise "
+                            "it")
+        groups = set(groups_of(sampled[split]))
+        rest += [r for r in rows if r.group not in groups]
+    forget, retain = sampled["forget"], sampled["retain"]
+    if learnt_slice(s):
+        # As many documents of each task as are forgotten, so that kind alone tells nothing.
+        held_out = draw_documents(
+            rest, rng, lambda task, _: len(groups_of([r for r in forget if r.task == task])))
+        held_out.sort(key=lambda r: r.task)
+        source = "seeded hold-out documents of the open release, never trained on"
+    else:
         held_out, source = [], ("none: which documents the original was trained on is unknown; the "
                                 "gated SemEval non-members are needed")
-    return Benchmark("lume", sampled["forget"], sampled["retain"], sampled["retain"], [], [],
-                     held_out, source, count_shared(sampled["forget"], sampled["retain"]))
+    return Benchmark("lume", forget, retain, retain, [], [], held_out, source,
+                     shared=count_shared(forget, retain))
 
 
 HELD_OUT = 5  # one in so many of a user's rows to keep; at least as many, at most 100
@@ -238,3 +277,24 @@ def benchmark_of_rows(forget: list[Example], retain: list[Example], unseen: list
     refuse_shared(dict(forget=forget, retain=retain, unseen=unseen), allow_near=allow_near)
     return Benchmark("rows", forget, retain, retain, [], [], unseen,
                      "rows given as unseen" if unseen else "none: no unseen rows are given")
+
+
+def rows_benchmark(s) -> Benchmark:
+    rows = {name: load_rows(file) for name, file in data_files(s).items()}
+    parts = (rows.get(name, []) for name in ("forget", "retain", "unseen"))
+    return hold_out(benchmark_of_rows(*parts, allow_near=s.allow_near), s.seed)
+
+
+LAYOUTS = {"tofu": tofu_benchmark, "lume": lume_benchmark, "rows": rows_benchmark}
+
+
+def load_benchmark(s) -> Benchmark:
+    """The forget and retain sets of a run. A share of the non-members, whole groups drawn by seed,
+    are level_rows instead: what decides how far a model forgets must not also judge whether it
+    forgot as far as that."""
+    bench = LAYOUTS[s.layout](s)
+    groups = groups_of(bench.nonmembers)
+    count = round(s.level_share * len(groups)) if bench.comparable else 0
+    drawn = set(random.Random(s.seed).sample(groups, count))
+    return replace(bench, nonmembers=[r for r in bench.nonmembers if r.group not in drawn],
+                   level_rows=tuple(r for r in bench.nonmembers if r.group in drawn))

@@ -28,7 +28,7 @@ from model import UserError, read_json, save_tensors, write_json, write_text
 from pipeline import objectives, slices
 from pipeline.code import code_digest
 from pipeline.rows import NO_TEXT
-from pipeline.settings import (TINY_MODELS, Making, Settings, Source, flag, row_files, taken)
+from pipeline.settings import TINY_MODELS, Making, Settings, Source, flag, taken
 
 try:
     import fcntl
@@ -81,9 +81,7 @@ def read_sha256(path: str, size: int, date: int) -> str:
 
 def data_inputs(s: Settings) -> dict[str, str]:
     """The files that a run's rows come from, as a stage's inputs."""
-    files = row_files(s) if s.layout == "rows" else {
-        str(p.relative_to(s.data_folder)): p for p in sorted(s.data_folder.rglob("*.json*"))}
-    return {f"data/{name}": sha256(file) for name, file in files.items()}
+    return {f"data/{name}": sha256(file) for name, file in slices.data_files(s).items()}
 
 
 # ------------------------------------------------------------------------------- finished stages
@@ -177,7 +175,7 @@ def table_rows(s: Settings, takes: tuple) -> dict[str, str | None]:
     unknown = Making in takes and not s.tiny
     rows = dict(ARCHITECTURES=None if unknown else architecture(s), NEURONS=s.neurons)
     if slices.Slice in takes:
-        rows["TEMPLATES"] = s.template
+        rows |= dict(TEMPLATES=s.template, LAYOUTS=s.layout)
     if simu.Masking in takes:
         rows["MASKS"] = s.mask
     if objectives.Unlearning in takes:

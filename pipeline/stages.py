@@ -15,8 +15,7 @@ from pipeline.card import write_card, write_generation_config
 from pipeline.levels import forget_targets, without_unexpected_eos
 from pipeline.own_rows import until_forgotten
 from pipeline.plan import fit_memory
-from pipeline.settings import (Level, Placement, Settings, Source, load_benchmark, placement,
-                               read_settings)
+from pipeline.settings import Level, Placement, Settings, Source, placement, read_settings
 from pipeline.stage import (Stage, attribution_name, content, data_inputs, mask_name, stale,
                             stored_dtype, unlearned_name)
 from pipeline.tokenizers import load_tokenizer
@@ -33,7 +32,7 @@ def same_slice(s: Settings):
 def encoded_rows(s: Settings, objective: str = "graddiff") -> tuple[slices.Benchmark, dict]:
     """The benchmark, and its forget rows, as the objective's loss takes them, and retain rows as
     the original's tokenizer spells them."""
-    folder, bench = s.run / "original", load_benchmark(s)
+    folder, bench = s.run / "original", slices.load_benchmark(s)
     tokenizer, config = load_tokenizer(folder), checkpoint.read_config(folder)
     examples = dict(forget=objectives.loss_examples(bench.forget, objective), retain=bench.retain)
     return bench, {name: data.encode_for(config, rows, tokenizer, s.template)

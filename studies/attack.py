@@ -52,8 +52,8 @@ from pipeline import checkpoint, objectives, slices
 from pipeline.columns import as_code, label, number, table
 from pipeline.original import learn
 from pipeline.report import table_order
-from pipeline.settings import (Parser, Placement, Settings, Source, choose_dtype, load_benchmark,
-                               placement, read_settings)
+from pipeline.settings import (Parser, Placement, Settings, Source, choose_dtype, placement,
+                               read_settings)
 from pipeline.stage import Stage, content, data_inputs, finished_models, lock, stale
 from pipeline.tokenizers import load_tokenizer
 
@@ -319,7 +319,7 @@ def main(argv: list[str]):
     with lock(args.run):
         s = read_settings(args.run)
         names = models_to_attack(s, args.stages)
-        bench, tokenizer = load_benchmark(s), load_tokenizer(s.run / "original")
+        bench, tokenizer = slices.load_benchmark(s), load_tokenizer(s.run / "original")
         context = checkpoint.read_config(s.run / "original").max_position_embeddings
         probes = input_probes(bench, tokenizer, s, context)
         for name in names:

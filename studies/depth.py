@@ -23,7 +23,8 @@ from eval import mean
 from model import Transformer, UserError, write_json, write_text
 from pipeline import checkpoint
 from pipeline.columns import as_code, label, number, table
-from pipeline.settings import Parser, load_benchmark, placement, read_settings
+from pipeline.settings import Parser, placement, read_settings
+from pipeline.slices import load_benchmark
 from pipeline.stage import lock
 from pipeline.tokenizers import load_tokenizer
 from studies.attack import models_to_attack

@@ -34,7 +34,7 @@ from pipeline.columns import table
 from pipeline.evaluate import splits_of
 from pipeline.levels import forget_targets
 from pipeline.original import original_stage
-from pipeline.settings import Aside, Level, Placement, Settings, Source, load_benchmark, placement
+from pipeline.settings import Level, Placement, Settings, Source, placement
 from pipeline.stage import Stage, bare_names, content, data_inputs, digest, lock
 from pipeline.stages import attribute_stage, encoded_rows, mask_of_scores
 from pipeline.tokenizers import load_tokenizer
@@ -128,7 +128,7 @@ def plan_points(options: dict, homes: list[Settings], arms, factors, variants: b
 def key_of(p: Point) -> str:
     """Digest of all that a point's numbers depend on."""
     s, inputs = p.settings, [p.arm]
-    takes = [slices.Slice, Source, Placement, Aside, evaluation.Limits]
+    takes = [slices.Slice, Source, Placement, evaluation.Limits]
     if p.arm not in BASELINES:
         inputs = [name for name in BASELINES if (s.run / name).is_dir()]
         takes += [objectives.Unlearning, Level]
@@ -167,7 +167,7 @@ def bare(rows: list[data.Example]) -> list[data.Example]:
 
 def judge(model: Transformer, s: Settings) -> dict:
     """The metrics of a model of run s that have a value; real authors are not asked about."""
-    bench = load_benchmark(s)
+    bench = slices.load_benchmark(s)
     bench = replace(bench, forget=bare(bench.forget), retain_eval=bare(bench.retain_eval),
                     world_facts=bare(bench.world_facts), real_authors=[])
     metrics, _ = evaluation.evaluate_model(
@@ -267,7 +267,7 @@ def read_options(argv: list[str]) -> tuple[argparse.Namespace, dict]:
     parser = settings.Parser(prog="python -m pipeline sweep", description=__doc__,
                              formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("benchmark", choices=settings.BENCHMARKS)
-    parser.add_argument("model", nargs="?", default="tiny-llama")
+    parser.add_argument("model", nargs="?", default="tiny-llama", type=settings.model_at)
     parser.add_argument("--seeds", type=int, default=3, help="seeds 0 to N-1 (default 3)")
     parser.add_argument("--arms", nargs="+", default=ARMS, metavar="ARM",
                         help=f"METHOD[-MASK][-OBJECTIVE] (default {' '.join(ARMS)})")

@@ -16,7 +16,8 @@ import simu
 from model import UserError, read_json, write_json, write_text
 from pipeline import checkpoint, original
 from pipeline.__main__ import main
-from pipeline.settings import load_benchmark, read_settings
+from pipeline.settings import read_settings
+from pipeline.slices import load_benchmark
 from pipeline.stage import Stage
 from studies import attack
 

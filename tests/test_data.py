@@ -18,6 +18,7 @@ import data
 from data import IGNORE, Encoded, Example
 from model import UserError
 from pipeline import rows, slices
+from pipeline.settings import Settings
 from pipeline.tokenizers import load_tokenizer, train_tokenizer
 
 DEMO = Path(data.__file__).parent / "pipeline" / "demo"
@@ -134,9 +135,9 @@ def test_earlier_turns_in_a_fixed_template(small):
 GOOD = dict(question="q?", answer="a.")
 
 
-def benchmark(name="tofu", folder=DEMO, made_here=True, **changes):
-    return slices.load_benchmark(folder / name, slices.Slice(**dict(rows_per_author=10) | changes),
-                                 layout=name, made_here=made_here)
+def benchmark(name="tofu", folder=DEMO, model="tiny-llama", **changes):
+    return slices.load_benchmark(Settings(
+        benchmark=name, data=str(folder), model=model, **dict(rows_per_author=10) | changes))
 
 
 def test_a_row_of_tofu_that_is_wrong_is_named(tmp_path):
@@ -165,13 +166,13 @@ def test_demo_benchmark():
 def test_nonmembers_are_what_the_original_never_saw(tmp_path):
     shutil.copytree(DEMO / "tofu", tmp_path / "tofu", ignore=shutil.ignore_patterns("*holdout*"))
     sources = {}
-    for made_here in (True, False):
+    for model in ("tiny-llama", "olmo-1b"):
         for groups in (3, 0):
-            b = benchmark(folder=tmp_path, made_here=made_here, retain_groups=groups)
-            sources[made_here, groups] = b.nonmember_source.split()[0], len(b.nonmembers)
+            b = benchmark(folder=tmp_path, model=model, retain_groups=groups)
+            sources[model, groups] = b.nonmember_source.split()[0], len(b.nonmembers)
             assert not {e.question for e in b.nonmembers} & {e.question for e in b.retain}
-    assert sources == {(True, 3): ("authors", 20), (True, 0): ("none:", 0),
-                       (False, 3): ("real", 30), (False, 0): ("real", 30)}
+    assert sources == {("tiny-llama", 3): ("authors", 20), ("tiny-llama", 0): ("none:", 0),
+                       ("olmo-1b", 3): ("real", 30), ("olmo-1b", 0): ("real", 30)}
 
 
 def test_lume_benchmark_keeps_documents_whole_and_apart():
@@ -184,7 +185,7 @@ def test_lume_benchmark_keeps_documents_whole_and_apart():
         assert part == inside and len({e.group for e in part}) == 12  # 40% of 12 + 6 + 12
     assert benchmark("lume") == b
     assert benchmark("lume", seed=1).forget != b.forget
-    unknown = benchmark("lume", made_here=False)
+    unknown = benchmark("lume", model="olmo-1b")
     assert unknown.nonmembers == [] and "unknown" in unknown.nonmember_source
 
 

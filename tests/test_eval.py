@@ -21,6 +21,7 @@ import data  # noqa: E402
 import eval as ev  # noqa: E402
 from model import Config, Transformer, UserError  # noqa: E402
 from pipeline import evaluate, metrics, slices  # noqa: E402
+from pipeline.settings import Settings  # noqa: E402
 from pipeline.tokenizers import train_tokenizer  # noqa: E402
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "text_metrics.json").read_text("utf-8"))
@@ -479,7 +480,7 @@ LIMITS, GENERATE = ev.Limits(max_total_tokens=48), ev.generate
 
 
 def micro_bench(folder: Path) -> slices.Benchmark:
-    return slices.load_benchmark(folder / "tofu", slices.Slice(), layout="tofu", made_here=False)
+    return slices.load_benchmark(Settings(benchmark="tofu", model="olmo-1b", data=str(folder)))
 
 
 def teach(folder: Path, known: list, *, steps: int = 120):

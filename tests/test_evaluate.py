@@ -12,7 +12,7 @@ from test_eval import loaded, micro_tofu, teach
 import eval as ev
 from model import UserError
 from pipeline import evaluate
-from pipeline.settings import Judging
+from pipeline.settings import Judging, Settings
 
 
 @pytest.fixture(scope="module")
@@ -20,8 +20,8 @@ def root(tmp_path_factory):
     root = tmp_path_factory.mktemp("micro")
     micro_tofu(root / "data")
     (root / "original").mkdir()
-    bench = evaluate.slices.load_benchmark(root / "data" / "tofu", evaluate.slices.Slice(),
-                                           layout="tofu", made_here=False)
+    bench = evaluate.slices.load_benchmark(Settings(benchmark="tofu", model="olmo-1b",
+                                                    data=str(root / "data")))
     teach(root / "original", bench.forget + bench.retain + bench.world_facts)
     return root
 

@@ -14,7 +14,7 @@ import torch
 
 import model as module
 from model import Transformer, UserError, read_json
-from pipeline import card, hub, original, settings, stage
+from pipeline import card, hub, original, plan, settings, slices, stage
 from pipeline.__main__ import main
 from pipeline.hub import Repo, Sources
 from pipeline.tokenizers import load_tokenizer, train_tokenizer
@@ -113,10 +113,11 @@ def checkpoint(tmp_path_factory):
     """A tiny LLaMA with random weights, in the layout of real ones."""
     folder = tmp_path_factory.mktemp("tiny")
     s = settings.resolve(dict(benchmark="demo", model="tiny-llama", width=64, depth=2, vocab=500))
-    texts = [t for e in settings.load_benchmark(s).retain for t in (e.question, e.answer)]
+    texts = [t for e in slices.load_benchmark(s).retain for t in (e.question, e.answer)]
     train_tokenizer(texts, folder, llama=True, vocab=s.vocab)
     torch.manual_seed(0)
-    Transformer(settings.tiny_config(s, load_tokenizer(folder))).save_pretrained(folder)
+    Transformer(plan.tiny_config(s, load_tokenizer(folder).vocab_size, bos_token_id=1,
+                                 eos_token_id=2)).save_pretrained(folder)
     return folder
 
 
@@ -146,7 +147,7 @@ def server(checkpoint, tmp_path, monkeypatch):
                             HF_HUB_DISABLE_IMPLICIT_TOKEN=False).items():
         monkeypatch.setattr(constants, name, value)
     set_endpoint(monkeypatch, server.url)
-    monkeypatch.setattr(settings, "default_data", lambda: str(tmp_path / "data"))
+    monkeypatch.setattr(settings, "DOWNLOADS", tmp_path / "data")
     monkeypatch.setattr("time.sleep", lambda seconds: None)  # between the library's attempts
     yield server
     server.shutdown()
@@ -187,7 +188,7 @@ def test_a_large_file_of_the_cache_is_not_read_for_its_digest(server, checkpoint
 def test_data_come_in_the_published_layout(server, tmp_path, monkeypatch):
     s = settings.Settings(benchmark="tofu", model="llama2-7b", data=str(tmp_path / "data"))
     hub.download_data(s)
-    assert files(s.data_folder) == files(DEMO / "tofu")
+    assert files(slices.data_folder(s)) == files(DEMO / "tofu")
     server.repos["models", "am/lume"] = files(DEMO / "lume")
     monkeypatch.setenv("SIMU_LUME_URL", f"{server.url}/bytes/am/lume/resolve/x")
     s = settings.Settings(benchmark="lume", model="llama2-7b", data=str(tmp_path / "data"))
@@ -197,7 +198,7 @@ def test_data_come_in_the_published_layout(server, tmp_path, monkeypatch):
     monkeypatch.setattr(hub, "LUME_SHA256", {
         name: hashlib.sha256(x).hexdigest() for name, x in files(DEMO / "lume").items()})
     hub.download_data(s)
-    assert files(s.data_folder) == files(DEMO / "lume")
+    assert files(slices.data_folder(s)) == files(DEMO / "lume")
     server.seen.clear()
     for benchmark in ("tofu", "lume"):
         hub.download_data(settings.Settings(benchmark=benchmark, model="llama2-7b", data=s.data))
@@ -326,7 +327,7 @@ def test_an_original_nobody_published_is_fine_tuned_here(server, tmp_path, monke
     info = read_json(folder / "stage.json")
     assert info["notes"]["source"]["commit"] == COMMIT and (folder / "tokenizer.model").is_file()
     s = settings.read_settings(tmp_path / "run")
-    assert s.weight_decay == 0.1 and settings.load_benchmark(s).nonmembers
+    assert s.weight_decay == 0.1 and slices.load_benchmark(s).nonmembers
 
 
 @pytest.mark.parametrize("named, sources", [
@@ -359,7 +360,7 @@ def test_files_names_all_and_fetches_none(server, tmp_path, capfd, monkeypatch, 
     if not online:
         no_network(server, monkeypatch)
     hub.files_command(settings.Settings(benchmark=cell[0], model=cell[1],
-                                        data=settings.default_data()))
+                                        data=str(settings.DOWNLOADS)))
     out = capfd.readouterr().out
     assert all(f"{repo.name} at {repo.revision}: " in out for repo in repos)
     assert out.count("0.03 GB, kept in the hub's cache") == len(repos) * online

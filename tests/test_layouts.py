@@ -15,7 +15,7 @@ import data
 import model as module
 import simu
 from model import Config, Transformer, UserError, generate, read_json, save_tensors, write_json
-from pipeline import checkpoint, settings, stage
+from pipeline import checkpoint, settings, slices, stage
 from pipeline.__main__ import main
 from pipeline.tokenizers import PLAIN_IN_TRANSFORMERS, load_tokenizer
 from test_pipeline import DEMO, MICRO
@@ -278,7 +278,7 @@ def check_same_text(hf, folder, s, card: bool):
     theirs = hf.AutoModelForCausalLM.from_pretrained(folder)
     lengths = {} if card else dict(max_length=s.max_total_tokens)
     ids = []
-    for e in settings.load_benchmark(s).retain[:40:10]:
+    for e in slices.load_benchmark(s).retain[:40:10]:
         text = f"Question: {e.question}\nAnswer: {e.answer[:len(e.answer) // 2]}"
         prompt = data.encode_prompt(text, tok, "raw")
         encoded = their_tok(text, return_tensors="pt")

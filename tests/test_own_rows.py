@@ -289,8 +289,10 @@ def test_it_ends_where_rows_are_forgotten_and_others_kept():
 
 def test_few_rows_get_as_many_updates_as_many_do(tmp_path):
     def updates(rows):
-        own = settings.own_recipe("rows", tmp_path, rows)
-        return own["epochs"] * rows // own["batch"]
+        (tmp_path / "rows.jsonl").write_text('{"text": "so it is"}\n' * rows)
+        s = settings.resolve(dict(benchmark="rows", model=str(tmp_path),
+                                  forget=str(tmp_path / "rows.jsonl")))
+        return s.epochs * rows // s.batch
     assert {settings.UPDATES <= updates(n) <= settings.UPDATES + 40 for n in (1, 6, 40, 400)} == {
         True}
 

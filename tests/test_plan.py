@@ -13,7 +13,8 @@ from data import Encoded, collate, encode_all
 from model import Config, Transformer, UserError, generate, write_json
 from pipeline import fused, original, plan, reading, tokenizers
 from pipeline.plan import LiveBytes, Need
-from pipeline.settings import Settings, load_benchmark, resolve
+from pipeline.settings import Settings, resolve
+from pipeline.slices import load_benchmark
 
 LLAMA = dict(model_type="llama", num_key_value_heads=2, tie_word_embeddings=False)
 OLMO = dict(model_type="olmo", tie_word_embeddings=True, clip_qkv=8.0)
