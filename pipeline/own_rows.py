@@ -48,7 +48,7 @@ OTHERS = 20  # rows whose words stand for chance
 
 
 class NotForgotten(UserError):
-    """The run ended, and the rows are not forgotten: exit status 3."""
+    """The run ended, and the rows are not forgotten, or others were lost: exit status 3."""
 
     status = 3
 
@@ -262,7 +262,8 @@ def kept_numbers(before: list[dict], after: list[dict]) -> dict:
               for truth, x, y in ((Candidate(x["answer"], []), x, y) for x, y in rows)]
     means = [evaluation.mean(x) for x in zip(*(x for x in scores if x[0] is not None))]
     said = [y for x, y in rows if says_all(x["answer"], x["generation"])]
-    return dict(zip(("kept_before", "kept_after"), means or (None, None)), kept_said_before=len(said),
+    kept_before, kept_after = means or (None, None)
+    return dict(kept_before=kept_before, kept_after=kept_after, kept_said_before=len(said),
                 kept_said_after=sum(says_all(y["answer"], y["generation"]) for y in said))
 
 
@@ -319,8 +320,8 @@ def faults(m: dict) -> list[tuple[str, str]]:
 def advice(s: Settings, m: dict, rules: set[str]) -> str:
     """What to change, the likeliest help first (for lost rows: benchmarks/logs/own-rows.txt)."""
     if "lost" in rules:
-        return (f"lower --lr (now {s.lr:g}), give more and more varied rows to keep, or "
-                "--attention frozen")
+        return (f"lower --lr (now {s.lr:g}) with more --epochs (now {s.epochs}), give more and "
+                "more varied rows to keep, or --attention frozen")
     if "likely" in rules or m["loss_target"] and m["loss"] < 0.9 * m["loss_target"]:
         return f"give more --epochs (now {s.epochs}), a higher --lr (now {s.lr:g}) or --unseen FILE"
     level = max(1.0, 1.5 * (m["loss_target"] or m["loss"]))
@@ -344,21 +345,29 @@ def verdict(run) -> dict:
     m = measure(before, after, candidates(bench, s.seed + 1), notes.get("never_seen", []),
                 ended.get("target"))
     broken = faults(m)
+    rules = {rule for rule, _ in broken}
     return dict(
-        forgotten=not broken, reasons=[text for _, text in broken], measured=m,
-        change=advice(s, m, {rule for rule, _ in broken}) if broken else "",
-        level_from=notes.get("level_from", ""), held_out=len(bench.held_out),
-        updates=ended.get("step"), updates_at_most=ended.get("of"), files=data_inputs(s), folder=name,
+        forgotten=rules <= {"lost"}, kept="lost" not in rules,
+        reasons=[text for _, text in broken], measured=m,
+        change=advice(s, m, rules) if broken else "", level_from=notes.get("level_from", ""),
+        held_out=len(bench.held_out), updates=ended.get("step"), updates_at_most=ended.get("of"),
+        files=data_inputs(s), folder=name,
         original=content(s.run / "original"), result=content(s.run / name))
 
 
 def verdict_command(run):
-    """RUN/verdict.json: are a run's rows forgotten? Status 3 where they are not."""
+    """RUN/verdict.json: are a run's rows forgotten, and others kept? Status 3 where not."""
     result = verdict(run)
     print(as_text(result), flush=True)
     write_json(read_settings(run).run / "verdict.json", result)
-    if not result["forgotten"]:
-        raise NotForgotten(f"not forgotten: {'; '.join(result['reasons'])}; {result['change']}")
+    if result["reasons"]:
+        raise NotForgotten(
+            f"{conclusion(result)}: {'; '.join(result['reasons'])}; {result['change']}")
+
+
+def conclusion(result: dict) -> str:
+    forgotten = "forgotten" if result["forgotten"] else "not forgotten"
+    return forgotten if result["kept"] else f"{forgotten}, and other rows are lost"
 
 
 def as_text(result: dict) -> str:
@@ -377,7 +386,7 @@ def as_text(result: dict) -> str:
     target = (f" (rows never seen: {m['loss_target']:.2f}; {result['level_from']})"
               if m["loss_target"] else "")
     return "\n".join([
-        "FORGOTTEN" if result["forgotten"] else f"NOT FORGOTTEN: {'; '.join(result['reasons'])}",
+        conclusion(result).upper() + "".join(f"\n  {reason}" for reason in result["reasons"]),
         "  word for word, or completed from the first half: "
         f"{m['said_or_completed']} of {m['rows']} rows ({m['known_before']} of them were known)",
         "  names and numbers said: " + beside(m["specifics"], m["specifics_by_chance"], ".0%"),

@@ -362,7 +362,7 @@ def test_rows_that_stay_known_end_in_status_3_with_a_report(taught, tmp_path):
         run(taught, out, "--epochs", "1", "--retain", str(taught / "all.jsonl"))
     assert e.value.status == 3 and "\n" not in str(e.value)
     verdict = read_json(out / "verdict.json")
-    assert not verdict["forgotten"] and verdict["held_out"] == 5
+    assert not verdict["forgotten"] and verdict["kept"] and verdict["held_out"] == 5
     assert verdict["measured"]["kept_said_before"] == 5
     assert "NOT FORGOTTEN" in (out / "report.md").read_text().split("| Approach")[0]
 
