@@ -44,7 +44,8 @@ LEAST_LOSS = 0.75  # of the target
 MOST_LIKELY = 0.7  # AUC
 LEAST_KEPT = 0.9  # of the original's ROUGE-L on the rows to keep
 KNOWN = 0.25  # share of a row's specifics said beyond chance, from which on it is known
-OTHERS = 20  # rows whose words stand for chance
+OTHERS = 20  # rows whose words stand for chance, where a row's cannot be exchanged
+CHANCES = 2400  # exchanged versions of all rows, at least COPIES of each, which tell of chance
 
 
 class NotForgotten(UserError):
@@ -63,7 +64,6 @@ HARD = 1.0  # target loss from which on a row never seen does not say a token
 GUESSED = 0.15  # share of these tokens that may be the likeliest all the same, by chance
 SAME_TOKENS = 0.99  # of the share of their tokens that are the likeliest, at which rows are kept
 SAME_ROWS = 0.97  # of the share of these rows that are said to the end
-LOST = 2.0  # worse in the mean loss, rows to keep count as lost, once half of the updates are made
 
 
 def look(model: Transformer, forget: list[Encoded], retain: list[Encoded],
@@ -77,20 +77,17 @@ def look(model: Transformer, forget: list[Encoded], retain: list[Encoded],
     guessed = [p == i for x, r, target in zip(of_forget, forget, targets)
                for p, i, loss in zip(x.predicted, r.ids[r.start:], target.tolist())
                if loss > HARD]
-    losses, aims = [mean_loss(x) for x in of_forget], [x.mean().item() for x in targets]
+    losses = [evaluation.mean(x.losses) for x in of_forget]
+    aims = [x.mean().item() for x in targets]
     same = [evaluation.exact_memorisation(x.predicted, r.ids[r.start:])
             for x, r in zip(of_retain, retain)]
     return dict(
         forget=evaluation.mean(losses), target=evaluation.mean(aims), rows=len(losses),
         completed=sum(completed), guessed=evaluation.mean(guessed or [0]),
         auc=evaluation.auc([-x for x in losses], [-x for x in aims]),
-        retain=evaluation.mean(map(mean_loss, of_retain)) if retain else 0.0,
+        retain=evaluation.mean([evaluation.mean(x.losses) for x in of_retain] or [0]),
         same_tokens=evaluation.mean(same or [1]),
         same_rows=evaluation.mean([x == 1 for x in same] or [1]))
-
-
-def mean_loss(score) -> float:
-    return evaluation.mean(score.losses)
 
 
 def is_completed(predicted: list[int], ids: list[int]) -> bool:
@@ -109,8 +106,8 @@ def is_forgotten(now: dict, before: dict) -> bool:
 def until_forgotten(model: Transformer, encoded: dict, targets: list[torch.Tensor], s: Settings,
                     job):
     """A loop for `simu.unlearn` that ends where the rows are forgotten, at two looks running, for
-    what is said goes up and down; or where the rows to keep are lost. It depends on updates and
-    weights alone, so that a run that was killed ends at the same update."""
+    what is said goes up and down. It depends on updates and weights alone, so that a run that was
+    killed ends at the same update."""
     looked_at = [evaluation.spread(x, LOOKED_AT)
                  for x in (encoded["forget"], encoded["retain"], targets)]
     before, record = look(model, *looked_at, s.eval_tokens), job.record("looks.jsonl")
@@ -123,7 +120,6 @@ def until_forgotten(model: Transformer, encoded: dict, targets: list[torch.Tenso
                 continue
             now = look(model, *looked_at, s.eval_tokens)
             forgotten.copy_(forgotten + 1 if is_forgotten(now, before) else forgotten * 0)
-            lost = step > steps / 2 and now["retain"] > before["retain"] + LOST
             job.notes["ended"] = dict(step=step, of=steps, forgotten=int(forgotten), **now)
             record(job.notes["ended"])
             print(f"update {step} of at most {steps}: loss of the rows to forget "
@@ -131,7 +127,7 @@ def until_forgotten(model: Transformer, encoded: dict, targets: list[torch.Tenso
                   f"{now['rows']} completed from a half, {now['guessed']:.0%} of their secrets "
                   f"guessed; of the rows to keep {now['retain']:.2f} (was {before['retain']:.2f}),"
                   f" {now['same_tokens']:.1%} of their tokens the likeliest", flush=True)
-            if forgotten >= 2 or lost:
+            if forgotten >= 2:
                 break
     return loop
 
@@ -191,7 +187,9 @@ def candidates(bench, seed: int) -> dict[str, tuple[Candidate, list[Candidate]]]
     its specifics exchanged, like for like; other rows where it has none."""
     wording, rows = levels.Wording(bench.forget + bench.retain), map(question_of, bench.forget)
     truths = {e.id: Candidate(e.answer, [w.text for w in wording.specifics(e)]) for e in rows}
-    versions = levels.exchanged_rows(bench.forget, bench.retain, seed, rename=False)
+    copies = max(levels.COPIES, CHANCES // len(bench.forget))
+    versions = levels.exchanged_rows(bench.forget, bench.retain, seed, copies=copies,
+                                     rename=False)
     out = {}
     for (name, truth), row_versions in zip(truths.items(), versions):
         exchanged = [Candidate(question_of(v.row).answer, v.words) for v in row_versions]
