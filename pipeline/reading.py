@@ -36,15 +36,18 @@ def token_scores(model: Transformer, rows: list[data.Encoded], first: list[int],
     device = model.embed_tokens.weight.device
     tokens = min(tokens, CPU_PASS) if device.type == "cpu" else tokens
     for part in tqdm(passes_that_share([row.ids[:-1] for row in rows], tokens), desc="losses"):
-        # Of each scored token: which of the pass's states it follows, its id, details or not.
-        scored = torch.tensor([(states[t - 1], rows[i].ids[t], detailed[i])
-                               for i, states in part.texts.items()
-                               for t in range(first[i], len(rows[i].ids))]).to(device)  # [N, 3]
+        scored = []  # of each scored token: which state it follows, its id, details or not
+        for i, states in part.texts.items():
+            for t in range(first[i], len(rows[i].ids)):
+                scored.append((states[t - 1], rows[i].ids[t], detailed[i]))
+        scored = torch.tensor(scored).to(device)  # [N, 3]
         values = scores_after(model, read_pass(model, part), *scored.T)
         sizes = [len(rows[i].ids) - first[i] for i in part.texts]
         for i, *columns in zip(part.texts, *(x.cpu().split(sizes) for x in values)):
-            losses, *details = (x.tolist() for x in columns)
-            scores[i] = TokenScores(losses, *(details if detailed[i] else ([], [])))
+            losses, predicted, standard = (x.tolist() for x in columns)
+            if not detailed[i]:
+                predicted, standard = [], []
+            scores[i] = TokenScores(losses, predicted, standard)
     return scores
 
 

@@ -241,31 +241,26 @@ def recovered(score: float, known: float, original: float, ideal: float | None) 
 def compare(run: Path, names: list[str]) -> dict:
     """{stage: {attack: rows, score, known, recovered}} and ROUGE-L on retain rows as `retain`."""
     scores = {name: scores_of(run / name / "attack") for name in names}
-    means = {name: {attack: mean(x.values()) for attack, x in by_attack.items() if x}
-             for name, by_attack in scores.items()}
+
+    def score_of(name, attack):  # None where no prompt fits, or without such a model
+        rows = scores.get(name, {}).get(attack)
+        return mean(rows.values()) if rows else None
+
     results = {}
     for name, by_attack in scores.items():
-        cells = results[name] = {}
+        results[name] = {}
         for attack, rows in by_attack.items():
-            cells[attack] = dict(rows=len(rows), score=None, known=None, recovered=None)
+            cell = dict(rows=len(rows), score=score_of(name, attack), known=None, recovered=None)
             if rows:
-                score, known = means[name][attack], mean(by_attack["plain"][i] for i in rows)
-                share = recovered(score, known, means["original"][attack],
-                                  means.get("retain-only", {}).get(attack))
-                cells[attack] |= dict(score=score, known=known, recovered=share)
+                cell["known"] = mean(by_attack["plain"][i] for i in rows)
+                cell["recovered"] = recovered(
+                    cell["score"], cell["known"], score_of("original", attack),
+                    score_of("retain-only", attack))
             if attack in ("plain", *WEIGHTS):
                 retained = best(run / name / "attack", attack, "retain")
-                cells[attack]["retain"] = mean(retained.values())
+                cell["retain"] = mean(retained.values())
+            results[name][attack] = cell
     return results
-
-
-def summary(results: dict) -> str:
-    """The main table: plain, worst attacked, and what that recovered."""
-    lines = [[label(name), number(cells["plain"]["score"], ".3f"),
-              *(number(cells[a][value], ".3f") for a in ("input", "worst")
-                for value in ("score", "recovered"))] for name, cells in results.items()]
-    return table(["Approach", "plain", "worst input", "recovered", "worst of all", "recovered"],
-                 lines)
 
 
 def attack_table(results: dict, attacks: tuple, value: str) -> str:
@@ -275,8 +270,8 @@ def attack_table(results: dict, attacks: tuple, value: str) -> str:
 
 
 def write_report(s: Settings, results: dict):
-    """attack.json and attack.md in the run; the main table on stdout."""
-    parts = [f"# Attacks: {s.benchmark}, {s.label}, seed {s.seed}", summary(results),
+    """attack.json and attack.md in the run; the worst cases on stdout."""
+    parts = [f"# Attacks: {s.benchmark}, {s.label}, seed {s.seed}",
              f"ROUGE-L recall on {results['original']['plain']['rows']} forgotten rows, for each "
              "the worst case over variants. Fewer rows (attack.json) where a prompt does not fit "
              "the context or the others were learnt again.",
@@ -287,7 +282,8 @@ def write_report(s: Settings, results: dict):
              "## Definitions", as_code(__doc__)]
     write_text(s.run / "attack.md", "\n\n".join(parts) + "\n")
     write_json(s.run / "attack.json", dict(settings=dataclasses.asdict(s), attacks=results))
-    print(f"{summary(results)}\nattacks: {s.run / 'attack.md'}")
+    print(attack_table(results, ("plain", "input", "worst"), "score"))
+    print(f"attacks: {s.run / 'attack.md'}")
 
 
 # --------------------------------------------------------------------------------------------- main

@@ -45,6 +45,39 @@ T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.
        2.052, 2.048, 2.045, 2.042)
 
 
+def title_of(about: dict) -> str:
+    return f"{about['benchmark']}, {Path(about['model']).name}"
+
+
+def read_csv(path: Path, columns: tuple) -> list[dict]:
+    """The lines of a sweep's table: {column: text}."""
+    with open(path, encoding="utf-8", newline="") as file:
+        lines = list(csv.DictReader(file))
+    if not lines or not set(columns) <= lines[0].keys():
+        raise UserError(f"{path} has no lines or lacks columns; run its sweep again")
+    return lines
+
+
+def number(point: dict, name: str) -> float:
+    """A cell as a number, nan where it is empty."""
+    return float(point[name] or "nan")
+
+
+def read_scores(folder: Path, about: dict):
+    """Forget and retain scores [L, D]."""
+    if (folder / "scores.csv").is_file():
+        neurons = read_csv(folder / "scores.csv", ("layer", "neuron", "forget", "retain"))
+        L = 1 + int(neurons[-1]["layer"])
+        return [torch.tensor([float(x[name]) for x in neurons]).view(L, -1)  # [L, D]
+                for name in ("forget", "retain")]
+    s, attribution = read_settings(folder), folder / "attribution"
+    if why := stale(attribution, s):
+        raise UserError(f"{attribution}: {'; '.join(why)}; run its stages again")
+    about["steps"] = read_stage(attribution)["why"]["settings"]["steps"]
+    scores = load_file(attribution / "scores.safetensors")
+    return scores["forget"], scores["retain"]
+
+
 # ----------------------------------------------------------------------------------------- frontier
 
 
@@ -117,19 +150,19 @@ def draw_frontier(folder: Path, about: dict, fronts: dict, baselines: dict):
     lines = []
     for i, (arm, by_seed) in enumerate(fronts.items()):
         colour, marker = style_of(arm, i)
-        utilities = {x: utilities_at(by_seed, dict.fromkeys(by_seed, x)) for x in CURVE}
-        curve = [(x, *interval(list(u.values()))) for x, u in utilities.items()
-                 if len(u) == len(by_seed)]
-        forgetting = [1 - x for x, _, _ in curve]
-        ax.plot(forgetting, [mean for _, mean, _ in curve], color=colour, lw=1.8, marker=marker,
-                markevery=(2 * i, 20), label=arm)
-        ax.fill_between(forgetting, [mean - half for _, mean, half in curve],
-                        [mean + half for _, mean, half in curve], color=colour, alpha=0.13, lw=0)
+        curve = []
+        for x in CURVE:
+            utilities = utilities_at(by_seed, dict.fromkeys(by_seed, x))
+            if len(utilities) == len(by_seed):
+                curve.append((x, *interval(list(utilities.values()))))
+        forget, means, halves = torch.tensor(curve).view(-1, 3).T
+        ax.plot(1 - forget, means, color=colour, lw=1.8, marker=marker, markevery=(2 * i, 20),
+                label=arm)
+        ax.fill_between(1 - forget, means - halves, means + halves, color=colour, alpha=0.13, lw=0)
         lines += [(arm, f"{x:.3f}", f"{mean:.5f}", f"{half:.5f}") for x, mean, half in curve]
     for name, marker in zip(BASELINES, "*p"):
-        ends = baselines.get(name, {}).values()
-        ax.scatter([1 - forget for forget, _ in ends], [utility for _, utility in ends],
-                   color=BLACK, marker=marker, s=45, label=name, zorder=5)
+        forget, utility = torch.tensor(list(baselines.get(name, {}).values())).view(-1, 2).T
+        ax.scatter(1 - forget, utility, color=BLACK, marker=marker, s=45, label=name, zorder=5)
     ax.set(xlabel="forgetting: 1 - what is left of the forget set", ylabel="retained utility",
            xlim=(-0.02, 1.01), ylim=(None, 1.02), title=f"Mean of {len(baselines['original'])} "
            f"seeds, 95% bands: {title_of(about)}")
@@ -275,42 +308,6 @@ def losses(folder: Path, about: dict):
            title=f"Losses by update: {title_of(about)}")
     ax.legend(fontsize=8)
     save(folder, "losses", figure, ("model", "update", "loss_forget", "loss_retain"), lines)
-
-
-# -------------------------------------------------------------------------------------- the folders
-
-
-def title_of(about: dict) -> str:
-    return f"{about['benchmark']}, {Path(about['model']).name}"
-
-
-def read_csv(path: Path, columns: tuple) -> list[dict]:
-    """The lines of a sweep's table: {column: text}."""
-    with open(path, encoding="utf-8", newline="") as file:
-        lines = list(csv.DictReader(file))
-    if not lines or not set(columns) <= lines[0].keys():
-        raise UserError(f"{path} has no lines or lacks columns; run its sweep again")
-    return lines
-
-
-def number(point: dict, name: str) -> float:
-    """A cell as a number, nan where it is empty."""
-    return float(point[name] or "nan")
-
-
-def read_scores(folder: Path, about: dict):
-    """Forget and retain scores [L, D]."""
-    if (folder / "scores.csv").is_file():
-        neurons = read_csv(folder / "scores.csv", ("layer", "neuron", "forget", "retain"))
-        L = 1 + int(neurons[-1]["layer"])
-        return [torch.tensor([float(x[name]) for x in neurons]).view(L, -1)  # [L, D]
-                for name in ("forget", "retain")]
-    s, attribution = read_settings(folder), folder / "attribution"
-    if why := stale(attribution, s):
-        raise UserError(f"{attribution}: {'; '.join(why)}; run its stages again")
-    about["steps"] = read_stage(attribution)["why"]["settings"]["steps"]
-    scores = load_file(attribution / "scores.safetensors")
-    return scores["forget"], scores["retain"]
 
 
 def drawable(folder: Path) -> list:
