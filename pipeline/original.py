@@ -116,7 +116,7 @@ def teach(s: Settings, examples: list[data.Example], job: Stage, base: Path, fol
     """A model that never saw the benchmark, taught some of its rows in one go."""
     tokenizer, config = load_tokenizer(base), checkpoint.read_config(base)
     rows = data.encode_for(config, examples, tokenizer, s.template)
-    s, notes = fit_memory(s, config, "learn", rows=rows)
+    s, notes = fit_memory(s, config, "learn", rows)
     job.notes.update(notes)
     model = checkpoint.load_model(base, **placement(s))
     rng = random.Random(s.seed)

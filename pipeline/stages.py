@@ -39,12 +39,12 @@ def encoded_rows(s: Settings, objective: str = "graddiff") -> tuple[slices.Bench
                    for name, rows in examples.items()}
 
 
-def load_original(s: Settings, job: Stage, name: str, encoded: dict, method: str | None = None
+def load_original(s: Settings, job: Stage, name: str, encoded: dict
                   ) -> tuple[Transformer, Settings]:
     """The original model, once the plan says that this stage will fit, and with which settings."""
     folder = s.run / "original"
-    s, notes = fit_memory(s, checkpoint.read_config(folder), name, method,
-                          rows=encoded["forget"] + encoded["retain"])
+    s, notes = fit_memory(s, checkpoint.read_config(folder), name,
+                          encoded["forget"] + encoded["retain"])
     job.notes.update(notes)
     return checkpoint.load_model(folder, **placement(s)), s
 
@@ -172,7 +172,7 @@ def make_unlearned(s: Settings, job: Stage, folder: Path, aim=None, trim=None):
     if simu.METHODS[s.method].masked:
         mask = load_file(s.run / mask_name(s) / "mask.safetensors")["mask"]
     bench, encoded = encoded_rows(s, s.objective)
-    model, s = load_original(s, job, "unlearn", encoded, s.method)
+    model, s = load_original(s, job, "unlearn", encoded)
     encoded = trim(s, bench, encoded, model) if trim else encoded
     if aim:
         targets, loop = aim(s, job, bench, encoded, model)
