@@ -28,11 +28,10 @@ import simu
 def stages_of(options: dict, models: list[dict]) -> list[list[str]]:
     """The stages of one seed, in order, each as words of a command line. models: settings of each
     model to unlearn."""
-    at, run = words_of(options), str(settings.resolve(options).run)
+    at, run = words_of(options), options["out"]
     stages = [["original", *at], ["check", run], ["attribute", *at], ["mask", *at]]
     if options["model"] in settings.TINY_MODELS:  # all at once
-        each = [":".join(model.values()) for model in models]
-        stages.append(["unlearn", *at, "--each", *each])
+        stages.append(["unlearn", *at, "--each", *(":".join(model.values()) for model in models)])
     else:  # one at a time fits
         stages += [["unlearn", *at, *words_of(model)] for model in models]
     return [*stages, ["evaluate", run, *(["--force"] if options.get("force") else [])]]
@@ -40,14 +39,14 @@ def stages_of(options: dict, models: list[dict]) -> list[list[str]]:
 
 def models_of(kind: str, methods: list[str] | None, objectives: list[str] | None) -> list[dict]:
     """The settings of each model that `run KIND` unlearns."""
-    if kind == "unlearn":
-        if len(methods or ()) > 1 or len(objectives or ()) > 1:
-            raise UserError("rows of your own are forgotten by one model: name one method and one "
-                            "objective")
-        model = dict(method=methods[0] if methods else "simu")
-        return [model | dict(objective=objectives[0]) if objectives else model]
-    models = [dict(method=method, objective=objective) for method in methods or ("fo", "so", "simu")
-              for objective in objectives or ("graddiff",)]
+    if kind == "unlearn" and max(len(methods or ()), len(objectives or ())) > 1:
+        raise UserError("rows of your own are forgotten by one model: name one method and one "
+                        "objective")
+    if kind == "unlearn" and not objectives:  # its recipe names the objective
+        return [dict(method=methods[0] if methods else "simu")]
+    models = [dict(method=method, objective=objective)
+              for method in methods or (["simu"] if kind == "unlearn" else ["fo", "so", "simu"])
+              for objective in objectives or ["graddiff"]]
     if kind == "demo" and not objectives:  # beside the paper's
         models.append(dict(method="simu", objective="stranger"))
     return models
@@ -59,38 +58,27 @@ def run_command(kind: str, methods, objectives, seeds: int, attack: bool, dry_ru
         raise UserError(f"--seeds is {seeds}; it must be 1 to 9999")
     if seeds > 1 and "seed" in options:
         raise UserError(f"--seeds {seeds} chooses the seeds 0 to {seeds - 1}; drop --seed")
-    if kind == "unlearn":
-        options = dict(benchmark="rows", name="model") | options
-    else:
-        options = dict(benchmark=kind) | options
-    models = models_of(kind, methods, objectives)
-    s = settings.resolve(options)  # refuses what is wrong before anything is done
-    run = str(s.run)
-    stages = stages_of(options | dict(out=run), models)
+    named = dict(benchmark="rows", name="model") if kind == "unlearn" else dict(benchmark=kind)
+    options = named | options
+    models, s = models_of(kind, methods, objectives), settings.resolve(options)
+    stages = stages_of(options | dict(out=str(s.run)), models)
     for seed in range(1, seeds):
-        stages += stages_of(options | dict(out=f"{run}-seed{seed}", seed=seed), models)
-    if attack:
-        stages.append(["attack", run])
-    stages.append(["report", run])
+        stages += stages_of(options | dict(out=f"{s.run}-seed{seed}", seed=seed), models)
+    stages += [["attack", str(s.run)]] if attack else []
+    stages.append(["report", str(s.run)])
     if kind == "unlearn":  # last, because it ends with status 3 where the rows are not forgotten
-        stages.append(["verdict", run])
+        stages.append(["verdict", str(s.run)])
     if dry_run:
-        return print_plan(s, stages)
+        hub.files_command(s)
+        plan.plan_command(s)
+        for words in stages:
+            print(shlex.join(["python", "-m", "pipeline", *words]))
+        return
     for words in stages:
         if s.tiny:  # one process for all: each would import torch for longer than it computes
             main(words)
         else:
             run_alone(words)
-
-
-def print_plan(s: settings.Settings, stages: list[list[str]]):
-    """--dry-run: the files to fetch, the memory that is needed, and the stages."""
-    hub.files_command(s)
-    print()
-    plan.plan_command(s)
-    print()
-    for words in stages:
-        print(shlex.join(["python", "-m", "pipeline", *words]))
 
 
 def run_alone(words: list[str]):
@@ -169,12 +157,27 @@ def main(words: list[str]):
             STAGES[command](s)
 
 
+UNLEARN = """\
+Forgets the rows of FORGET, keeps those of RETAIN, and says whether they are forgotten: status 0, or
+status 3 and what to change. The defaults below are a benchmark's: for your rows the rate, the
+epochs, the batch and more follow from the model's size and the number of rows.
+
+""" + own_rows.DEFINITION
+
+
 @lru_cache  # each stage of a tiny model asks for it
 def parser_of_commands() -> settings.Parser:
     parser = settings.Parser(prog="python -m pipeline", description="All stages of a run, or one "
                              "of them; a finished stage is skipped, a killed one goes on.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    add_run(commands)
+    kinds = commands.add_parser("run", help=run_command.__doc__).add_subparsers(
+        dest="kind", required=True, metavar="demo|tofu|lume|unlearn")
+    for kind, words in dict(demo="[MODEL]", tofu="MODEL", lume="MODEL",
+                            unlearn="MODEL FORGET [RETAIN]").items():
+        add_run(kinds.add_parser(kind, prog=f"bash run.sh {kind}",
+                                 usage=f"%(prog)s {words} [--option value ...]",
+                                 formatter_class=argparse.RawDescriptionHelpFormatter,
+                                 description=UNLEARN if kind == "unlearn" else None), kind)
     for name, function in STAGES.items():
         command = commands.add_parser(name, help=function.__doc__, description=function.__doc__)
         command.add_argument("benchmark", choices=settings.BENCHMARKS)
@@ -182,7 +185,7 @@ def parser_of_commands() -> settings.Parser:
         if name == "unlearn":
             command.add_argument("--each", nargs="+", metavar="METHOD:OBJECTIVE", help="several "
                                  "models at once, each evaluated as soon as it is finished")
-        add_settings(command, skip=("benchmark", "model"))
+        settings.add_options(command, skip=("benchmark", "model"))
     for name, function in OF_RUNS.items():
         command = commands.add_parser(name, help=function.__doc__, description=function.__doc__)
         command.add_argument("run", type=Path)
@@ -203,48 +206,22 @@ def parser_of_commands() -> settings.Parser:
     return parser
 
 
-UNLEARN = """\
-Forgets the rows of FORGET, keeps those of RETAIN, and says whether they are forgotten: status 0, or
-status 3 and what to change. The defaults that are listed below are those of a benchmark: for your
-rows the rate, the epochs, the batch and more follow from the model's size and the number of rows.
-
-""" + own_rows.DEFINITION
-
-
-def add_run(commands):
-    """`run` and what it runs: demo, tofu, lume, unlearn."""
-    kinds = commands.add_parser("run", help=run_command.__doc__).add_subparsers(
-        dest="kind", required=True, metavar="demo|tofu|lume|unlearn")
-    words = dict(demo="[MODEL]", tofu="MODEL", lume="MODEL", unlearn="MODEL FORGET [RETAIN]")
-    for kind in words:
-        run = kinds.add_parser(kind, prog=f"bash run.sh {kind}",
-                               usage=f"%(prog)s {words[kind]} [--option value ...]",
-                               formatter_class=argparse.RawDescriptionHelpFormatter,
-                               description=UNLEARN if kind == "unlearn" else run_command.__doc__)
-        if kind == "demo":
-            run.add_argument("model", nargs="?", default="tiny-llama")
-        else:
-            run.add_argument("model", type=settings.model_at, help="a folder in Hugging Face layout,"
-                             f" hf:OWNER/NAME[@REVISION], or {', '.join(settings.MODELS)}")
-        if kind == "unlearn":
-            run.add_argument("forget", metavar="FORGET", type=settings.path_at,
-                             help="file of the rows to forget")
-            run.add_argument("retain", metavar="RETAIN", nargs="?", type=settings.path_at,
-                             default=argparse.SUPPRESS, help="file of the rows to keep")
-        run.add_argument("--methods", "--method", nargs="+", choices=simu.METHODS)
-        run.add_argument("--objectives", "--objective", nargs="+", choices=simu.OBJECTIVES)
-        run.add_argument("--seeds", type=int, default=1, help="run seeds 0 to N-1")
-        run.add_argument("--attack", action="store_true", help="and attack the models")
-        run.add_argument("--dry-run", action="store_true", help="print the files to fetch, the "
-                         "memory that is needed and the stages; do nothing")
-        add_settings(run, skip=("benchmark", "model", "method", "objective"))
-
-
-def add_settings(command, skip: tuple):
-    settings.add_options(command, skip=skip)
-    command.add_argument("--config", type=Path, default=argparse.SUPPRESS, metavar="FILE",
-                         help="a run's settings.json: its user's choices, where no option of this "
-                         "command says otherwise")
+def add_run(run: settings.Parser, kind: str):
+    """The options of `run KIND`."""
+    optional = dict(nargs="?", default="tiny-llama") if kind == "demo" else {}
+    run.add_argument("model", type=settings.model_at, help="a folder in Hugging Face layout, "
+                     f"hf:OWNER/NAME[@REVISION], or {', '.join(settings.MODELS)}", **optional)
+    if kind == "unlearn":
+        run.add_argument("forget", type=settings.path_at, help="file of the rows to forget")
+        run.add_argument("retain", type=settings.path_at, nargs="?", default=argparse.SUPPRESS,
+                         help="file of the rows to keep")
+    run.add_argument("--methods", "--method", nargs="+", choices=simu.METHODS)
+    run.add_argument("--objectives", "--objective", nargs="+", choices=simu.OBJECTIVES)
+    run.add_argument("--seeds", type=int, default=1, help="run seeds 0 to N-1")
+    run.add_argument("--attack", action="store_true", help="and attack the models")
+    run.add_argument("--dry-run", action="store_true", help="print the files to fetch, the memory "
+                     "that is needed and the stages; do nothing")
+    settings.add_options(run, skip=("benchmark", "model", "method", "objective"))
 
 
 if __name__ == "__main__":

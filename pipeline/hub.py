@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import data
-from model import UserError, atomic_file
+from model import UserError
 from pipeline import settings
 from pipeline.settings import MODELS, Settings
 from pipeline.tokenizers import one_line, optional_package
@@ -91,16 +91,17 @@ def ask_hub(repo: Repo, function: str, **options):
     hub = optional_package("huggingface_hub", "downloads")
     call = getattr(hub.HfApi(), function)  # which imports, and sets the level of messages
     logging.getLogger("huggingface_hub").setLevel("ERROR")  # what it warns of, ours say
-    host = re.sub("//.*@", "//", os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
-    page = f"{host.rstrip('/')}/{'datasets/' if repo.kind == 'dataset' else ''}{repo.name}"
     try:
         return call(repo.name, revision=repo.revision, repo_type=repo.kind, **options)
     except Exception as e:  # the classes differ between the library's versions
         answers = [getattr(x, "response", None) for x in (e, e.__cause__)]
         status = next((x.status_code for x in answers if x is not None), None)
-        why = re.sub("//.*@", "//", one_line(e)).replace(hub.get_token() or "\0", "<token>")
-        if "@" in os.environ.get("HF_ENDPOINT", ""):  # the message may hold parts of a password
+        why = one_line(e).replace(hub.get_token() or "\0", "<token>")
+        host = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+        if "@" in host + why:  # what stands before it may be a password
             why = type(e).__name__
+    datasets = "datasets/" if repo.kind == "dataset" else ""
+    page = f"{re.sub('//.*@', '//', host)}/{datasets}{repo.name}"
     if status in (401, 403, 404):
         raise NoAccess(f"{page}, revision {repo.revision}, is not there or may not be read "
                        f"({status}): ask for access on that page, and give a token of your "
@@ -130,22 +131,22 @@ def tokenizer_folder(folder: Path) -> Path:
 
 def download_data(s: Settings):
     """Put a benchmark's published files where a run that is given none looks for them."""
-    folder = settings.DOWNLOADS
-    if s.data != str(folder):
+    folder = settings.DOWNLOADS / s.layout
+    if s.data != str(settings.DOWNLOADS) or folder.is_dir():
         return
-    if s.benchmark == "tofu" and not (folder / "tofu").is_dir():
-        partial = folder / ".tofu.simu-partial"
-        shutil.rmtree(partial, ignore_errors=True)  # a killed process left it
+    partial = folder.with_name(f".{s.layout}.simu-partial")
+    shutil.rmtree(partial, ignore_errors=True)  # a killed process left it
+    if s.benchmark == "tofu":
         shutil.copytree(download(TOFU), partial)
-        os.replace(partial, folder / "tofu")
-    if s.benchmark == "lume":
+    else:
+        partial.mkdir(parents=True)
         for name in LUME_SHA256:
-            if not (folder / "lume" / name).is_file():
-                download_lume(name, folder / "lume" / name)
+            (partial / name).write_bytes(fetch_lume(name))
+    os.replace(partial, folder)
 
 
-def download_lume(name: str, target: Path):
-    url = f"{os.environ.get('SIMU_LUME_URL') or LUME}/{name}"
+def fetch_lume(name: str) -> bytes:
+    url = f"{LUME}/{name}"
     try:
         with urllib.request.urlopen(url, timeout=60) as answer:
             content = answer.read(1 << 24)  # the files have 1 MB
@@ -154,8 +155,7 @@ def download_lume(name: str, target: Path):
     if hashlib.sha256(content).hexdigest() != LUME_SHA256[name]:
         raise UserError(f"{url} is not what was published (its sha256 differs); give a folder: "
                         "--data")
-    with atomic_file(target) as file:
-        file.write(content)
+    return content
 
 
 # ------------------------------------------------------------------------------ what a run needs
@@ -166,19 +166,19 @@ def chosen_model(s: Settings) -> str:
     return s.weights or ("" if s.model in MODELS else s.model)
 
 
-def repo_of(name: str, flag: str) -> Repo | None:
+def repo_of(name: str) -> Repo | None:
     """The repository that hf:OWNER/NAME[@REVISION] names; None for a folder."""
     if not name.startswith("hf:"):
         return None
     if not (parts := HF_NAME.fullmatch(name)):
-        raise UserError(f"{flag} {name} is not hf:OWNER/NAME or hf:OWNER/NAME@REVISION")
+        raise UserError(f"{name} is not hf:OWNER/NAME or hf:OWNER/NAME@REVISION")
     return Repo(parts[1], parts[2] or "main")
 
 
 def original_sources(s: Settings) -> Sources:
     """Where a run's models come from, but for those that are folders or trained here."""
     if name := chosen_model(s):
-        repo = repo_of(name, "--weights" if s.weights else "MODEL")
+        repo = repo_of(name)
         sources = Sources(base=repo) if s.teach else Sources(repo)
     elif s.tiny:
         sources = Sources()
@@ -188,7 +188,7 @@ def original_sources(s: Settings) -> Sources:
         raise UserError(f"no model that knows {s.benchmark}'s rows is published for {s.model}; "
                         "pass --weights")
     if s.retain_only:
-        sources = sources._replace(retain_only=repo_of(s.retain_only, "--retain-only"))
+        sources = sources._replace(retain_only=repo_of(s.retain_only))
     return sources
 
 

@@ -21,7 +21,7 @@ from pipeline import checkpoint, fused, hub, objectives, slices
 from pipeline.levels import need_reference
 from pipeline.plan import fit_memory, outlook, tiny_config
 from pipeline.settings import (Making, Placement, Settings, Source, choose_device, placement,
-                               read_settings)
+                               read_settings, with_choices)
 from pipeline.stage import (Stage, content, data_inputs, finished_models, read_stage, sha256,
                             stored_dtype)
 from pipeline.tokenizers import load_tokenizer, train_tokenizer
@@ -139,6 +139,8 @@ def original_stage(s: Settings):
         stage_of_tiny(s, "original", make_original)
     else:
         folder, ready = hub.find_original(s)
+        if hub.chosen_model(s).startswith("hf:"):  # its size and its template are known now
+            s = with_choices(s, folder)
         bench = slices.load_benchmark(s)
         if s.layout == "rows":
             refuse_other_request(s)

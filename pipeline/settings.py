@@ -478,3 +478,5 @@ def add_options(to: argparse.ArgumentParser, *, skip: tuple = ()):
                            metavar=None if choices else f.type.__name__.upper())
         to.add_argument(flag(f.name), help=effect.replace("%", "%%"), default=argparse.SUPPRESS,
                         **options)
+    to.add_argument("--config", type=Path, default=argparse.SUPPRESS, metavar="FILE",
+                    help="a run's settings.json: its user's choices, where no option says otherwise")
