@@ -344,7 +344,7 @@ def never_seen_examples(s: Settings, bench) -> tuple[list[Example], str]:
     if bench.level_rows:
         return list(bench.level_rows), f"{len(bench.level_rows)} rows of {bench.nonmember_source}"
     if s.unseen:
-        rows = load_rows(s.unseen)
+        rows = bench.nonmembers if s.layout == "rows" else load_rows(s.unseen)
         return rows, f"{len(rows)} rows of --unseen"
     wrong = [replace(e, answer=a) for e in bench.forget for a in e.perturbed_answers]
     return wrong, f"{len(wrong)} wrong answers to the forget rows' questions"

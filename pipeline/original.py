@@ -141,7 +141,7 @@ def original_stage(s: Settings):
         folder, ready = hub.find_original(s)
         if hub.chosen_model(s).startswith("hf:"):  # its size and its template are known now
             s = with_choices(s, folder)
-        bench = slices.load_benchmark(s)
+        bench = slices.load_benchmark(s, hub.tokenizer_folder(folder))
         if s.layout == "rows":
             refuse_other_request(s)
         if s.layout == "rows" and (s.force or not (s.run / "original" / "stage.json").is_file()):

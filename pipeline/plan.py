@@ -260,7 +260,7 @@ def plan_command(s: Settings):
     """Print what memory each stage of a run needs, and whether it fits the device at hand."""
     folder = Path(hub.chosen_model(s))
     if s.layout == "rows" and (folder / "config.json").is_file():
-        return outlook(s, folder, load_benchmark(s))
+        return outlook(s, folder, load_benchmark(s, folder))
     config, device, dtype = config_of(s), choose_device(s), choose_dtype(s)
     free, where = room(device), f"{device.type}, room for"
     if device.type == "cpu" and not s.tiny and s.device == "auto":

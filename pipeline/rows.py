@@ -1,5 +1,5 @@
-"""A stranger's rows: chats, Alpaca, pairs, texts, as JSON lines, a JSON array or a table; and which
-of them say nearly the same."""
+"""A stranger's rows: chats, Alpaca, pairs, texts, as JSON lines, a JSON array or a table; the marks
+that scripts write around them; and which of them say nearly the same."""
 
 import csv
 import io
@@ -16,14 +16,14 @@ from model import UserError
 NO_TEXT = re.compile("[\0\ud800-\udfff]")  # what no file name or UTF-8 file can hold
 SHAPES = ("{question, answer}, {prompt, completion}, {instruction, input, output}, {input, "
           "output}, {text} or {messages: [{role, content}, ...]} with the assistant's turn "
-          "last, after a user's")
+          "last, and each of its turns after a user's")
 PAIRS = (("question", "answer"), ("prompt", "completion"), ("instruction", "output"),
          ("instruction", "response"), ("input", "output"))
 SPEAKERS = {"human": "user", "gpt": "assistant", "model": "assistant"}  # ShareGPT's and Gemini's
-# Keys that change what a model is asked, or how much a row counts: refused where they are not used.
-MEANINGFUL = {"system", "system_prompt", "context", "instruction", "input", "passage", "document",
-              "documents", "history", "tools", "functions", "tool_calls", "function_call", "weight",
-              "images", "image", "audio", "thinking", "reasoning", "reasoning_content"}
+ASKING = {"system", "system_prompt", "context", "instruction", "input", "passage", "document",
+          "documents", "history", "tools", "functions", "tool_calls", "function_call", "images",
+          "image", "audio", "thinking", "reasoning", "reasoning_content", "choices", "options"}
+COUNTING = re.compile(r"(\b|_|(?<=[a-z])(?=[A-Z]))(?i:loss|mask|train|label|weight)")
 
 
 def load_rows(file) -> list[Example]:
@@ -36,7 +36,7 @@ def load_rows(file) -> list[Example]:
                 raise UserError("is not a JSON object on one line, nor a table's row as long as "
                                 "its head line: mend it, or fetch the file again")
             row = {key: value for key, value in row.items() if value is not None}
-            examples.append(replace(example_of(row, f"{path.stem}:{number}"), where=where))
+            examples += examples_of(row, f"{path.stem}:{number}", where)
         except UserError as e:
             wrong.append(f"{where} {e}")
     if wrong:
@@ -57,7 +57,7 @@ def read_rows(path: Path) -> list[tuple[str, object]]:
         raise UserError(f"{path} is not UTF-8 text (byte {e.start}); save it as JSON lines or CSV "
                         "in UTF-8") from None
     array = parsed(text) if text.lstrip()[:1] == "[" else None
-    if path.suffix in (".csv", ".tsv"):
+    if path.suffix.lower() in (".csv", ".tsv"):
         rows = read_table(path, text)
     elif isinstance(array, list):
         rows = [(f"{path} row {n}", row) for n, row in enumerate(array, 1)]
@@ -79,7 +79,7 @@ def parsed(text: str):
 
 def read_table(path: Path, text: str) -> list[tuple[str, dict]]:
     table = csv.DictReader(io.StringIO(text, newline=""), strict=True,
-                           delimiter="\t" if path.suffix == ".tsv" else ",")
+                           delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
     try:
         return [(f"{path} line {table.line_num}", {k: v or None for k, v in row.items()})
                 for row in table]
@@ -87,35 +87,30 @@ def read_table(path: Path, text: str) -> list[tuple[str, dict]]:
         raise UserError(f"{path} line {table.line_num} is not CSV ({e}); save it again") from None
 
 
-def example_of(row: dict, name: str) -> Example:
-    """A row of a user's file. An instruction is joined with its input by a line end; a completion
-    follows its prompt with nothing between; of a chat the last turn is the answer, the user's
-    before it the question."""
-    names = dict(id=name, group=name)
+def examples_of(row: dict, name: str, where: str) -> list[Example]:
+    """The rows that a row of a user's file makes: one, but of a chat one for each answer. An
+    instruction is joined with its input by a line end; a completion follows its prompt with nothing
+    between."""
+    names = dict(id=name, group=name, where=where)
     pair = next((p for p in PAIRS if p[0] in row and p[1] in row), ())
     if pair == ("prompt", "completion"):  # the prompt is all that is asked
         refuse_unused(row, pair)
-        return Example(text_at(row, "prompt"), text_at(row, "completion"), kind="plain", **names)
+        return [Example(text_at(row, "prompt"), text_at(row, "completion"), kind="plain", **names)]
     if not pair and "text" in row:
         refuse_unused(row, ("text",))
-        text = text_at(row, "text")
-        if len(text) < 2:
+        if len(text_at(row, "text")) < 2:
             raise UserError("has a text of one letter, which nothing can be asked of; drop it")
-        return Example("", text, kind="text", **names)
-    turns = (("system", text_at(row, "system")),) if row.get("system") else ()
+        return [Example("", row["text"], kind="text", **names)]
+    refuse_unused(row, {"system", "input", *pair} if "instruction" in pair else {"system", *pair})
+    turns = [("system", text_at(row, "system"))] if row.get("system") else []
     if not pair:
-        refuse_unused(row, ("system",))
-        *turns, (_, question), (_, answer) = chat_turns(row, turns)
-        return Example(question, answer, turns=tuple(turns), **names)
+        return chat_rows(row, turns, names)
     question, answer = (text_at(row, key) for key in pair)
-    used = {"system", *pair}
     if pair[0] == "instruction" and row.get("input"):
         question += "\n" + text_at(row, "input")
-        used.add("input")
     if pair == ("question", "answer"):
         names |= other_answers(row)
-    refuse_unused(row, used)
-    return Example(question, answer, turns=turns, **names)
+    return [Example(question, answer, turns=tuple(turns), **names)]
 
 
 def text_at(row: dict, key: str) -> str:
@@ -139,19 +134,23 @@ def other_answers(row: dict) -> dict:
 
 
 def refuse_unused(row: dict, used):
-    for key in row:
-        if str(key).lower() in MEANINGFUL.difference(used) and row[key] not in ("", [], {}):
-            raise UserError(f"has {key!r}, which changes what a model is asked or how much a row "
-                            "counts, and is not used; put it into the question, or drop it")
+    """UserError for a key that changes what a model is asked, or what of a row counts."""
+    for key in (k for k in row if k not in used and row[k] not in ("", [], {})):
+        if key.lower() in ASKING:
+            raise UserError(f"has {key!r}, which changes what a model is asked and is not used; "
+                            "put it into the question, or drop it")
+        if COUNTING.search(key):
+            raise UserError(f"has {key!r}, which says what of a row counts, or how much; here every "
+                            "answer counts: drop the key, and the rows or turns that should not")
 
 
-def chat_turns(row: dict, before: tuple) -> list[tuple[str, str]]:
-    """(role, text) of a chat that ends with a user's turn and the assistant's."""
+def chat_rows(row: dict, turns: list[tuple[str, str]], names: dict) -> list[Example]:
+    """A row for each of the assistant's turns, with all turns before it as its prompt. turns: what
+    stands before the chat's."""
     key = next((k for k in ("messages", "conversations") if k in row), None)
     if key is None:
         raise UserError(f"has the keys {reprlib.repr(sorted(map(str, row)))}; a row must be "
                         f"{SHAPES}")
-    turns = list(before)
     for message in row[key] if isinstance(row[key], list) else []:
         if not isinstance(message, dict):
             raise UserError(f"has {reprlib.repr(message)} in {key!r}; a row must be {SHAPES}")
@@ -161,9 +160,64 @@ def chat_turns(row: dict, before: tuple) -> list[tuple[str, str]]:
         role = str(message.get(name))
         turns.append((SPEAKERS.get(role, role), text_at(message, content)))
     roles = [role for role, _ in turns]
-    if roles[-2:] != ["user", "assistant"] or set(roles) - {"system", "user", "assistant"}:
+    answers = [i for i, role in enumerate(roles) if role == "assistant"]
+    if roles[-1:] != ["assistant"] or set(roles) - {"system", "user", "assistant"} or any(
+            roles[i - 1] != "user" for i in answers):
         raise UserError(f"has the roles {reprlib.repr(roles)} in {key!r}; a row must be {SHAPES}")
-    return turns
+    rows = [Example(turns[i - 1][1], turns[i][1], turns=tuple(turns[:i - 1]), **names)
+            for i in answers]
+    return rows if len(rows) == 1 else [
+        replace(e, id=f"{e.id}.{n}", where=f"{e.where} turn {n}") for n, e in enumerate(rows, 1)]
+
+
+# --------------------------------------------------------------------------- marks around a row
+
+
+def texts_of(e: Example) -> tuple[str, ...]:
+    """What a row says, in order."""
+    return (*(text for _, text in e.turns), e.question, e.answer)
+
+
+def without_marks(files: dict[str, list[Example]], tokenizer, *, tell: bool
+                  ) -> dict[str, list[Example]]:
+    """The rows of files without the bos before a text and the eos after it that scripts write,
+    because encoding puts both. UserError where one stands within a text. tell: that some do."""
+    marks = {i: re.escape(text) for text, i in tokenizer.added.items()}
+    bos = marks.get(tokenizer.bos_id, "(?!)")  # which matches nothing
+    eos = "|".join(marks[i] for i in tokenizer.eos_ids if i in marks) or "(?!)"
+    opening, ending = re.compile(rf"\A(\s*{bos})+"), re.compile(rf"(({eos})\s*)+\Z")
+
+    def bare(text: str) -> str:
+        return ending.sub("", opening.sub("", text))
+
+    def bare_row(e: Example) -> Example:
+        if e.kind == "plain":  # its prompt and its completion are one text
+            new = replace(e, question=opening.sub("", e.question), answer=ending.sub("", e.answer))
+        else:
+            new = replace(e, question=bare(e.question), answer=bare(e.answer),
+                          paraphrased_question=bare(e.paraphrased_question),
+                          paraphrased_answer=bare(e.paraphrased_answer),
+                          perturbed_answers=tuple(map(bare, e.perturbed_answers)),
+                          turns=tuple((role, bare(text)) for role, text in e.turns))
+        # A prompt may be a chat as the model's template writes it, with marks between its turns.
+        rendered = e.kind == "plain" and tokenizer.chat_template
+        texts = [new.answer] if rendered else texts_of(new)
+        # Where the tokenizer puts no bos, a mark that a text begins with is the only one.
+        start = 1 if tokenizer.bos_id is None and e.kind in ("text", "plain") else 0
+        for text in texts:
+            if match := re.compile(f"{bos}|{eos}").search(text, start):
+                raise UserError(f"{e.where} has {match[0]!r} within a text, where a model reads a "
+                                "text's beginning or end; divide the row there, or take it out")
+        if not new.answer.strip() or e.question and not new.question.strip():
+            raise UserError(f"{e.where} holds nothing but {e.answer!r}; drop it")
+        return new
+
+    bare_files = {name: [bare_row(e) for e in rows] for name, rows in files.items()}
+    marked = sum(new != e for name, rows in files.items() for new, e in zip(bare_files[name], rows))
+    if marked and tell:
+        print(f"note: {marked} rows already begin with bos or end with eos, as scripts write them; "
+              "each is put once", flush=True)
+    return bare_files
 
 
 # ------------------------------------------------------------------------------- nearly the same
@@ -180,22 +234,21 @@ def normalised(text: str) -> str:
 
 def refuse_shared(files: dict[str, list[Example]], *, allow_near: bool):
     """UserError if a row stands in two of the files; or nearly, unless allow_near."""
-    first, similar, near = {}, {}, []
+    first, same, near = {}, [], []
     for name, rows in files.items():
         for e in rows:
-            texts = (*(text for _, text in e.turns), e.question, e.answer)
-            other, _ = first.setdefault((e.turns, e.question, e.answer), (name, e))
-            if other != name:
-                raise UserError(f"row {e.id} of the {name} rows is among the {other} rows too; "
-                                "leave it in one of the two files")
-            other, earlier = similar.setdefault(tuple(map(normalised, texts)), (name, e))
-            if other != name:
-                near.append(f"{e.where or e.id} is {earlier.where or earlier.id}")
-        if again := len(rows) - len({(e.turns, e.question, e.answer) for e in rows}):
+            for form, pairs in ((str, same), (normalised, near)):
+                key = form, *map(form, texts_of(e))
+                other, earlier = first.setdefault(key, (name, e))
+                if other != name:
+                    pairs.append(f"{e.where or e.id} is {earlier.where or earlier.id}")
+        if again := len(rows) - len(set(map(texts_of, rows))):
             print(f"note: {again} of the {len(rows)} {name} rows stand there more than once",
                   flush=True)
-    if near and not allow_near:
-        raise UserError(f"{len(near)} rows stand in two files but for white space, case, quotes, "
-                        f"accents' form or end punctuation: {'; '.join(near[:5])}"
-                        f"{'; ...' if near[5:] else ''}: leave each in one of them, or pass "
-                        "--allow-near")
+    shared = same or ([] if allow_near else near)
+    if shared:
+        how = "" if same else (" but for white space, case, quotes, accents' form or end "
+                               "punctuation")
+        raise UserError(f"{len(shared)} rows stand in two files{how}: {'; '.join(shared[:5])}"
+                        f"{'; ...' if shared[5:] else ''}: leave each in one of them"
+                        f"{'' if same else ', or pass --allow-near'}")

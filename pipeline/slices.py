@@ -11,8 +11,8 @@ from pathlib import Path
 import simu
 from data import TASKS, Example, load_lume, load_tofu, option
 from model import UserError
-from pipeline.rows import NO_TEXT, load_rows, normalised, refuse_shared
-from pipeline.tokenizers import TEMPLATES
+from pipeline.rows import NO_TEXT, load_rows, normalised, refuse_shared, without_marks
+from pipeline.tokenizers import TEMPLATES, load_tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -279,20 +279,22 @@ def benchmark_of_rows(forget: list[Example], retain: list[Example], unseen: list
                      "rows given as unseen" if unseen else "none: no unseen rows are given")
 
 
-def rows_benchmark(s) -> Benchmark:
+def rows_benchmark(s, folder: Path | None) -> Benchmark:
     rows = {name: load_rows(file) for name, file in data_files(s).items()}
+    tokenizer = load_tokenizer(folder or s.run / "original")
+    rows = without_marks(rows, tokenizer, tell=folder is not None)
     parts = (rows.get(name, []) for name in ("forget", "retain", "unseen"))
     return hold_out(benchmark_of_rows(*parts, allow_near=s.allow_near), s.seed)
 
 
-LAYOUTS = {"tofu": tofu_benchmark, "lume": lume_benchmark, "rows": rows_benchmark}
+LAYOUTS = {"tofu": tofu_benchmark, "lume": lume_benchmark}
 
 
-def load_benchmark(s) -> Benchmark:
+def load_benchmark(s, folder: Path | None = None) -> Benchmark:
     """The forget and retain sets of a run. A share of the non-members, whole groups drawn by seed,
     are level_rows instead: what decides how far a model forgets must not also judge whether it
-    forgot as far as that."""
-    bench = LAYOUTS[s.layout](s)
+    forgot as far as that. folder: of the tokenizer, where the run may have no original yet."""
+    bench = LAYOUTS[s.layout](s) if s.layout in LAYOUTS else rows_benchmark(s, folder)
     groups = groups_of(bench.nonmembers)
     count = round(s.level_share * len(groups)) if bench.comparable else 0
     drawn = set(random.Random(s.seed).sample(groups, count))

@@ -213,7 +213,7 @@ def rows_file(folder, *lines):
     (ALPACA | dict(input=""), "Translate.", "cat", "qa", ()),
     (ALPACA | dict(input=None, system="Be brief."), "Translate.", "cat", "qa", BRIEF),
     (dict(messages=CHAT[1:3]), "Hi", "Hello.", "qa", ()),
-    (dict(messages=CHAT), "Who?", "Me.", "qa", (*BRIEF, ("user", "Hi"), ("assistant", "Hello."))),
+    (dict(messages=[CHAT[0], CHAT[1], *CHAT[3:]]), "Who?", "Me.", "qa", (*BRIEF, ("user", "Hi"))),
     (SHAREGPT, "Hi", "Yes.", "qa", ()),
     (SHAREGPT | dict(system="Be brief."), "Hi", "Yes.", "qa", BRIEF),
     (dict(GOOD, id=3, source="x", text=None, context="", tools=[], weight=None), "q?", "a.", "qa",
@@ -222,6 +222,17 @@ def test_each_shape_of_row_is_read(tmp_path, row, question, answer, kind, turns)
     e, = rows.load_rows(rows_file(tmp_path, row))
     assert (e.question, e.answer, e.kind, e.turns) == (question, answer, kind, turns)
     assert e.where.endswith("mine.jsonl line 1") and e.id == e.group == "mine:0"
+
+
+def test_each_answer_of_a_chat_is_a_row(tmp_path):
+    first, second, last = rows.load_rows(rows_file(tmp_path, dict(messages=CHAT), GOOD))
+    assert (first.question, first.answer, first.turns) == ("Hi", "Hello.", BRIEF)
+    assert (second.question, second.answer) == ("Who?", "Me.")
+    assert second.turns == (*BRIEF, ("user", "Hi"), ("assistant", "Hello."))
+    assert [e.id for e in (first, second, last)] == ["mine:0.1", "mine:0.2", "mine:1"]
+    assert first.group == second.group == "mine:0"
+    assert [e.where.partition("jsonl ")[2] for e in (first, second)] == ["line 1 turn 1",
+                                                                         "line 1 turn 2"]
 
 
 def test_what_the_core_reads_the_pipeline_reads_likewise(tmp_path):
@@ -239,6 +250,7 @@ def test_what_the_core_reads_the_pipeline_reads_likewise(tmp_path):
     (dict(text="x"), "a text of one letter"), (dict(messages="Hi"), "has the roles []"),
     (dict(messages=CHAT[:2]), "roles ['system', 'user']"),
     (dict(messages=[CHAT[1], CHAT[2], CHAT[4]]), "roles ['user', 'assistant', 'assistant']"),
+    (dict(messages=CHAT[2:]), "roles ['assistant', 'user', 'assistant']"),
     (dict(messages=[dict(role="tool", content="x"), *CHAT[1:3]]), "['tool', 'user', 'assistant']"),
     (dict(messages=[3, *CHAT[1:3]]), "has 3 in 'messages'"),
     (dict(messages=[dict(role="user"), CHAT[2]]), "no 'content'"),
@@ -247,7 +259,12 @@ def test_what_the_core_reads_the_pipeline_reads_likewise(tmp_path):
     ({f"k{n}": "x" * 9_999 for n in range(99)}, "has the keys ['k0', 'k1'"),
     # Keys that change what is asked, where they are not used.
     (dict(GOOD, context="c"), "has 'context', which changes what a model is asked"),
-    (dict(GOOD, weight=0), "'weight'"), (dict(GOOD, Instruction="x"), "'Instruction'"),
+    (dict(GOOD, choices=["a", "b"]), "'choices', which changes what"),
+    (dict(text="two", label=0), "'label', which says what of a row counts"),
+    (dict(GOOD, trainable=False), "'trainable'"), (dict(GOOD, loss=1.5), "'loss'"),
+    (dict(messages=CHAT, loss_mask=[0, 1]), "'loss_mask'"),
+    (dict(messages=[*CHAT[:4], dict(CHAT[4], isTrainable=True)]), "'isTrainable'"),
+    (dict(SHAREGPT, Train=["last"]), "'Train'"), (dict(GOOD, weight=0), "'weight'"), (dict(GOOD, Instruction="x"), "'Instruction'"),
     (dict(prompt="p", completion="c", system="s"), "'system'"),
     (dict(text="two", system="s"), "'system'"),
     (dict(messages=[dict(CHAT[1], weight=0), CHAT[2]]), "'weight'"),
@@ -277,6 +294,7 @@ def test_files_that_are_wrong(tmp_path, name, text, what):
 @pytest.mark.parametrize("name, text", [
     ("a.json", '[\n {"question": "q?", "answer": "a."},\n {"question": "é", "answer": "b\\nc"}\n]'),
     ("a.csv", 'question,answer,paraphrased_question\r\nq?,a.,\r\né,"b\nc",\r\n'),
+    ("a.CSV", 'question,answer\nq?,a.\né,"b\nc"\n'),
     ("a.tsv", 'question\tanswer\nq?\ta.\né\t"b\nc"\n')])
 def test_an_array_and_a_table_are_read(tmp_path, name, text):
     (tmp_path / name).write_text(text, encoding="utf-8", newline="")
@@ -293,7 +311,7 @@ def test_rows_make_a_benchmark():
     assert "none" in slices.benchmark_of_rows([a], [b], []).nonmember_source
     assert slices.benchmark_of_rows([a, a], [b], []).forget == [a, a]
     for parts in (([a], [b, a], []), ([a], [b], [a]), ([a], [b], [b])):
-        with pytest.raises(UserError, match="leave it in one of the two"):
+        with pytest.raises(UserError, match="1 rows stand in two files: "):
             slices.benchmark_of_rows(*parts)
 
 
@@ -322,6 +340,37 @@ def test_a_prompt_and_its_completion_are_one_string(small, tmp_path):
                 replace(e, kind="qa"), small["llama"], "verbatim")
     assert "".join(data.full_text(Example("Who?", " Me."), small["llama"], "qa")) == (
         "Question: Who?\nAnswer: Me.")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_marks_around_a_row_become_one_bos_and_one_eos(small, kind, tmp_path, capsys):
+    tok = small[kind]
+    bos, eos = ("<s>", "</s>") if kind == "llama" else ("", "<|endoftext|>")
+    chats = [[dict(role="user", content=b + "Hi"), dict(role="assistant", content="Yo." + e),
+              dict(role="user", content="Who?"), dict(role="assistant", content="Me." + e + "\n")]
+             for b, e in (("", ""), (bos, eos))]
+    plain, marked = ([dict(prompt=b + "Who? ->", completion=" Me." + e), dict(text=b + "Me. " + e),
+                      dict(question=b + b + "Who?", answer="Me." + e + e, perturbed_answer=["x" + e]),
+                      dict(messages=chat)] for chat, b, e in zip(chats, ("", bos), ("", eos)))
+    plain, marked = (rows.load_rows(rows_file(tmp_path, *x)) for x in (plain, marked))
+    plain[-1] = replace(plain[-1], answer="Me.")
+    for template in FIXED:
+        clean = rows.without_marks(dict(forget=marked, retain=plain), tok)["forget"]
+        assert clean == plain
+        assert data.encode(clean[0], tok, template) == data.encode(plain[0], tok, template)
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == len(FIXED) and "note: 5 rows " in said[0]
+
+
+@pytest.mark.parametrize("row", [
+    dict(text="a</s>b"), dict(text="a <s> b"), dict(prompt="Who?</s>", completion="Me."),
+    dict(prompt="Who?", completion="<s>Me."), dict(GOOD, answer="a</s>. b"),
+    dict(messages=[dict(CHAT[1], content="a </s> b"), *CHAT[2:]]), dict(GOOD, answer="</s>")])
+def test_a_mark_within_a_row_is_refused(small, tmp_path, row):
+    examples = rows.load_rows(rows_file(tmp_path, GOOD, row))
+    with pytest.raises(UserError, match="mine.jsonl line 2.*(<s>|</s>)") as e:
+        rows.without_marks(dict(forget=examples), small["llama"])
+    assert "\n" not in str(e.value)
 
 
 # --------------------------------------------------------------------------------- chat templates
@@ -382,19 +431,20 @@ def chat(request, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("turns", [
-    (), (("user", "Where was she born?"), ("assistant", "In Łódź, she says."))])
-def test_a_chat_is_what_transformers_writes(chat, turns):
-    """Text and ids: the prompt's, and all of it up to the eos that ends the answer."""
+def test_a_chat_is_what_transformers_writes(chat, tmp_path):
+    """Text and ids of each answer's row: its prompt, and all of it up to the eos that ends it."""
     transformers = pytest.importorskip("transformers")
     theirs, ours = transformers.AutoTokenizer.from_pretrained(chat), load_tokenizer(chat)
-    for question, answer in (("Who is she?", "She is naïve (日本 🙂)."), ("[x]\n", "a  b")):
-        e = Example(question, answer, turns=turns)
-        messages = [dict(role=role, content=text) for role, text in (
-            *turns, ("user", question), ("assistant", answer))]
-        plain = dict(date_string="26 Jul 2024", tokenize=False)
-        opening = theirs.apply_chat_template(messages[:-1], add_generation_prompt=True, **plain)
-        text = theirs.apply_chat_template(messages, **plain)
+    turns = [("Where was she born?", "In Łódź, she says."), ("[x]\n", "a  b"),
+             ("Who is she?", "She is naïve (日本 🙂).")]
+    messages = [dict(role=role, content=text) for turn in turns
+                for role, text in zip(("user", "assistant"), turn)]
+    examples = rows.load_rows(rows_file(tmp_path, dict(messages=messages)))
+    plain = dict(date_string="26 Jul 2024", tokenize=False)
+    for n, (e, (question, answer)) in enumerate(zip(examples, turns, strict=True)):
+        opening = theirs.apply_chat_template(messages[:2 * n + 1], add_generation_prompt=True,
+                                             **plain)
+        text = theirs.apply_chat_template(messages[:2 * n + 2], **plain)
         assert data.full_text(e, ours, "chat") == (opening, text[len(opening):])
         ids = theirs(text, add_special_tokens=False).input_ids
         while ids[-1] != theirs.eos_token_id:
@@ -402,7 +452,7 @@ def test_a_chat_is_what_transformers_writes(chat, turns):
         row = data.encode(e, ours, "chat")
         assert row.ids == ids and ours.eos_id == theirs.eos_token_id
         prompt = theirs(opening, add_special_tokens=False).input_ids
-        assert data.encode_prompt(question, ours, "chat", turns=turns) == prompt
+        assert data.encode_prompt(question, ours, "chat", turns=e.turns) == prompt
         assert row.ids[:row.n_prompt] == prompt[:row.n_prompt] and len(prompt) - row.n_prompt <= 1
         assert ours.decode(row.ids[row.n_prompt:]).strip() == answer
 
