@@ -7,7 +7,6 @@ import importlib
 import io
 import json
 import re
-from dataclasses import dataclass
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -19,6 +18,7 @@ from data import TEMPLATES, json_object, token_text
 from model import UserError, atomic_file, write_text
 
 NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+LLAMA_CLASSES = ("LlamaTokenizer", "LlamaTokenizerFast")
 LLAMA_NAMES = dict(bos_token="<s>", eos_token="</s>", unk_token="<unk>")
 FLAGS = ("lstrip", "rstrip", "single_word", "normalized", "special")  # of an added token
 SPACE = "\u2581"  # how a piece of a sentencepiece model spells a space
@@ -52,62 +52,56 @@ def one_line(error: BaseException) -> str:
 # --------------------------------------------------------------------------- what a folder says
 
 
-@dataclass
 class Source:
-    """What the files of a tokenizer say, as transformers reads them."""
+    """What the files of a tokenizer say, as transformers reads them: text of the tokenizer.json, or
+    sp of the tokenizer.model; config, the tokenizer_config.json; names, the text of bos_token, ...;
+    added, of each token to be added its declared id, or None, and its flags."""
 
-    file: Path             # tokenizer.json, else tokenizer.model
-    text: str              # of the tokenizer.json
-    sp: sentencepiece.SentencePieceProcessor | None  # the tokenizer.model
-    config: dict           # tokenizer_config.json
-    names: dict[str, str]  # bos_token, eos_token, ...: its text, or ""
-    added: dict[str, tuple[int | None, dict]]  # a token to be added: its declared id, its flags
-    is_llama: bool         # transformers' LlamaTokenizer, whose rules replace the file's
+    def __init__(self, folder: Path):
+        self.file, self.text, self.sp = folder / "tokenizer.json", "", None
+        if self.file.is_file():
+            self.text = self.file.read_text("utf-8")
+        else:
+            self.file = folder / "tokenizer.model"
+            self.sp = sentencepiece.SentencePieceProcessor(model_file=str(self.file))
+            self.spaced = self.sp.id_to_piece(self.sp.encode("a")[0]).startswith(SPACE)
+        named = self.config = json_object(folder / "tokenizer_config.json")
+        decoder = named.get("added_tokens_decoder")
+        if decoder is None:  # older folders have files beside it instead
+            named = named | json_object(folder / "special_tokens_map.json")
+            decoder = {i: token for token, i in json_object(folder / "added_tokens.json").items()}
+        # transformers' LlamaTokenizer has rules in place of the file's.
+        self.is_llama = (str(self.config.get("tokenizer_class")) in LLAMA_CLASSES
+                         and json_object(folder / "config.json").get("model_type") != "mistral"
+                         and "ByteLevel" not in self.text and '"Unigram"' not in self.text)
+        usual = LLAMA_NAMES if self.is_llama or self.sp else {}
+        tokens = {name: named.get(name) or usual.get(name) for name in NAMES}
+        self.names = {name: token_text(token) for name, token in tokens.items()}
+        extra = (self.config.get("extra_special_tokens")
+                 or self.config.get("additional_special_tokens") or [])
+        if self.sp and not extra:
+            extra = [self.sp.id_to_piece(i) for i in range(len(self.sp)) if self.sp.is_control(i)]
+        declared = [(decoder[i], int(i)) for i in sorted(decoder, key=int)]
+        self.added = {}
+        for token, i in [*declared, *((token, None) for token in [*tokens.values(), *extra])]:
+            text = token_text(token)
+            special = i is None or text in self.names.values()
+            flags = dict(special=special, normalized=not special)
+            if isinstance(token, dict):
+                flags |= {k: token[k] for k in FLAGS if isinstance(token.get(k), bool)}
+            if self.sp and not self.is_llama:
+                flags["normalized"] = False
+            if text:
+                self.added.setdefault(text, (i, flags))
 
-
-def read_source(folder: Path) -> Source:
-    """What the files of a folder say of its tokenizer."""
-    file = folder / "tokenizer.json"
-    text, sp = "", None
-    if file.is_file():
-        text = file.read_text("utf-8")
-    else:
-        file = folder / "tokenizer.model"
-        sp = sentencepiece.SentencePieceProcessor(model_file=str(file))
-    config = json_object(folder / "tokenizer_config.json")
-    named = config
-    decoder = config.get("added_tokens_decoder")
-    if decoder is None:  # older folders have files beside it instead
-        named = config | json_object(folder / "special_tokens_map.json")
-        decoder = {i: token for token, i in json_object(folder / "added_tokens.json").items()}
-    is_llama = (str(config.get("tokenizer_class")).removesuffix("Fast") == "LlamaTokenizer"
-                and json_object(folder / "config.json").get("model_type") != "mistral"
-                and "ByteLevel" not in text and '"Unigram"' not in text)
-    tokens = {name: named.get(name) for name in NAMES}
-    if is_llama or sp:
-        tokens |= {name: tokens[name] or usual for name, usual in LLAMA_NAMES.items()}
-    names = {name: token_text(token) for name, token in tokens.items()}
-    extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
-    if sp and not extra:
-        extra = [sp.id_to_piece(i) for i in range(len(sp)) if sp.is_control(i)]
-    source = Source(file, text, sp, config, names, {}, is_llama)
-    for i in sorted(decoder, key=int):
-        add_token(source, decoder[i], int(i), token_text(decoder[i]) in names.values())
-    for token in [*tokens.values(), *extra]:
-        add_token(source, token, None, True)
-    return source
-
-
-def add_token(source: Source, token, declared: int | None, special: bool):
-    """Put a token, a text or an object with flags, among those to be added, unless it is there."""
-    text = token_text(token)
-    if text and text not in source.added:
-        flags = dict(special=special, normalized=not special)
-        if isinstance(token, dict):
-            flags |= {k: token[k] for k in FLAGS if isinstance(token.get(k), bool)}
-        if source.sp and not source.is_llama:
-            flags["normalized"] = False
-        source.added[text] = declared, flags
+    def prefix_scheme(self) -> str:
+        """Where transformers puts a space: before a text, also after each special token (legacy),
+        or nowhere."""
+        if self.is_llama and self.config.get("add_prefix_space") is False:
+            return "never"
+        if not self.is_llama and not self.spaced:
+            return "never"
+        return "always" if self.config.get("legacy", not self.is_llama) else "first"
 
 
 # ---------------------------------------------------------------------------- texts to ids and back
@@ -119,9 +113,7 @@ def load_tokenizer(path) -> data.Tokenizer:
     special_tokens (bos_token, ...); eos_ids holds the token too by which the chat template ends an
     answer."""
     folder = Path(path)
-    file = next((folder / name for name in ("tokenizer.json", "tokenizer.model")
-                 if (folder / name).is_file()), None)
-    if file is None:
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
         raise UserError(f"{folder} has neither tokenizer.model nor tokenizer.json; copy it there "
                         "from where the weights came from")
     try:
@@ -129,21 +121,27 @@ def load_tokenizer(path) -> data.Tokenizer:
     except UserError:
         raise
     except Exception as e:  # the libraries' are of every class
-        raise UserError(f"{file}, with the files beside it, cannot be read ({type(e).__name__} "
-                        f"{one_line(e)}); fetch them again") from None
+        raise UserError(f"{folder}'s tokenizer.json or tokenizer.model, or a file beside it, cannot"
+                        f" be read ({type(e).__name__} {one_line(e)}); fetch them again") from None
 
 
 def read_tokenizer(folder: Path) -> data.Tokenizer:
-    source = read_source(folder)
-    if source.sp and source.config.get("add_eos_token"):
-        raise UserError(f"{folder}/tokenizer_config.json puts eos after every text (add_eos_token):"
-                        " no answer goes on after it; set it to false")
-    tokenizer = SentencePieceTokenizer(source) if source.sp else None
-    if tokenizer is None or tokenizer.is_changed():
-        tokenizer = json_tokenizer(source)
-    if source.sp:  # transformers puts bos where the config says so; without a config, Meta does
+    source = Source(folder)
+    if source.sp:
+        if source.config.get("add_eos_token"):
+            raise UserError(f"{folder}/tokenizer_config.json puts eos after every text "
+                            "(add_eos_token): no answer goes on after it; set it to false")
+        tokenizer = SentencePieceTokenizer(source.file)
+        tokenizer.source, known = source, tokenizer.added
+        if not source.spaced or source.prefix_scheme() == "never" or any(
+                text not in known or i not in (None, known[text])
+                for text, (i, _) in source.added.items()):
+            tokenizer = json_tokenizer(source)
+        # transformers puts bos where the config says so; without a config, Meta does.
         puts_bos = source.config.get("add_bos_token", not source.config)
         tokenizer.bos_id = tokenizer.added.get(source.names["bos_token"]) if puts_bos else None
+    else:
+        tokenizer = json_tokenizer(source)
     data.name_ends(tokenizer, folder, source.names["eos_token"])
     tokenizer.chat_template = chat_template(folder, source.config)
     tokenizer.special_tokens = {name: text for name, text in source.names.items() if text}
@@ -155,34 +153,20 @@ class SentencePieceTokenizer(data.SentencePieceTokenizer):
     """A tokenizer.model. A text that spells one of its tokens is encoded by the package tokenizers,
     as transformers does."""
 
-    def __init__(self, source: Source):
-        super().__init__(source.file)
-        self.source = source
-
-    def is_changed(self) -> bool:
-        """Do the files beside it add tokens, or is the space before a text not as sentencepiece
-        puts it?"""
-        new = [text for text, (declared, _) in self.source.added.items()
-               if text not in self.added or declared not in (None, self.added[text])]
-        return bool(new) or not puts_space(self.sp) or prefix_scheme(self.source) == "never"
-
     @functools.cached_property
     def converted(self) -> data.JsonTokenizer:
         return json_tokenizer(self.source)
 
     def ends(self, text: str) -> tuple[list[int], list[int]]:
-        if any(token in text for token in self.special):
-            return self.converted.ends(text)
-        return self.spans(text)
+        spells = any(token in text for token in self.special)
+        return self.converted.ends(text) if spells else self.spans(text)
 
 
 def json_tokenizer(source: Source) -> data.JsonTokenizer:
     """A tokenizer of the package tokenizers, with the folder's added tokens, also in a text."""
     tokenizers = optional_package("tokenizers", source.file)
-    if source.sp or source.is_llama:
-        tok = converted(source)
-    else:
-        tok = tokenizers.Tokenizer.from_str(source.text)
+    is_changed = source.sp or source.is_llama
+    tok = converted(source) if is_changed else tokenizers.Tokenizer.from_str(source.text)
     known = {token.content for token in tok.get_added_tokens_decoder().values()}
     for text, (declared, flags) in source.added.items():
         if declared is not None or text not in known:
@@ -208,7 +192,7 @@ def converted(source: Source):
             spec["added_tokens"] = []
         spec["model"] |= dict(fuse_unk=True, byte_fallback=True)
         tok = Tokenizer.from_str(json.dumps(spec))
-    scheme = prefix_scheme(source)
+    scheme = source.prefix_scheme()
     spaces = [normalizers.Replace(" ", SPACE)]
     if scheme == "always":
         spaces.append(normalizers.Replace(Regex(rf"\A{SPACE}"), 2 * SPACE))
@@ -219,20 +203,6 @@ def converted(source: Source):
         steps.append(decoders.Strip(" ", 1, 0))
     tok.decoder = decoders.Sequence(steps)
     return tok
-
-
-def puts_space(sp) -> bool:
-    return sp.id_to_piece(sp.encode("a")[0]).startswith(SPACE)
-
-
-def prefix_scheme(source: Source) -> str:
-    """Where transformers puts a space: before a text, also after each special token (legacy), or
-    nowhere."""
-    if source.is_llama and source.config.get("add_prefix_space") is False:
-        return "never"
-    if not source.is_llama and not puts_space(source.sp):
-        return "never"
-    return "always" if source.config.get("legacy", not source.is_llama) else "first"
 
 
 def vocab_and_merges(source: Source) -> tuple[dict[str, int], list[tuple[str, str]]]:
@@ -270,11 +240,9 @@ def chat_template(folder: Path, config: dict) -> str:
 def add_turn_end(tokenizer: data.Tokenizer):
     """Put the token by which the chat template ends an answer among eos_ids, whatever the model's
     files name."""
-    if not tokenizer.chat_template:
-        return
     with contextlib.suppress(UserError):  # raised again where the template is used
         _, rest = write_chat(tokenizer, [("user", "?")], "\u2603")
-        after = rest[rest.index("\u2603") + 1:]
+        after = rest.partition("\u2603")[2]
         ends = [i for token, i in tokenizer.added.items()
                 if after.startswith(token) and not tokenizer.decode([i])]  # a special one
         tokenizer.eos_ids = tuple(dict.fromkeys([*tokenizer.eos_ids, *ends]))
@@ -284,13 +252,13 @@ def add_turn_end(tokenizer: data.Tokenizer):
 def compiled_chat(source: str):
     """A chat template as transformers compiles it: in a sandbox, for a stranger wrote it."""
     jinja2 = optional_package("jinja2", "--template chat", (3, 1, 6))  # whose sandbox holds
-    sandbox = optional_package("jinja2.sandbox", "--template chat")
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     def refuse(message):
         raise jinja2.TemplateError(message)
 
-    env = sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
-                                                extensions=["jinja2.ext.loopcontrols"])
+    env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
+                                        extensions=["jinja2.ext.loopcontrols"])
     env.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
     # Llama 3's default date, so that a run says tomorrow what it says today.
     env.globals |= dict(raise_exception=refuse, strftime_now=date(2024, 7, 26).strftime)
@@ -299,16 +267,21 @@ def compiled_chat(source: str):
     return env.from_string(re.sub(r"(\{%-?)\s*endgeneration\s*(-?%\})", r"\1 endif \2", source))
 
 
-def render_chat(tokenizer, turns: list[tuple[str, str]], *, ask: bool) -> str:
-    """(role, text) turns in the model's chat template, as transformers' apply_chat_template writes
-    them; ask: with what makes the model answer (add_generation_prompt)."""
+def write_chat(tokenizer, turns: list[tuple[str, str]], answer: str) -> tuple[str, str]:
+    """The prompt of a chat, and all that follows it, as transformers' apply_chat_template writes
+    them: the template "chat" of data.TEMPLATES."""
     if not getattr(tokenizer, "chat_template", ""):
         raise UserError("the tokenizer has no chat template (chat_template in tokenizer_config.json"
                         ", or chat_template.jinja); choose another --template")
+    messages = [dict(role=role, content=text) for role, text in turns]
+    answered = [*messages, dict(role="assistant", content=answer)]
+    names = dict(tokenizer.special_tokens, tools=None, documents=None)
     try:
-        return compiled_chat(tokenizer.chat_template).render(
-            messages=[dict(role=role, content=text) for role, text in turns],
-            add_generation_prompt=ask, tools=None, documents=None, **tokenizer.special_tokens)
+        template = compiled_chat(tokenizer.chat_template)
+        prompt = template.render(messages=messages, add_generation_prompt=True, **names)
+        if not answer:
+            return prompt, ""
+        text = template.render(messages=answered, add_generation_prompt=False, **names)
     except UserError:
         raise
     except Exception as e:  # whatever a stranger's template does
@@ -316,14 +289,6 @@ def render_chat(tokenizer, turns: list[tuple[str, str]], *, ask: bool) -> str:
         raise UserError(f"the model's chat template cannot write the turns {roles} "
                         f"({one_line(e) or type(e).__name__}); choose another --template, or mend "
                         "the rows") from None
-
-
-def write_chat(tokenizer, turns: list[tuple[str, str]], answer: str) -> tuple[str, str]:
-    """The prompt of a chat, and all that follows it: the template "chat" of data.TEMPLATES."""
-    prompt = render_chat(tokenizer, turns, ask=True)
-    if not answer:
-        return prompt, ""
-    text = render_chat(tokenizer, [*turns, ("assistant", answer)], ask=False)
     if not text.startswith(prompt):
         raise UserError("the model's chat template puts the answer elsewhere than after the prompt "
                         "that it writes; choose another --template")
@@ -345,10 +310,18 @@ TEMPLATES["chat"] = write_chat
 
 def train_tokenizer(texts: list[str], folder: Path, *, llama: bool, vocab: int):
     """Train a small tokenizer of LLaMA's or OLMo's kind on texts, and save it in folder."""
-    (train_llama if llama else train_olmo)(texts, Path(folder), vocab)
+    if llama:
+        name, content, config = "tokenizer.model", train_llama(texts, vocab), LLAMA_IN_TRANSFORMERS
+    else:
+        name, content = "tokenizer.json", train_olmo(texts, vocab)
+        config = dict(eos_token="<|endoftext|>", pad_token="<|padding|>") | PLAIN_IN_TRANSFORMERS
+    # Not the libraries' writers: on a full disk they say nothing of what happened.
+    with atomic_file(Path(folder) / name) as file:
+        file.write(content)
+    write_text(Path(folder) / "tokenizer_config.json", json.dumps(config))
 
 
-def train_llama(texts: list[str], folder: Path, vocab: int):
+def train_llama(texts: list[str], vocab: int) -> bytes:
     text = sorted({line for t in texts for line in t.splitlines() if line.strip()})
     model = io.BytesIO()  # a file name would be written into the model
     try:
@@ -359,22 +332,17 @@ def train_llama(texts: list[str], folder: Path, vocab: int):
             num_threads=1, minloglevel=2)
     except RuntimeError as e:
         raise UserError(f"--vocab {vocab} does not suit this text ({e}); raise it") from None
-    with atomic_file(folder / "tokenizer.model") as file:
-        file.write(model.getvalue())
-    write_text(folder / "tokenizer_config.json", json.dumps(LLAMA_IN_TRANSFORMERS))
+    return model.getvalue()
 
 
-def train_olmo(texts: list[str], folder: Path, vocab: int):
+def train_olmo(texts: list[str], vocab: int) -> bytes:
     tokenizers = optional_package("tokenizers", "tiny-olmo")
-    from tokenizers import decoders, models, pre_tokenizers, trainers
-    tok = tokenizers.Tokenizer(models.BPE())
-    tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tok.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=vocab, show_progress=False,
-                                  special_tokens=["<|endoftext|>", "<|padding|>"],
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    byte_level = tokenizers.pre_tokenizers.ByteLevel
+    tok = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tok.pre_tokenizer = byte_level(add_prefix_space=False)
+    tok.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab, show_progress=False, initial_alphabet=byte_level.alphabet(),
+        special_tokens=["<|endoftext|>", "<|padding|>"])
     tok.train_from_iterator(sorted(set(texts)), trainer)
-    # Not tok.save: on a full disk the library's own writer says nothing of what happened.
-    write_text(folder / "tokenizer.json", tok.to_str(pretty=True))
-    names = dict(eos_token="<|endoftext|>", pad_token="<|padding|>")
-    write_text(folder / "tokenizer_config.json", json.dumps(names | PLAIN_IN_TRANSFORMERS))
+    return tok.to_str(pretty=True).encode()
