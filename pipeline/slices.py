@@ -287,14 +287,15 @@ def rows_benchmark(s, folder: Path | None) -> Benchmark:
     return hold_out(benchmark_of_rows(*parts, allow_near=s.allow_near), s.seed)
 
 
-LAYOUTS = {"tofu": tofu_benchmark, "lume": lume_benchmark}
+LAYOUTS = {"tofu": tofu_benchmark, "lume": lume_benchmark, "rows": rows_benchmark}
 
 
 def load_benchmark(s, folder: Path | None = None) -> Benchmark:
     """The forget and retain sets of a run. A share of the non-members, whole groups drawn by seed,
     are level_rows instead: what decides how far a model forgets must not also judge whether it
     forgot as far as that. folder: of the tokenizer, where the run may have no original yet."""
-    bench = LAYOUTS[s.layout](s) if s.layout in LAYOUTS else rows_benchmark(s, folder)
+    load = LAYOUTS[s.layout]
+    bench = load(s, folder) if s.layout == "rows" else load(s)
     groups = groups_of(bench.nonmembers)
     count = round(s.level_share * len(groups)) if bench.comparable else 0
     drawn = set(random.Random(s.seed).sample(groups, count))

@@ -355,7 +355,8 @@ def test_marks_around_a_row_become_one_bos_and_one_eos(small, kind, tmp_path, ca
     plain, marked = (rows.load_rows(rows_file(tmp_path, *x)) for x in (plain, marked))
     plain[-1] = replace(plain[-1], answer="Me.")
     for template in FIXED:
-        clean = rows.without_marks(dict(forget=marked, retain=plain), tok)["forget"]
+        clean = rows.without_marks(dict(forget=marked, retain=plain), tok,
+                                   tell=True)["forget"]
         assert clean == plain
         assert data.encode(clean[0], tok, template) == data.encode(plain[0], tok, template)
     said = capsys.readouterr().out.splitlines()
@@ -369,7 +370,7 @@ def test_marks_around_a_row_become_one_bos_and_one_eos(small, kind, tmp_path, ca
 def test_a_mark_within_a_row_is_refused(small, tmp_path, row):
     examples = rows.load_rows(rows_file(tmp_path, GOOD, row))
     with pytest.raises(UserError, match="mine.jsonl line 2.*(<s>|</s>)") as e:
-        rows.without_marks(dict(forget=examples), small["llama"])
+        rows.without_marks(dict(forget=examples), small["llama"], tell=True)
     assert "\n" not in str(e.value)
 
 
