@@ -234,21 +234,21 @@ def normalised(text: str) -> str:
 
 def refuse_shared(files: dict[str, list[Example]], *, allow_near: bool):
     """UserError if a row stands in two of the files; or nearly, unless allow_near."""
-    first, same, near = {}, [], []
+    first, near = {}, []
     for name, rows in files.items():
         for e in rows:
-            for form, pairs in ((str, same), (normalised, near)):
-                key = form, *map(form, texts_of(e))
-                other, earlier = first.setdefault(key, (name, e))
+            for form in (str, normalised):
+                other, earlier = first.setdefault((form, *map(form, texts_of(e))), (name, e))
+                if other != name and form is str:
+                    raise UserError(f"row {e.id} of the {name} rows is among the {other} rows too; "
+                                    "leave it in one of the two files")
                 if other != name:
-                    pairs.append(f"{e.where or e.id} is {earlier.where or earlier.id}")
+                    near.append(f"{e.where or e.id} is {earlier.where or earlier.id}")
         if again := len(rows) - len(set(map(texts_of, rows))):
             print(f"note: {again} of the {len(rows)} {name} rows stand there more than once",
                   flush=True)
-    shared = same or ([] if allow_near else near)
-    if shared:
-        how = "" if same else (" but for white space, case, quotes, accents' form or end "
-                               "punctuation")
-        raise UserError(f"{len(shared)} rows stand in two files{how}: {'; '.join(shared[:5])}"
-                        f"{'; ...' if shared[5:] else ''}: leave each in one of them"
-                        f"{'' if same else ', or pass --allow-near'}")
+    if near and not allow_near:
+        raise UserError(f"{len(near)} rows stand in two files but for white space, case, quotes, "
+                        f"accents' form or end punctuation: {'; '.join(near[:5])}"
+                        f"{'; ...' if near[5:] else ''}: leave each in one of them, or pass "
+                        "--allow-near")
