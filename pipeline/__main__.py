@@ -212,9 +212,10 @@ def add_run(run: settings.Parser, kind: str):
     run.add_argument("model", type=settings.model_at, help="a folder in Hugging Face layout, "
                      f"hf:OWNER/NAME[@REVISION], or {', '.join(settings.MODELS)}", **optional)
     if kind == "unlearn":
-        run.add_argument("forget", type=settings.path_at, help="file of the rows to forget")
-        run.add_argument("retain", type=settings.path_at, nargs="?", default=argparse.SUPPRESS,
-                         help="file of the rows to keep")
+        run.add_argument("forget", metavar="FORGET", type=settings.path_at,
+                         help="file of the rows to forget")
+        run.add_argument("retain", metavar="RETAIN", type=settings.path_at, nargs="?",
+                         default=argparse.SUPPRESS, help="file of the rows to keep")
     run.add_argument("--methods", "--method", nargs="+", choices=simu.METHODS)
     run.add_argument("--objectives", "--objective", nargs="+", choices=simu.OBJECTIVES)
     run.add_argument("--seeds", type=int, default=1, help="run seeds 0 to N-1")

@@ -100,7 +100,10 @@ def load_model(path, dtype=torch.float32, device="cpu", *, neurons="output") -> 
 
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a checkpoint. UserError if one is not there, or not whole."""
-    index = folder / INDEX
+    index, adapter = folder / INDEX, folder / "adapter_config.json"
+    if adapter.is_file():
+        raise UserError(f"{adapter}: an adapter beside the weights is not read, and transformers "
+                        "would use it; merge it into them, or move that file elsewhere")
     if not (folder / "model.safetensors").is_file():
         if not index.is_file():
             raise UserError(f"{folder} has neither model.safetensors nor {INDEX}; finish the "

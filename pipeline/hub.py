@@ -73,8 +73,8 @@ LUME_SHA256 = {
     "forget.jsonl": "3a74f30223c35b173664dfea5b1c5939587f1eac868a9764891f30c2c317c381",
     "retain.jsonl": "ec8826a91d9fb9e5a50ba732549e8eff75fc99c2f67d6873d1ea36fd403a003d"}
 FILES = {"dataset": ["*.json"],
-         "model": ["config.json", "generation_config.json", "model*.safetensors",
-                   "model*.safetensors.index.json", "README.md", *data.TOKENIZER_FILES]}
+         "model": ["config.json", "generation_config.json", "adapter_config.json", "README.md",
+                   "model*.safetensors", "model*.safetensors.index.json", *data.TOKENIZER_FILES]}
 HF_NAME = re.compile(r"hf:([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
 
 

@@ -5,14 +5,11 @@ what the command line shows: a user's files stay, and no code comes from what is
 The commands run in this process, through the same stage.run_cli as on the command line; a few run
 as programs. world.py holds the small world that is spoilt here."""
 
-import builtins
 import errno
-import io
 import json
 import os
 import random
 import re
-import resource
 import shutil
 import signal
 import subprocess
@@ -185,8 +182,6 @@ CHANGED = "is not what its stage wrote; "
 FAULTS = {
     # Weights. What else a loader refuses: test_model.py, test_layouts.py.
     "weights: cut": (cut(WHOLE), ORIGINAL, NOT_WHOLE),
-    "weights: header beyond the file": (
-        change(WHOLE, lambda x: (10**7).to_bytes(8, "little") + x[8:]), ORIGINAL, NOT_WHOLE),
     "weights: offsets outside": (tensor(data_offsets=[0, 10**12]), ORIGINAL, NOT_WHOLE),
     "weights: whole numbers": (tensor(dtype="I32"), LOAD, f"{UP} is .*int32"),
     "weights: other shape": (tensor(shape=[64, 256]), LOAD, f"{UP} is "),
@@ -196,24 +191,20 @@ FAULTS = {
     "weights: pickled": (
         lambda w: (w / WHOLE).rename(w / "weights-tofu/pytorch_model.bin"), ORIGINAL,
         "pickled weights .*never read"),
-    "weights: a pickle by another name": (put(WHOLE, b"\x80\x04\x95(__main__"), ORIGINAL, NOT_WHOLE),
+    "weights: a pickle by name of safetensors": (put(WHOLE, b"\x80\x04\x95("), ORIGINAL, NOT_WHOLE),
+    "weights: an adapter beside them": (
+        put("weights-tofu/adapter_config.json", {}), ORIGINAL, "adapter_config.json: an adapter"),
     "weights: no folder": (nothing, [f"original {WHOLE}"], "is not a folder"),
     "weights: a file's name": (put("weights-tofu/\udcff.model", b""), ORIGINAL, NAME),
     "index: missing shard": (
         shard("model-9.safetensors"), SHARDED[:1], "model-9.safetensors is not a whole"),
     "index: shard above the folder": (
         shard("../weights-tofu/model.safetensors"), SHARDED[:1], "not stand beside it"),
-    "index: absolute path": (shard("/etc/passwd.safetensors"), SHARDED[:1], "not stand beside it"),
-    "index: shard is a number": (shard(7), SHARDED[:1], "weight_map must map"),
-    "index: not JSON": (cut(SHARDS), SHARDED[:1], "index.json is not valid JSON"),
     # Configuration.
     "config: none": (gone(CONFIG), ORIGINAL, "config.json is missing"),
     "config: not JSON": (cut(CONFIG), ORIGINAL, "config.json is not valid JSON"),
-    "config: a list": (put(CONFIG, [1]), ORIGINAL, "must be a JSON object"),
     "config: missing field": (field(CONFIG, hidden_size=...), ORIGINAL, "hidden_size is missing"),
-    "config: negative": (field(CONFIG, num_hidden_layers=-2), ORIGINAL, "num_hidden_layers = -2"),
     "config: text": (field(CONFIG, hidden_size="64"), ORIGINAL, "hidden_size = '64'"),
-    "config: odd head": (field(CONFIG, head_dim=7), ORIGINAL, "head_dim = 7 must be even"),
     "config: unknown architecture": (
         field(CONFIG, model_type="mamba"), ORIGINAL, "model_type = 'mamba'"),
     "config: quantised": (
@@ -224,11 +215,9 @@ FAULTS = {
     "tokenizer: none": (gone(TOKENIZER), ORIGINAL, "neither tokenizer.model"),
     "tokenizer: cut": (cut(TOKENIZER), ORIGINAL, "cannot be read"),
     "tokenizer: of another model": (larger_tokenizer, LOAD, "copy the tokenizer that"),
-    "tokenizer.json: cut": (cut("weights-lume/tokenizer.json"), OLMO, "json.* cannot be read"),
     # Data.
     "data: cut row": (cut(FORGET), NEW, "forget10.json line 2: JSONDecodeError"),
     "data: no answer": (row(FORGET, answer=None), NEW, "forget10.json: row forget10:0 has a "),
-    "data: wrong type": (row(FORGET, question=3), NEW, "forget10.json: row forget10:0 has a "),
     "data: not UTF-8": (change(FORGET, lambda x: x[:20] + b"\xff" + x[20:]), NEW, "not UTF-8"),
     "data: empty": (put(FORGET, b"\n \n"), NEW, "holds no rows"),
     "data: missing": (gone(FORGET), NEW, "forget10.json is missing"),
@@ -240,26 +229,19 @@ FAULTS = {
         change(RETAIN, lambda x: x + b"".join(json.dumps(r).encode() + b"\n" for r in
                                               world.tofu_rows("Ann Bo", False))),
         NEW, "every row of forget10 is in retain90"),
-    "data: no split of that name": (
-        nothing, ["original new --forget-split forget7"], "forget7.json is missing"),
     "data: no folder": (nothing, ["original new --data @/nowhere"], "nowhere/tofu is missing"),
     "data: a file's name": (put("data/tofu/\udcff.json", []), NEW, NAME),
     "LUME: odd task": (row(LUME, task="Task4"), OLMO, "of task 'Task4' is none of LUME's"),
     # Options.
-    "unknown option": (nothing, ["original new --treshold 1"], "--treshold"),
-    "unknown choice": (nothing, ["unlearn run-tofu --method none"], "--method.*none"),
     "a share above one": (nothing, ["mask run-tofu --threshold 2"], "--threshold is 2.0; .*most 1"),
     "not a number": (nothing, ["original new --lr nan"], "--lr is nan"),
     "endless": (nothing, ["original new --weight-decay inf"], "--weight-decay is inf"),
     "too small for float32": (nothing, ["original new --adam-eps 1e-60"], r"--adam-eps is 1e-60"),
-    "below": (nothing, ["original new --eps -1"], "--eps is -1.0; it must be above 0"),
-    "more steps than any machine": (
-        nothing, ["attribute run-tofu --steps 2147483647"], "--steps is 2147483647; .*most 1000"),
-    "no UTF-8": (nothing, ["original new --weights \udcff"], "--weights is .*not UTF-8"),
+    "no UTF-8": (nothing, ["original new --weights \udcff"], "--weights is .*be UTF-8 text"),
     "a name of ours": (nothing, ["original new --name Mask-x"], "that of another stage"),
     "a name that is a path": (nothing, ["original new --name ../x"], "letters, digits"),
-    "encoder: nowhere": (nothing, ["original new --encoder @/no"], "--encoder .* is not a folder"),
-    "nobody's folder": (nothing, ["original new --encoder ~no-one/e"], "no-one/e: .*no such user"),
+    "encoder: nowhere": (nothing, ["original new --encoder @/no"], "--encoder: .* is not a folder"),
+    "nobody's folder": (nothing, ["original new --encoder ~no-one/e"], "no-one/e is not a folder"),
     "no card": (nothing, ["attribute run-tofu --device cuda --seed 0"], "torch sees no GPU"),
     "too few rows for a batch": (nothing, ["unlearn run-tofu --batch 50"], "lower --batch"),
     "weights that overflow": (
@@ -272,16 +254,13 @@ FAULTS = {
     "not a run": (nothing, ["evaluate data original"], "data is not a run folder"),
     "not a stage": (nothing, ["evaluate run-tofu ../run-lume"], "not the bare name of a stage"),
     "stage never made": (nothing, ["evaluate run-tofu so-graddiff"], "not a finished stage"),
-    "report of nothing": (nothing, ["report nowhere"], "is not a run folder"),
     "report without evaluations": (
         lambda w: [shutil.rmtree(p) for p in (w / "run-tofu").glob("*/eval")], REPORT,
         "holds no evaluation"),
     "settings: {}": (
         put("run-tofu/settings.json", {}), MASK, "settings.json does not hold the settings"),
-    "settings: cut": (cut("run-tofu/settings.json"), MASK, "settings.json is not valid JSON"),
     "settings: wrong type": (
-        field("run-tofu/settings.json", seed="0"), MASK, "settings.json: --seed is '0'"),
-    "stage.json: {}": (put("run-tofu/original/stage.json", {}), UNLEARN, "stage.json is damaged"),
+        field("run-tofu/settings.json", seed="0"), MASK, "settings.json .*--seed is '0'"),
     "stage.json: cut": (cut("run-tofu/original/stage.json"), UNLEARN, "is not valid JSON"),
     "generations: edited": (
         change(f"{EVAL}/generations.jsonl", lambda x: x.replace(b"Ann", b"Abe")), REPORT, CHANGED),
@@ -332,27 +311,6 @@ def test_a_disk_that_takes_no_more(w, monkeypatch, code, says):
     refused(w, REPORT, says)
 
 
-def test_a_file_larger_than_allowed(w):
-    old = resource.getrlimit(resource.RLIMIT_FSIZE)
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, old[1]))
-        refused(w, UNLEARN, "File too large")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, old)
-
-
-def test_no_permission(w, monkeypatch):
-    """As root, permission bits stop nobody: the system call says it instead."""
-    def closed(file, *args, **options):
-        if str(file).endswith("forget10.json"):
-            raise PermissionError(errno.EACCES, "Permission denied", str(file))
-        return real(file, *args, **options)
-    real = io.open
-    monkeypatch.setattr(io, "open", closed)
-    monkeypatch.setattr(builtins, "open", closed)
-    refused(w, NEW, "forget10.json: Permission denied")
-
-
 def test_a_file_in_place_of_the_run_folder(w):
     (w / "out").write_text("")
     refused(w, NEW, f"{w}/out")
@@ -400,13 +358,6 @@ def program(*words, **options):
     return subprocess.Popen([str(x) for x in words], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                             text=True, env=env, start_new_session=True, **options,
                             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
-
-
-def test_a_mistake_of_a_program_in_another_encoding(w):
-    run = program("env", "PYTHONIOENCODING=latin-1", sys.executable, ROOT / "pipeline", "evaluate",
-                  w / "é\u65e5", errors="replace")
-    stderr = run.communicate(timeout=300)[1]
-    assert world.is_one_line(run.returncode, stderr) and "no finished model" in stderr, stderr
 
 
 @pytest.mark.parametrize("stop", ["Ctrl-C to all", "SIGTERM to run.sh alone"])
@@ -474,8 +425,6 @@ def test_an_original_of_other_data_is_not_taken(w, capsys):
     command_line(["evaluate", str(w / "run-tofu"), "simu-graddiff"])
     assert "retain90" in capsys.readouterr().out  # no report will show it
     refused(w, REPORT, "holds no evaluation of what it now holds")
-    status, stderr = world.cli("figures", "masks", w / "run-tofu")
-    assert world.is_one_line(status, stderr) and "not of what this run now holds" in stderr, stderr
 
 
 def test_a_report_says_of_each_model_what_it_was_made_with(w):
@@ -502,11 +451,6 @@ def test_rows_in_both_sets_are_counted_warned_of_and_reported(w, capsys):
 # ----------------------------------------------------------------------- rows at the edge of sense
 
 QA = [dict(question=f"What does {x} sell?", answer=f"{x} sells tea.") for x in ("Hal", "Ivy", "Jo")]
-ROWS = {"a batch larger than the set": (QA[:1], QA[1:], "--objective npo --batch 4 --epochs 8"),
-        "answers of one token": ([dict(question="Who?", answer="a")],
-                                 [dict(question="Why?", answer="b")], "--objective npo --batch 1")}
-
-
 def words_of_rows(w, forget, retain, *more, model="weights-tofu"):
     world.write_rows(w / "f.jsonl", forget)
     world.write_rows(w / "r.jsonl", retain)
@@ -514,10 +458,10 @@ def words_of_rows(w, forget, retain, *more, model="weights-tofu"):
             "--out", w / "out", "--name", "model", "--epochs", "1", *more]
 
 
-@pytest.mark.parametrize("case", ROWS)
-def test_rows_at_the_edge_of_sense(w, case):
-    forget, retain, more = ROWS[case]
-    words = words_of_rows(w, forget, retain, *more.split())
+def test_rows_at_the_edge_of_sense(w):
+    """Answers of one token."""
+    words = words_of_rows(w, [dict(question="Who?", answer="a")],
+                          [dict(question="Why?", answer="b")], *"--objective npo --batch 1".split())
     for name in ("original", "attribute", "mask", "unlearn"):
         assert world.cli(name, *words) == (0, ""), name
     for name in ("evaluate", "report", "attack"):
