@@ -59,7 +59,8 @@ def run_command(kind: str, methods, objectives, seeds: int, attack: bool, dry_ru
     if seeds > 1 and "seed" in options:
         raise UserError(f"--seeds {seeds} chooses the seeds 0 to {seeds - 1}; drop --seed")
     named = dict(benchmark="rows", name="model") if kind == "unlearn" else dict(benchmark=kind)
-    options = named | options
+    # Not by argparse, which takes the value of an option that it does not know for MODEL.
+    options = named | options | dict(model=settings.model_at(options["model"]))
     models, s = models_of(kind, methods, objectives), settings.resolve(options)
     stages = stages_of(options | dict(out=str(s.run)), models)
     for seed in range(1, seeds):
@@ -209,8 +210,8 @@ def parser_of_commands() -> settings.Parser:
 def add_run(run: settings.Parser, kind: str):
     """The options of `run KIND`."""
     optional = dict(nargs="?", default="tiny-llama") if kind == "demo" else {}
-    run.add_argument("model", type=settings.model_at, help="a folder in Hugging Face layout, "
-                     f"hf:OWNER/NAME[@REVISION], or {', '.join(settings.MODELS)}", **optional)
+    run.add_argument("model", help="a folder in Hugging Face layout, hf:OWNER/NAME[@REVISION], or "
+                     f"{', '.join(settings.MODELS)}", **optional)
     if kind == "unlearn":
         run.add_argument("forget", metavar="FORGET", type=settings.path_at,
                          help="file of the rows to forget")

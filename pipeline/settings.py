@@ -447,8 +447,8 @@ def model_at(text: str) -> str:
     """A name of the table, hf:OWNER/NAME[@REVISION], or the absolute path of a folder."""
     if text in MODELS or text.startswith("hf:") or os.path.isdir(path_at(text)):
         return text if text in MODELS else path_at(text)
-    raise argparse.ArgumentTypeError(f"{text} is no name of the table ({', '.join(MODELS)}), no "
-                                     "folder, and not hf:OWNER/NAME[@REVISION]")
+    raise UserError(f"MODEL {text} is no name of the table ({', '.join(MODELS)}), no folder, and "
+                    "not hf:OWNER/NAME[@REVISION]")
 
 
 def encoder_at(text: str) -> str:

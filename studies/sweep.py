@@ -267,7 +267,7 @@ def read_options(argv: list[str]) -> tuple[argparse.Namespace, dict]:
     parser = settings.Parser(prog="python -m pipeline sweep", description=__doc__,
                              formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("benchmark", choices=settings.BENCHMARKS)
-    parser.add_argument("model", nargs="?", default="tiny-llama", type=settings.model_at)
+    parser.add_argument("model", nargs="?", default="tiny-llama")
     parser.add_argument("--seeds", type=int, default=3, help="seeds 0 to N-1 (default 3)")
     parser.add_argument("--arms", nargs="+", default=ARMS, metavar="ARM",
                         help=f"METHOD[-MASK][-OBJECTIVE] (default {' '.join(ARMS)})")
@@ -282,6 +282,7 @@ def read_options(argv: list[str]) -> tuple[argparse.Namespace, dict]:
                         "tiny models, else one")
     settings.add_options(parser, skip=("benchmark", "model", "seed", "name", *OF_ARMS))
     options = vars(parser.parse_args(argv))
+    options["model"] = settings.model_at(options["model"])
     if options["benchmark"] == "demo":
         options.setdefault("epochs", 10)  # so that it ends in half an hour
     sweep = argparse.Namespace(**{name: options.pop(name) for name in (
