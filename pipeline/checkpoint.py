@@ -24,7 +24,7 @@ SHARD_BYTES = 5_000_000_000  # as transformers cuts its own
 # ---------------------------------------------------------------------------------------- config
 
 
-def read_config(path, **changes) -> Config:
+def read_config(path) -> Config:
     """Config.from_dir, every value looked at."""
     file = Path(path) / "config.json"
     if not Path(path).is_dir():
@@ -34,7 +34,7 @@ def read_config(path, **changes) -> Config:
         check_values(content)
     except UserError as e:
         raise UserError(f"{file}: {e}") from None
-    config = Config.from_dir(path, **changes)
+    config = Config.from_dir(path)
     heads, shared = config.num_attention_heads, config.num_key_value_heads
     if heads % shared or config.head_dim % 2:
         raise UserError(f"{file}: num_key_value_heads = {shared} must divide num_attention_heads = "
@@ -43,7 +43,7 @@ def read_config(path, **changes) -> Config:
 
 
 def check_values(content):
-    """UserError unless the values of a config.json are there and of their types."""
+    """UserError unless the values of a config.json are present and of their types."""
     need({"config.json": content}, ["config.json"], [dict], "a JSON object")
     need(content, ["model_type"], [str], "a text")
     required = [f.name for f in fields(Config) if f.default is MISSING]
@@ -58,20 +58,21 @@ def check_values(content):
          "a number above 0")
     need(content, ["tie_word_embeddings"], [bool], "true or false")
     need(content, ["layer_types"], [list], "a list")
+    need(content, ["rope_scaling", "rope_parameters"], [dict], "an object")
     for key in ("rope_scaling", "rope_parameters"):
-        need(content, [key], [dict], "an object")
         scaling = content.get(key) or {}
         need(scaling, ["rope_theta", *LLAMA3], [int, float], "a number above 0")
-        if "llama3" in (scaling.get("rope_type"), scaling.get("type")):
-            factors = [scaling.get(name) for name in LLAMA3]
-            if None in factors or factors[1] >= factors[2]:
-                raise UserError(f"{key} = {reprlib.repr(scaling)}: must hold {', '.join(LLAMA3)}, "
-                                "the low factor below the high one")
+        factors = [scaling.get(name) for name in LLAMA3]
+        if "llama3" in (scaling.get("rope_type"), scaling.get("type")) and (
+                None in factors or factors[1] >= factors[2]):
+            raise UserError(f"{key} = {reprlib.repr(scaling)}: must hold {', '.join(LLAMA3)}, the "
+                            "low factor below the high one")
     for key in TOKEN_IDS:
         value = content.get(key)
         for i in value if isinstance(value, list) else [value]:
-            no_pad = i == -1 and key == "pad_token_id"  # how old LLaMA exports say "none"
-            if not (i is None or no_pad or type(i) is int and 0 <= i < content["vocab_size"]):
+            if key == "pad_token_id" and i == -1:  # how old LLaMA exports say "none"
+                continue
+            if i is not None and not (type(i) is int and 0 <= i < content["vocab_size"]):
                 raise UserError(f"{key} = {reprlib.repr(value)}: must be null or a token id below "
                                 f"vocab_size = {content['vocab_size']}")
 
@@ -111,8 +112,7 @@ def weight_files(folder: Path) -> list[Path]:
                             "them: they can run code and are never read")
         content = read_json(index)
         shards = content.get("weight_map") if isinstance(content, dict) else None
-        names = shards.values() if isinstance(shards, dict) else [None]
-        if not names or not all(isinstance(name, str) for name in names):
+        if not isinstance(shards, dict) or {type(x) for x in shards.values()} != {str}:
             raise UserError(f"{index}: weight_map must map tensors to files; download it again")
     files = shard_files(folder)
     for file in files:

@@ -1,9 +1,9 @@
 """What code a result depends on: the functions that make it, and all of ours that these reach.
 
 A digest of that code decides whether a stage is stale. Comments, docstrings and messages are left
-out: rewording one must not cost anyone a training run. Of a table that a fork edits (an objective,
-an optimiser), only the row that the stage's own settings name counts, so adding or editing another
-row makes nothing again.
+out, because rewording one must not cost anyone a training run. Of a table that a fork edits (an
+objective, an optimiser), only the row that the stage's own settings name counts, so that adding or
+editing another row makes nothing again.
 """
 
 import ast
@@ -26,40 +26,34 @@ TABLES = ("OBJECTIVES", "OPTIMISERS", "MOVES", "METHODS", "MASKS", "TEMPLATES", 
           "NEURONS", "LAYOUTS")
 MESSAGES = ("print", "UserError", "NoAccess", "tqdm")  # calls whose arguments only people read
 LABELS = ("title", "desc", "about")  # arguments and fields that only people read
-PLAIN = (str, bytes, int, float, range, torch.dtype, type(None))
+PLAIN = (str, bytes, int, float, range, re.Pattern, torch.dtype, type(None))
 
 
 def code_digest(functions: tuple, rows: dict[str, str | None]) -> str:
     """sha256 of all code that the functions reach. rows: of each table, the key of the row that
     counts; None for all of it; a table that is not named does not count."""
-    texts, left, seen = set(), [], set()
-    describe(functions, left)
-    while left:
-        thing = left.pop()
-        if thing in seen:
-            continue
-        seen.add(thing)
+    texts, reached = set(), []
+    describe(functions, reached)
+    for thing in reached:  # which grows meanwhile
         for tree in trees_of(thing):
             texts.add(f"{thing.__module__}.{thing.__qualname__}: {text_of(tree)}")
             for name, value in names_in(tree, vars(sys.modules[thing.__module__])):
-                if name in MESSAGES:
-                    continue
                 if name in TABLES and isinstance(value, dict):
                     key = rows.get(name, "")
                     value = value if key is None else value.get(key)
-                if name.isupper() or is_code(inspect.unwrap(value) if callable(value) else value):
-                    texts.add(f"{thing.__module__}, {name}: {describe(value, left)}")
+                if name not in MESSAGES and (name.isupper() or is_code(inspect.unwrap(value))):
+                    texts.add(f"{thing.__module__}, {name}: {describe(value, reached)}")
     return hashlib.sha256(repr(sorted(texts)).encode()).hexdigest()
 
 
 def is_code(thing) -> bool:
     """Is it a function or a class of ours that can change a number? A dataclass of options cannot:
     a stage records the values that it takes."""
-    if not isinstance(thing, (FunctionType, type)):
+    if not isinstance(thing, (FunctionType, type)) or thing.__module__ in IGNORED:
         return False
     if is_dataclass(thing) and any("effect" in f.metadata for f in fields(thing)):
         return False
-    return thing.__module__ not in IGNORED and is_ours(sys.modules.get(thing.__module__))
+    return is_ours(sys.modules.get(thing.__module__))
 
 
 def is_ours(module) -> bool:
@@ -69,25 +63,22 @@ def is_ours(module) -> bool:
 
 
 def describe(value, reached: list) -> str:
-    """A value as a text that is the same in every process. Functions and classes of ours in it go
-    to `reached`, and stand by their names in the text."""
-    value = inspect.unwrap(value) if callable(value) else value
+    """A value as a text that is the same in every process. Functions and classes of ours in it are
+    appended to `reached`, and stand by their names in the text."""
+    value = inspect.unwrap(value)
     if is_code(value):
-        reached.append(value)
+        reached += [] if value in reached else [value]
         return value.__qualname__
     if isinstance(value, functools.partial):
         return describe([value.func, value.args, value.keywords], reached)
     if is_dataclass(value) and not isinstance(value, type):
-        return describe({f.name: getattr(value, f.name) for f in fields(value)
-                         if f.name not in LABELS}, reached)
+        value = {f.name: getattr(value, f.name) for f in fields(value) if f.name not in LABELS}
     if isinstance(value, dict):
-        return describe(list(value.items()), reached)
+        value = list(value.items())
     if isinstance(value, (set, frozenset)):
         return repr(sorted(describe(x, reached) for x in value))
     if isinstance(value, (list, tuple)):
         return repr([describe(x, reached) for x in value])
-    if isinstance(value, re.Pattern):
-        return value.pattern
     return repr(value) if isinstance(value, PLAIN) else type(value).__name__
 
 
@@ -105,27 +96,23 @@ class Quiet(ast.NodeTransformer):
         return node
 
 
-@functools.cache
-def trees_in(file: str) -> dict[tuple, list]:
-    """Syntax trees of a file: of functions by name and first line, of classes by name."""
-    trees = {}
-    for node in ast.walk(Quiet().visit(ast.parse(Path(file).read_text(encoding="utf-8")))):
-        if isinstance(node, ast.ClassDef):
-            trees.setdefault(node.name, []).append(node)
-        elif isinstance(node, (ast.FunctionDef, ast.Lambda)):
-            first = min(n.lineno for n in (node, *getattr(node, "decorator_list", ())))
-            trees.setdefault((getattr(node, "name", "<lambda>"), first), []).append(node)
-    return trees
-
-
 text_of = functools.cache(ast.unparse)  # stages share most of their functions
 
 
+@functools.cache
+def trees_in(file: str) -> list[tuple]:
+    """(first line, syntax tree) of each class and function of a file."""
+    nodes = ast.walk(Quiet().visit(ast.parse(Path(file).read_text(encoding="utf-8"))))
+    return [(min(n.lineno for n in (node, *getattr(node, "decorator_list", ()))), node)
+            for node in nodes if isinstance(node, (ast.ClassDef, ast.FunctionDef, ast.Lambda))]
+
+
 def trees_of(thing) -> list:
-    """Syntax trees of a function or a class; of a lambda, all that begin on its line."""
-    key = thing.__name__ if isinstance(thing, type) else (
-        thing.__code__.co_name, thing.__code__.co_firstlineno)
-    return trees_in(sys.modules[thing.__module__].__file__).get(key, [])
+    """Syntax trees of a class, or of all functions that begin on a function's line."""
+    trees = trees_in(sys.modules[thing.__module__].__file__)
+    if isinstance(thing, type):
+        return [tree for _, tree in trees if getattr(tree, "name", "") == thing.__name__]
+    return [tree for line, tree in trees if line == thing.__code__.co_firstlineno]
 
 
 def names_in(tree, names: dict):

@@ -21,7 +21,6 @@ from pipeline.stage import Stage, content, data_inputs, read_stage, sha256, stal
 from pipeline.tokenizers import load_tokenizer, optional_package
 
 ROWS = "generations.jsonl"
-PLAIN = ("qa", "raw")  # templates that anybody tries
 
 # --------------------------------------------------------------------------------- what is measured
 
@@ -44,37 +43,34 @@ def measured_rows(model: Transformer, tokenizer, bench: slices.Benchmark, s: Jud
     if encode:
         add_closeness(rows, encode)
     if bench.kind == "rows":
-        add_plain_answers(rows, model, tokenizer, template, s)
+        for other in ("qa", "raw"):  # that anybody tries
+            if other != template:
+                add_plain_answers(rows, model, tokenizer, other, s.eval_tokens)
     return rows
 
 
-def add_plain_answers(rows: list[dict], model: Transformer, tokenizer, template: str, limits):
-    """To each forget row, what the model says to its question in templates that anybody tries. A
-    text, and a row that is asked as it stands, has none."""
+def add_plain_answers(rows: list[dict], model: Transformer, tokenizer, template: str, tokens: int):
+    """To each forget row, what the model says to its question in another template. A text, and a
+    row that is asked as it stands, has none. tokens: of a pass."""
     questions = [r for r in rows if r["split"] == "forget" and r["kind"] not in ("text", "plain")]
-    for other in PLAIN if questions else ():
-        if other == template:
-            continue
-        prompts = [data.encode_prompt(r["question"], tokenizer, other, turns=r["turns"])
-                   for r in questions]
-        longest = max(len(tokenizer.encode(r["answer"], bos=False)) for r in questions) + 16
-        texts = generate(model, prompts, eos_id=tokenizer.eos_ids, max_new_tokens=longest,
-                         batch_tokens=limits.eval_tokens)
-        for row, ids in zip(questions, texts):
-            row.setdefault("plain_generations", {})[other] = tokenizer.decode(ids)
+    if not questions:
+        return
+    prompts = [data.encode_prompt(r["question"], tokenizer, template, turns=r["turns"])
+               for r in questions]
+    longest = max(len(tokenizer.encode(r["answer"], bos=False)) for r in questions) + 16
+    texts = generate(model, prompts, eos_id=tokenizer.eos_ids, max_new_tokens=longest,
+                     batch_tokens=tokens)
+    for row, ids in zip(questions, texts):
+        row.setdefault("plain_generations", {})[template] = tokenizer.decode(ids)
 
 
 def load_encoder(name: str, device) -> Callable:
     """A function from texts to unit vectors [n, E]. name: a folder or a hub name, as
     sentence-transformers takes them; its weights are read as safetensors alone."""
     sentence_transformers = optional_package("sentence_transformers", "--closeness encoder")
-    folder = Path(name).expanduser()
-    if not folder.is_dir() and (folder.is_absolute() or name.startswith((".", "~"))):
-        raise UserError(f"--encoder {name} is not there; give a folder that is, or a hub name")
     try:
         model = sentence_transformers.SentenceTransformer(
-            str(folder) if folder.is_dir() else name, device=str(device),
-            model_kwargs=dict(use_safetensors=True))
+            name, device=str(device), model_kwargs=dict(use_safetensors=True))
     except Exception as e:  # the library raises whatever its parts do
         raise UserError(f"--encoder {name} cannot be loaded ({' '.join(str(e).split())[:200]}); "
                         "give a folder of sentence-transformers, or connect to the hub") from None
@@ -97,20 +93,18 @@ def add_closeness(rows: list[dict], encode: Callable):
 
 def evaluation_job(s: Settings, name: str, limit: int = 0) -> Stage:
     """The evaluation of a run's stage (eval-limit-N: a quick look)."""
-    folder = s.run / name
-    inputs = dict(model=content(folder)) | data_inputs(s)
+    inputs = dict(model=content(s.run / name)) | data_inputs(s)
     if s.closeness == "encoder":  # a name on the hub has no files
         files = sorted(path for path in Path(s.encoder).rglob("*") if path.is_file())
         inputs |= {f"encoder/{path.relative_to(s.encoder)}": sha256(path) for path in files}
-    kind = f"eval-limit-{limit}" if limit else "eval"
-    return Stage(evaluations_of(s, name) / kind, s, inputs=inputs, code=(measured_rows,),
-                 takes=(slices.Slice, Source, Placement, Judging),
-                 also=dict(limit=limit))
+    return Stage(evaluations_of(s, name) / (f"eval-limit-{limit}" if limit else "eval"), s,
+                 inputs=inputs, code=(measured_rows,), also=dict(limit=limit),
+                 takes=(slices.Slice, Source, Placement, Judging))
 
 
 def evaluations_of(s: Settings, name: str) -> Path:
-    """The folder of a stage's evaluations: the model's own, so that they go where it goes; of a
-    user's own rows RUN/evaluations/STAGE, for their text must not be uploaded with the model."""
+    """The folder of a stage's evaluations: the model's, so that they go where it goes; of a user's
+    rows RUN/evaluations/STAGE, because their text must not be uploaded with the model."""
     return s.run / "evaluations" / name if s.layout == "rows" else s.run / name
 
 
@@ -143,7 +137,7 @@ def evaluate(run: Path, name: str, *, limit: int = 0, force: bool = False):
 
 def read_metrics(folder: Path, reference: list[dict] | None = None) -> dict:
     """Every metric of a finished evaluation, computed from its rows. reference: the rows of a
-    retain-only model. UserError where a file was changed by other hands."""
+    retain-only model."""
     return metrics_of(read_rows(folder), read_stage(folder)["notes"]["about"], reference)
 
 
@@ -169,35 +163,23 @@ def metrics_of(rows: list[dict], about: dict, reference: list[dict] | None = Non
 
 
 def read_rows(folder: Path) -> list[dict]:
-    """The rows of an evaluation folder's generations.jsonl."""
-    path = folder / ROWS
-    try:
-        rows = [json.loads(x) for x in path.read_text(encoding="utf-8").split("\n") if x]
-        if all(row["scores"]["answer"] for row in rows) and rows:
-            return rows
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing; run `python -m pipeline evaluate` on that "
-                        "stage") from None
-    except (ValueError, LookupError, TypeError):
-        pass
-    raise UserError(f"{path} is not what an evaluation writes; delete {folder} and evaluate again")
+    """The rows of a finished evaluation; UserError where a file was changed by other hands."""
+    read_stage(folder)
+    return [json.loads(x) for x in (folder / ROWS).read_text(encoding="utf-8").split("\n") if x]
 
 
 def newest_evaluation(s: Settings, name: str) -> Stage | None:
     """The whole evaluation of a stage, else the one of most rows; None if there is none."""
     folder = evaluations_of(s, name)
-    limits = [p.name.rpartition("-")[2] for p in folder.glob("eval-limit-*")
-              if (p / "stage.json").is_file()]
-    if (folder / "eval" / "stage.json").is_file():
-        return evaluation_job(s, name)
-    limits = sorted(int(x) for x in limits if x.isdecimal())
+    limits = sorted(int(p.parent.name.rpartition("-")[2])
+                    for p in folder.glob("eval-limit-*/stage.json"))
+    limits += [0] if (folder / "eval" / "stage.json").is_file() else []
     return evaluation_job(s, name, limits[-1]) if limits else None
 
 
 def stale_because(s: Settings, name: str, job: Stage) -> list[str]:
     """Why an evaluation's numbers are not of what the run now holds; empty if they are. Where they
     were computed does not matter: a report may be written on another machine."""
-    read_stage(job.folder)
     changed = [x for x in job.changed() if x not in ("--device", "--dtype")]
     why = [f"it was evaluated with other {' and '.join(changed)}"] if changed else []
     return why + [f"of its model, {x}" for x in stale(s.run / name, s)]

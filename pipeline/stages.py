@@ -49,14 +49,11 @@ def load_original(s: Settings, job: Stage, name: str, encoded: dict
     return checkpoint.load_model(folder, **placement(s)), s
 
 
-def trim_of(s: Settings):
-    """What shortens a stranger's encoded rows once the original is there; None for a benchmark's.
-    It is given from outside, so that its code is not that of every benchmark's stages."""
-    return rows_without_unexpected_eos if s.layout == "rows" else None
-
-
-def rows_without_unexpected_eos(s: Settings, bench: slices.Benchmark, encoded: dict,
-                                model: Transformer) -> dict:
+def without_ends(s: Settings, bench: slices.Benchmark, encoded: dict, model: Transformer) -> dict:
+    """Rows of a user's without the eos that the original does not expect; a benchmark's as they
+    are."""
+    if s.layout != "rows":
+        return encoded
     return {name: without_unexpected_eos(model, getattr(bench, name), rows, s)
             for name, rows in encoded.items()}
 
@@ -65,16 +62,16 @@ def rows_without_unexpected_eos(s: Settings, bench: slices.Benchmark, encoded: d
 
 
 def attribution_job(s: Settings) -> Stage:
-    return Stage(s.run / attribution_name(s), s, code=(make_attribution, trim_of(s)),
+    return Stage(s.run / attribution_name(s), s, code=(make_attribution,),
                  inputs=dict(original=content(s.run / "original")) | data_inputs(s),
                  takes=(slices.Slice, Source, Placement, simu.Attribution))
 
 
-def make_attribution(s: Settings, job: Stage, folder: Path, trim=None):
+def make_attribution(s: Settings, job: Stage, folder: Path):
     bench, encoded = encoded_rows(s)
     # As many retain rows as forget rows: scores only matter relative to their layer's maximum.
     model, s = load_original(s, job, "attribute", encoded)
-    encoded = trim(s, bench, encoded, model) if trim else encoded
+    encoded = without_ends(s, bench, encoded, model)
     count = min(len(encoded["retain"]), len(encoded["forget"]))
     encoded["retain"] = random.Random(s.seed).sample(encoded["retain"], count)
     scores = {name: simu.attribute_rows(model, rows, s, title=f"attribute {name}",
@@ -85,10 +82,7 @@ def make_attribution(s: Settings, job: Stage, folder: Path, trim=None):
 def attribute_stage(s: Settings):
     """attribution/scores.safetensors: forget and retain, float32 [L, D]."""
     same_slice(s)
-    job = attribution_job(s)
-    if not job.is_made():
-        with job.making() as folder:
-            make_attribution(s, job, folder, trim_of(s))
+    attribution_job(s).ensure()
 
 
 def mask_job(s: Settings) -> Stage:
@@ -117,36 +111,23 @@ def make_mask(s: Settings, job: Stage, folder: Path):
 def mask_stage(s: Settings):
     """mask/mask.safetensors (mask-<kind>/ unless dual): M [L, D]; counts in stage.json."""
     same_slice(s)
-    job = mask_job(s)
-    if not job.is_made():
-        with job.making() as folder:
-            make_mask(s, job, folder)
+    mask_job(s).ensure()
 
 
 # --------------------------------------------------------------------------------------- step 2
 
 
-def aim_of(s: Settings):
-    """The function that says where an objective is to end; None for one that ends nowhere."""
-    if not simu.OBJECTIVES[s.objective].targeted:
-        return None
-    return aim_at_rows if s.layout == "rows" else aim_at_level
-
-
-def aim_at_level(s: Settings, job: Stage, bench: slices.Benchmark, encoded: dict,
-                 model: Transformer) -> tuple:
-    """The losses that the forget rows are to have, and the loop: of all updates."""
-    targets, job.notes["level_from"] = forget_targets(s, bench, encoded["forget"], model, s.seed)
+def aim(s: Settings, job: Stage, bench: slices.Benchmark, encoded: dict, model: Transformer
+        ) -> tuple:
+    """The losses that the forget rows are to have, and the loop: of all updates; of a user's rows
+    it ends where they are forgotten."""
+    forget = encoded["forget"]
+    targets, job.notes["level_from"] = forget_targets(s, bench, forget, model, s.seed)
     print(f"[{job.name}] loss of rows never seen: {job.notes['level_from']}", flush=True)
-    return targets, job.loop
-
-
-def aim_at_rows(s: Settings, job: Stage, bench: slices.Benchmark, encoded: dict,
-                    model: Transformer) -> tuple:
-    """The same with a loop that ends where the rows are forgotten."""
-    targets, _ = aim_at_level(s, job, bench, encoded, model)
+    if s.layout != "rows":
+        return targets, job.loop
     # Drawn once more, because what a model was led to must not also judge it.
-    judges, _ = forget_targets(s, bench, encoded["forget"], model, s.seed + 1)
+    judges, _ = forget_targets(s, bench, forget, model, s.seed + 1)
     job.notes["never_seen"] = [losses.mean().item() for losses in judges]
     return targets, until_forgotten(model, encoded, targets, s, job)
 
@@ -154,41 +135,35 @@ def aim_at_rows(s: Settings, job: Stage, bench: slices.Benchmark, encoded: dict,
 def unlearn_job(s: Settings) -> Stage:
     inputs = dict(original=content(s.run / "original")) | data_inputs(s)
     takes = (slices.Slice, Source, Placement, objectives.Unlearning)
-    if aim_of(s):
+    if simu.OBJECTIVES[s.objective].targeted:
         takes += (Level,)
         if s.level == "retain-only":
             inputs["retain-only"] = content(s.run / "retain-only")
     if simu.METHODS[s.method].masked:
         mask_job(s).require()
         inputs[mask_name(s)] = content(s.run / mask_name(s))
-    return Stage(s.run / unlearned_name(s), s, inputs=inputs, takes=takes,
-                 code=(make_unlearned, aim_of(s), trim_of(s)))
+    return Stage(s.run / unlearned_name(s), s, inputs=inputs, takes=takes, code=(make_unlearned,))
 
 
-def make_unlearned(s: Settings, job: Stage, folder: Path, aim=None, trim=None):
-    """aim: aim_of(s), given from outside, so that its code is not that of every objective; trim:
-    trim_of(s)."""
+def make_unlearned(s: Settings, job: Stage, folder: Path):
     mask, targets, loop = None, None, job.loop
     if simu.METHODS[s.method].masked:
         mask = load_file(s.run / mask_name(s) / "mask.safetensors")["mask"]
     bench, encoded = encoded_rows(s, s.objective)
     model, s = load_original(s, job, "unlearn", encoded)
-    encoded = trim(s, bench, encoded, model) if trim else encoded
-    if aim:
+    encoded = without_ends(s, bench, encoded, model)
+    if simu.OBJECTIVES[s.objective].targeted:
         targets, loop = aim(s, job, bench, encoded, model)
     simu.unlearn(model, encoded["forget"], encoded["retain"], mask, s, targets=targets,
                  title=unlearned_name(s), loop=loop, record=job.record("log.jsonl"),
                  **fused.on(model.embed_tokens.weight.device, s.state))
     checkpoint.save_model(model.to(stored_dtype(s.run / "original")), folder)
     data.copy_tokenizer(s.run / "original", folder)
+    write_generation_config(folder, job.s)
+    write_card(folder, job.name, job.s, dataclasses.asdict(job.s))
 
 
 def unlearn_stage(s: Settings):
     """<method>-<objective>/: the unlearned model in HF layout, its tokenizer, log.jsonl."""
     same_slice(s)
-    job = unlearn_job(s)
-    if not job.is_made():
-        with job.making() as folder:
-            make_unlearned(s, job, folder, aim_of(s), trim_of(s))
-            write_generation_config(folder, s)
-            write_card(folder, job.name, s, dataclasses.asdict(s))
+    unlearn_job(s).ensure()

@@ -3,13 +3,11 @@
 import io
 import multiprocessing
 import os
-import signal
 import sys
 import threading
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import redirect_stdout
-from functools import partial
 
 import torch
 from tqdm import tqdm
@@ -37,54 +35,37 @@ def end_with_parent():
 
 def run_each(function, items: list, jobs: int, title: str):
     """function of each item, as they come, `jobs` processes at a time, with a bar."""
-    with tqdm(total=len(items), desc=title) as bar:
-        if jobs == 1 or len(items) < 2:
-            for item in items:
-                yield function(item)
-                bar.update()
-            return
-        threads = max(1, (os.cpu_count() or 1) // jobs)
-        pool = ProcessPoolExecutor(min(jobs, len(items)), multiprocessing.get_context("spawn"),
-                                   start_worker, (threads,))
-        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # workers inherit it: Ctrl-C is ours
+    if jobs == 1 or len(items) < 2:
+        yield from map(function, tqdm(items, desc=title))
+        return
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    pool = ProcessPoolExecutor(min(jobs, len(items)), multiprocessing.get_context("spawn"),
+                               start_worker, (threads,))
+    try:
         futures = [pool.submit(function, item) for item in items]
-        signal.signal(signal.SIGINT, handler)
-        try:
-            for future in as_completed(futures):
-                yield future.result()
-                bar.update()
-        except BrokenProcessPool:
-            raise UserError(f"{title}: the system ended one of {jobs} workers, most likely for "
-                            "want of memory; free some (a sweep: lower --jobs), and the same "
-                            "command goes on from what is done") from None
-        except BaseException:
-            for worker in multiprocessing.active_children():  # or they would end their items first
-                worker.terminate()
-            raise
-        finally:
-            pool.shutdown(cancel_futures=True)
+        for future in tqdm(as_completed(futures), desc=title, total=len(items)):
+            yield future.result()
+    except BrokenProcessPool:
+        raise UserError(f"{title}: the system ended one of {jobs} workers, most likely for want of "
+                        "memory; free some (a sweep: lower --jobs), and the same command goes on "
+                        "from what is done") from None
+    finally:
+        for worker in multiprocessing.active_children():  # or they would end their items first
+            worker.terminate()
+        pool.shutdown(cancel_futures=True)
 
 
-def unlearn_and_evaluate(s: Settings):
-    unlearn_stage(s)
-    evaluate(s.run, unlearned_name(s))
-
-
-def printed(work) -> str:
-    """What work() prints, which the parent then shows in one piece."""
+def unlearn_and_evaluate(s: Settings) -> str:
+    """What it prints, which the parent then shows in one piece."""
     with redirect_stdout(io.StringIO()) as text:
-        work()
+        unlearn_stage(s)
+        evaluate(s.run, unlearned_name(s))
     return text.getvalue()
 
 
 def unlearn_each(options: dict, each: list[str]):
-    """Unlearned models share nothing: on two cores two are made at once, with the same bytes, and
-    what they are compared with is evaluated beside them."""
-    several = [resolve(options | dict(zip(("method", "objective"), pair.split(":"))))
-               for pair in each]
-    run, jobs = several[0].run, [partial(unlearn_and_evaluate, s) for s in several]
-    if (run / "retain-only").exists():
-        jobs.append(partial(evaluate, run, "retain-only"))
-    with lock(run):
-        for text in run_each(printed, jobs, os.cpu_count() or 1, "unlearn"):
+    """Unlearned models share nothing: on two cores two are made at once, with the same bytes."""
+    several = [resolve(options | dict(zip(("method", "objective"), x.split(":")))) for x in each]
+    with lock(several[0].run):
+        for text in run_each(unlearn_and_evaluate, several, os.cpu_count() or 1, "unlearn"):
             tqdm.write(text, end="")

@@ -21,7 +21,6 @@ import shutil
 import signal
 import sys
 import tempfile
-import time
 import traceback
 from pathlib import Path
 
@@ -45,20 +44,14 @@ REMOVES = {"os.remove", "os.rmdir"}
 TOUCHES = REMOVES | {"os.rename", "os.mkdir", "os.truncate", "shutil.rmtree"}
 
 
-def run_stages(run: Path, size: list[str], stages: tuple):
-    for stage in stages:
-        name, *options = stage.split()
-        command_line([name, "tofu", "tiny-llama", "--out", str(run), *size, *options])
-
-
-def run_short(folder: Path):
-    run_stages(folder / "run", SIZE.format(data=folder.parent / "data").split(), SHORT)
-
-
-def run_all(folder: Path):
-    """A run, its attacks and report, and a sweep."""
+def make_runs(folder: Path, short: bool):
+    """A run; unless short also its attacks and report, and a sweep."""
     run, size = str(folder / "run"), SIZE.format(data=folder.parent / "data").split()
-    run_stages(folder / "run", size, STAGES)
+    for stage in SHORT if short else STAGES:
+        name, *options = stage.split()
+        command_line([name, "tofu", "tiny-llama", "--out", run, *size, *options])
+    if short:
+        return
     command_line(["evaluate", run, "original", "simu-soft-graddiff"])
     command_line(["attack", run, "simu-soft-graddiff"])
     command_line(["report", run])
@@ -67,8 +60,8 @@ def run_all(folder: Path):
 
 
 def die_at(operation: int, folder: Path) -> list[int]:
-    """Have SIGKILL end this process before its so-manieth operation on a folder's files (0: never).
-    Returns a list whose only item counts them."""
+    """Have SIGKILL end this process before an operation on a folder's files, by its number (0:
+    never). Returns a list whose only item counts them."""
     count = [0]
 
     def hook(event, args):
@@ -85,8 +78,8 @@ def die_at(operation: int, folder: Path) -> list[int]:
     return count
 
 
-def run_child(work, folder: Path, operation: int = 0) -> tuple[bool, list[str]]:
-    """Do the work in a fork, so that torch is imported once only. Returns whether SIGKILL ended it,
+def run_child(folder: Path, short: bool, operation: int = 0) -> tuple[bool, list[str]]:
+    """Make the runs in a fork, so that torch is imported once only. Returns whether SIGKILL ended it,
     and what it printed; its last line counts the operations."""
     sys.stdout.flush()  # a fork must find nothing unwritten
     with tempfile.TemporaryFile("w+", encoding="utf-8") as printed:
@@ -97,7 +90,7 @@ def run_child(work, folder: Path, operation: int = 0) -> tuple[bool, list[str]]:
             status = 1
             try:
                 count = die_at(operation, folder)
-                work(folder)
+                make_runs(folder, short)
                 print(count[0])
                 status = 0
             except BaseException:
@@ -128,39 +121,37 @@ def snapshot(folder: Path) -> dict[str, object]:
     return files
 
 
-def disturb(work, folder: Path, operations: int, rng: random.Random) -> list[str]:
+def disturb(folder: Path, short: bool, operations: int, rng: random.Random) -> list[str]:
     """Kill a fresh run, and the one that goes on from it, and let the next finish. Returns the last
     line before each kill."""
     kills = []
     for most in (operations, max(1, operations // 3)):
-        killed, lines = run_child(work, folder, rng.randint(1, most))
+        killed, lines = run_child(folder, short, rng.randint(1, most))
         if killed:
             kills.append(lines[-1] if lines else "the start")
-    run_child(work, folder)
+    run_child(folder, short)
     return kills
 
 
 def main():
-    short, rng = sys.argv[1:] == ["--short"], random.Random(0)
+    short, rng, good, kills = sys.argv[1:] == ["--short"], random.Random(0), 0, 0
     count = 1 if short else int(sys.argv[1]) if len(sys.argv) > 1 else 30
-    work, good, kills, begin = run_short if short else run_all, 0, 0, time.monotonic()
     with tempfile.TemporaryDirectory() as home:
         folder = Path(home) / "killed"
         world.make_data(Path(home))
-        _, lines = run_child(work, folder)
+        _, lines = run_child(folder, short)
         expected, operations = snapshot(folder), int(lines[-1])
         print(f"undisturbed: {operations} operations on files")
         for number in range(1, count + 1):
             shutil.rmtree(folder)
-            last_lines = disturb(work, folder, operations, rng)
+            last_lines = disturb(folder, short, operations, rng)
             result, kills = snapshot(folder), kills + len(last_lines)
             differ = [name for name in expected | result
                       if expected.get(name) != result.get(name)]
             good += not differ
             print(f"{number:3}  killed after: {' | '.join(last_lines)}; "
                   + ("DIFFERENT: " + " ".join(differ) if differ else "same bytes"))
-    print(f"{len(expected)} files equal after {kills} kills: {good} of {count} runs; "
-          f"{time.monotonic() - begin:.0f} s")
+    print(f"{len(expected)} files equal after {kills} kills: {good} of {count} runs")
     sys.exit(good != count)
 
 
