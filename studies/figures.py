@@ -181,7 +181,10 @@ def frontier(folder: Path, about: dict):
     header = ("level", "arm", "seeds", "utility", "half_interval", "simu_minus_arm",
               "difference_half_interval")
     compared = equal_forgetting(fronts, levels)
-    lines = [[*x[:3], *("" if math.isnan(v) else f"{v:.5f}" for v in x[3:])] for x in compared]
+    lines = []
+    for line in compared:
+        numbers = ["" if math.isnan(x) else f"{x:.5f}" for x in line[3:]]
+        lines.append([*line[:3], *numbers])
     write_csv(folder / "figures" / "equal-forgetting.csv", header, lines)
     print(table(list(header), lines))
     gaps = [(gap, half) for *_, gap, half in compared if not math.isnan(half)]
