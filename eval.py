@@ -423,7 +423,7 @@ def evaluate_model(model: Transformer, tokenizer, splits: dict[str, list[Example
 
 
 def collect_rows(model: Transformer, tokenizer, splits: dict[str, list[Example]], *,
-                 benchmark: str, template: str, limits: Limits, limit: int = 0,
+                 benchmark: str, template: str, limits=Limits(), limit: int = 0,
                  scorer=token_scores) -> list[dict]:
     """A row for each Example of these splits: its fields, what the model says, and in row["scores"]
     the texts by name, each with its ids and TokenScores, of which the answer's begin at `start` and

@@ -33,33 +33,23 @@ class UserError(Exception):
     """Something the person at the keyboard can put right: what is wrong, where, what to do."""
 
 
-class RMSNorm(nn.Module):
+class Norm(nn.Module):
     """x / rms(x) * weight; torch divides in float32, as the models were trained, and rounds before
-    the weight, as they did."""
+    the weight, as they did. plain: OLMo's (x - mean) / std without weights, in float32."""
 
-    def __init__(self, dim: int, eps: float):
+    def __init__(self, dim: int, eps: float, plain: bool = False):
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(dim))
         self.eps = eps
+        self.weight = None if plain else nn.Parameter(torch.ones(dim))
 
     def forward(self, x):
+        if self.weight is None:
+            return F.layer_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype)
         return F.rms_norm(x, x.shape[-1:], eps=self.eps) * self.weight
 
 
-class LayerNorm(nn.Module):
-    """OLMo's (x - mean) / std without weights, in float32."""
-
-    def __init__(self, dim: int, eps: float):
-        super().__init__()
-        self.eps = eps
-
-    def forward(self, x):
-        return F.layer_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype)
-
-
-def make_norm(c: "Config") -> nn.Module:
-    norm = LayerNorm if c.architecture.plain_norm else RMSNorm
-    return norm(c.hidden_size, c.rms_norm_eps)
+def make_norm(c: "Config") -> Norm:
+    return Norm(c.hidden_size, c.rms_norm_eps, c.architecture.plain_norm)
 
 
 def rotate(x, cos, sin):
@@ -70,7 +60,7 @@ def rotate(x, cos, sin):
 
 
 def attention(q, k, v, mask):
-    """q [B, H, T, hd] on k, v [B, K, S, hd] -> [B, T, H*hd], with scores + mask [B, 1, T, S]"""
+    """q [B, H, T, hd] on k, v [B, K, S, hd] -> [B, T, H*hd]; mask [B, 1, T, S]: seen, or added"""
     B, H, T, hd = q.shape
     shared = H // k.shape[1]  # heads with the same keys stand as queries of one, which copies none
     q = q.reshape(B, -1, shared * T, hd)  # [B, K, H/K * T, hd]
@@ -102,8 +92,8 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(q_size, c.hidden_size, bias=False)
         if self.norms:
             heads = self.norms == "head"
-            self.q_norm = RMSNorm(c.head_dim if heads else q_size, c.rms_norm_eps)
-            self.k_norm = RMSNorm(c.head_dim if heads else kv_size, c.rms_norm_eps)
+            self.q_norm = Norm(c.head_dim if heads else q_size, c.rms_norm_eps)
+            self.k_norm = Norm(c.head_dim if heads else kv_size, c.rms_norm_eps)
 
     def qkv(self, x, cos, sin):
         """x [B, T, D], cos and sin [T, hd] or [B, T, hd] -> q [B, H, T, hd], k, v [B, K, T, hd],
@@ -332,6 +322,7 @@ class Transformer(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
+        self.stored_dtype = self.generation_config = None  # those of the folder it came from
         self.checkpoint = False  # True: blocks recompute their activations in the backward pass
         # Not nn.Embedding(V, D): its initialisation on the meta device imports torch._dynamo.
         table = torch.empty(config.vocab_size, config.hidden_size)
@@ -372,8 +363,7 @@ class Transformer(nn.Module):
         layer what stands in for causal_attention; `cos_sin`: self.rope of the ids' positions, if
         not from 0 on."""
         x = self.embed_tokens(ids)  # [B, T, D]
-        if attends is None:
-            attends = [causal_attention] * len(self.layers)
+        attends = attends or [causal_attention] * len(self.layers)
         if cos_sin is None:
             cos_sin = self.rope(torch.arange(ids.shape[1], device=ids.device))
         for block, attend in zip(self.layers, attends):
@@ -404,13 +394,21 @@ class Transformer(nn.Module):
         with torch.device("meta"):
             model = cls(Config.from_dir(path, neurons=neurons))
         load_weights(model, Path(path), dtype, device)
+        file = Path(path) / "generation_config.json"
+        model.generation_config = read_json(file) if file.is_file() else None
         return model
 
     def save_pretrained(self, path):
-        """Write a HF folder, config.json and model.safetensors, in the dtype of the weights. Each
-        file appears under its name only when whole."""
-        save_tensors(Path(path) / "model.safetensors", stored_parameters(self), {"format": "pt"})
-        write_json(Path(path) / "config.json", self.config.to_hf(self.embed_tokens.weight.dtype))
+        """Write a HF folder: config.json, model.safetensors, and the generation_config.json of the
+        folder it came from, in whose dtype float32 weights are stored. Files appear complete."""
+        dtype = self.embed_tokens.weight.dtype
+        if dtype == torch.float32:
+            dtype = self.stored_dtype or dtype
+        weights = {name: p.detach().to(dtype) for name, p in stored_parameters(self).items()}
+        save_tensors(Path(path) / "model.safetensors", weights, {"format": "pt"})
+        write_json(Path(path) / "config.json", self.config.to_hf(dtype))
+        if self.generation_config is not None:
+            write_json(Path(path) / "generation_config.json", self.generation_config)
 
 
 # -------------------------------------------------------------------------------------- decoding
@@ -494,6 +492,8 @@ def load_weights(model, folder: Path, dtype, device):
     if faults:
         raise UserError(f"{folder}: {len(faults)} weights do not fit config.json: "
                         f"{', '.join(faults[:4])}; take both from the same model")
+    with safe_open(files["model.embed_tokens.weight"], framework="pt") as shard:
+        model.stored_dtype = shard.get_tensor("model.embed_tokens.weight").dtype
     for name, parameter in parameters.items():
         weight = read_weight(files[name], name, parameter.shape, dtype, device)
         module, _, leaf = name.removeprefix("model.").rpartition(".")

@@ -20,18 +20,16 @@ loop with everything moving: FO-GradDiff under AdamW, SO-GradDiff under Sophia.
 
 Letters: B batch, T time, L layers, D neurons of a layer (its width), H heads, K kv heads, hd head
 size, F d_ff, V vocabulary, N answer tokens of a batch, A of its longest answer, J path nodes run at
-once, R = J * A, C neurons chosen of D. [D#]: the readings of the paper listed in the README.
+once, C neurons chosen of D. [D#]: the readings of the paper listed in the README.
 
 Part 1 is the method to the letter. Part 2 gives each of its steps a fast twin, with the reason why
 the two are equal and the test that holds them so. Then come the tables that a fork edits, and the
 settings with Tables 3 and 4. Tables 1-2 are eval.py's; Table 5 counts what `critical_mask` selects.
-
-Not here: several GPUs, quantised training, adapters.
 """
 
 import math
 import random
-from collections import Counter
+from collections import Counter, namedtuple
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Callable
@@ -45,18 +43,23 @@ from data import IGNORE, Batch, Encoded, batches_by_length, collate, option
 from model import NEURONS, Transformer, UserError, attention, causal_attention
 
 LOGITS = 1 << 25  # logits held at once, the largest tensors there are: 128 MiB of float32
+IN_CACHE = 1 << 17  # numbers updated at once on a CPU, so that its cache holds the temporaries
 PATHS = ("layer", "neuron")
 
 # ==================================================================== Part 1: the method
 # ----------------------------------------------------- Step 1: attribution (Eq. 1-2)
 
 
-def check_path(steps: int, path: str):
+def scaled_together(model: Transformer, steps: int, path: str) -> list[slice]:
+    """The neurons of a layer that each path scales: all of them, or one [D4]."""
     if steps < 1 or path not in PATHS:
         raise UserError(f"steps m = {steps} and path {path!r}: m must be at least 1, and path "
                         f"{' or '.join(PATHS)}")
+    D = model.config.neuron_count
+    return [slice(0, D)] if path == "layer" else [slice(k, k + 1) for k in range(D)]
 
 
+@torch.enable_grad()  # whatever the caller has set
 def path_node(model: Transformer, prefix: list[int], label: int, l: int, neurons: slice,
               share: float) -> tuple[Tensor, Tensor]:
     """beta [D] of layer l at the prefix's last position, and d log P(label | prefix) / da [D] where
@@ -72,10 +75,9 @@ def path_node(model: Transformer, prefix: list[int], label: int, l: int, neurons
 
     mlp.intervene = scale
     try:
-        with torch.enable_grad():  # whatever the caller has set
-            ids = torch.tensor([prefix], device=model.embed_tokens.weight.device)
-            log_p = model(ids)[0, -1].log_softmax(-1)[label]  # Eq. 1b without its minus [D3]
-            grad, = torch.autograd.grad(log_p, activations["a"])
+        ids = torch.tensor([prefix], device=model.embed_tokens.weight.device)
+        log_p = model(ids)[0, -1].log_softmax(-1)[label]  # Eq. 1b without its minus [D3]
+        grad, = torch.autograd.grad(log_p, activations["a"])
     finally:
         mlp.intervene = None
     return activations["beta"].float(), grad.float()
@@ -83,18 +85,15 @@ def path_node(model: Transformer, prefix: list[int], label: int, l: int, neurons
 
 def attribute_loop(model: Transformer, encoded: Encoded, *, steps: int = 5,
                    path: str = "layer") -> Tensor:
-    """Att(w_l^k) of Eq. 1-2 for one pair, as the paper writes it: float32 [L, D].
-
-    One sample per answer token [D2], one layer (or neuron [D4]), one node of the path at a time,
-    each in a separate forward and backward pass. `attribute` gives the same numbers fast."""
-    check_path(steps, path)
-    D = model.config.neuron_count
-    scores = torch.zeros(len(model.layers), D, device=model.embed_tokens.weight.device)
-    scaled_together = [slice(0, D)] if path == "layer" else [slice(k, k + 1) for k in range(D)]
+    """Att(w_l^k) of Eq. 1-2 for one pair, as the paper writes it: float32 [L, D]. One sample per
+    answer token [D2], one layer (or neuron [D4]), one node of the path at a time, each in a forward
+    and backward pass of its own. `attribute` gives the same numbers fast."""
+    L, D = len(model.layers), model.config.neuron_count
+    scores = torch.zeros(L, D, device=model.embed_tokens.weight.device)
     for i in range(encoded.start, len(encoded.ids)):  # sample i: predict token i
         prefix, label = encoded.ids[:i], encoded.ids[i]
-        for l in range(len(model.layers)):
-            for neurons in scaled_together:
+        for l in range(L):
+            for neurons in scaled_together(model, steps, path):
                 for j in range(1, steps + 1):
                     beta, grad = path_node(model, prefix, label, l, neurons, j / steps)
                     scores[l, neurons] += beta[neurons] * grad[neurons] / steps  # Eq. 2
@@ -104,18 +103,14 @@ def attribute_loop(model: Transformer, encoded: Encoded, *, steps: int = 5,
 # ------------------------------------------------- Step 1: critical neurons (Section 2.1)
 
 
-def need_finite_scores(scores: Tensor):
-    if not torch.isfinite(scores).all():
-        raise UserError("attribution scores are not finite; the model's weights or activations "
-                        "overflow: attribute in float32 (--dtype float32), or fetch it again")
-
-
 def critical_mask(scores: Tensor, threshold: float) -> Tensor:
     """bool [L, D]: Att > t * M_l with M_l = max_k Att(w_l^k), strict, layer by layer. A layer
     whose maximum is not positive holds nothing critical [D5]."""
     if not 0 < threshold <= 1:
         raise UserError(f"threshold t = {threshold}; it must be in (0, 1]")
-    need_finite_scores(scores)
+    if not scores.isfinite().all():
+        raise UserError("attribution scores are not finite; the model's weights or activations "
+                        "overflow: attribute in float32 (--dtype float32), or fetch it again")
     top = scores.amax(dim=1, keepdim=True)
     return (scores > threshold * top) & (top > 0)
 
@@ -124,8 +119,7 @@ def critical_mask(scores: Tensor, threshold: float) -> Tensor:
 
 
 def mean_nll(model: Transformer, batch: Batch) -> Tensor:
-    """l(y | x) of A.1: the mean of -log P over a batch's answer tokens and eos. Only they go
-    through the output head."""
+    """l(y | x) of A.1: the mean of -log P over a batch's answer tokens and eos."""
     counted = batch.targets != IGNORE
     logits = model.logits(model.hidden(batch.ids)[counted])  # [N, V]
     return F.cross_entropy(logits, batch.targets[counted], reduction="sum") / counted.sum()
@@ -140,18 +134,18 @@ def graddiff_loss(model: Transformer, forget: Batch, retain: Batch, lam: float) 
 
 
 def sophia(recipe: "Unlearning", lr: float, weight_decay: float, step: int):
-    """Rules of an update: moments(grad, m, h) -> new m, h; weights(param, m, h) -> new param, and
-    how many coordinates were clipped. step, the update's number from 1, is not needed here."""
+    """Rules of an update: moments(grad, m, h) -> new m, h; weights(param, m, h) -> new param. step,
+    the update's number from 1, is not needed here."""
     beta1, beta2, gamma, eps = recipe.beta1, recipe.beta2, recipe.gamma, recipe.eps
 
-    def moments(grad: Tensor, m: Tensor, h: Tensor):
+    def moments(grad, m, h):
         """Eq. 4: one EMA of g and one of g^2, both at every update [D7]."""
         return beta1 * m + (1 - beta1) * grad, beta2 * h + (1 - beta2) * grad.square()
 
-    def weights(param: Tensor, m: Tensor, h: Tensor):
+    def weights(param, m, h):
         """Eq. 3 with decoupled decay."""
         ratio = m / (gamma * h).clamp_min(eps)
-        return param * (1 - lr * weight_decay) - lr * ratio.clamp(-1, 1), (ratio.abs() >= 1).sum()
+        return param * (1 - lr * weight_decay) - lr * ratio.clamp(-1, 1)
 
     return moments, weights
 
@@ -165,44 +159,40 @@ def blend(mask: Tensor | None, new: Tensor, old: Tensor) -> Tensor:
 
 
 def masked_update(param: Tensor, grad: Tensor, m: Tensor, h: Tensor, rules: tuple,
-                  mask: Tensor | None) -> Tensor:
-    """One update in place, by the rules that a row of OPTIMISERS gives, the mask at the three
-    points of Eq. 5-7. Returns the number of clipped coordinates. All tensors have one shape; mask
-    broadcasts to it, with real values in [0, 1]."""
+                  mask: Tensor | None):
+    """One update in place, by the rules of a row of OPTIMISERS, M at the three points of Eq. 5-7.
+    It broadcasts to the shape of the other tensors, with real values in [0, 1]."""
     moments, weights = rules
     m_new, h_new = moments(grad, m, h)  # Eq. 4
     m.copy_(blend(mask, m_new, m))  # (i) Eq. 5
     h.copy_(blend(mask, h_new, h))  # (ii) Eq. 6
-    new, clipped = weights(param, m, h)  # Eq. 3
-    param.copy_(blend(mask, new, param))  # (iii) Eq. 7
-    return clipped
+    param.copy_(blend(mask, weights(param, m, h), param))  # Eq. 3; (iii) Eq. 7
 
 
 def sophia_update(param: Tensor, grad: Tensor, m: Tensor, h: Tensor, *, lr: float, beta1: float,
                   beta2: float, gamma: float, eps: float, weight_decay: float,
-                  mask: Tensor | None = None) -> Tensor:
-    """`masked_update` by Sophia, Eq. 3-7, on float32 param, grad, m, h of one shape: for use apart
-    from a model and its recipe. The loops below call masked_update themselves."""
+                  mask: Tensor | None = None):
+    """Eq. 3-7 apart from a model and its recipe, on float32 tensors of one shape."""
     recipe = Unlearning(beta1=beta1, beta2=beta2, gamma=gamma, eps=eps)
-    return masked_update(param, grad, m, h, sophia(recipe, lr, weight_decay, step=1), mask)
+    masked_update(param, grad, m, h, sophia(recipe, lr, weight_decay, step=1), mask)
 
 
 def adamw(recipe: "Unlearning", lr: float, weight_decay: float, step: int):
-    """FO-GradDiff's rules. AdamW clips nothing."""
+    """FO-GradDiff's rules."""
     beta1, beta2 = recipe.beta1, recipe.adam_beta2
 
-    def moments(grad: Tensor, m: Tensor, h: Tensor):
+    def moments(grad, m, h):
         return m.lerp(grad, 1 - beta1), (h * beta2).addcmul(grad, grad, value=1 - beta2)
 
-    def weights(param: Tensor, m: Tensor, h: Tensor):
+    def weights(param, m, h):
         root = (h / (1 - beta2 ** step)).sqrt().add(recipe.adam_eps)
-        new = (param * (1 - lr * weight_decay)).addcdiv(m, root, value=-lr / (1 - beta1 ** step))
-        return new, torch.zeros((), dtype=torch.int64, device=param.device)
+        return (param * (1 - lr * weight_decay)).addcdiv(m, root, value=-lr / (1 - beta1 ** step))
 
     return moments, weights
 
 
 OPTIMISERS = {"sophia": sophia, "adamw": adamw}
+ELEMENTWISE = ("sophia", "adamw")  # a matrix may be updated in parts; another row's may need it all
 
 # -------------------------------------------------- Step 2: what moves (Section 2.2) [D9]
 
@@ -240,7 +230,7 @@ def mask_of_weights(model: Transformer, mask: Tensor | None, recipe: "Unlearning
     if METHODS[recipe.method].masked:
         if mask is None or mask.shape != (len(model.layers), model.config.neuron_count):
             raise UserError(f"method {recipe.method} needs a mask of one value per layer and "
-                            "neuron; make_mask gives one")
+                            "neuron; a row of MASKS gives one")
         neurons = NEURONS[model.config.neurons]  # by default the rows of down_proj [D1]
         for block, M in zip(model.layers, mask):
             moving |= {getattr(block.mlp, name).weight: M[:, None] for name in neurons.rows}
@@ -257,7 +247,7 @@ def learning_rate(step: int, total: int, peak: float, warmup: float) -> float:
     return peak * min(step / rise, (total - step + 1) / (total - rise + 1))
 
 
-def unlearning_order(n_forget: int, n_retain: int, recipe: "Unlearning") -> list[tuple[list, list]]:
+def unlearning_order(n_forget: int, n_retain: int, recipe: "Unlearning"):
     """For each update, the indices of its forget rows and of the retain rows drawn to go with them
     [D8]. Epochs are permutations laid end to end and cut into full batches, as SOUL does."""
     rng, B = random.Random(recipe.seed), recipe.batch
@@ -299,17 +289,15 @@ def unlearn_loop(model: Transformer, forget: list[Encoded], retain: list[Encoded
 # ============================================================= Part 2: the same, fast
 # --------------------------------------------------------- `attribute` for `attribute_loop`
 # Why it is the same: under causal attention, what comes before a sample's last position does not
-# depend on the scaled activation there. So one clean pass serves every sample of a pair with its
-# keys and values, and a second stream holds just the last positions, all samples and nodes at once
-# (test_attribute_equals_the_loop).
+# depend on the scaled activation there. So one clean pass gives keys and values to every sample of
+# a pair, whose last positions are a second stream, all at once (test_attribute_equals_the_loop).
 
 
+@torch.enable_grad()
 def attribute(model: Transformer, batch: Batch, *, steps: int = 5, path: str = "layer") -> Tensor:
-    """attribute_loop summed over a batch of pairs: float32 [L, D], the same numbers to rounding.
-
-    Costs about L*(m-1)/2 forward-backward passes per *pair*, however many tokens its answer has.
-    path="neuron" costs D times that: for tiny models. UserError without an answer token."""
-    check_path(steps, path)
+    """attribute_loop summed over a batch of pairs: float32 [L, D], the same numbers to rounding, in
+    about L*(m-1)/2 forward-backward passes per pair, however many tokens its answer has. Path
+    "neuron" takes D times as many: for tiny models."""
     answer = batch.targets != IGNORE  # [B, T]
     if not answer.any():
         raise UserError("a batch without answer tokens has nothing to attribute")
@@ -319,14 +307,15 @@ def attribute(model: Transformer, batch: Batch, *, steps: int = 5, path: str = "
     with trainable(model, set()):
         clean = Clean(model, batch.ids, pos, batch.targets.gather(1, pos))
         scores = last_node(clean)  # j = m scales nothing, so one pass serves every layer
-        if steps > 1:
-            for l in range(len(model.layers)):
-                scores[l] += lower_nodes(clean, l, steps, path)  # j = 1..m-1
+        for l in range(len(model.layers)):
+            for neurons in scaled_together(model, steps, path):
+                if steps > 1:
+                    scores[l, neurons] += lower_nodes(clean, l, steps, neurons)
     return scores / steps  # the 1/m of Eq. 2
 
 
 @contextmanager
-def trainable(model: Transformer, wanted: set):
+def trainable(model, wanted: set):
     """Only the `wanted` weights require gradients while the block runs."""
     before = {p: p.requires_grad for p in model.parameters()}
     try:
@@ -343,52 +332,47 @@ class Clean:
     pos [B, A] of all samples alone; labels [B, A]: the token after each, or IGNORE."""
 
     @torch.no_grad()
-    def __init__(self, model: Transformer, ids: Tensor, pos: Tensor, labels: Tensor):
-        def at_ends(x):  # [B, T, D] -> [B, A, D]
-            return x.gather(1, pos[..., None].expand(-1, -1, x.shape[-1]))
-
+    def __init__(self, model, ids, pos, labels):
         def attend(q, k, v):
             self.keys_values.append((k, v))
             return causal_attention(q, k, v)
 
-        positions, A = torch.arange(ids.shape[1], device=ids.device), pos.shape[1]
+        B, A = pos.shape
+        positions = torch.arange(ids.shape[1], device=ids.device)
         x, cos_sin = model.embed_tokens(ids), model.rope(positions)
-        self.model, self.labels, self.cos_sin, self.x = model, labels, model.rope(pos), at_ends(x)
+        ends = torch.arange(B, device=ids.device)[:, None], pos  # x[ends]: [B, T, D] -> [B, A, D]
+        self.model, self.labels = model, labels
+        self.x, self.cos_sin = x[ends], model.rope(pos)
         # A last position sees the clean positions before it, and itself: [B, 1, A, T + A].
-        itself = torch.eye(A, dtype=torch.bool, device=ids.device).expand(len(pos), A, A)
-        seen = torch.cat([positions < pos[..., None], itself], dim=2)
-        self.mask = x.new_zeros(seen.shape).masked_fill(~seen, float("-inf"))[:, None]
-        # Per layer: keys and values [B, K, T, hd]; the residual stream after attention, and beta,
-        # at the last positions [B, A, D].
+        itself = torch.eye(A, dtype=torch.bool, device=ids.device).expand(B, A, A)
+        self.seen = torch.cat([positions < pos[..., None], itself], dim=2)[:, None]
+        # Of each layer: keys, values [B, K, T, hd]; stream after attention, and beta [B, A, D].
         self.keys_values, self.mid, self.beta = [], [], []
         for block in model.layers:
             x, beta = block.up_to_beta(x, *cos_sin, attend)
-            self.mid.append(at_ends(x))
-            self.beta.append(at_ends(beta))
+            self.mid.append(x[ends])
+            self.beta.append(beta[ends])
             x = block.add_beta(x, beta)
 
-    def up_to_beta(self, l: int, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Block.up_to_beta of layer l for the second stream x [N, A, D], N = B * nodes of a path:
-        each last position attends to the clean keys before it, and to its own."""
-        nodes = len(x) // len(self.labels)
+    def up_to_beta(self, l, x):
+        """Block.up_to_beta of layer l for the second stream x [B*J, A, D]: each last position
+        attends to the clean keys before it, and to its own."""
+        keys, values, seen, *cos_sin = (
+            y.repeat_interleave(len(x) // len(y), dim=0)  # [B, ...] -> [B*J, ...]
+            for y in (*self.keys_values[l], self.seen, *self.cos_sin))
 
-        def of_nodes(y):  # [B, ...] -> [N, ...]
-            return y.repeat_interleave(nodes, dim=0)
+        def attend(q, k, v):  # q [B*J, H, A, hd], k and v [B*J, K, A, hd]
+            return attention(q, torch.cat([keys, k], dim=2), torch.cat([values, v], dim=2), seen)
 
-        def attend(q, k, v):  # q [N, H, A, hd], k and v [N, K, A, hd]
-            keys, values = self.keys_values[l]
-            keys = torch.cat([of_nodes(keys), k], dim=2)  # [N, K, T + A, hd]
-            values = torch.cat([of_nodes(values), v], dim=2)
-            return attention(q, keys, values, of_nodes(self.mask))
+        return self.model.layers[l].up_to_beta(x, *cos_sin, attend)
 
-        return self.model.layers[l].up_to_beta(x, *map(of_nodes, self.cos_sin), attend)
-
-    def log_p_gradient(self, x: Tensor, activations: list[Tensor]) -> tuple[Tensor, ...]:
-        """d log P(label) / da (Eq. 1b) [D3], summed over samples, for the second stream x [N, A, D]
-        that left the last layer. d log P(y) / d logits is 1 at y, minus P: three times as fast as
-        autograd, and a few rows of logits, the largest tensors of all, are held at once."""
-        model, hidden, grads = self.model, self.model.norm(x), []
-        labels = self.labels.repeat_interleave(len(x) // len(self.labels), dim=0)  # [N, A]
+    def log_p_gradient(self, x, activations):
+        """d log P(label) / da (Eq. 1b) [D3], summed over samples, of the stream x [B*J, A, D] that
+        left the last layer. d log P(y) / d logits is 1 at y, minus P: without autograd this is
+        three times as fast, and few logits, the largest tensors of all, are held at once."""
+        model, grads = self.model, []
+        hidden = model.norm(x)
+        labels = self.labels.repeat_interleave(len(x) // len(self.labels), dim=0)  # [B*J, A]
         size = max(1, LOGITS // model.config.vocab_size)
         with torch.no_grad():
             for h, y in zip(hidden.flatten(0, 1).split(size), labels.flatten().split(size)):
@@ -399,45 +383,38 @@ class Clean:
         return torch.autograd.grad(hidden, activations, grad)
 
 
-def last_node(clean: Clean) -> Tensor:
+def last_node(clean):
     """beta * d log P / da at a = beta, every layer from one backward pass: float32 [L, D]."""
-    with torch.enable_grad():
-        x, activations = clean.x.detach().requires_grad_(), []
-        for l, block in enumerate(clean.model.layers):
-            x, a = clean.up_to_beta(l, x)
-            activations.append(a)
-            x = block.add_beta(x, a)
-        grads = clean.log_p_gradient(x, activations)
+    x = clean.x.detach().requires_grad_()
+    activations = []
+    for l, block in enumerate(clean.model.layers):
+        x, a = clean.up_to_beta(l, x)
+        activations.append(a)
+        x = block.add_beta(x, a)
+    grads = clean.log_p_gradient(x, activations)
     return torch.stack([(beta.float() * grad.float()).sum((0, 1))  # Eq. 2
                         for beta, grad in zip(clean.beta, grads)])
 
 
-def lower_nodes(clean: Clean, l: int, steps: int, path: str) -> Tensor:
-    """beta * d log P / da of layer l, summed over the nodes j = 1..m-1 of its path, or of the path
-    of each of its neurons [D4]: float32 [D]."""
-    beta, mid, block = clean.beta[l], clean.mid[l][:, None, None], clean.model.layers[l]
-    B, A, D = beta.shape
-    beta = beta[:, None, None]  # [B, 1, 1, A, D]
-    share = torch.arange(1, steps, device=beta.device, dtype=beta.dtype) / steps
-    share = share[:, None, None]  # [J, 1, 1]
-    paths = (torch.ones(1, D) if path == "layer" else torch.eye(D)).to(beta.device)
-    scores = torch.zeros(D, device=beta.device)
-    for scaled in paths.bool().split(max(1, 4096 // (B * A * (steps - 1)))):
-        scaled = scaled[:, None, None]  # [C, 1, 1, D], the neurons that each path scales
-        with torch.enable_grad():
-            a = torch.where(scaled, share * beta, beta).requires_grad_()  # [B, C, J, A, D], Eq. 1a
-            x = block.add_beta(mid, a).flatten(0, 2)  # [N, A, D]
-            for u in range(l + 1, len(clean.model.layers)):
-                x = clean.model.layers[u].add_beta(*clean.up_to_beta(u, x))
-            grad, = clean.log_p_gradient(x, [a])
-        scores += (scaled * beta.float() * grad.float()).sum((0, 1, 2, 3))  # Eq. 2
-    return scores
+def lower_nodes(clean, l, steps, neurons: slice):
+    """beta * d log P / da of these C neurons of layer l, summed over the nodes j = 1..m-1 of their
+    path: float32 [C]."""
+    layers = clean.model.layers
+    beta = clean.beta[l][:, None]  # [B, 1, A, D]
+    j = torch.arange(1, steps, device=beta.device, dtype=beta.dtype)
+    a = beta.repeat(1, steps - 1, 1, 1)  # [B, J, A, D]
+    a[..., neurons] *= j[:, None, None] / steps  # Eq. 1a
+    x = layers[l].add_beta(clean.mid[l][:, None], a.requires_grad_())  # [B, J, A, D]
+    x = x.flatten(0, 1)  # [B*J, A, D]
+    for u in range(l + 1, len(layers)):
+        x = layers[u].add_beta(*clean.up_to_beta(u, x))
+    grad, = clean.log_p_gradient(x, [a])
+    return (beta.float() * grad.float())[..., neurons].sum((0, 1, 2))  # Eq. 2
 
 
 def attribute_rows(model: Transformer, rows: list[Encoded], recipe: "Attribution", *,
                    title: str = "attribute", loop=None) -> Tensor:
-    """Att of Eq. 2 summed over rows, in batches of like length: float32 [L, D]. loop: as in
-    `train`."""
+    """Att of Eq. 2 summed over rows, in batches of like length. loop: as `train`'s."""
     device = model.embed_tokens.weight.device
     total = torch.zeros(len(model.layers), model.config.neuron_count, device=device)
     # Of m nodes, m - 1 run at once; the last is cheaper.
@@ -448,7 +425,6 @@ def attribute_rows(model: Transformer, rows: list[Encoded], recipe: "Attribution
     for number in tqdm(numbers, desc=title, total=count):
         batch = collate([rows[i] for i in batches[number - 1]], device)
         total += attribute(model, batch, steps=recipe.steps, path=recipe.path)
-    need_finite_scores(total)
     return total
 
 
@@ -457,7 +433,7 @@ def attribute_rows(model: Transformer, rows: list[Encoded], recipe: "Attribution
 # from a pass that fits memory (test_the_summands_are_the_gradient_of_graddiff_loss).
 
 
-def passes(model: Transformer, rows: list[Encoded], tokens: int) -> list[list[int]]:
+def passes(model: Transformer, rows: list[Encoded], tokens: int):
     """Indices of the rows that go through the model together: at most so many tokens, and at most
     LOGITS logits unless one row has more."""
     lengths = [len(row.ids) for row in rows]
@@ -469,7 +445,7 @@ def answer_tokens(rows: list[Encoded]) -> int:
     return sum(len(row.ids) - row.start for row in rows)
 
 
-def nll_parts(model: Transformer, rows: list[Encoded], tokens: int):
+def nll_parts(model, rows, tokens):
     """Yields the summands of mean_nll(rows), one per pass of at most `tokens`."""
     for indices in passes(model, rows, tokens):
         part = [rows[i] for i in indices]
@@ -488,12 +464,12 @@ class CriticalRows(nn.Module):
     where M [O, 1], or [1, I], is not 0: the parameter `rows` [C, I], or [O, C]. Meanwhile these are
     0 in the matrix itself, so that the two products add up. mask: a soft M of the rows."""
 
-    def __init__(self, linear: nn.Linear, M: Tensor):
+    def __init__(self, linear, M):
         super().__init__()
-        self.linear, self.dim = linear.requires_grad_(False), int(M.shape[0] == 1)
+        self.linear, self.dim = linear, int(M.shape[0] == 1)
         index = M.flatten().nonzero()[:, 0]  # [C]
-        soft = M.index_select(self.dim, index) if M.is_floating_point() else None
-        self.mask, self.index = soft, index.to(linear.weight.device)
+        self.mask = M.index_select(self.dim, index) if M.is_floating_point() else None
+        self.index = index.to(linear.weight.device)
         self.rows = nn.Parameter(linear.weight.detach().index_select(self.dim, self.index))
         linear.weight.detach().index_fill_(self.dim, self.index, 0.0)
 
@@ -504,8 +480,8 @@ class CriticalRows(nn.Module):
 
 
 @contextmanager
-def critical_rows(model: Transformer, masks: dict):
-    """CriticalRows in place of the matrices of which only some rows move, while the block runs."""
+def critical_rows(model, masks: dict):
+    """CriticalRows in place of the matrices of which only rows move; yields rows -> soft M."""
     stand_ins = []
     try:
         for block in model.layers:
@@ -514,36 +490,26 @@ def critical_rows(model: Transformer, masks: dict):
                 if M is not None and M.any():
                     stand_ins.append((block.mlp, name, CriticalRows(linear, M)))
                     setattr(*stand_ins[-1])
-        yield [module for *_, module in stand_ins]
+        yield {module.rows: module.mask for *_, module in stand_ins}
     finally:
         for mlp, name, module in stand_ins:
             module.linear.weight.detach().index_copy_(module.dim, module.index, module.rows)
             setattr(mlp, name, module.linear)
 
 
-@dataclass
-class Moving:
-    """A weight that moves, as the model reads it; its master, which is the weight itself unless
-    the state has more precision [D10]; its moments; and the M of a soft mask, which broadcasts."""
-
-    name: str
-    weight: nn.Parameter
-    master: Tensor
-    m: Tensor
-    h: Tensor
-    mask: Tensor | None = None
+# A weight that moves, as the model reads it; its master, which is the weight itself unless the
+# state has more precision [D10]; its moments; and the M of a soft mask, which broadcasts, or None.
+Moving = namedtuple("Moving", "name weight master m h mask", defaults=(None,))
 
 
 @contextmanager
-def moving_weights(model: Transformer, recipe: "Unlearning", mask: Tensor | None,
-                   state: torch.dtype = torch.float32):
-    """The weights that recipe.method moves, as a list of Moving; all others are frozen meanwhile.
-    mask [L, D], of a masked method: the rows of down_proj where it is not zero move [D9]. state:
-    the dtype of moments, and of masters unless the model has more precision."""
-    masks = mask_of_weights(model, mask, recipe)
-    everywhere, moving = {p for p, M in masks.items() if M is None}, []
-    with trainable(model, everywhere), critical_rows(model, masks) as modules:
-        soft = {module.rows: module.mask for module in modules}
+def moving_weights(model, recipe, mask, state=torch.float32):
+    """The weights that recipe.method moves [D9], by a mask [L, D] if it is masked, as a list of
+    Moving; all others are frozen meanwhile. state: the dtype of moments, and of masters unless the
+    model has more precision."""
+    masks, moving = mask_of_weights(model, mask, recipe), []
+    everywhere = {p for p, M in masks.items() if M is None}
+    with trainable(model, everywhere), critical_rows(model, masks) as soft:
         for name, p in model.named_parameters():
             if p.requires_grad:
                 master = p.detach().to(torch.promote_types(p.dtype, state))
@@ -556,113 +522,95 @@ def moving_weights(model: Transformer, recipe: "Unlearning", mask: Tensor | None
 
 
 @torch.no_grad()
-def apply_updates(moving: list[Moving], optimiser: Callable, recipe: "Unlearning", *, lr: float,
-                  step: int, shrink: float) -> Tensor:
-    """masked_update of every master, with its weight's gradient times `shrink`; the gradient is
-    freed. Returns the number of clipped coordinates."""
-    clipped = 0
+def apply_updates(moving, optimiser, recipe, *, lr, step, shrink):
+    """masked_update of every master by its weight's gradient times `shrink`, which is freed. Where
+    the master is not the weight itself, it is rounded into it."""
     for w in moving:
         decay = recipe.weight_decay if w.weight.dim() == 2 else 0.0  # none on norms and biases [D7]
-        grad, w.weight.grad = shrink * w.weight.grad.float(), None
         rules = optimiser(recipe, lr, decay, step)
-        clipped += masked_update(w.master, grad, w.m, w.h, rules, w.mask)
-    return clipped
-
-
-def write_masters(moving: list[Moving]):
-    """Round the masters into the weights that the model reads. One of a weight's own dtype is that
-    weight, and copying it onto itself would cost each update two passes over the model."""
-    for w in moving:
+        size = len(w.master)
+        if w.mask is None and w.master.is_cpu and optimiser.__name__ in ELEMENTWISE:
+            size = max(1, IN_CACHE * size // w.master.numel())
+        parts = (t.split(size) for t in (w.master, w.weight.grad, w.m, w.h))
+        for master, grad, m, h in zip(*parts):
+            masked_update(master, shrink * grad.float(), m, h, rules, w.mask)
+        w.weight.grad = None
         if w.weight.dtype != w.master.dtype:
-            w.weight.data.copy_(w.master)
+            w.weight.copy_(w.master)
 
 
 # ------------------------------------------------------------- `unlearn` for `unlearn_loop`
 
 
-def train(model: Transformer, moving: list[Moving], batches: list[tuple], objective: "Objective",
-          recipe: "Unlearning", *, title: str, loop=None, record=None, apply=None) -> list[dict]:
+def train(model, batches, objective, recipe, mask=None, *, title, loop=None, record=None,
+          apply=apply_updates, state=torch.float32):
     """One update per batch (forget rows, retain rows, known) by objective.losses. Returns a log row
-    per update, also handed to record(row). apply: in place of apply_updates. loop(title, total,
-    tensors): gives update numbers, from 1 to total unless it ends early, or goes on from a later
-    one with tensors, all that updates change, filled. It must draw nothing at random: all else that
-    an update takes depends on its number."""
-    tensors = {f"{w.name}.{k}": getattr(w, k) for w in moving for k in ("master", "m", "h")}
-    total, count, log = len(batches), sum(w.master.numel() for w in moving), []
+    per update, also handed to record(row). mask, state: as in `moving_weights`. loop(title, total,
+    tensors) gives update numbers, from 1 to total unless it ends early, or goes on from a later one
+    with tensors, all that updates change, filled; all else that an update takes depends on its
+    number, so a loop must draw nothing at random."""
+    total, log = len(batches), []
+    model.checkpoint = recipe.checkpointing
     optimiser = OPTIMISERS[METHODS[recipe.method].optimiser]
-    numbers = loop(title, total, tensors) if loop else range(1, total + 1)
-    for step in tqdm(numbers, desc=title, total=total):
-        if not log:  # `loop` may have filled the masters
-            write_masters(moving)
-        losses = Counter()
-        for name, loss, logged in objective.losses(model, *batches[step - 1], recipe):
-            loss.backward()
-            losses[name] += logged.detach()
-        for w in moving:
-            if w.weight.grad is None:  # the loss does not reach it
-                w.weight.grad = torch.zeros_like(w.weight)
-        norms = torch._foreach_norm([w.weight.grad for w in moving], dtype=torch.float32)
-        norm = torch.stack(norms).norm().item()
-        losses = {name: value.item() for name, value in losses.items()}
-        if not all(map(math.isfinite, (norm, *losses.values()))):
-            raise UserError(f"{title}: loss or gradient is not finite at update {step} of {total}; "
-                            f"lower --lr (now {recipe.lr:g})")
-        shrink = min(1.0, recipe.clip / (norm + 1e-6))
-        lr = learning_rate(step, total, recipe.lr, recipe.warmup)
-        clipped = (apply or apply_updates)(moving, optimiser, recipe, lr=lr, step=step,
-                                           shrink=shrink)
-        write_masters(moving)
-        log.append(dict(step=step, **losses, lr=lr, grad_norm=norm, clipped=int(clipped) / count))
-        if record:
-            record(log[-1])
+    advice = f"is not finite; lower --lr (now {recipe.lr:g})"
+    with moving_weights(model, recipe, mask, state) as moving:
+        tensors = {f"{w.name}.{k}": getattr(w, k) for w in moving for k in ("master", "m", "h")}
+        numbers = loop(title, total, tensors) if loop else range(1, total + 1)
+        for step in tqdm(numbers, desc=title, total=total):
+            if not log:  # `loop` may have filled the masters
+                for w in moving:
+                    w.weight.data.copy_(w.master)
+            losses = Counter()
+            for name, loss, logged in objective.losses(model, *batches[step - 1], recipe):
+                loss.backward()
+                losses[name] += logged.detach()
+            for w in moving:
+                if w.weight.grad is None:  # the loss does not reach it
+                    w.weight.grad = torch.zeros_like(w.weight)
+            norms = torch._foreach_norm([w.weight.grad for w in moving], dtype=torch.float32)
+            norm = torch.stack(norms).norm().item()
+            losses = {name: value.item() for name, value in losses.items()}
+            if not all(map(math.isfinite, (norm, *losses.values()))):
+                raise UserError(f"{title}: loss or gradient of update {step} of {total} {advice}")
+            lr = learning_rate(step, total, recipe.lr, recipe.warmup)
+            shrink = min(1.0, recipe.clip / (norm + 1e-6))
+            apply(moving, optimiser, recipe, lr=lr, step=step, shrink=shrink)
+            log.append(dict(step=step, **losses, lr=lr, grad_norm=norm))
+            if record:
+                record(log[-1])
+        if not all(w.master.isfinite().all() for w in moving):
+            raise UserError(f"{title}: a weight {advice}")
     return log
 
 
 def unlearn(model: Transformer, forget: list[Encoded], retain: list[Encoded],
-            mask: Tensor | None, recipe: "Unlearning", *, targets: list | float | None = None,
-            title: str = "unlearn", loop=None, record=None, apply=None,
-            state: torch.dtype = torch.float32) -> list[dict]:
+            mask: Tensor | None, recipe: "Unlearning", *, targets=None, title="unlearn",
+            **ways) -> list[dict]:
     """Step 2 (Section 2.2) on model, in place: recipe.method with recipe.objective; returns the
     log, a row per update. mask [L, D]: for masked methods. targets: for objectives with an end, the
-    loss to reach, or of each forget row a loss or one per token. UserError where a loss is not
-    finite or the rows do not fill a batch. Equal to `unlearn_loop` (test_unlearn_equals_the_loop).
-    loop, record, apply: as in `train`; state: as in `moving_weights`, with an `apply` that rounds
-    stochastically to it [D10]."""
+    loss to reach, or of each forget row a loss or one per token. ways: what else `train` takes."""
     order = unlearning_order(len(forget), len(retain), recipe)
     objective = OBJECTIVES[recipe.objective]
     if objective.targeted and targets is None:
         raise UserError(f"objective {recipe.objective} needs targets: the loss that each forget "
                         "row is to reach")
-    if objective.retains and recipe.lam and not retain:
-        raise UserError(f"objective {recipe.objective} needs retain rows; give some, or lam = 0")
-    known, known_retain = [None] * len(forget), [None] * len(retain)
-    with torch.no_grad():
-        if objective.known:
-            known = objective.known(model, forget, targets, recipe)
-        if objective.known_retain:
-            known_retain = objective.known_retain(model, retain, recipe)
-    batches = [([forget[i] for i in f], [retain[i] for i in r],
-                ([known[i] for i in f], [known_retain[i] for i in r])) for f, r in order]
-    model.checkpoint = recipe.checkpointing
-    with moving_weights(model, recipe, mask, state) as moving:
-        log = train(model, moving, batches, objective, recipe, title=title, loop=loop,
-                    record=record, apply=apply)
-        finite = all(w.master.isfinite().all() for w in moving)
-    # Each update's loss checks the update before it. For the last one, some rows' losses do.
-    with torch.no_grad():
-        losses = [mean_nll(model, collate([row], model.embed_tokens.weight.device))
-                  for row in forget[::max(1, len(forget) // 8)]]
-    if not finite or not all(map(torch.isfinite, losses)):
-        raise UserError(f"{title}: weights or losses are not finite after the last update; lower "
-                        f"--lr (now {recipe.lr:g})")
-    return log
+    if recipe.lam and not retain:
+        raise UserError("there are no retain rows; give some, or lam = 0")
+    known = [None] * len(forget), [None] * len(retain)
+    if objective.known:
+        with torch.no_grad():
+            known = objective.known(model, forget, retain, targets, recipe)
+    batches = []
+    for f, r in order:
+        known_now = [known[0][i] for i in f], [known[1][i] for i in r]
+        batches.append(([forget[i] for i in f], [retain[i] for i in r], known_now))
+    return train(model, batches, objective, recipe, mask, title=title, **ways)
 
 
 # ============================================================= Tables: a fork adds a row
-# ------------------------------------------------------------------------------- masks
 
-# M from forget and retain scores, t and seed. dual keeps neurons that are critical for both sets
-# [D6]. pipeline/objectives.py adds others.
+# M [L, D], bool or real-valued, from forget and retain scores, t and seed. dual keeps neurons that
+# are critical for both sets [D6]. pipeline/objectives.py adds others.
 MASKS = {
     "dual": lambda forget, retain, t, seed: critical_mask(forget, t),
     "forget-only": lambda forget, retain, t, seed: (critical_mask(forget, t)
@@ -670,28 +618,16 @@ MASKS = {
 }
 
 
-def make_mask(kind: str, forget: Tensor, retain: Tensor, *, threshold: float, seed: int) -> Tensor:
-    """M [L, D], a row of MASKS, from forget and retain scores [L, D]: bool, soft float32."""
-    return MASKS[kind](forget, retain, threshold, seed)
-
-
-# -------------------------------------------------------------------------- objectives
-
-
 @dataclass(frozen=True)
 class Objective:
-    """The loss of an update, in summands.
-
-    losses(model, forget rows, retain rows, known, recipe) yields (name, summand, value): `train`
-    back-propagates and frees each summand before it asks for the next, and logs the sum of values
-    by name. known: for the forget and for the retain rows, what `known` and `known_retain` gave of
-    each, or None."""
+    """losses(model, forget rows, retain rows, known, recipe) yields summands (name, loss, value):
+    `train` back-propagates and frees each before it asks for the next, and logs the sum of values
+    by name. known(model, forget rows, retain rows, targets, recipe): two lists, what is to be known
+    of each row before the model moves; `losses` is given those of its rows."""
 
     losses: Callable
-    known: Callable | None = None  # (model, rows, targets, recipe) -> list, before the model moves
-    known_retain: Callable | None = None  # (model, rows, recipe) -> list
+    known: Callable | None = None
     targeted: bool = False  # needs the `targets` of unlearn
-    retains: bool = True  # needs retain rows, unless lam = 0
     about: str = ""
 
 
@@ -718,47 +654,37 @@ OBJECTIVES = {  # pipeline/objectives.py adds others
 @dataclass(frozen=True, kw_only=True)
 class Common:
     """What every step takes."""
-
     seed: int = option(0, "seeds every draw: slice, initial weights, order, pairing", low=0)
-    neurons: str = option("output", "of a layer's MLP: its outputs [D1], or what down_proj reads",
-                          choices=NEURONS)
+    neurons: str = option("output", "of an MLP: outputs [D1], or inner ones", choices=NEURONS)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Attribution(Common):
     """Step 1, scores (Section 2.1)."""
-
     steps: int = option(5, "m: nodes on the path from 0 to beta (Eq. 1)", low=1, high=1000)
-    path: str = option("layer", "scale a layer's outputs together, or one neuron at a time [D4]",
-                       choices=PATHS)
-    attribution_tokens: int = option(4096, "tokens in one attribution pass, path nodes counted in",
-                                     low=1)
+    path: str = option("layer", "which neurons are scaled together [D4]", choices=PATHS)
+    attribution_tokens: int = option(4096, "tokens in a pass, times the path's nodes", low=1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Masking(Common):
     """Step 1, mask (Section 2.1)."""
-
     threshold: float = option(0.3, "t: critical if Att > t * max of the layer", above=0, high=1)
     mask: str = option("dual", "dual keeps neurons critical for both sets [D6], forget-only drops, "
-                       "soft weighs them; random: of equal size; none: attention only; all: no "
-                       "mask on down_proj", choices=MASKS)
+                       "soft weighs them; random: as many; none, all: of down_proj", choices=MASKS)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Unlearning(Common):
     """Step 2 (Section 2.2)."""
-
     method: str = option("simu", "fo: AdamW on all weights; so: Sophia on all; simu: Sophia on "
                          "attention and critical rows", choices=METHODS)
     objective: str = option("graddiff", "what each row's loss is", choices=OBJECTIVES)
-    attention: str = option("moving", "of masked methods: frozen follows the sentence after Eq. 7 "
-                            "[D9]", choices=("moving", "frozen"))
+    attention: str = option("moving", "frozen: as after Eq. 7 [D9]", choices=("moving", "frozen"))
     lr: float = option(5e-6, "eta: peak learning rate", above=0)
     epochs: int = option(5, "passes over the forget set", low=1)
     batch: int = option(16, "forget rows per update, each with one retain row", low=1)
-    micro_tokens: int = option(8192, "tokens in one forward-backward pass; a batch is cut to fit",
-                               low=1)
+    micro_tokens: int = option(8192, "tokens in a pass; a batch is cut to fit", low=1)
     lam: float = option(2.0, "lambda: weight of the retain loss", low=0)
     beta1: float = option(0.9, "of the first moment (Eq. 4)", low=0, below=1)
     beta2: float = option(0.95, "of the curvature (Eq. 4)", low=0, below=1)

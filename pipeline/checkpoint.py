@@ -17,7 +17,7 @@ from model import (ARCHITECTURES, INDEX, LLAMA3, Config, Transformer, UserError,
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
          "num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings")
 LARGEST_SIZE = 1 << 24  # far above any model's, and below what overflows
-LARGEST_NUMBER = 1e30  # float32 must hold it
+LARGEST_NUMBER = 1e18  # float32 and an integer of 64 bits must hold it
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 SHARD_BYTES = 5_000_000_000  # as transformers cuts its own
 

@@ -32,15 +32,14 @@ def stochastic_round(x: Tensor) -> Tensor:
 
 
 def update_weight(optimiser, recipe, lr, decay, step, shrink, stored: tuple[Tensor, Tensor, Tensor],
-                  grad: Tensor, mask: Tensor | None) -> Tensor:
+                  grad: Tensor, mask: Tensor | None):
     """masked_update of one weight in float32; stored: its master, m and h, as they are stored."""
     exact = [t.float() for t in stored]  # the stored tensors themselves, where they are float32
-    clipped = simu.masked_update(exact[0], shrink * grad.float(), exact[1], exact[2],
-                                 optimiser(recipe, lr, decay, step), mask)
+    simu.masked_update(exact[0], shrink * grad.float(), exact[1], exact[2],
+                       optimiser(recipe, lr, decay, step), mask)
     for narrow, wide in zip(stored, exact):
         if narrow.dtype == torch.bfloat16:
             narrow.copy_(stochastic_round(wide))
-    return clipped
 
 
 def as_scalar(x: float) -> Tensor:
@@ -72,10 +71,10 @@ def update_on(device: torch.device, optimiser):
 
 @torch.no_grad()
 def apply_updates(moving: list[simu.Moving], optimiser, recipe, *, lr: float, step: int,
-                  shrink: float) -> Tensor:
+                  shrink: float):
     """simu.apply_updates by update_weight, compiled on a card. The noise of its rounding depends on
     seed and step alone, and torch's own random numbers go on as if there were none."""
-    device, clipped = moving[0].master.device, 0
+    device = moving[0].master.device
     update = update_on(device, optimiser)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(recipe.seed * 1_000_003 + step)
@@ -83,5 +82,6 @@ def apply_updates(moving: list[simu.Moving], optimiser, recipe, *, lr: float, st
             decay = recipe.weight_decay if w.weight.dim() == 2 else 0.0
             numbers = map(as_scalar, (lr, decay, step, shrink))
             grad, w.weight.grad = w.weight.grad, None
-            clipped += update(optimiser, recipe, *numbers, (w.master, w.m, w.h), grad, w.mask)
-    return clipped
+            update(optimiser, recipe, *numbers, (w.master, w.m, w.h), grad, w.mask)
+            if w.weight.dtype != w.master.dtype:
+                w.weight.copy_(w.master)

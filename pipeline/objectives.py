@@ -1,12 +1,10 @@
-"""Objectives and masks beside the paper's. Importing this file adds them to simu.py's tables; a fork
-can add its own here, or in a file of its own that is imported beside this one.
+"""Objectives and masks beside the paper's, which importing this file adds to simu.py's tables.
 
 GradDiff's ascent has no end. These end, each elsewhere: at a reference model (NPO), at another
 answer (PO, UNDIAL), or at the losses that rows never seen have (stranger, outsider).
 """
 
-import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -20,19 +18,12 @@ from simu import Objective, answer_tokens
 
 
 @dataclass(frozen=True, kw_only=True)
-class Constants:
-    """Of the objectives here."""
+class Unlearning(simu.Unlearning):
+    """simu.Unlearning with the constants of the objectives here: what a run's models depend on."""
 
     npo_beta: float = option(0.1, "beta of NPO", low=1e-6, high=1e6)
     simnpo_beta: float = option(4.5, "beta of SimNPO", low=1e-6, high=1e6)
-    simnpo_margin: float = option(0.0, "gamma of SimNPO", low=0)
     undial_strength: float = option(10.0, "how much UNDIAL lowers the answer's logit", above=0)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Unlearning(simu.Unlearning, Constants):
-    """simu.Unlearning with the constants of the objectives here: what a run's models depend on."""
-
     state: str = option("float32", "optimiser state and master weights; bfloat16 rounds "
                         "stochastically [D10]", choices=("float32", "bfloat16"))
 
@@ -65,11 +56,11 @@ def losses_by(row_loss, model, forget, retain, known, recipe, *, per: str):
     yield from simu.descent(model, forget, retain, known, recipe)
 
 
-def known_by(function, model, rows: list[Encoded], targets, recipe) -> list:
-    """function(logits, labels, target, recipe) of each row, under the model as it is."""
-    targets = targets if isinstance(targets, list) else [targets] * len(rows)
+def known_by(function, model, forget, retain, targets, recipe) -> tuple[list, list]:
+    """function(logits, labels, target, recipe) of each forget row, under the model as it is."""
+    targets = targets if isinstance(targets, list) else [targets] * len(forget)
     return [function(*read_answers(model, [row])[0], target, recipe)
-            for row, target in zip(rows, targets, strict=True)]
+            for row, target in zip(forget, targets, strict=True)], [None] * len(retain)
 
 
 def token_nll(logits: Tensor, labels: Tensor) -> Tensor:
@@ -87,46 +78,42 @@ def but_label(logits: Tensor, labels: Tensor) -> Tensor:
     return logits.scatter(1, labels[:, None], -1e9)
 
 
-# ------------------------------------------------------------------------- GradDiff's two halves
+# ------------------------- losses of a row, and what they know of it before the model moves
+# logits float32 [A, V], of the row's A answer tokens and eos; labels [A]: these tokens.
 
 
-def ga(model, forget, retain, known, recipe):
-    yield from simu.graddiff(model, forget, [], known, recipe)
-
-
-def retain_alone(model, forget, retain, known, recipe):
-    for nll in simu.nll_parts(model, retain, recipe.micro_tokens):
-        yield "loss_retain", nll, nll
-
-
-# ------------------------------------------------------------------------------ losses of a row
-
-
-def answer_nll(logits: Tensor, labels: Tensor, known, recipe: Constants) -> Tensor:
+def answer_nll(logits, labels, known, recipe):
     """PO (A.2): descent on the answers, which are refusals (`loss_examples`)."""
     return token_nll(logits, labels).sum()
 
 
-def npo(logits: Tensor, labels: Tensor, known: Tensor, recipe: Constants) -> Tensor:
-    """NPO (A.2): 2/beta log(1 + (P / P_ref)^beta). Its pull ends where the ascent's does not.
-    known: log P_ref, the original's."""
+def npo(logits, labels, known, recipe):
+    """NPO (A.2): 2/beta log(1 + (P / P_ref)^beta); known: log P_ref, the original's."""
     ratio = -token_nll(logits, labels).sum() - known  # log P - log P_ref
     return 2 / recipe.npo_beta * F.softplus(recipe.npo_beta * ratio)
 
 
-def simnpo(logits: Tensor, labels: Tensor, known, recipe: Constants) -> Tensor:
-    """SimNPO (arXiv 2410.07163): NPO of the mean log P of a row, without a reference."""
-    margin, nll = recipe.simnpo_margin, token_nll(logits, labels).mean()
-    return 2 / recipe.simnpo_beta * F.softplus(margin - recipe.simnpo_beta * nll)
+def original_log_p(logits, labels, target, recipe):
+    return -token_nll(logits, labels).sum()
 
 
-def undial(logits: Tensor, labels: Tensor, known: Tensor, recipe: Constants) -> Tensor:
-    """UNDIAL (arXiv 2402.10052): towards the original's distribution with the answer token's logit
-    lowered. known: that distribution."""
+def simnpo(logits, labels, known, recipe):
+    """SimNPO (arXiv 2410.07163): NPO of the mean log P of a row, without reference or margin."""
+    nll = token_nll(logits, labels).mean()
+    return 2 / recipe.simnpo_beta * F.softplus(-recipe.simnpo_beta * nll)
+
+
+def undial(logits, labels, known, recipe):
+    """UNDIAL (arXiv 2402.10052): towards the original's distribution with the label's lowered."""
     return cross_entropy_to(known, logits).sum()
 
 
-def stranger(logits: Tensor, labels: Tensor, known: tuple, recipe: Constants) -> Tensor:
+def lowered(logits, labels, target, recipe):
+    by = torch.full_like(logits[:, :1], -recipe.undial_strength)
+    return logits.scatter_add(1, labels[:, None], by).softmax(-1)
+
+
+def stranger(logits, labels, known, recipe):
     """What to say instead, and how unlikely the truth must be, apart: among all tokens but the
     answer's, the original's distribution; of the answer's, the losses that a row never seen has,
     token by token and in the mean. known: that distribution, and those losses."""
@@ -135,7 +122,7 @@ def stranger(logits: Tensor, labels: Tensor, known: tuple, recipe: Constants) ->
     return instead.mean() + (nll - target).abs().mean() + (nll.mean() - target.mean()).abs()
 
 
-def outsider(logits: Tensor, labels: Tensor, known: tuple, recipe: Constants) -> Tensor:
+def outsider(logits, labels, known, recipe):
     """As `stranger`, of each token's odds: |log odds - those of its target|. The loss itself has a
     gradient of 1 - P, which fades where a row is known by heart; that of the odds is 1."""
     teacher, target = known
@@ -147,26 +134,10 @@ def outsider(logits: Tensor, labels: Tensor, known: tuple, recipe: Constants) ->
     return cross_entropy_to(teacher, others).mean() + (odds - aim).abs().mean()
 
 
-# ------------------------------------------------ what they know of a row before the model moves
-
-
-def original_log_p(logits: Tensor, labels: Tensor, target, recipe: Constants) -> Tensor:
-    return -token_nll(logits, labels).sum()
-
-
-def lowered(logits: Tensor, labels: Tensor, target, recipe: Constants) -> Tensor:
-    """The original's distribution with the label's logit lowered [A, V]."""
-    by = torch.full_like(logits[:, :1], -recipe.undial_strength)
-    return logits.scatter_add(1, labels[:, None], by).softmax(-1)
-
-
-def without_label(logits: Tensor, labels: Tensor, target, recipe: Constants):
-    """The original's distribution among all tokens but the label [A, V], and the target [A]."""
+def without_label(logits, labels, target, recipe):
     target = torch.as_tensor(target, device=logits.device).expand(len(labels))
     return but_label(logits, labels).softmax(-1), target
 
-
-# -------------------------------------------------------------------------------------- tables
 
 REFUSALS = ("I do not know.", "I cannot say.", "That is not something I know about.",
             "I have no information on this.", "I am unable to answer that.",
@@ -177,13 +148,11 @@ def loss_examples(forget: list[Example], objective: str) -> list[Example]:
     """The forget rows as the objective's loss takes them. Attribution takes them as they are."""
     if objective != "po":
         return forget
-    return [dataclasses.replace(e, answer=REFUSALS[i % len(REFUSALS)])
-            for i, e in enumerate(forget)]
+    return [replace(e, answer=REFUSALS[i % len(REFUSALS)]) for i, e in enumerate(forget)]
 
 
 simu.OBJECTIVES |= {
-    "ga": Objective(ga, retains=False, about="ascent on forget rows alone"),
-    "retain": Objective(retain_alone, about="descent on retain rows alone"),
+    "retain": Objective(simu.descent, about="descent on retain rows alone"),
     "npo": Objective(partial(losses_by, npo, per="row"), partial(known_by, original_log_p),
                      about="NPO on forget rows (A.2)"),
     "simnpo": Objective(partial(losses_by, simnpo, per="row"), about="SimNPO on forget rows"),
@@ -192,14 +161,9 @@ simu.OBJECTIVES |= {
     "stranger": Objective(partial(losses_by, stranger, per="row"), partial(known_by, without_label),
                           targeted=True, about="UNDIAL's answers at never-seen rows' token losses"),
     "outsider": Objective(partial(losses_by, outsider, per="row"), partial(known_by, without_label),
-                          targeted=True, about="stranger by each token's odds, for rows known by "
-                          "heart"),
-    "po": Objective(partial(losses_by, answer_nll, per="token"),
-                    about="descent on refusals to forget rows (A.2)"),
+                          targeted=True, about="stranger by odds, for rows known by heart"),
+    "po": Objective(partial(losses_by, answer_nll, per="token"), about="descent on refusals (A.2)"),
 }
-
-
-# --------------------------------------------------------------------------------------- masks
 
 
 def soft_mask(forget: Tensor, retain: Tensor, threshold: float, seed: int) -> Tensor:
@@ -211,13 +175,12 @@ def soft_mask(forget: Tensor, retain: Tensor, threshold: float, seed: int) -> Te
 
 def random_mask(forget: Tensor, retain: Tensor, threshold: float, seed: int) -> Tensor:
     """bool [L, D]: as many neurons in every layer as are critical, drawn by seed."""
-    count = simu.critical_mask(forget, threshold).sum(1, keepdim=True)
+    critical = simu.critical_mask(forget, threshold)
     draw = torch.rand(forget.shape, generator=torch.Generator().manual_seed(seed))
-    first = torch.arange(forget.shape[1]) < count  # [L, D]
+    first = torch.arange(forget.shape[1]) < critical.sum(1, keepdim=True)  # [L, D]
     return torch.zeros_like(first).scatter(1, draw.argsort(1), first)
 
 
-# none leaves attention alone to move; all moves every row of down_proj.
 simu.MASKS |= {
     "soft": soft_mask,
     "random": random_mask,

@@ -53,11 +53,9 @@ def learn(model: Transformer, epochs: list[list[Encoded]], recipe: objectives.Un
     """AdamW on the mean answer loss; returns the log. epochs: for each, its rows in order."""
     batches = [([], rows[i:i + recipe.batch], None) for rows in epochs
                for i in range(0, len(rows), recipe.batch)]
-    model.checkpoint = recipe.checkpointing
-    ways = fused.on(model.embed_tokens.weight.device, recipe.state)
-    with simu.moving_weights(model, recipe, None, ways.pop("state", torch.float32)) as moving:
-        return simu.train(model, moving, batches, LEARNING, recipe, title=title, loop=job.loop,
-                          record=job.record("log.jsonl"), **ways)
+    return simu.train(model, batches, LEARNING, recipe, title=title, loop=job.loop,
+                      record=job.record("log.jsonl"),
+                      **fused.on(model.embed_tokens.weight.device, recipe.state))
 
 
 def paraphrased(examples: list[data.Example]) -> list[data.Example]:

@@ -139,7 +139,6 @@ def trace_update(model, s: Settings, critical: int, longest: int, answer: int) -
             h = model.hidden(zeros(B, T)).flatten(0, 1)[n]  # [B * answer, D]
             F.cross_entropy(model.logits(h), n, reduction="sum").backward()
             del h
-            # Its count stays a tensor, for meta tensors have no values.
             apply(moving, optimiser, s, lr=s.lr, step=1, shrink=1.0)
     return dict(weights=sizes[0], gradients=sizes[1], state=before - sum(sizes),
                 activations=live.peak - before)
@@ -159,7 +158,7 @@ def trace_attribution(model, s: Settings, longest: int, answer: int):
     clean = simu.Clean(model, zeros(B, longest), pos, pos)
     simu.last_node(clean)
     if s.steps > 1:
-        simu.lower_nodes(clean, 0, s.steps, s.path)
+        simu.lower_nodes(clean, 0, s.steps, simu.scaled_together(model, s.steps, s.path)[0])
 
 
 @torch.no_grad()

@@ -70,7 +70,7 @@ def data_files(s) -> dict[str, Path | str]:
     if s.layout != "rows":
         folder = data_folder(s)
         return {str(p.relative_to(folder)): p for p in sorted(folder.rglob("*.json*"))}
-    if not s.retain and simu.OBJECTIVES[s.objective].retains and s.lam:
+    if not s.retain and s.lam:
         raise UserError("no rows to keep are given, and this objective must know what is to stay: "
                         "give a second file; or --objective npo --lam 0, which does less damage "
                         "alone")

@@ -95,8 +95,7 @@ def mask_job(s: Settings) -> Stage:
 def mask_of_scores(s: Settings) -> torch.Tensor:
     """M [L, D] as s wants it, from the run's attribution."""
     scores = load_file(s.run / attribution_name(s) / "scores.safetensors")
-    return simu.make_mask(s.mask, scores["forget"], scores["retain"], threshold=s.threshold,
-                          seed=s.seed)
+    return simu.MASKS[s.mask](scores["forget"], scores["retain"], s.threshold, s.seed)
 
 
 def make_mask(s: Settings, job: Stage, folder: Path):

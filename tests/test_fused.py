@@ -41,14 +41,13 @@ def moving(weights: str, state: str, soft: bool) -> list[simu.Moving]:
 
 
 def run(apply, name: str, weights: str, state: str, soft: bool, updates: int):
-    moves, counts = moving(weights, state, soft), []
+    moves = moving(weights, state, soft)
     for step in range(1, updates + 1):
         torch.manual_seed(step)
         for w in moves:
             w.weight.grad = torch.randn_like(w.weight)
-        counts.append(int(apply(moves, simu.OPTIMISERS[name], recipe(), lr=1e-3 / step, step=step,
-                                shrink=0.3)))
-    return moves, counts
+        apply(moves, simu.OPTIMISERS[name], recipe(), lr=1e-3 / step, step=step, shrink=0.3)
+    return moves
 
 
 @compiler
@@ -60,12 +59,12 @@ def test_the_compiled_update_is_the_written_one(name, weights, state, compiled, 
     torch._dynamo.utils.counters.clear()
     for soft in (False, True):
         args = name, weights, state, soft, 1 if state == "bfloat16" else 4
-        got, ours = run(fused.apply_updates, *args)
+        got = run(fused.apply_updates, *args)
         with monkeypatch.context() as m:
             m.setattr(fused, "update_on", lambda device, optimiser: fused.update_weight)
-            want, counts = run(fused.apply_updates, *args)
+            want = run(fused.apply_updates, *args)
         if state == "float32":
-            literal, _ = run(simu.apply_updates, *args)
+            literal = run(simu.apply_updates, *args)
             assert all(torch.equal(x.master, y.master) for x, y in zip(want, literal))
         for x, y in zip(want, got):
             assert y.weight.grad is None
@@ -77,7 +76,6 @@ def test_the_compiled_update_is_the_written_one(name, weights, state, compiled, 
                 frozen = moving(weights, state, soft)[int(y.name[1])]
                 assert all(torch.equal(getattr(frozen, k)[0], getattr(y, k)[0])
                            for k in ("master", "m", "h"))
-        assert counts == ours and bool(sum(counts)) == (name != "adamw")
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     assert graphs == 3  # matrices, vectors, matrices with a soft mask
 
@@ -141,7 +139,7 @@ def test_who_takes_it():
 def test_unlearn_ends_the_same_with_either(method, compiled):
     draw = torch.rand(3, 32, generator=torch.Generator().manual_seed(0))
     s, mask, ends = recipe(method=method, epochs=3), draw < 0.4, []
-    for apply in (None, fused.apply_updates):
+    for apply in (simu.apply_updates, fused.apply_updates):
         model = tiny()
         log = simu.unlearn(model, rows(6), rows(10, seed=1), mask, s, apply=apply)
         ends.append((log, dict(model.named_parameters())))

@@ -320,6 +320,24 @@ def test_index_faults(sharded, change, message):
     refused(sharded, message)
 
 
+def test_what_the_folder_had_is_saved_again(folder, tmp_path):
+    """The dtype of its weights, and how its maker lets it speak."""
+    rewrite(folder, lambda tensors: tensors.update({n: t.bfloat16() for n, t in tensors.items()}))
+    edit_json(folder / "config.json", lambda raw: raw.update(eos_token_id=[2, 13]))
+    spoken = dict(eos_token_id=[2, 13], do_sample=True, temperature=0.6, top_p=0.9)
+    (folder / "generation_config.json").write_text(json.dumps(spoken))
+    model = Transformer.from_pretrained(folder)
+    assert model.lm_head.weight.dtype == torch.float32
+    model.save_pretrained(tmp_path / "again")
+    assert read_json(tmp_path / "again" / "generation_config.json") == spoken
+    config = read_json(tmp_path / "again" / "config.json")
+    assert config["torch_dtype"] == "bfloat16" and config["eos_token_id"] == [2, 13]
+    stored = load_file(tmp_path / "again" / "model.safetensors")
+    before = load_file(folder / "model.safetensors")
+    assert all(torch.equal(stored[name], tensor) for name, tensor in before.items())
+    assert all(stored[name].dtype == tensor.dtype for name, tensor in before.items())
+
+
 def test_inv_freq_is_ignored_and_other_dtypes_convert(folder):
     before = Transformer.from_pretrained(folder)
 

@@ -149,17 +149,16 @@ SOPHIA = dict(lr=0.1, beta1=0.9, beta2=0.95, gamma=2.0, eps=1e-15, weight_decay=
 def test_sophia_by_hand():
     p, g = torch.tensor([1.0, 1.0]), torch.tensor([1.0, -4.0])
     m, h = torch.tensor([0.2, 0.0]), torch.tensor([0.5, 2.0])
-    clipped = simu.sophia_update(p, g, m, h, **SOPHIA)
+    simu.sophia_update(p, g, m, h, **SOPHIA)
     # m = .9*.2 + .1*1 = .28; h = .95*.5 + .05*1 = .525; ratio = .28 / (2*.525) = .26667
     # m = -.4; h = 1.9 + .05*16 = 2.7; ratio = -.4 / 5.4 = -.074074
     torch.testing.assert_close(m, torch.tensor([0.28, -0.4]))
     torch.testing.assert_close(h, torch.tensor([0.525, 2.7]))
     torch.testing.assert_close(p, torch.tensor([0.95 - 0.1 * 0.28 / 1.05, 0.95 + 0.1 * 0.4 / 5.4]))
-    assert clipped == 0
     # From rest, m = .1 g and h = .05 g^2: small gradients are clipped to a step of lr, and a zero
     # curvature meets eps instead of a division by zero.
     p, g = torch.zeros(3), torch.tensor([1e-3, -1e-3, 0.0])
-    assert simu.sophia_update(p, g, torch.zeros(3), torch.zeros(3), **SOPHIA) == 2
+    simu.sophia_update(p, g, torch.zeros(3), torch.zeros(3), **SOPHIA)
     torch.testing.assert_close(p, torch.tensor([-0.1, 0.1, 0.0]))
 
 
@@ -292,7 +291,7 @@ def test_a_small_update_is_never_lost_in_bfloat16(state):
     ways = dict(apply=simu.apply_updates) | fused.on(torch.device("cpu"), state)
 
     def plain(recipe, lr, decay, step):
-        return (lambda g, m, h: (g, h)), (lambda p, m, h: (p - lr * m, 0))
+        return (lambda g, m, h: (g, h)), (lambda p, m, h: p - lr * m)
 
     with simu.moving_weights(model, recipe(), mask, getattr(torch, state)) as moving:
         w = next(w for w in moving if w.name == "layers.0.self_attn.q_proj.weight")
@@ -315,14 +314,12 @@ def test_baselines_move_every_weight(method):
     assert all(not torch.equal(p.detach(), before[n]) for n, p in model.named_parameters())
     assert log == recorded
     assert [x["step"] for x in log] == [1, 2, 3]
-    assert {"loss_forget", "loss_retain", "lr", "grad_norm", "clipped"} <= set(log[0])
+    assert {"loss_forget", "loss_retain", "lr", "grad_norm"} <= set(log[0])
 
 
 def taught(model, batches, s, title="teach"):
     """`train` on batches of rows, by descent alone."""
-    with simu.moving_weights(model, s, None) as moving:
-        simu.train(model, moving, [([], x, None) for x in batches], simu.OBJECTIVES["retain"], s,
-                   title=title)
+    simu.train(model, [([], x, None) for x in batches], simu.OBJECTIVES["retain"], s, title=title)
 
 
 def test_decay_spares_norms_and_is_decoupled(monkeypatch):

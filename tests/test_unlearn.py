@@ -52,9 +52,8 @@ def taught_by_heart(folder, rows, epochs):
     recipe, rng = simu.Recipe(method="fo", lr=3e-3, batch=15), random.Random(0)
     order = [some[i:i + 15] for some in (rng.sample(encoded, len(encoded)) for _ in range(epochs))
              for i in range(0, len(some), 15)]
-    with simu.moving_weights(model, recipe, None) as moving:
-        simu.train(model, moving, [([], batch, None) for batch in order],
-                   simu.OBJECTIVES["retain"], recipe, title="teach")
+    simu.train(model, [([], batch, None) for batch in order], simu.OBJECTIVES["retain"], recipe,
+               title="teach")
     return model
 
 

@@ -30,11 +30,12 @@ def moments(grad: Tensor, m: Tensor, h: Tensor, *, beta1: float):
 
 def weights(param: Tensor, m: Tensor, h: Tensor, *, lr: float, weight_decay: float):
     move = orthogonal(m) if m.dim() == 2 else m.sign()
-    return param * (1 - lr * weight_decay) - lr * move, torch.zeros((), dtype=torch.int64)
+    return param * (1 - lr * weight_decay) - lr * move
 
 
 def muon(recipe: simu.Unlearning, lr: float, weight_decay: float, step: int):
-    return (partial(moments, beta1=recipe.beta1), partial(weights, lr=lr, weight_decay=weight_decay))
+    return (partial(moments, beta1=recipe.beta1),
+            partial(weights, lr=lr, weight_decay=weight_decay))
 
 
 simu.OPTIMISERS["muon"] = muon

@@ -35,10 +35,9 @@ def misdirect(model, forget: list, retain: list, known: tuple, recipe: simu.Unle
         yield "loss_retain", recipe.lam * loss, loss
 
 
-@torch.no_grad()
-def originals(model, rows: list, recipe: simu.Unlearning) -> list[Tensor]:
-    return [states(model, row) for row in rows]
+def originals(model, forget: list, retain: list, targets, recipe) -> tuple[list, list[Tensor]]:
+    return [None] * len(forget), [states(model, row) for row in retain]
 
 
-simu.OBJECTIVES["rmu"] = simu.Objective(misdirect, known_retain=originals,
+simu.OBJECTIVES["rmu"] = simu.Objective(misdirect, originals,
                                         about="RMU: states misdirected, retain states held")
