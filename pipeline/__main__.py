@@ -66,9 +66,8 @@ def run_command(kind: str, methods, objectives, seeds: int, attack: bool, dry_ru
     for seed in range(1, seeds):
         stages += stages_of(options | dict(out=f"{s.run}-seed{seed}", seed=seed), models)
     stages += [["attack", str(s.run)]] if attack else []
-    stages.append(["report", str(s.run)])
-    if kind == "unlearn":  # last, because it ends with status 3 where the rows are not forgotten
-        stages.append(["verdict", str(s.run)])
+    # The verdict, which writes the report, ends with status 3 where the rows are not forgotten.
+    stages.append(["verdict" if kind == "unlearn" else "report", str(s.run)])
     if dry_run:
         hub.files_command(s)
         plan.plan_command(s)
@@ -133,7 +132,7 @@ def evaluate_command(run: Path, stages: list[str], limit: int, force: bool):
 STAGES = {"files": hub.files_command, "plan": plan.plan_command, "original": original_stage,
           "attribute": attribute_stage, "mask": mask_stage, "unlearn": unlearn_stage}
 OF_RUNS = {"check": check_command, "evaluate": evaluate_command, "report": report.report,
-           "verdict": own_rows.verdict_command}
+           "verdict": report.verdict_command}
 STUDIES = dict(attack="what of a run stays forgotten under attack",
                sweep="every method over learning rates and seeds",
                figures="figures of finished sweeps and runs", depth="how deep forgetting goes")
@@ -197,9 +196,6 @@ def parser_of_commands() -> settings.Parser:
                                  "each split: a quick look, marked as partial")
             command.add_argument("--force", action="store_true", help="ask again")
         if name == "report":
-            command.add_argument("--runs", type=Path, nargs="+", default=[], dest="others",
-                                 metavar="RUN", help="the same run under other seeds; default: "
-                                 "RUN-seed*")
             command.add_argument("--retain-only", type=Path, metavar="STAGE_FOLDER", help="an "
                                  "evaluated model that never saw the forget set; default: RUN's")
     for name, about in STUDIES.items():

@@ -9,7 +9,6 @@ import re
 from dataclasses import fields, replace
 from pathlib import Path
 
-import data
 import simu
 from model import read_json, write_json, write_text
 from pipeline import checkpoint, objectives, slices
@@ -26,24 +25,6 @@ DATA_SOURCES = {"demo": "the invented people and facts of this project's demo",
 LICENCES = {"llama2-7b": "LLaMA2-7B is under the Llama 2 Community License "
                          "(https://ai.meta.com/llama/license/).",
             "olmo-1b": "OLMo-1B is under Apache 2.0."}
-USE = """\
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-tokenizer, model = (x.from_pretrained(".") for x in (AutoTokenizer, AutoModelForCausalLM))
-{ids}
-print(tokenizer.decode(model.generate(**ids)[0], skip_special_tokens=True))
-```"""
-
-
-def use(template: str) -> str:
-    """How to ask the model something in transformers."""
-    if template == "chat":
-        return USE.format(ids="""chat = [dict(role="user", content="...")]
-ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True,
-                                    return_tensors="pt")""")
-    before, after, _ = data.TEMPLATES[template]
-    return USE.format(ids=f'ids = tokenizer({f"{before}...{after}"!r}, return_tensors="pt")')
 
 
 def write_generation_config(folder: Path, s: Settings):
@@ -51,28 +32,22 @@ def write_generation_config(folder: Path, s: Settings):
     that ends a turn; where there is none, as our evaluation does: greedy, as many tokens [D16]."""
     config = checkpoint.read_config(folder)
     path = s.run / "original" / "generation_config.json"
-    theirs = read_json(path) if path.is_file() else {}
-    length = dict(max_new_tokens=s.max_new_tokens) if s.max_new_tokens else dict(
-        max_length=s.max_total_tokens or config.max_position_embeddings)
-    if not theirs:
-        length["do_sample"] = False
-    elif {"max_new_tokens", "max_length"} & set(theirs):
-        length = {}
+    theirs = read_json(path) if path.is_file() else dict(do_sample=False)
+    if not {"max_new_tokens", "max_length"} & set(theirs):
+        theirs |= dict(max_new_tokens=s.max_new_tokens) if s.max_new_tokens else dict(
+            max_length=s.max_total_tokens or config.max_position_embeddings)
     ids = {key: theirs.get(key, getattr(config, key)) for key in checkpoint.TOKEN_IDS}
     ends = list(load_tokenizer(s.run / "original").eos_ids)
     ids["eos_token_id"] = ends[0] if len(ends) == 1 else ends
-    write_json(folder / "generation_config.json", theirs | length | {
-        key: value for key, value in ids.items() if value is not None})
+    known = {key: value for key, value in ids.items() if value is not None}
+    write_json(folder / "generation_config.json", theirs | known)
 
 
 def provenance(s: Settings) -> tuple[str, str]:
-    """What a run's original is, and what is known of its licence: nothing is taken from a model of
-    another name."""
+    """What a run's original is and its licence, which no model of another name tells."""
     if s.tiny and not s.weights:
-        text = ("The demo's text is under this project's MIT licence." if s.benchmark == "demo" else
-                "The text it learnt has its own licence.")
         return ("Its original was made here, from random weights, on the benchmark's text alone.",
-                f"It holds no weights of anyone else. {text}")
+                "It holds no weights of anyone else; the text it learnt has its own licence.")
     source = read_stage(s.run / "original")["notes"].get("source", {})
     name = source.get("repo") or Path(s.weights or s.model.removeprefix("hf:")).name
     # An original that was not taught here is linked, and its maker's card stands beside what the
@@ -93,8 +68,6 @@ def provenance(s: Settings) -> tuple[str, str]:
 
 def critical_neurons(mask: Path) -> str:
     """What a mask's folder holds."""
-    if not (mask / "stage.json").is_file():
-        return "no mask in this run"
     stage = read_stage(mask)["notes"]
     per_layer = " ".join(map(str, stage["critical_per_layer"]))
     return (f"{stage['critical']} of {stage['total']}: {stage['critical'] / stage['total']:.2%}; "
@@ -111,26 +84,19 @@ def recipe_of(values: dict) -> dict:
 
 def write_card(folder: Path, name: str, s: Settings, values: dict, evaluations: list[dict] = (),
                verdict_text: str = ""):
-    """README.md of the model `name` of a run, unlearned with the settings `values`. evaluations: of
-    it and of its original, as report.read_evaluations gives them."""
+    """README.md of an unlearned model. evaluations: read_evaluation's of its original and of it."""
     about, licence = provenance(s)
     metrics = "Not evaluated yet: `python -m pipeline evaluate` and `report`."
     if evaluations:
         lines = [(e["label"], e["metrics"]["values"]) for e in evaluations]
         metrics = f"{table_of(MAIN[s.layout], lines)}\n\n{reading(evaluations[0]['metrics'])}"
-    slice_names = [f.name for f in fields(slices.Slice)]
-    if s.layout == "rows":
-        slice_names = ["seed", "template"]  # the others cut a benchmark
-    settings = recipe_of(values) | {k: values[k] for k in slice_names}
-    title = (f"{s.label}, rows of its maker's own unlearned" if s.layout == "rows" else
-             f"{s.benchmark} {s.label}, unlearned by {label(name)}")
+    cut = ["template"] if s.layout == "rows" else [f.name for f in fields(slices.Slice)]
+    settings = recipe_of(values) | {k: values[k] for k in cut}
     parts = ["---\nlibrary_name: transformers\ntags: [unlearning]\n---",
-             f"# {title}",
+             f"# {s.benchmark} {s.label}, unlearned by {label(name)}",
              f"{about} It was made to forget a part of {DATA_SOURCES[s.benchmark]}, and to keep "
              "the rest, by SIMU's reference implementation (arXiv 2510.07822). Forgetting is "
-             "measured below, not guaranteed.",
-             "## Use", use(s.template),
-             "## Metrics", verdict_text, metrics,
+             "measured below, not guaranteed.", "## Metrics", verdict_text, metrics,
              "## Settings", table(["Setting", "Value"], [[k, x] for k, x in settings.items()])]
     if simu.METHODS[values["method"]].masked:
         mask = mask_name(replace(s, mask=values["mask"], neurons=values["neurons"]))

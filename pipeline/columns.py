@@ -1,5 +1,4 @@
-"""The paper's Tables 1 and 2: their columns and the numbers printed there; and tables as text. What
-each number means is defined in eval.py."""
+"""The paper's Tables 1 and 2, their columns and the numbers printed there; tables as text."""
 
 import statistics
 from collections import namedtuple
@@ -7,39 +6,35 @@ from collections import namedtuple
 from data import TASKS
 from pipeline.settings import Settings
 
-# names: of the values in a cell, which are parted by " / ".
-Column = namedtuple("Column", "header style names")
-
-
-def column(header: str, name: str, style: str = ".4f") -> Column:
-    return Column(header, style, (name,))
+# names: of the values in a cell, written as the cell is: with " / " between them.
+Column = namedtuple("Column", "header names style", defaults=[".4f"])
 
 
 def by_task(split: str, arrow: str) -> tuple:
     """Table 2's columns of a split: both numbers over all of its rows, and over each task's."""
     parts = (split, *(f"{split}.{task}" for task in TASKS))
-    return tuple(Column(f"{x.replace('.', ' ')} {arrow}", ".4f",
-                        (f"{x}.rouge_l", f"{x}.exact_match")) for x in parts)
+    return tuple(Column(f"{x.replace('.', ' ')} {arrow}", f"{x}.rouge_l / {x}.exact_match")
+                 for x in parts)
 
 
 # --------------------------------------------------------------------------- Tables 1 and 2
 
 MAIN = {  # by layout of the data; the numbers in PUBLISHED have the same order
     "tofu": (  # Table 1
-        column("Aggregate ↑", "aggregate"), column("EM-Forget ↓", "forget.accuracy", ".2%"),
-        column("ROUGE-L-Forget ↓", "forget.rouge_l"), column("MIA ↓", "mia.auc"),
-        column("EM-Retain ↑", "retain.accuracy", ".2%"),
-        column("ROUGE-L-Retain ↑", "retain.rouge_l"),
-        column("EM-WF ↑", "world_facts.accuracy", ".2%"),
-        column("ROUGE-L-WF ↑", "world_facts.rouge_l")),
+        Column("Aggregate ↑", "aggregate"), Column("EM-Forget ↓", "forget.accuracy", ".2%"),
+        Column("ROUGE-L-Forget ↓", "forget.rouge_l"), Column("MIA ↓", "mia.auc"),
+        Column("EM-Retain ↑", "retain.accuracy", ".2%"),
+        Column("ROUGE-L-Retain ↑", "retain.rouge_l"),
+        Column("EM-WF ↑", "world_facts.accuracy", ".2%"),
+        Column("ROUGE-L-WF ↑", "world_facts.rouge_l")),
     "lume": (  # Table 2
-        column("Aggregate ↑", "aggregate"), *by_task("forget", "↓"),
-        column("MIA ↓", "mia.auc"), *by_task("retain", "↑")),
+        Column("Aggregate ↑", "aggregate"), *by_task("forget", "↓"),
+        Column("MIA ↓", "mia.auc"), *by_task("retain", "↑")),
     "rows": (
-        column("EM-Forget ↓", "forget.exact_match", ".2%"),
-        column("ROUGE-L-Forget ↓", "forget.rouge_l"), column("MIA ↓", "mia.auc"),
-        column("EM-Retain ↑", "retain.exact_match", ".2%"),
-        column("ROUGE-L-Retain ↑", "retain.rouge_l"))}
+        Column("EM-Forget ↓", "forget.exact_match", ".2%"),
+        Column("ROUGE-L-Forget ↓", "forget.rouge_l"), Column("MIA ↓", "mia.auc"),
+        Column("EM-Retain ↑", "retain.exact_match", ".2%"),
+        Column("ROUGE-L-Retain ↑", "retain.rouge_l"))}
 PUBLISHED = {
     ("tofu", "llama2-7b"): {
         "Original": (0.4437, 0.8525, 0.9796, 0.7894, 0.8575, 0.9825, 0.8632, 0.8960),
@@ -69,43 +64,38 @@ PUBLISHED = {
                         0.9244, 0.8499, 0.9781, 0.9670, 0.8271, 0.79, 0.9602, 0.9926),
         "SIMU-GradDiff": (0.740, 0.0015, 0.0, 0.0, 0.0, 0.0050, 0.0, 0.0004, 0.0, 0.6889,
                           0.9365, 0.8540, 0.9779, 0.9670, 0.8549, 0.7960, 0.9690, 0.9926)}}
-# Table 5: critical of all neurons of the down-projections.
-PUBLISHED_CRITICAL = {("lume", "llama2-7b"): (1870, 131072), ("tofu", "llama2-7b"): (722, 131072),
-                      ("lume", "olmo-1b"): (23089, 32768), ("tofu", "olmo-1b"): (29554, 32768)}
-SOUL_COLUMNS = (column("MIA, SOUL's labels", "mia.soul"),
-                column("Aggregate with it", "aggregate_soul"))
+PUBLISHED_CRITICAL = {  # Table 5: critical of all neurons of the down-projections
+    ("lume", "llama2-7b"): (1870, 131072), ("tofu", "llama2-7b"): (722, 131072),
+    ("lume", "olmo-1b"): (23089, 32768), ("tofu", "olmo-1b"): (29554, 32768)}
+SOUL_COLUMNS = (Column("MIA, SOUL's labels", "mia.soul"),
+                Column("Aggregate with it", "aggregate_soul"))
 SOUL_READING = """\
-The published MIA is most likely not an AUC of members against non-members: SOUL's code lays the
-labels out in another order than the scores [D12], so that a perfect attack shows about .77 and its
-reverse .23. The last two columns are our numbers computed that way, to be held against the
-published ones."""
+SOUL's code most likely lays the labels out in another order than the scores [D12]: a perfect attack
+shows about .77, its reverse .23. So computed, our numbers are the last two columns."""
 
 
 def published(s: Settings) -> list[tuple[str, dict]]:
     """(label, values) of what the paper printed for a run's benchmark and model, if it has them."""
-    names = [name for c in MAIN[s.layout] for name in c.names]
+    names = " / ".join(c.names for c in MAIN[s.layout]).split(" / ")
     return [(f"{approach}, published", dict(zip(names, numbers)))
             for approach, numbers in PUBLISHED.get((s.benchmark, s.model), {}).items()]
 
 
 def main_columns(s: Settings) -> tuple:
-    """Those of the paper's table, and beside a published Table 1 SOUL's MIA."""
+    """The paper's; beside a published Table 1 also SOUL's MIA."""
     return MAIN[s.layout] + (SOUL_COLUMNS if s.layout == "tofu" and published(s) else ())
 
 
 def reading(metrics: dict) -> str:
     """How the main table is to be read."""
     if metrics["benchmark"] == "lume":
-        return ("Cells are Regurgitation / Knowledge: ROUGE-L recall on sentence completions / "
-                "string equality on questions. The paper's own aggregates follow from no formula "
-                "tried [D13].")
+        return "Cells are ROUGE-L recall on sentence completions / string equality on questions."
     if metrics["benchmark"] == "rows":
         return "EM-* is string equality."
-    judge = {"rouge": "ROUGE-L", "encoder": "a sentence encoder"}[metrics["closeness"]]
-    best = [number(metrics["values"][f"{x}.accuracy_ceiling"], ".2%") for x in ("forget", "retain")]
-    return (f"EM-* is `accuracy` [D11], judged by {judge}, and enters the aggregate. So judged, the "
-            f"true answers themselves score {best[0]} on forget and {best[1]} on retain rows: no "
-            "model that answers word for word can have more. String equality is exact_match.")
+    parts = ("forget", "retain")
+    best = [number(metrics["values"][f"{x}.accuracy_ceiling"], ".2%") for x in parts]
+    return (f"EM-* is `accuracy` [D11], judged by {metrics['closeness']}; the true answers have "
+            f"{best[0]} on forget and {best[1]} on retain rows. String equality is exact_match.")
 
 
 def label(name: str) -> str:
@@ -137,10 +127,10 @@ def table_of(columns: tuple, lines: list[tuple[str, dict]]) -> str:
     """A table of columns by lines, a line being (label, values by name). Columns in which no line
     has a value are left out; "" if that is all of them."""
     present = {name for _, values in lines for name, value in values.items() if value is not None}
-    shown = [c for c in columns if present & set(c.names)]
+    shown = [c for c in columns if present & set(c.names.split(" / "))]
     if not shown:
         return ""
-    cells = [[title, *(" / ".join(number(values.get(name), c.style) for name in c.names)
+    cells = [[title, *(" / ".join(number(values.get(x), c.style) for x in c.names.split(" / "))
                        for c in shown)] for title, values in lines]
     return table(["Approach", *(c.header for c in shown)], cells)
 
@@ -153,5 +143,5 @@ def table_by_name(header: str, columns: list[tuple[str, dict]]) -> str:
 
 
 def as_code(text: str | None) -> str:
-    """A module's docstring, which `python -OO` leaves out, as a part of a report."""
-    return f"```\n{(text or 'see the head of the file that computes them').strip()}\n```"
+    """A docstring, which `python -OO` leaves out, as a part of a report."""
+    return f"```\n{(text or 'see the head of the file').strip()}\n```"

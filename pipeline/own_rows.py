@@ -29,12 +29,12 @@ import torch
 import data
 import eval as evaluation
 from data import Encoded, Example
-from model import Transformer, UserError, write_json
+from model import Transformer, UserError
 from pipeline import levels, reading
 from pipeline.evaluate import evaluations_of, read_rows
-from pipeline.settings import Settings, read_settings
+from pipeline.settings import Settings
 from pipeline.slices import load_benchmark
-from pipeline.stage import content, data_inputs, read_stage, stale, unlearned_name
+from pipeline.stage import content, data_inputs, read_stage, unlearned_name
 
 DEFINITION = (__doc__ or "").partition("\n\n")[2]  # python -OO drops docstrings
 MOST_SAID = 0.05  # share of the rows said word for word, or completed from a half
@@ -326,16 +326,9 @@ def advice(s: Settings, m: dict, rules: set[str]) -> str:
     return f"give --unseen FILE, or raise the level: --level {level:.1f}"
 
 
-def verdict(run) -> dict:
+def verdict(s: Settings) -> dict:
     """Are a run's rows forgotten? From its evaluations, which must be of what it holds now."""
-    s = read_settings(run)
-    if s.layout != "rows":
-        raise UserError(f"{run} is of the benchmark {s.benchmark}; a verdict is of rows of your "
-                        "own: bash run.sh unlearn MODEL FORGET RETAIN")
     name = unlearned_name(s)
-    if changed := stale(s.run / name, s):
-        raise UserError(f"{s.run / name} is not of what this run now holds: {changed[0]}; run it "
-                        "again")
     before, after = (read_rows(evaluations_of(s, x) / "eval") for x in ("original", name))
     notes = read_stage(s.run / name)["notes"]
     ended = notes.get("ended", {})
@@ -351,16 +344,6 @@ def verdict(run) -> dict:
         held_out=len(bench.held_out), updates=ended.get("step"), updates_at_most=ended.get("of"),
         files=data_inputs(s), folder=name,
         original=content(s.run / "original"), result=content(s.run / name))
-
-
-def verdict_command(run):
-    """RUN/verdict.json: are a run's rows forgotten, and others kept? Status 3 where not."""
-    result = verdict(run)
-    print(as_text(result), flush=True)
-    write_json(read_settings(run).run / "verdict.json", result)
-    if result["reasons"]:
-        raise NotForgotten(
-            f"{conclusion(result)}: {'; '.join(result['reasons'])}; {result['change']}")
 
 
 def conclusion(result: dict) -> str:

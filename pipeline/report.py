@@ -1,8 +1,7 @@
 """The report of a run: its evaluations in the paper's columns, and the published numbers beneath.
 
-`python -m pipeline report RUN` writes RUN/report.md and RUN/report.json from the evaluations that a
-run holds, and the model cards again. A report is a list of titled tables of columns by evaluations.
-What was made of something that the run no longer holds is named, and stands in no table.
+A report is a list of titled tables of columns by evaluations. What was made of something that the
+run no longer holds is named, and stands in no table.
 """
 
 import glob
@@ -17,24 +16,26 @@ from pipeline import metrics, own_rows, slices
 from pipeline.card import critical_neurons, recipe_of, write_card
 from pipeline.columns import (PUBLISHED_CRITICAL, SOUL_READING, as_code, label, main_columns,
                               number, published, reading, table, table_by_name, table_of)
-from pipeline.evaluate import (evaluated_stages, evaluations_of, newest_evaluation, read_metrics,
-                               read_rows, stale_because)
+from pipeline.evaluate import (evaluated_stages, evaluation_job, evaluations_of, newest_evaluation,
+                               read_metrics, read_rows, stale_because)
 from pipeline.settings import Settings, read_settings, taken
 from pipeline.stage import data_inputs, read_stage, stale, unlearned_name
 
 
-def report(run: Path, *, others: list[Path] = (), retain_only: Path | None = None):
-    """RUN/report.md and RUN/report.json, and the main table on stdout. others: runs of other seeds;
-    retain_only: RUN/STAGE of a model that never saw the forget set."""
+def report(run: Path, *, retain_only: Path | None = None) -> dict | None:
+    """RUN/report.md and RUN/report.json, and the main table on stdout; of a user's rows that were
+    evaluated before and after, RUN/verdict.json. Returns the verdict. retain_only: RUN/STAGE of a
+    model that never saw the forget set."""
     s = read_settings(run)
     evaluations, left_out = read_evaluations(s, retain_only and reference_rows(retain_only, s))
-    seeds = over_seeds(s, evaluations, list(others))
     names = {e["name"] for e in evaluations if not e["metrics"]["partial"]}
-    is_judged = s.layout == "rows" and {"original", unlearned_name(s)} <= names
-    verdict = own_rows.verdict(s.run) if is_judged else None
-    verdict_text = as_code(own_rows.as_text(verdict)) if verdict else ""
+    verdict, verdict_text = None, ""
+    if s.layout == "rows" and {"original", unlearned_name(s)} <= names:
+        verdict = own_rows.verdict(s)
+        verdict_text = as_code(own_rows.as_text(verdict))
+        write_json(s.run / "verdict.json", verdict)
     lines = [(e["label"], e["metrics"]["values"]) for e in evaluations]
-    main = table_of(main_columns(s), lines + published(s))
+    main, seeds = table_of(main_columns(s), lines + published(s)), over_seeds(s, evaluations)
     sections = [("", verdict_text), ("", main), *sections_of(s, evaluations, left_out, seeds)]
     text = "\n\n".join(f"## {title}\n\n{x}" if title else x for title, x in sections if x)
     write_text(s.run / "report.md", f"# {s.benchmark}, {s.label}, seed {s.seed}\n\n{text}\n")
@@ -45,8 +46,19 @@ def report(run: Path, *, others: list[Path] = (), retain_only: Path | None = Non
         if e["settings"].get("method") in simu.METHODS:  # else of a fork whose method is gone
             shown = [x for x in evaluations if x["name"] in ("original", e["name"])]
             write_card(s.run / e["name"], e["name"], s, e["settings"], shown, verdict_text)
-    print(main)
-    print(f"report: {os.path.relpath(s.run / 'report.md')}")
+    print(main, f"report: {os.path.relpath(s.run / 'report.md')}", sep="\n", flush=True)
+    return verdict
+
+
+def verdict_command(run: Path):
+    """The report, and verdict.json: are rows forgotten, and others kept? Status 3 where not."""
+    if not (verdict := report(run)):
+        raise UserError(f"{run} does not hold evaluations of rows of your own before and after: "
+                        "bash run.sh unlearn MODEL FORGET RETAIN")
+    print(own_rows.as_text(verdict), flush=True)
+    if verdict["reasons"]:
+        raise own_rows.NotForgotten(f"{own_rows.conclusion(verdict)}: "
+                                    f"{'; '.join(verdict['reasons'])}; {verdict['change']}")
 
 
 def sections_of(s: Settings, evaluations: list[dict], left_out: dict, seeds: dict | None) -> list:
@@ -55,7 +67,16 @@ def sections_of(s: Settings, evaluations: list[dict], left_out: dict, seeds: dic
     of_seeds = [(label(name), x) for name, x in seeds["values"].items()] if seeds else []
     numbers = [(e["label"], {name: number(x, ".4g") for name, x in e["metrics"]["values"].items()
                              if x is not None}) for e in evaluations]
-    sections = [
+    settings = [(e["label"], e["settings"]) for e in evaluations]
+    if s.layout == "rows":  # which hold no text: others may read a report than may read the rows
+        about = [("What forgotten means", as_code(own_rows.DEFINITION))]
+    else:
+        about = [("Membership inference", f"Members are {first['members']}, non-members "
+                  f"{first['nonmembers']}. The ideal is what a model that never saw the forget set "
+                  "has; mia.distance, from there, is the headline."),
+                 ("Same prompts, different models", answers_to_the_same(evaluations)),
+                 ("Definitions", f"{as_code(evaluation.__doc__)}\n\n{as_code(metrics.__doc__)}")]
+    return [
         ("", reading(first)),
         ("", SOUL_READING if s.layout == "tofu" and published(s) else ""),
         ("Left out, because they are not of what this run now holds",
@@ -63,19 +84,8 @@ def sections_of(s: Settings, evaluations: list[dict], left_out: dict, seeds: dic
         (f"Mean ± standard deviation over seeds {seeds and seeds['seeds']}",
          table_of(main_columns(s), of_seeds)),
         ("Every number, by its name in eval.py", table_by_name("Metric", numbers)),
-        ("", notes(evaluations)),
-        ("Critical neurons", masks(s))]
-    if s.layout == "rows":
-        sections += [("Row by row", numbers_by_row(evaluations)),
-                     ("What forgotten means", as_code(own_rows.DEFINITION))]
-    else:
-        sections += [("Membership inference", MEMBERSHIP.format(**first)),
-                     ("Same prompts, different models", answers_to_the_same(evaluations)),
-                     ("Definitions", as_code(evaluation.__doc__)),
-                     ("", as_code(metrics.__doc__))]
-    return sections + [("Time and memory", costs(s.run)),
-                       ("Settings", table_by_name("Setting", [
-                           (e["label"], e["settings"]) for e in evaluations]))]
+        ("", notes(evaluations)), ("Critical neurons", masks(s)), *about,
+        ("Settings", table_by_name("Setting", settings))]
 
 
 # ------------------------------------------------------------------------ the evaluations of a run
@@ -124,15 +134,13 @@ def reference_rows(folder: Path, s: Settings) -> list[dict]:
     """Rows of a retain-only model evaluated in another run: as its folder now is, on our data."""
     folder = folder.resolve()
     t = read_settings(folder.parent)
-    job = newest_evaluation(t, folder.name)
-    if not job or job.folder.name != "eval":
-        raise UserError(f"--retain-only {folder} is no evaluated model; it takes RUN/STAGE of a "
-                        "run of ours, after `python -m pipeline evaluate RUN STAGE`")
-    if why := stale_because(t, folder.name, job):
-        raise UserError(f"--retain-only {folder}: {'; '.join(why)}; run its stages again")
+    job = evaluation_job(t, folder.name)
+    why = stale_because(t, folder.name, job)
     if names := differing(data_of(s), data_of(t)):
-        raise UserError(f"--retain-only {folder} is not comparable: its run differs in {names}; "
-                        "evaluate it on the same data, asked the same way")
+        why.append(f"its run differs in {names}")
+    if why:
+        raise UserError(f"--retain-only {folder} is not comparable: {'; '.join(why)}; evaluate it "
+                        "as it now is on the same data, asked the same way")
     return read_rows(job.folder)
 
 
@@ -146,23 +154,21 @@ def differing(one: dict, other: dict, aside: tuple = ()) -> str:
     return ", ".join(k for k in one | other if one.get(k) != other.get(k) and k not in aside)
 
 
-# ----------------------------------------------------------------------------------- several seeds
-
-
-def over_seeds(s: Settings, evaluations: list[dict], named: list[Path]) -> dict | None:
-    """Seeds, and {stage: {value: [one per seed]}} of runs that differ in nothing else; None if this
-    run is the only one. Runs that were named must fit, RUN-seed* beside it are left out if not."""
+def over_seeds(s: Settings, evaluations: list[dict]) -> dict | None:
+    """Seeds, and {stage: {value: [one per seed]}}, of this run and of those beside it, RUN-seed*,
+    that differ in nothing else; None if there are none."""
     run, runs = s.run.resolve(), {s.seed: evaluations}
-    pattern = f"{glob.escape(run.name)}-seed*/settings.json"
-    for other in named or sorted(path.parent for path in run.parent.glob(pattern)):
+    ours = {e["name"]: e["settings"] for e in evaluations}
+    for path in sorted(run.parent.glob(f"{glob.escape(run.name)}-seed*/settings.json")):
         try:
-            t = read_settings(other)
-            if t.seed in runs:
-                raise UserError(f"{other} has seed {t.seed}, as another of these runs")
-            runs[t.seed] = evaluations_like(s, evaluations, t)
+            t = read_settings(path.parent)
+            theirs, _ = read_evaluations(t)
+            pairs = [(ours[e["name"]], e["settings"]) for e in theirs if e["name"] in ours]
+            pairs.append((data_of(s), data_of(t)))
+            if names := [x for pair in pairs if (x := differing(*pair, ("seed", "device")))]:
+                raise UserError(f"{t.run} differs from {s.run} in {', '.join(names)}")
+            runs.setdefault(t.seed, theirs)
         except UserError as e:
-            if named:
-                raise
             print(f"left out of the mean over seeds: {e}", flush=True)
     by_seed = [{e["name"]: e["metrics"]["values"] for e in x if not e["metrics"]["partial"]}
                for x in runs.values()]
@@ -172,36 +178,18 @@ def over_seeds(s: Settings, evaluations: list[dict], named: list[Path]) -> dict 
     return dict(seeds=list(runs), values=values) if len(runs) > 1 else None
 
 
-def evaluations_like(s: Settings, evaluations: list[dict], t: Settings) -> list[dict]:
-    """The evaluations of run t; UserError if it differs from run s in more than the seed."""
-    ours = {e["name"]: e["settings"] for e in evaluations}
-    theirs, _ = read_evaluations(t)
-    names = [differing(data_of(s), data_of(t), ("seed",))]
-    names += [differing(ours[e["name"]], e["settings"], ("seed", "device"))
-              for e in theirs if e["name"] in ours]
-    if names := ", ".join(filter(None, names)):
-        raise UserError(f"{t.run} differs from {s.run} in {names}; a mean over seeds needs runs "
-                        "that differ in nothing else")
-    return theirs
-
-
-# -------------------------------------------------------------------------------- is it known?
-
-
 def check_original(run: Path):
-    """Print the evaluated original beside the paper's; UserError unless it knows the forget set,
-    for then there is nothing to unlearn and every number after it means nothing."""
+    """Print the evaluated original beside the paper's; UserError unless it knows what to forget."""
     s = read_settings(run)
     folder = evaluations_of(s, "original") / "eval"
     values = read_metrics(folder)["values"]
     print(table_of(main_columns(s), [(label("original"), values), *published(s)[:1]]), flush=True)
     if s.layout == "rows":
         return own_rows.need_known_rows(s, read_rows(folder))
-    # Answers without a word, as numbers in some scripts, have no ROUGE-L.
-    name = "forget.exact_match" if values["forget.rouge_l"] is None else "forget.rouge_l"
-    if values[name] is not None and values[name] < s.must_know:
+    known = values["forget.rouge_l"]
+    if known is not None and known < s.must_know:
         raise UserError(
-            f"the original does not know the forget set: {name} is {values[name]:.4f}, less than "
+            f"the original does not know the forget set: its ROUGE-L is {known:.4f}, less than "
             f"--must-know {s.must_know}; see {folder}/generations.jsonl: {why_unknown(values)}; "
             "--must-know 0 goes on")
 
@@ -219,11 +207,6 @@ def why_unknown(values: dict) -> str:
 
 
 # ------------------------------------------------------------------------------------- the sections
-
-MEMBERSHIP = """\
-Members are {members}, non-members {nonmembers}. An attack that learns nothing has 0.5, but the two
-sets differ as text: what a model that never saw the forget set has is the ideal, and mia.distance,
-from there, the headline. The paper's 1 - AUC in the aggregate also rewards going below it."""
 
 
 def notes(evaluations: list[dict]) -> str:
@@ -247,45 +230,25 @@ def masks(s: Settings) -> str:
     if (s.benchmark, s.model) in PUBLISHED_CRITICAL:
         critical, total = PUBLISHED_CRITICAL[s.benchmark, s.model]
         lines.append(f"published (Table 5): {critical} of {total}")
-    return "\n\n".join(lines) or "no mask in this run"
+    return "\n\n".join(lines)
 
 
-def chosen_rows(evaluations: list[dict], each: int) -> tuple[list[dict], list[tuple]]:
-    """{(split, id): row} of each evaluation, and the keys of some rows that all of them answered:
-    `each` of the forget and of the retain set, spread over LUME's tasks."""
+def answers_to_the_same(evaluations: list[dict], each: int = 3) -> str:
+    """The same prompts answered by every approach (Tables 6 and 7): of the forget and of the retain
+    set `each` that all of them answered, spread over LUME's tasks."""
     by_key = [{(r["split"], r["id"]): r for r in e["rows"] if "generation" in r}
               for e in evaluations]
     shared = [key for key in by_key[0] if all(key in rows for rows in by_key)]
     shared.sort(key=lambda key: by_key[0][key].get("task", ""))
-    chosen = [evaluation.spread([key for key in shared if key[0] == split], each)
-              for split in ("forget", "retain")]
-    return by_key, sum(chosen, [])
-
-
-def answers_to_the_same(evaluations: list[dict], each: int = 3) -> str:
-    """The same prompts answered by every approach (Tables 6 and 7)."""
-    by_key, chosen = chosen_rows(evaluations, each)
     parts = []
-    for split, name in chosen:
-        row = by_key[0][split, name]
-        says = [[e["label"], in_a_cell(rows[split, name]["generation"])]
-                for e, rows in zip(evaluations, by_key)]
-        parts += [f"**{split}**, {in_a_cell(name)}: {in_a_cell(row['question'], 600)}",
-                  table(["Approach", "Says"], [["*answer*", in_a_cell(row["answer"])], *says])]
+    for split in ("forget", "retain"):
+        for key in evaluation.spread([key for key in shared if key[0] == split], each):
+            row = by_key[0][key]
+            says = [[e["label"], in_a_cell(rows[key]["generation"])]
+                    for e, rows in zip(evaluations, by_key)]
+            parts += [f"**{split}**, {in_a_cell(key[1])}: {in_a_cell(row['question'], 600)}",
+                      table(["Approach", "Says"], [["*answer*", in_a_cell(row["answer"])], *says])]
     return "\n\n".join(parts)
-
-
-def numbers_by_row(evaluations: list[dict], each: int = 15) -> str:
-    """Loss and ROUGE-L of single rows: of a user's rows a report holds no text, for it may be shown
-    to those who may not read them."""
-    by_key, chosen = chosen_rows(evaluations, each)
-    lines = []
-    for key in chosen:
-        scores = [(evaluation.losses_of(rows[key], "answer")[0], evaluation.rouge_recall(rows[key]))
-                  for rows in by_key]
-        lines.append([key[1], *(" / ".join(number(x if isinstance(x, float) else None, ".2f")
-                                           for x in pair) for pair in scores)])
-    return table(["Row", *(f"{e['label']}: loss / ROUGE-L" for e in evaluations)], lines)
 
 
 def in_a_cell(text: str, most: int = 300) -> str:
@@ -295,15 +258,3 @@ def in_a_cell(text: str, most: int = 300) -> str:
     for special in "\\|*_`<[#~$":
         text = text.replace(special, "\\" + special)
     return text or "(empty)"
-
-
-def costs(run: Path) -> str:
-    """Wall time and peak memory of every finished stage, oldest first."""
-    lines = []
-    finished = run.glob("[!.]*/**/stage.json")
-    for path in sorted(finished, key=lambda path: path.stat().st_mtime_ns):
-        stage = read_stage(path.parent)
-        sizes = [stage.get(k) for k in ("peak_host", "peak_gpu")]
-        lines.append([path.parent.relative_to(run), f"{stage['seconds']:.1f}",
-                      *(number(size and size / 2**30, ".2f") for size in sizes)])
-    return table(["Stage", "Seconds", "Peak host GiB", "Peak GPU GiB"], lines)

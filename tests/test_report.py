@@ -23,7 +23,7 @@ from pipeline.stage import read_stage
 
 def from_columns(kind: str, numbers) -> tuple[float, float]:
     """A published row's aggregate, as printed and as it follows from the row's other columns."""
-    names = [name for c in columns.MAIN[kind] for name in c.names]
+    names = [name for c in columns.MAIN[kind] for name in c.names.split(" / ")]
     row = dict(zip(names, numbers, strict=True))
     em = "accuracy" if kind == "tofu" else "exact_match"
     return row["aggregate"], ev.aggregate(
@@ -105,7 +105,7 @@ def test_report_beside_the_paper(run, capsys):
         "Aggregate ↑", "EM-Forget ↓", "ROUGE-L-Forget ↓", "MIA ↓", "EM-Retain ↑",
         "ROUGE-L-Retain ↑", "EM-WF ↑", "ROUGE-L-WF ↑", "MIA, SOUL's labels", "Aggregate with it"]
     assert "0.8438" in lines[-1] and "10.25%" in lines[-1] and lines[-1] in text
-    assert "published (Table 5): 29554 of 32768" in text and "true answers themselves" in text
+    assert "published (Table 5): 29554 of 32768" in text and "the true answers have" in text
     assert "- real_authors: no such rows" in text and "labels out in another order" in text
     assert "What does Ada collect?" in text  # the same prompts put to every model
     values = values_of(stored)
@@ -158,14 +158,11 @@ def test_evaluate_refuses_what_cannot_be_evaluated(run, words, says):
     (0.1, 0.3, "90% of the answers were cut off .* --max-total-tokens"),
     (1.0, 0.95, "95% of the answers' tokens .* another --template"),
     (1.0, 0.2, "more --learn-epochs"), (None, None, "more --learn-epochs")])
-@pytest.mark.parametrize("measure", ["rouge_l", "exact_match"])
-def test_an_original_that_does_not_know_is_told_why(run, monkeypatch, measure, ended, seen, says):
+def test_an_original_that_does_not_know_is_told_why(run, monkeypatch, ended, seen, says):
     values = evaluate.read_metrics(run / "original" / "eval")["values"] | {
-        "forget.rouge_l": None, "forget.exact_match": 0.1, f"forget.{measure}": 0.1,
-        "forget.ended": ended, "forget.exact_memorisation": seen}
+        "forget.rouge_l": 0.1, "forget.ended": ended, "forget.exact_memorisation": seen}
     monkeypatch.setattr(report, "read_metrics", lambda folder: dict(values=values))
-    with pytest.raises(UserError, match=f"forget.{measure} is 0.1000, less than --must-know 0.5.*"
-                       + says):
+    with pytest.raises(UserError, match="0.1000, less than --must-know 0.5.*" + says):
         report.check_original(run)
 
 
@@ -191,7 +188,7 @@ def test_forget_quality_by_retain_only_of_another_run(run):
             write_json(other / "settings.json", settings | change)
         with pytest.raises(UserError, match=says):
             reported(run, "--retain-only", other / "original")
-    with pytest.raises(UserError, match="no evaluated model"):
+    with pytest.raises(UserError, match="mask/eval is not a finished stage"):
         reported(run, "--retain-only", run / "mask")
 
 
@@ -207,17 +204,13 @@ def test_mean_and_deviation_over_seeds(home, run, capsys):
     assert stored["seeds"]["values"]["simu-graddiff"]["aggregate"] == each
     mean, deviation = statistics.mean(each), statistics.stdev(each)
     assert f"| SIMU-GradDiff       | {mean:.4f} ± {deviation:.4f} |" in text
-    # Another rate: found beside the run it is left out, and named it is refused.
+    # Another rate: left out.
     stages(home, second, "--seed", "1", "--lr", "2e-3", commands=["unlearn"])
     main(["evaluate", str(second)])
     capsys.readouterr()
     stored, text = reported(run)
     assert stored["seeds"] is None and "±" not in text
-    assert "left out of the mean over seeds:" in capsys.readouterr().out
-    with pytest.raises(UserError, match="run-seed1 differs from .* in lr; "):
-        reported(run, "--runs", second)
-    with pytest.raises(UserError, match="has seed 0"):
-        reported(run, "--runs", run)
+    assert f"mean over seeds: {second} differs from {run} in lr" in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------- what is not of what a run holds
@@ -330,7 +323,7 @@ def test_a_strangers_rows_stand_in_no_report_and_no_card(home, tmp_path):
         assert not any(part in page for e in forget + retain for part in (e.question, e.answer))
     assert str(tmp_path) not in card_text and "rows of its maker's own" in card_text
     assert "MIA" not in text and "Table 1" not in text  # eval.py's definitions are a benchmark's
-    assert "What forgotten means" in text and f"| {forget[0].id.split(':')[0]}" in text
+    assert "What forgotten means" in text
     assert "| model " in text and "| objective " in text
 
 
