@@ -1,9 +1,8 @@
 """What step 2 needs of a large model on a card: an update of each weight in one compiled kernel,
 which reads and writes each tensor once, and masters and moments in bfloat16 [D10].
 
-The update is simu.masked_update by the same optimiser; a compiler only makes one kernel of it. What
-changes from update to update comes as 0-d tensors, and sizes are unknown to the compiler, so that
-one graph serves all matrices and all updates (tests/test_fused.py).
+It is simu.masked_update by the same optimiser. What changes from update to update comes as 0-d
+tensors, and sizes are unknown to the compiler, so that one graph serves all (tests/test_fused.py).
 """
 
 import sys
@@ -14,14 +13,11 @@ from torch import Tensor
 
 import simu
 
-MOST_GRAPHS = 64  # one for each kind of weight, dtype and optimiser; torch's own limit is 8
-
 
 def on(device: torch.device, state: str) -> dict:
     """What simu.unlearn takes of this file on a device, for masters and moments in `state`."""
-    dtype = getattr(torch, state)
-    needed = device.type == "cuda" or dtype == torch.bfloat16
-    return dict(apply=apply_updates, state=dtype) if needed else {}
+    needed = device.type == "cuda" or state == "bfloat16"
+    return dict(apply=apply_updates, state=getattr(torch, state)) if needed else {}
 
 
 def stochastic_round(x: Tensor) -> Tensor:
@@ -49,9 +45,9 @@ def as_scalar(x: float) -> Tensor:
 
 @cache
 def compiled_update(device: str, optimiser):
-    """update_weight compiled for a kind of device, which is tried with an optimiser; or as it is,
-    with one line that says so, where the compiler (Triton and gcc; on a CPU g++) fails."""
-    torch._dynamo.config.cache_size_limit = MOST_GRAPHS
+    """update_weight compiled, which is tried; as it is, with one line that says so, where the
+    compiler (Triton and gcc; on a CPU g++) fails."""
+    torch._dynamo.config.cache_size_limit = 64  # one for each kind of weight, dtype and optimiser
     tensors = [torch.zeros(4, 4, device=device) for _ in range(4)]
     try:
         update = torch.compile(update_weight, dynamic=True, fullgraph=True)
@@ -65,17 +61,13 @@ def compiled_update(device: str, optimiser):
         return update_weight
 
 
-def update_on(device: torch.device, optimiser):
-    return compiled_update(device.type, optimiser) if device.type == "cuda" else update_weight
-
-
 @torch.no_grad()
 def apply_updates(moving: list[simu.Moving], optimiser, recipe, *, lr: float, step: int,
                   shrink: float):
     """simu.apply_updates by update_weight, compiled on a card. The noise of its rounding depends on
-    seed and step alone, and torch's own random numbers go on as if there were none."""
+    seed and step alone, and torch's random numbers go on as if there were none."""
     device = moving[0].master.device
-    update = update_on(device, optimiser)
+    update = compiled_update("cuda", optimiser) if device.type == "cuda" else update_weight
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(recipe.seed * 1_000_003 + step)
         for w in moving:

@@ -1,5 +1,5 @@
-"""The live pages say what is so: their links, commands and names exist, the front page's line counts
-are near, and its one table follows from its log."""
+"""The live pages say what is so: their links, commands and names exist, the line counts
+of the front page are near, and its one table follows from its log."""
 
 import importlib
 import re

@@ -126,12 +126,6 @@ def test_every_setting_of_a_row_is_told(run):
             assert value in line.replace("|", " ").split(), name
 
 
-def test_finished_evaluations_are_skipped(run, capsys):
-    main(["evaluate", str(run)])  # every model of the run
-    assert capsys.readouterr().out.splitlines() == [
-        f"[{name}/eval] already made; skipped" for name in MODELS]
-
-
 def test_limit_is_marked_everywhere(run):
     shutil.rmtree(run / "original" / "eval")
     main(["evaluate", str(run), "original", "--limit", "2"])
@@ -151,9 +145,6 @@ def test_evaluate_refuses_what_cannot_be_evaluated(run, words, says):
         main(["evaluate", str(run / words[0]), *words[1:]])
 
 
-# -------------------------------------------------------------------------- does the original know?
-
-
 @pytest.mark.parametrize("ended, seen, says", [
     (0.1, 0.3, "90% of the answers were cut off .* --max-total-tokens"),
     (1.0, 0.95, "95% of the answers' tokens .* another --template"),
@@ -164,9 +155,6 @@ def test_an_original_that_does_not_know_is_told_why(run, monkeypatch, ended, see
     monkeypatch.setattr(report, "read_metrics", lambda folder: dict(values=values))
     with pytest.raises(UserError, match="0.1000, less than --must-know 0.5.*" + says):
         report.check_original(run)
-
-
-# ----------------------------------------------------------------------- retain-only of another run
 
 
 def test_forget_quality_by_retain_only_of_another_run(run):
@@ -192,9 +180,6 @@ def test_forget_quality_by_retain_only_of_another_run(run):
         reported(run, "--retain-only", run / "mask")
 
 
-# ----------------------------------------------------------------------------------- several seeds
-
-
 def test_mean_and_deviation_over_seeds(home, run, capsys):
     second = stages(home, run.with_name("run-seed1"), "--seed", "1")
     main(["evaluate", str(second)])
@@ -213,7 +198,7 @@ def test_mean_and_deviation_over_seeds(home, run, capsys):
     assert f"mean over seeds: {second} differs from {run} in lr" in capsys.readouterr().out
 
 
-# ------------------------------------------------------------------- what is not of what a run holds
+# ------------------------------------------------------------------ what is not of what a run holds
 
 
 def test_what_is_stale_is_named_and_stands_in_no_table(home, run, capsys):
@@ -227,28 +212,19 @@ def test_what_is_stale_is_named_and_stands_in_no_table(home, run, capsys):
 
 
 def test_a_mask_of_other_scores_is_not_counted(home, run):
-    assert "mask: " in reported(run)[1]
     stages(home, run, "--steps", "3", commands=["attribute"])
-    _, text = reported(run)
-    assert "mask: not of what this run now holds: attribution" in text
+    assert "mask: not of what this run now holds: attribution" in reported(run)[1]
     shutil.rmtree(run / "mask")
-    stored, text = reported(run)
-    section = text[text.index("## Critical neurons"):].splitlines()[2]
+    section = reported(run)[1].split("## Critical neurons")[1].splitlines()[2]
     assert section == "published (Table 5): 29554 of 32768"
 
 
 def other_data(run):
-    path = run / "settings.json"
-    settings = read_json(path)
+    settings = read_json(run / "settings.json")
     changed = shutil.copytree(settings["data"], run.with_name("data"))
     with open(changed / "tofu" / "retain90.json", "a") as file:
         file.write(json.dumps({"question": "New?", "answer": "New."}) + "\n")
-    write_json(path, settings | {"data": str(changed)})
-
-
-def other_settings(run):
-    path = run / "settings.json"
-    write_json(path, read_json(path) | {"max_total_tokens": 20})
+    write_json(run / "settings.json", settings | {"data": str(changed)})
 
 
 def no_evaluation(run):
@@ -258,7 +234,6 @@ def no_evaluation(run):
 
 @pytest.mark.parametrize("spoil, says", [
     (other_data, "of what it now holds .*data/retain90.json"),
-    (other_settings, "of what it now holds .*max.total.tokens"),
     (no_evaluation, "holds no evaluation; run `python -m pipeline evaluate .* STAGE`")])
 def test_report_refuses_what_does_not_belong_together(run, spoil, says):
     spoil(run)
@@ -285,9 +260,6 @@ def test_a_report_outlives_a_method_of_a_fork(home, run, monkeypatch):
         "Retain-only (ideal)", "Original", "SIMU-GradDiff", "mine-graddiff"]
 
 
-# ----------------------------------------------------------------------------------- the model card
-
-
 def test_a_card_names_base_and_licence_and_no_path(home, tmp_path):
     base = shutil.copytree(home / "knows", tmp_path / "base")
     run = stages(home, tmp_path / "run", "--weights", base)
@@ -305,26 +277,6 @@ def test_a_card_names_base_and_licence_and_no_path(home, tmp_path):
     (base / "README.md").unlink()
     s = dataclasses.replace(read_settings(run), weights="")  # the paper's base model
     assert "OLMo-1B is under Apache" in card.provenance(s)[1]
-
-
-def test_a_strangers_rows_stand_in_no_report_and_no_card(home, tmp_path):
-    forget, retain = (data.load_tofu(home / "data" / "tofu", x) for x in ("forget10", "retain90"))
-    for name, rows in (("forget", forget), ("retain", retain)):
-        lines = [json.dumps(dict(question=e.question, answer=e.answer)) for e in rows]
-        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
-    options = ["--forget", tmp_path / "forget.jsonl", "--retain", tmp_path / "retain.jsonl",
-               "--method", "so", "--objective", "graddiff", "--name", "model"]
-    run = stages(home, tmp_path / "run", *options, cell=("rows", home / "knows"),
-                 commands=["original", "unlearn"])
-    main(["evaluate", str(run)])
-    stored, text = reported(run)
-    card_text = (run / "model" / "README.md").read_text("utf-8")
-    for page in (text, card_text, json.dumps(stored["evaluations"])):
-        assert not any(part in page for e in forget + retain for part in (e.question, e.answer))
-    assert str(tmp_path) not in card_text and "rows of its maker's own" in card_text
-    assert "MIA" not in text and "Table 1" not in text  # eval.py's definitions are a benchmark's
-    assert "What forgotten means" in text
-    assert "| model " in text and "| objective " in text
 
 
 def test_text_in_a_table_cell_stays_in_it():
