@@ -1,13 +1,10 @@
 """A card for machines that have none: tensors on it say that they are on another device, compute on
-the CPU, and refuse company from the CPU as CUDA does. Counts may be read from it as from a card.
+the CPU, and refuse company from the CPU as CUDA does.
 
     with Card() as card:
         model = card.put(model)          # its weights are on the card now
         torch.zeros(3, device=DEVICE)    # a tensor on the card
-        card.kernels, card.shapes        # what was called on it since, and on what
 """
-
-from collections import Counter
 
 import torch
 from torch import nn
@@ -42,20 +39,18 @@ class OnCard(torch.Tensor):
         return call(func, args, kwargs or {})
 
 
-def call(func, args, kwargs, card=None):
+def call(func, args, kwargs):
     """One operation, on the card if any of its tensors or its `device` is."""
     tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
     on_card = [x for x in tensors if isinstance(x, OnCard)]
-    here = [x for x in tensors if not isinstance(x, OnCard) and x.dim() > 0]
-    if on_card and here and func.overloadpacket not in CROSSING:
+    on_cpu = [x for x in tensors if not isinstance(x, OnCard) and x.dim() > 0]
+    if on_card and on_cpu and func.overloadpacket not in CROSSING:
         raise RuntimeError(f"{func}: tensors on the card and on the CPU: "
-                           f"{[tuple(x.shape) for x in on_card]}, {[tuple(x.shape) for x in here]}")
+                           f"{[tuple(x.shape) for x in on_card]}, {[tuple(x.shape) for x in on_cpu]}")
     device = kwargs.get("device")
     to_card = bool(on_card) if device is None else on_the_card(device)
     if not on_card and not to_card:
         return func(*args, **kwargs)
-    if card is not None:
-        card.kernels[func.overloadpacket] += 1
     if device is not None:
         kwargs = kwargs | dict(device="cpu")
     held_args, held_kwargs = pytree.tree_map_only(OnCard, lambda x: x.held, (args, kwargs))
@@ -99,20 +94,20 @@ class Card(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.kernels, self.numbers = Counter(), Numbers()
+        self.numbers = Numbers()
 
     def __enter__(self):
         self.numbers.__enter__()
         torch.Generator = Generator
         return super().__enter__()
 
-    def __exit__(self, *given):
-        super().__exit__(*given)
+    def __exit__(self, *error):
+        super().__exit__(*error)
         torch.Generator = Generator.__base__
-        self.numbers.__exit__(*given)
+        self.numbers.__exit__(*error)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        return call(func, args, kwargs or {}, self)
+        return call(func, args, kwargs or {})
 
     def put(self, model):
         """The model, its weights moved to the card."""

@@ -1,5 +1,5 @@
-"""What only a card would show, shown on a CPU: CUDA's memory layout, tensors made on the wrong
-device, how often the host waits for the card, and how many shapes of attention it is asked for."""
+"""What only a card would show, shown on a CPU: CUDA's memory layout, tensors on the wrong device,
+how many shapes of attention a card is to plan for."""
 
 import dataclasses
 
@@ -24,8 +24,7 @@ def decoded(model) -> list:
 
 
 def scored(model) -> list:
-    some = rows(5)
-    return [score(model, some, [1] * len(some), tokens=64, detailed=[True] * len(some))
+    return [score(model, rows(5), [1] * 5, tokens=64, detailed=[True] * 5)
             for score in (evaluation.token_scores, reading.token_scores)]
 
 
@@ -140,17 +139,17 @@ def test_every_method_is_on_the_models_device(method, state):
 
 
 def attention_shapes(monkeypatch, run) -> list[tuple]:
-    """The shapes of queries, keys and mask of each attention that run() asks for."""
-    asked, plain = [], torch.nn.functional.scaled_dot_product_attention
+    """The shapes of queries, keys and mask of each attention that run() computes."""
+    shapes, plain = [], torch.nn.functional.scaled_dot_product_attention
 
-    def seen(q, k, v, **given):
-        mask = given.get("attn_mask")
-        asked.append((tuple(q.shape), tuple(k.shape), None if mask is None else tuple(mask.shape)))
-        return plain(q, k, v, **given)
+    def seen(q, k, v, **options):
+        mask = options.get("attn_mask")
+        shapes.append((tuple(q.shape), tuple(k.shape), None if mask is None else tuple(mask.shape)))
+        return plain(q, k, v, **options)
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", seen)
     run()
-    return asked
+    return shapes
 
 
 def test_layers_share_a_shape_of_attention(monkeypatch):
@@ -164,7 +163,7 @@ def test_layers_share_a_shape_of_attention(monkeypatch):
     for run in (lambda: decoded(model), lambda: unlearned(model, "graddiff", "fo"),
                 lambda: scored(model)):
         passes.clear()
-        asked = attention_shapes(monkeypatch, run)
+        shapes = attention_shapes(monkeypatch, run)
         monkeypatch.undo()
-        assert len(asked) >= layers * len(passes) > 0
-        assert len(set(asked)) <= 2 * len(passes)  # rows that read several tokens stand apart
+        assert len(shapes) >= layers * len(passes) > 0
+        assert len(set(shapes)) <= 2 * len(passes)  # rows that read several tokens stand apart
