@@ -100,7 +100,7 @@ def load_model(path, dtype=torch.float32, device="cpu", *, neurons="output") -> 
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint. UserError if one is not there, or not whole."""
+    """The safetensors files of a checkpoint. UserError if one is missing or cut."""
     index, adapter = folder / INDEX, folder / "adapter_config.json"
     if adapter.is_file():
         raise UserError(f"{adapter}: an adapter beside the weights is not read, and transformers "

@@ -17,7 +17,7 @@ import torch
 import data
 import simu
 from data import Encoded
-from model import Transformer, UserError, write_json
+from model import Transformer, UserError, read_json, write_json
 from pipeline import checkpoint, fused, hub, objectives, slices
 from pipeline.levels import need_reference
 from pipeline.plan import fit_memory, outlook, tiny_config
@@ -176,7 +176,7 @@ def original_stage(s: Settings):
         stage_of(s, "original", make_original, **known)
     else:
         (folder, ready), partner = hub.find_original(s), hub.find_retain_only(s)
-        for source in (folder, partner) if partner else (folder,):
+        for source in filter(None, (folder, partner)):
             refuse_weights(s, source)
         if hub.chosen_model(s).startswith("hf:"):  # its size and its template are known now
             s = with_choices(s, folder)
@@ -207,8 +207,10 @@ def stage_of(s: Settings, name: str, make, *args, **inputs):
                 takes=(slices.Slice, Source) if make is link else DECIDING)
     if args:
         job.notes["source"] = hub.origin(args[0])
-    if any(p.is_symlink() and not p.exists() for p in folder.glob("*")):  # they have moved
-        link(s, job, folder, *args)
-    if s.layout == "rows" and (folder / "stage.json").is_file():
-        refuse_other_request(s, job)
+    if (folder / "stage.json").is_file():
+        before = read_json(folder / "stage.json").get("why", {}).get("inputs")
+        if make is link and before == inputs:  # the same files, which may have moved
+            link(s, job, folder, *args)
+        if s.layout == "rows":
+            refuse_other_request(s, job)
     job.ensure(*args)
