@@ -232,9 +232,9 @@ def contains_answer(row) -> bool:
     return folded(row["answer"].strip()) in folded(row["generation"])
 
 
-def is_nearest(row, text="paraphrased_generation", share_ties=True):
+def is_nearest(row, text="paraphrased_generation"):
     """1 if a text is closer to the paraphrased answer than to any wrong one [D11]. n tied first:
-    1/n, so that a senseless text gets what guessing gets; without share_ties 1, as SOUL has it."""
+    1/n, so that a senseless text gets what guessing gets; SOUL has 1."""
     truth, wrong = row["paraphrased_answer"], row["perturbed_answers"]
     if not truth or not wrong or text not in row:
         return NO_CHOICE
@@ -244,9 +244,7 @@ def is_nearest(row, text="paraphrased_generation", share_ties=True):
         near = [rouge_l(choice, row[text]).f1 for choice in (truth, *wrong)]
     else:
         return NO_WORD
-    if near[0] < max(near):
-        return 0.0
-    return 1 / near.count(near[0]) if share_ties else 1.0
+    return 1 / near.count(near[0]) if near[0] == max(near) else 0.0
 
 
 def answer_probability(row) -> float:

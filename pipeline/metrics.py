@@ -6,7 +6,6 @@ whose rows `eval.summarise` takes as `reference`. OU = open-unlearning, TOFU's l
 
 name              formula                                             range  better        source
 ----------------  --------------------------------------------------  -----  ------------  -------
-accuracy_whole    accuracy, a tie with a' being a whole point         0..1   f low r high  SOUL
 accuracy_ceiling  accuracy of a in place of g': what a model that     0..1   high          ours
                   answers word for word would have
 paraphrased_      rouge_l: of g'; probability: p(a) after q'          0..1   f low r high  ours
@@ -17,8 +16,6 @@ exact_            share of a's tokens (no eos) that are the           0..1   f l
   memorisation    likeliest after what comes before them in a
 extraction_       1 - k / |a|, k < |a| the least for which a's        0..1   f low r high  OU
   strength        tokens from the k-th on (no eos) are the likeliest
-repetition        share of g's three-word sequences that stood in it  0..1   low           ours
-                  before
 ended             share of g that end by eos, not at the limit        0..1   high          ours
 mia.min_k         mia.auc for score = mean of the k% lowest log P in  0..1   ideal         SOUL
                   the text, k = 10..60
@@ -29,7 +26,6 @@ mia.answer_auc    AUC of score = -loss(a), the answer alone;          0..1   ide
   _zlib           -loss(a) / bytes of a compressed;
   _reference      loss(a) of retain-only - loss(a)
 mia.distance      |mia.auc - ideal|; 0.5 where there is no ideal      0..1   0             ours
-mia.score         1 - 2 |mia.auc - 0.5|                               0..1   high          SemEval
 privleak          100 ((1 - x) / (1 - ideal) - 1), x = the AUC        -100.. 0             OU
                   mia.answer_min_40; 0.5 where there is no ideal
 forget_quality    p-value of a two-sample KS test: R of the forget    0..1   high          TOFU
@@ -47,7 +43,7 @@ from functools import partial
 from data import TASKS
 from eval import (METRICS, NO_CHOICE, OVERALL, Metric, Missing, Overall, Summary, attack,
                   exact_memorisation, extraction_strength, harmonic_mean, is_nearest, ks_p_value,
-                  lacking, losses_of, mean, model_utility, paper_aggregate, pieces, rouge_recall,
+                  lacking, losses_of, mean, model_utility, paper_aggregate, rouge_recall,
                   row_truth_ratio)
 
 CHANCE = 0.5  # AUC of an attack that learns nothing
@@ -57,17 +53,6 @@ NO_REFERENCE = Missing("no retain-only model: evaluate one that never saw the fo
                        "report with --retain-only ITS_FOLDER")
 
 # -------------------------------------------------------------------------------- metrics of a row
-
-
-def repetition(text: str, n: int = 3) -> float:
-    """Share of a text's n-word sequences that stood in it before; 0 if it has none."""
-    words = text.split() if text.isascii() else pieces(text, "am*|[^as]+")
-    grams = [tuple(words[i:i + n]) for i in range(len(words) - n + 1)]
-    return (len(grams) - len(set(grams))) / len(grams) if grams else 0.0
-
-
-def repeated_share(row) -> float:
-    return repetition(row["generation"])
 
 
 def has_ended(row) -> bool:
@@ -102,9 +87,7 @@ def extracted_share(row) -> float:
 arithmetic_ratio = partial(row_truth_ratio, mean="arithmetic")
 METRICS |= {
     "truth_ratio_arithmetic": Metric(arithmetic_ratio, arithmetic_ratio),
-    "repetition": Metric(repeated_share, repeated_share, lume=("sc", "qa")),
     "ended": Metric(has_ended, has_ended, lume=("sc", "qa")),
-    "accuracy_whole": Metric(partial(is_nearest, share_ties=False)),
     "accuracy_ceiling": Metric(partial(is_nearest, text="answer")),
     "paraphrased_rouge_l": Metric(paraphrased_rouge_l),
     "paraphrased_probability": Metric(paraphrased_probability),
@@ -178,15 +161,6 @@ def privleak(area: float, ideal: float = CHANCE) -> float:
     return 100 * (ideal - area) / (1 - ideal + 1e-10)
 
 
-def mia_score(area: float) -> float:
-    """SemEval-2025 Task 4: 1 where the attack learns nothing, 0 where it never errs (or always)."""
-    return 1 - 2 * abs(area - CHANCE)
-
-
-def semeval_score(summary):
-    return lacking(summary.values, ["mia.auc"]) or mia_score(summary.values["mia.auc"])
-
-
 OVERALL |= {f"mia.min_{k}": Overall(partial(attack, score=partial(text_min_k, percent=k)))
             for k in MIN_K}
 OVERALL |= {
@@ -196,7 +170,6 @@ OVERALL |= {
     "mia.answer_zlib": Overall(partial(attack, score=answer_zlib)),
     "mia.answer_reference": Overall(reference_attack),
     "mia.distance": Overall(partial(against_ideal, formula=distance)),
-    "mia.score": Overall(semeval_score),
     "privleak": Overall(partial(against_ideal, formula=privleak, score=answer_min_k)),
 }
 

@@ -8,7 +8,6 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import simu
 from data import TASKS, Example, load_lume, load_tofu, option
 from model import UserError
 from pipeline.rows import NO_TEXT, load_rows, normalised, refuse_shared, without_marks

@@ -4,10 +4,8 @@ tested where they are not installed."""
 
 import json
 import math
-import os
 import random
 import re
-import statistics
 import sys
 import unicodedata
 import zlib
@@ -121,14 +119,6 @@ def test_exact_match_is_of_strings():
     assert not ev.exact_match("café", "cafe") and not ev.exact_match("北京", "南京")
 
 
-@pytest.mark.parametrize("text, share", [
-    ("a b c d", 0), ("a b", 0), ("", 0), ("be be be be be", 2 / 3), ("a b c a b c", 1 / 4),
-    ("北京北京北京", 2 / 4), ("他住在北京", 0), ("да, да, да, да,", 1 / 2),
-    ("é-x é-x é-x é-x", 1 / 2), ("น้ำน้ำน้ำ", 2 / 4)])
-def test_repetition_by_hand(text, share):
-    assert metrics.repetition(text) == share
-
-
 # ---------------------------------------------------------------------------------------- formulas
 
 LN2 = math.log(2)
@@ -150,7 +140,6 @@ LN2 = math.log(2)
     (metrics.privleak(1.0, 0.4), -100), (metrics.privleak(0.4, 0.4), 0),
     (metrics.privleak(0.1, 0.4), 50), (metrics.privleak(0.0), 100),
     (metrics.zlib_score(2.0, "no no no no"), -2 / len(zlib.compress(b"no no no no"))),
-    (metrics.mia_score(0.5), 1), (metrics.mia_score(0), 0), (metrics.mia_score(0.75), 0.5),
     # p(a') = 1/2, p(w) = 1/4 and 1/16: geometric mean 1/8, arithmetic 5/32
     (ev.truth_ratio(LN2, [2 * LN2, 4 * LN2]), 1 / 4),
     (ev.truth_ratio(LN2, [2 * LN2, 4 * LN2], mean="arithmetic"), 5 / 16),
@@ -267,7 +256,7 @@ def test_tofu_metrics_by_hand():
     geometric = 2 ** (-8 / 3)  # of world facts' p(w): 1/4, 1/8, 1/8
     expected = {
         "forget.rouge_l": (1 + 1 / 2) / 2, "forget.exact_match": 1 / 2,
-        "forget.accuracy": (1 + 1 / 3) / 2, "forget.accuracy_whole": 1,
+        "forget.accuracy": (1 + 1 / 3) / 2,
         "forget.accuracy_ceiling": (1 + 1) / 2,
         "forget.probability": (1 / 2 + 1 / 4) / 2,
         "forget.truth_ratio": (1 / 4 + 1 / 4) / 2,  # R = (1/8)/(1/2) and (1/2)/(1/8)
@@ -275,14 +264,14 @@ def test_tofu_metrics_by_hand():
         "forget.paraphrased_rouge_l": (1 / 3 + 0) / 2,
         "forget.paraphrased_probability": (1 / 4 + 1 / 2) / 2,
         "forget.exact_memorisation": 3 / 4, "forget.extraction_strength": 3 / 4,
-        "forget.repetition": 1 / 4, "forget.ended": 1 / 2,
+        "forget.ended": 1 / 2,
         "retain.rouge_l": 1 / 2, "retain.exact_match": 0, "retain.accuracy": 1,
         "retain.probability": 4 / 5, "retain.truth_ratio": 1 - (1 / 8) / (1 / 2),
         "world_facts.rouge_l": 1, "world_facts.exact_match": 0, "world_facts.accuracy": 1,
         "world_facts.probability": 1 / 2, "world_facts.truth_ratio": 1 - geometric / (1 / 2),
         "world_facts.truth_ratio_arithmetic": 1 - (1 / 6) / (1 / 2),
         # Losses of the text: f 2/3, 4/3, n 3/3, 4.5/3; of the answer: f 1, 2, n 1.5, 1.7.
-        "mia.auc": 3 / 4, "mia.distance": 1 / 4, "mia.score": 1 / 2, "mia.min_10": 3 / 4,
+        "mia.auc": 3 / 4, "mia.distance": 1 / 4, "mia.min_10": 3 / 4,
         "mia.answer_auc": 1 / 2, "mia.answer_min_40": 3 / 4, "mia.answer_min_40_plus": 1 / 4,
         "mia.answer_zlib": 1, "privleak": -50, "mia.soul": 1 / 2 + 1 / 4,
         "model_utility": 6 / (2 + 5 / 4 + 4 / 3 + 1 + 2 + 1 / (1 - 2 * geometric)),
@@ -330,26 +319,6 @@ def test_what_only_retain_only_can_say_by_hand():
         assert values[name] is None and "other" in notes[name]
 
 
-RATIO, LOSSES = ev.truth_ratio, ev.losses_of
-
-
-@pytest.mark.parametrize("module, name, broken", [
-    (ev, "porter_stem", lambda word: word[:3]),
-    (ev, "exact_match", lambda reference, candidate: reference == candidate),
-    (ev, "truth_ratio", lambda loss, wrong, mean="geometric": 1 / RATIO(loss, wrong, mean=mean)),
-    (ev, "truth_ratio", lambda loss, wrong, mean="geometric": RATIO(loss, wrong)),  # one mean
-    (ev, "losses_of", lambda x, name: [  # of the prompt too
-        ev.mean(t["losses"]) for t in x["scores"].get(name, [])]),
-    (ev, "aggregate", lambda **terms: ev.mean(terms.values())),
-    (metrics, "answer_part", lambda x, key: x["scores"]["answer"][0][key][1:]),  # eos too
-    (metrics, "CHANCE", 0.0)])
-def test_a_broken_metric_is_caught(monkeypatch, module, name, broken):
-    monkeypatch.setattr(module, name, broken)
-    with pytest.raises(AssertionError):
-        test_tofu_metrics_by_hand()
-        test_golden_stems_and_rouge()
-
-
 def test_what_is_missing_has_a_reason_and_zero_is_zero():
     rows = [x for x in tofu_rows() if x["split"] != "nonmembers"]
     for x in rows[:2]:
@@ -360,7 +329,7 @@ def test_what_is_missing_has_a_reason_and_zero_is_zero():
     values, notes = summarised(rows, nonmember_source="none: the model learnt all")
     assert values["forget.accuracy"] == 1 / 3 and "1 of 2 rows" in notes["forget.accuracy"]
     for name in ("forget.truth_ratio", "retain.paraphrased_probability", "mia.auc", "aggregate",
-                 "mia.distance", "mia.score", "mia.answer_reference"):
+                 "mia.distance", "mia.answer_reference"):
         assert values[name] is None and notes[name], name
     assert "wrong answers" in notes["forget.truth_ratio"]
     assert notes["mia.auc"] == notes["mia.distance"] == "none: the model learnt all"
@@ -380,13 +349,6 @@ def test_rows_without_words_are_left_out_and_counted():
     assert values["forget.rouge_l"] is values["aggregate"] is None
     assert notes["forget.rouge_l"].startswith("2 of 2 rows") and "rouge_l" in notes["aggregate"]
     assert values["retain.rouge_l"] == 1 / 2 and "retain.rouge_l" not in notes
-
-
-def test_closest_by_an_encoder_is_by_its_cosines():
-    rows = tofu_rows()
-    rows[0]["closeness"] = dict(paraphrased_generation=[0.1, 0.9, 0.3], answer=[0.9, 0.1, 0.3])
-    values, _ = summarised(rows)
-    assert values["forget.accuracy"] == (0 + 1 / 3) / 2 and values["forget.accuracy_ceiling"] == 1
 
 
 def test_a_metric_is_one_function_and_one_row(monkeypatch):
@@ -439,7 +401,7 @@ def test_lume_metrics_by_hand():
     rows += [lume_row("nonmembers", "Task1", kind, "a", "b") for kind in ("sc", "qa")]
     rows[-2]["scores"]["answer"] = [text(0, 3, 3, 3, start=1, standard=(0, 0, 0, 0))]
     values, _ = summarised(rows)
-    assert values["mia.score"] == 0 and values["mia.auc"] == 1  # of documents alone
+    assert values["mia.auc"] == 1  # of documents alone
     assert values["forget.exact_memorisation"] == pytest.approx((1 / 2 + 1 + 1) / 3)
     assert values["forget.probability"] == pytest.approx((1 / 4 + 1 / 2 + 1 / 2) / 3)
     assert values["task_aggregate"] == pytest.approx(12 / (2 + 1 + 2 + 2 + 2 + 1 + 3 * (2 + 1)))
@@ -600,17 +562,6 @@ def test_answers_that_their_scores_show_are_what_decoding_says(micro, monkeypatc
             assert a.get(key) == b.get(key)
 
 
-def test_passes_change_nothing_and_json_loses_nothing(micro):
-    metrics, rows = micro[1]["retain-only"]
-    assert ev.summarise(json.loads(json.dumps(rows))) == metrics
-    small, single = evaluated(micro[0], "retain-only",
-                              ev.Limits(max_total_tokens=48, eval_tokens=60))
-    for key in ("generation", "paraphrased_generation"):
-        assert [x.get(key) for x in rows] == [x.get(key) for x in single]
-    for name, value in metrics["values"].items():
-        assert small["values"][name] == (value and pytest.approx(value, rel=1e-3)), name
-
-
 def test_limits_cut_answers_and_rows(micro):
     _, rows = evaluated(micro[0], "original", ev.Limits(max_total_tokens=0, max_new_tokens=3),
                         limit=2)
@@ -621,38 +572,6 @@ def test_limits_cut_answers_and_rows(micro):
     assert ev.spread([1, 2, 3], 0) == ev.spread([1, 2, 3], 5) == [1, 2, 3]
 
 
-def test_lume_rows_give_documents_to_the_attack(micro):
-    model, tokenizer, _ = loaded(micro[0])
-    rows = [data.Example(f"{name} was", f"collecting {thing}.", id=f"{name}{kind}1", task=task,
-                         kind=kind)
-            for task in data.TASKS for kind, name, thing in zip(("sc", "qa"), PEOPLE, THINGS)]
-    bench = slices.Benchmark("lume", rows, rows, rows, [], [], rows, "the same rows")
-    summary, out = ev.evaluate_model(model, tokenizer, evaluate.splits_of(bench),
-                                     benchmark="lume", template="qa", limits=LIMITS)
-    assert [x["kind"] for x in out if x["split"] == "nonmembers"] == ["sc"] * 3
-    assert summary["values"]["mia.auc"] == 0.5 and summary["values"]["aggregate"] is not None
-    assert sum("generation" in x for x in out) == 12
-
-
-def test_rows_of_a_users_and_plain_texts(micro):
-    model, tokenizer, bench = loaded(micro[0])
-    texts = [data.Example("", f"{e.question} {e.answer}", id=f"t{i}", kind="text")
-             for i, e in enumerate(bench.forget)]
-    turns = (("user", "Hi?"), ("assistant", "Yes."))
-    chat = [data.Example(e.question, e.answer, id=f"c{i}", turns=turns)
-            for i, e in enumerate(bench.retain)]
-    bench = slices.benchmark_of_rows(texts + bench.forget, chat, bench.nonmembers)
-    summary, rows = ev.evaluate_model(model, tokenizer, evaluate.splits_of(bench),
-                                      benchmark="rows", template="qa", limits=LIMITS)
-    values = summary["values"]
-    assert values["aggregate"] is not None and "model_utility" not in values
-    assert values["retain.rouge_l"] is not None and values["forget.extraction_strength"] > 0
-    assert rows[0]["question"] + rows[0]["answer"] == texts[0].answer
-    e = data.encode(texts[0], tokenizer, "qa")  # all of a text counts in the attack on it
-    losses = ev.token_scores(model, [e], [1], tokens=100)[0].losses
-    assert ev.text_score(rows[0]) == pytest.approx(-statistics.fmean(losses[:-1]), rel=1e-5)
-
-
 def test_evaluation_refuses_a_broken_model(micro):
     model, tokenizer, bench = loaded(micro[0])
     options = dict(benchmark="tofu", template="qa", limits=LIMITS)
@@ -660,35 +579,3 @@ def test_evaluation_refuses_a_broken_model(micro):
         model.norm.weight.fill_(math.nan)
     with pytest.raises(UserError, match="row forget10.*:0 is not a number"):
         ev.evaluate_model(model, tokenizer, evaluate.splits_of(bench), **options)
-
-
-# --------------------------------------------------------------------- the demo's and TOFU's text
-
-
-@pytest.mark.parametrize("folder", [
-    Path(data.__file__).parent / "pipeline" / "demo",
-    pytest.param(os.environ.get("SIMU_DATA", ""), marks=pytest.mark.real_files("tofu"))],
-    ids=["demo", "real"])
-def test_rouge_l_on_answers_of_tofu(folder):
-    scorer = pytest.importorskip("rouge_score.rouge_scorer").RougeScorer(["rougeL"], True)
-    for row in data.load_tofu(Path(folder) / "tofu", "forget10_perturbed"):
-        for candidate in (row.paraphrased_answer, row.perturbed_answers[0], row.question):
-            expected = scorer.score(row.answer, candidate)["rougeL"]
-            assert ev.rouge_l(row.answer, candidate) == pytest.approx(tuple(expected), abs=1e-9)
-
-
-@pytest.mark.real_files("tofu", "lume")
-def test_real_text_has_the_words_of_rouge_score():
-    """Of every text of TOFU and LUME, accents too, so that published numbers hold to the bit."""
-    tokenize, accented = pytest.importorskip("rouge_score.tokenize").tokenize, set()
-    for path in Path(os.environ["SIMU_DATA"]).glob("*/*.json*"):
-        for line in path.read_text("utf-8").splitlines():
-            for value in json.loads(line).values():
-                for text in value if isinstance(value, list) else [value]:
-                    if not text.isascii():
-                        accented.add(text)
-    assert len(accented) > 1000
-    for text in accented:
-        assert ev.is_latin(text)
-        assert ev.rouge_words(text) == [ev.porter_stem(w) if len(w) > 3 else w
-                                        for w in tokenize(text, None)]
