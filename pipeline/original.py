@@ -136,8 +136,8 @@ def link(s: Settings, job: Stage, folder: Path, source: Path):
 
 def model_files(folder: Path) -> list[Path]:
     """The files of a model's folder that a run reads, its tokenizer's among them."""
-    files = [p for p in sorted(folder.iterdir())
-             if p.is_file() and p.suffix in (".json", ".safetensors", ".model", ".jinja")]
+    files = [p for p in sorted(folder.iterdir()) if p.is_file() and p.name != "stage.json"
+             and p.suffix in (".json", ".safetensors", ".model", ".jinja")]
     tokenizer = hub.tokenizer_folder(folder)
     if tokenizer != folder:
         files += [tokenizer / x for x in data.TOKENIZER_FILES if (tokenizer / x).is_file()]
