@@ -21,9 +21,8 @@ from tqdm import tqdm
 import data
 from eval import mean
 from model import Transformer, UserError, write_json, write_text
-from pipeline import checkpoint
+from pipeline import checkpoint, settings
 from pipeline.columns import as_code, label, number, table
-from pipeline.settings import Parser, placement, read_settings
 from pipeline.slices import load_benchmark
 from pipeline.stage import lock
 from pipeline.tokenizers import load_tokenizer
@@ -63,21 +62,21 @@ def depth_score(d1: list[float], d2: list[float]) -> float | None:
 
 def main(argv: list[str]):
     """How deep did it forget? The Unlearning Depth Score of a run's models."""
-    parser = Parser(prog="python -m pipeline depth", description=__doc__,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = settings.Parser(prog="python -m pipeline depth", description=__doc__,
+                             formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
     parser.add_argument("stages", nargs="*", default=[], metavar="STAGE", help="default: all")
     args = parser.parse_args(argv)
     with lock(args.run):
-        s, lines, results = read_settings(args.run), [], {}
+        s, lines, results = settings.read_settings(args.run), [], {}
         names = models_to_attack(s, args.stages)
         if names[0] != "retain-only":
             raise UserError(f"{s.run} holds no retain-only model; see --learn-retain-only")
-        original = checkpoint.load_model(s.run / "original", **placement(s))
+        original = checkpoint.load_model(s.run / "original", **settings.placement(s))
         tokenizer = load_tokenizer(s.run / "original")
         rows = data.encode_for(original.config, load_benchmark(s).forget, tokenizer, s.template)
         for name in names:
-            source = checkpoint.load_model(s.run / name, **placement(s))
+            source = checkpoint.load_model(s.run / name, **settings.placement(s))
             d2 = [row_depths(original, source, row, tokenizer.eos_ids) for row in tqdm(rows, name)]
             d1 = d2 if name == "retain-only" else d1
             scores = [x for x in map(depth_score, d1, d2) if x is not None]

@@ -278,8 +278,7 @@ def read_options(argv: list[str]) -> tuple[argparse.Namespace, dict]:
     parser.add_argument("--vary", action="append", default=[], metavar="NAME=VALUE,...",
                         help="in place of factors and variants: a setting and its values; of "
                              "several, every combination")
-    parser.add_argument("--jobs", type=int, default=0, help="processes; default: one per core for "
-                        "tiny models, else one")
+    parser.add_argument("--jobs", type=int, default=0, help="processes; default: as the model fits")
     settings.add_options(parser, skip=("benchmark", "model", "seed", "name", *OF_ARMS))
     options = vars(parser.parse_args(argv))
     options["model"] = settings.model_at(options["model"])
