@@ -27,7 +27,7 @@ from pipeline import plan, stage, tokenizers
 from pipeline.__main__ import main as command_line
 
 ROOT = Path(simu.__file__).parent
-WHOLE, SHARDS = "weights-tofu/model.safetensors", f"sharded-tofu/{INDEX}"
+WEIGHTS, SHARDS = "weights-tofu/model.safetensors", f"sharded-tofu/{INDEX}"
 CONFIG, TOKENIZER = "weights-tofu/config.json", "weights-tofu/tokenizer.model"
 UP = "model.layers.0.mlp.up_proj.weight"
 FORGET, RETAIN = "data/tofu/forget10.json", "data/tofu/retain90.json"
@@ -131,7 +131,7 @@ def tensor(**values):
         head[UP].update(values)
         head = json.dumps(head).encode()
         return len(head).to_bytes(8, "little") + head + old[size:]
-    return change(WHOLE, edit)
+    return change(WEIGHTS, edit)
 
 
 def weight(value: float):
@@ -172,7 +172,7 @@ def nothing(w):
 LOAD = ["original weights-tofu", "attribute weights-tofu"]
 SHARDED = ["original sharded-tofu", "attribute sharded-tofu"]
 ORIGINAL, OLMO, NEW = LOAD[:1], ["original weights-lume"], ["original new"]
-NOT_WHOLE = "model.safetensors is not a whole safetensors file .*fetch it again"
+TORN = "model.safetensors is not a whole safetensors file .*fetch it again"
 EVAL = "run-tofu/original/eval"
 REPORT, MASK = ["report run-tofu"], ["mask run-tofu --threshold 0.4"]
 UNLEARN = ["unlearn run-tofu --lr 1e-4"]
@@ -181,20 +181,20 @@ CHANGED = "is not what its stage wrote; "
 
 FAULTS = {
     # Weights. What else a loader refuses: test_model.py, test_layouts.py.
-    "weights: cut": (cut(WHOLE), ORIGINAL, NOT_WHOLE),
-    "weights: offsets outside": (tensor(data_offsets=[0, 10**12]), ORIGINAL, NOT_WHOLE),
+    "weights: cut": (cut(WEIGHTS), ORIGINAL, TORN),
+    "weights: offsets outside": (tensor(data_offsets=[0, 10**12]), ORIGINAL, TORN),
     "weights: whole numbers": (tensor(dtype="I32"), LOAD, f"{UP} is .*int32"),
     "weights: other shape": (tensor(shape=[64, 256]), LOAD, f"{UP} is "),
     "weights: NaN": (weight(float("nan")), LOAD, f"{UP} holds NaN or infinity"),
     "weights: overflowing": (weight(3e38), [*LOAD, "mask weights-tofu"], "scores are not finite"),
-    "weights: none": (gone(WHOLE), ORIGINAL, "neither model.safetensors.*finish the download"),
+    "weights: none": (gone(WEIGHTS), ORIGINAL, "neither model.safetensors.*finish the download"),
     "weights: pickled": (
-        lambda w: (w / WHOLE).rename(w / "weights-tofu/pytorch_model.bin"), ORIGINAL,
+        lambda w: (w / WEIGHTS).rename(w / "weights-tofu/pytorch_model.bin"), ORIGINAL,
         "pickled weights .*never read"),
-    "weights: a pickle by name of safetensors": (put(WHOLE, b"\x80\x04\x95("), ORIGINAL, NOT_WHOLE),
+    "weights: a pickle by name of safetensors": (put(WEIGHTS, b"\x80\x04\x95("), ORIGINAL, TORN),
     "weights: an adapter beside them": (
         put("weights-tofu/adapter_config.json", {}), ORIGINAL, "adapter_config.json: an adapter"),
-    "weights: no folder": (nothing, [f"original {WHOLE}"], "is not a folder"),
+    "weights: no folder": (nothing, [f"original {WEIGHTS}"], "is not a folder"),
     "weights: a file's name": (put("weights-tofu/\udcff.model", b""), ORIGINAL, NAME),
     "index: missing shard": (
         shard("model-9.safetensors"), SHARDED[:1], "model-9.safetensors is not a whole"),
@@ -324,11 +324,7 @@ def gpu(*_, **__):
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has")
 
 
-def python(*_, **__):
-    raise MemoryError
-
-
-@pytest.mark.parametrize("full", [allocate, gpu, python])
+@pytest.mark.parametrize("full", [allocate, gpu])
 def test_out_of_memory(w, monkeypatch, full):
     monkeypatch.setattr(simu, "attribute", full)
     refused(w, ["attribute run-tofu --steps 3"], "out of memory; .*pipeline plan.*--micro-tokens")
@@ -504,11 +500,7 @@ def test_weights_are_not_taken_from_the_run_they_are_for(w):
 
 
 def test_a_folder_that_is_no_stage_is_left_alone(w):
-    (w / "run-tofu/mask-soft").mkdir()
-    done(w, "mask run-tofu --mask soft")  # empty: taken
-    shutil.rmtree(w / "run-tofu/mask-soft")
-    (w / "run-tofu/mask-soft").mkdir()
-    (w / "run-tofu/mask-soft/thesis.txt").write_text("the only copy")
+    put("run-tofu/mask-soft/thesis.txt", b"the only copy")(w)
     for more in ("", " --force"):
         refused(w, [f"mask run-tofu --mask soft{more}"], "mask-soft is .*no finished stage")
 
@@ -522,8 +514,7 @@ def test_a_foreign_folder_is_no_run(w):
 
 @pytest.mark.parametrize("name", ["mask/thesis.txt", "mask/notes/thesis.txt"])
 def test_a_file_that_no_stage_made_is_not_taken_along(w, name):
-    (w / "run-tofu" / name).parent.mkdir(exist_ok=True)
-    (w / "run-tofu" / name).write_text("the only copy")
+    put(f"run-tofu/{name}", b"the only copy")(w)
     done(w, "mask run-tofu")  # made already
     for more in ("--force", "--threshold 0.4"):
         refused(w, [f"mask run-tofu {more}"], "is no file of the stage .*move it elsewhere")

@@ -58,12 +58,12 @@ def out(runs, tmp_path):
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """One micro run of each cell kind."""
-    made = {}
+    finished = {}
     for benchmark, model in (("demo", "tiny-llama"), ("lume", "tiny-olmo")):
         out = tmp_path_factory.mktemp(benchmark) / "run"
         pipeline(out, benchmark=benchmark, model=model)
-        made[benchmark] = out
-    return made
+        finished[benchmark] = out
+    return finished
 
 
 @pytest.mark.parametrize("cell", ["demo", "lume"])
@@ -75,9 +75,9 @@ def test_every_artefact_is_there_and_nothing_half_written(runs, cell):
             assert (out / folder / name).is_file(), f"{folder}/{name}"
     assert (out / "report.md").is_file() and (out / "report.json").is_file()
     assert not [p for p in out.rglob(".simu-*") if p.name != ".simu-lock"]
-    made = read_json(out / "simu-graddiff" / "stage.json")
-    assert made["seconds"] > 0 and made["peak_host"] > 1e6
-    assert made["settings"]["lam"] == 2.0
+    info = read_json(out / "simu-graddiff" / "stage.json")
+    assert info["seconds"] > 0 and info["peak_host"] > 1e6
+    assert info["settings"]["lam"] == 2.0
 
 
 @pytest.mark.parametrize("cell", ["demo", "lume"])
@@ -107,11 +107,11 @@ def test_the_mask_is_the_rule_on_the_scores(runs):
         scores = {k: file.get_tensor(k) for k in file.keys()}
     with safe_open(out / "mask" / "mask.safetensors", framework="pt") as file:
         mask = file.get_tensor("mask")
-    made = read_json(out / "mask" / "stage.json")
-    threshold = made["settings"]["threshold"]
+    info = read_json(out / "mask" / "stage.json")
+    threshold = info["settings"]["threshold"]
     assert scores["forget"].shape == scores["retain"].shape == mask.shape == (2, 64)
     assert torch.equal(mask, simu.critical_mask(scores["forget"], threshold))
-    assert made["notes"]["critical"] == int(mask.sum()) and made["notes"]["total"] == 128
+    assert info["notes"]["critical"] == int(mask.sum()) and info["notes"]["total"] == 128
 
 
 def test_a_second_run_does_nothing_and_a_changed_one_only_what_depends(out, capsys):
@@ -120,11 +120,11 @@ def test_a_second_run_does_nothing_and_a_changed_one_only_what_depends(out, caps
     assert {p: p.stat().st_mtime_ns for p in out.rglob("*.safetensors")} == before
     capsys.readouterr()
     pipeline(out, "--threshold", "0.9")
-    told = capsys.readouterr().out
-    assert "[mask] made again: --threshold changed" in told
-    assert "[simu-graddiff] made again: mask changed" in told
+    printed = capsys.readouterr().out
+    assert "[mask] made again: --threshold changed" in printed
+    assert "[simu-graddiff] made again: mask changed" in printed
     for same in ("original", "attribution", "fo-graddiff", "so-graddiff", "fo-graddiff/eval"):
-        assert f"[{same}] already made" in told, same
+        assert f"[{same}] already made" in printed, same
 
 
 def test_changed_data_makes_everything_again(out, tmp_path, capsys):
@@ -198,11 +198,11 @@ def test_models_made_at_once_are_those_made_one_by_one(runs, tmp_path, capsys):
     out, names = tmp_path / "run", ("fo-graddiff", "simu-graddiff")
     shutil.copytree(runs["demo"], out, ignore=lambda folder, _: names)
     stage_of("unlearn", out, "--each", "fo:graddiff", "simu:graddiff")
-    told = capsys.readouterr().out
+    printed = capsys.readouterr().out
     for name in names:
         for file in ("model.safetensors", "eval/generations.jsonl"):
             assert (out / name / file).read_bytes() == (runs["demo"] / name / file).read_bytes()
-        lines = [line for line in told.splitlines() if line.startswith(f"[{name}")]
+        lines = [line for line in printed.splitlines() if line.startswith(f"[{name}")]
         assert [line.split("]")[0] for line in lines] == [f"[{name}", f"[{name}/eval"]
     with pytest.raises(UserError, match="--objective is 'nothing'"):
         stage_of("unlearn", out, "--each", "fo:nothing", "simu:graddiff")
@@ -360,7 +360,7 @@ FIRST = dict(seed="retain-only", template="retain-only", learn_lr="retain-only",
 def test_every_setting_makes_the_right_stages_again():
     """No list of names is kept: a stage takes whole dataclasses. Files of rows count by their
     content."""
-    named = {k: {f.name for t in some for f in dataclasses.fields(t)} for k, some in TAKES.items()}
+    named = {k: {f.name for t in classes for f in dataclasses.fields(t)} for k, classes in TAKES.items()}
     first = {f.name: next((k for k in named if f.name in named[k]), None)
              for f in dataclasses.fields(settings.Settings)}
     assert {name for name, stage in first.items() if stage is None} == NOWHERE
@@ -368,8 +368,8 @@ def test_every_setting_makes_the_right_stages_again():
 
 
 def test_a_runs_settings_repeat_it_and_leave_another_method_its_own_rate(tmp_path):
-    def of(**given):
-        return settings.resolve(dict(benchmark="demo", model="tiny-llama") | given)
+    def of(**named):
+        return settings.resolve(dict(benchmark="demo", model="tiny-llama") | named)
 
     config = tmp_path / "settings.json"
     run = of(seed=3, epochs=7, lr=3e-4, out=str(tmp_path / "run"))

@@ -54,8 +54,8 @@ def run(bare, *words, **environment):
         ["bash", bare / "run.sh", *words], capture_output=True, text=True, cwd=bare,
         env=dict(PATH=f"{bare}/bin:/usr/bin:/bin", HOME=str(bare / "home")) | environment)
     assert "Traceback" not in done.stderr, done.stderr
-    made = sorted((bare / "log").read_text().splitlines(), reverse=True)
-    return done.returncode, f"by {bare}/.venv" in done.stdout, made, done.stderr
+    installed = sorted((bare / "log").read_text().splitlines(), reverse=True)
+    return done.returncode, f"by {bare}/.venv" in done.stdout, installed, done.stderr
 
 
 def packages(*files):
@@ -75,14 +75,14 @@ RUN, TEST = ["requirements.txt"], ["requirements.txt", "requirements-dev.txt"]
 
 
 def test_it_is_made_once_and_completed_for_the_tests(bare):
-    status, own, made, said = run(bare, "attack", "x")
-    assert (status, own) == (0, True) and made[0] == f"venv {bare}/.venv"
-    assert made[1:] == [f"pip {name}" for name in packages(*RUN)]
-    assert f"installing the packages of requirements.txt into {bare}/.venv" in said
+    status, in_venv, installed, stderr = run(bare, "attack", "x")
+    assert (status, in_venv) == (0, True) and installed[0] == f"venv {bare}/.venv"
+    assert installed[1:] == [f"pip {name}" for name in packages(*RUN)]
+    assert f"installing the packages of requirements.txt into {bare}/.venv" in stderr
     assert run(bare, "attack", "x") == (0, True, [], "")
-    status, own, made, said = run(bare, "test")
-    assert (status, own) == (0, True) and "the packages of requirements-dev.txt" in said
-    assert made[1:] == [f"pip {name}" for name in packages(*TEST)]
+    status, in_venv, installed, stderr = run(bare, "test")
+    assert (status, in_venv) == (0, True) and "the packages of requirements-dev.txt" in stderr
+    assert installed[1:] == [f"pip {name}" for name in packages(*TEST)]
     assert run(bare, "test") == run(bare, "attack", "x") == (0, True, [], "")
 
 
@@ -90,22 +90,22 @@ def test_it_is_made_once_and_completed_for_the_tests(bare):
                                       ("kill -9", "transformers")])
 def test_one_that_was_cut_off_is_made_again(bare, kill, at):
     """Also where all that the command needs is there by name, for it may be in pieces."""
-    status, own, made, said = run(bare, "test", CUT=at, KILL=kill)
-    assert not own and f"pip {at}" not in made and "pip sentencepiece" in made
+    status, in_venv, installed, stderr = run(bare, "test", CUT=at, KILL=kill)
+    assert not in_venv and f"pip {at}" not in installed and "pip sentencepiece" in installed
     if kill == "false":
-        assert status == 2 and said.splitlines()[-1].startswith("error: no Python environment: ")
+        assert status == 2 and stderr.splitlines()[-1].startswith("error: no Python environment: ")
     assert (bare / ".venv/bin/site/pieces").exists()
     for command in (["attack", "x"], ["test"]):
-        status, own, made, said = run(bare, *command)
-        assert (status, own) == (0, True) and not (bare / ".venv/bin/site/pieces").exists()
+        status, in_venv, installed, stderr = run(bare, *command)
+        assert (status, in_venv) == (0, True) and not (bare / ".venv/bin/site/pieces").exists()
     assert run(bare, "test") == (0, True, [], "")
 
 
 def test_one_that_is_being_made_is_left_alone(bare):
     run(bare, "attack", "x", CUT="tqdm")
     (bare / ".venv/unfinished").write_text(f"{os.getpid()}\n")
-    status, own, made, said = run(bare, "attack", "x")
-    assert (status, own, made) == (2, False, []) and said.splitlines()[-1] == (
+    status, in_venv, installed, stderr = run(bare, "attack", "x")
+    assert (status, in_venv, installed) == (2, False, []) and stderr.splitlines()[-1] == (
         f"error: process {os.getpid()} is making {bare}/.venv; wait for it, or delete "
         "that folder")
     assert (bare / ".venv/bin/site/pieces").exists()
@@ -143,6 +143,6 @@ def test_an_older_one_will_not_do(bare, name, version):
 def test_a_python_without_venv_ends_in_a_line(bare):
     (bare / "bin/site").mkdir()
     (bare / "bin/site/ensurepip.py").write_text("raise ImportError")
-    status, own, made, said = run(bare, "test")
-    assert (status, made) == (2, []) and not (bare / ".venv").exists()
-    assert re.fullmatch("error: no Python .* requirements-dev.txt\n", said), said
+    status, in_venv, installed, stderr = run(bare, "test")
+    assert (status, installed) == (2, []) and not (bare / ".venv").exists()
+    assert re.fullmatch("error: no Python .* requirements-dev.txt\n", stderr), stderr
