@@ -17,8 +17,6 @@ def by_task(split: str, arrow: str) -> tuple:
                  for x in parts)
 
 
-# --------------------------------------------------------------------------- Tables 1 and 2
-
 MAIN = {  # by layout of the data; the numbers in PUBLISHED have the same order
     "tofu": (  # Table 1
         Column("Aggregate ↑", "aggregate"), Column("EM-Forget ↓", "forget.accuracy", ".2%"),

@@ -284,15 +284,14 @@ def plan_command(s: Settings):
 
 def outlook(s: Settings, folder: Path, bench: Benchmark):
     """Print how many rows of a user's a run will read, before anything is trained; UserError if the
-    model's context or the memory does not hold them. folder: the model's."""
+    model's context or the memory to unlearn them does not suffice. folder: the model's."""
     tokenizer, config = load_tokenizer(folder), checkpoint.read_config(folder)
     beside = [*bench.held_out, *bench.nonmembers, *bench.level_rows]
     rows = data.encode_for(config, bench.forget + bench.retain + beside, tokenizer, s.template)
-    stages = ("learn", "unlearn") if s.teach else ("unlearn",)
-    peaks = [fit_memory(s, config, name, rows)[1]["predicted_bytes"] for name in stages]
+    peak = fit_memory(s, config, "unlearn", rows)[1]["predicted_bytes"]
     print(f"rows to forget: {len(bench.forget)}, to keep: {len(bench.retain)}, of at most "
           f"{max(len(r.ids) for r in rows)} tokens in the template {s.template}; memory: "
-          f"{max(peaks) / GB:.1f} GB at most", flush=True)
+          f"{peak / GB:.1f} GB at most", flush=True)
 
 
 # ------------------------------------------------------------------------------------------ tables
