@@ -92,16 +92,6 @@ def test_seed_decides_fresh_weights():
     assert residual == pytest.approx(0.02 / 6**0.5, rel=0.1)
 
 
-def test_olmo_norm_has_no_weights_and_is_float32():
-    model = Transformer(Config(model_type="olmo", **SHAPE)).bfloat16()
-    assert not any("norm" in name for name, _ in model.named_parameters())
-    x = (torch.randn(2, 3, 32) + 100).bfloat16()
-    wide = x.float()
-    want = (wide - wide.mean(-1, keepdim=True)) / (
-        wide.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
-    assert torch.allclose(model.norm(x).float(), want, atol=0.02)
-
-
 def test_intervene_changes_only_later_layers_and_positions():
     model = random_model(num_hidden_layers=4)
     ids = torch.tensor(prompts_of([10]))
@@ -133,11 +123,6 @@ def test_intervene_changes_only_later_layers_and_positions():
             assert torch.equal(a[:, 7:], b[:, 7:])
         if layer > 2:
             assert not torch.equal(a[:, 7:], b[:, 7:])
-    # beta itself is what is scaled: the layer's change is half its MLP output.
-    betas = []
-    model.layers[2].mlp.intervene = lambda beta: betas.append(beta) or beta
-    assert torch.equal(states()[-1], clean[-1])
-    assert torch.allclose(clean[2][:, 6] - changed[2][:, 6], betas[0][:, 6] / 2, atol=1e-5)
 
 
 def test_checkpointing_gives_the_same_gradients(monkeypatch):
@@ -193,14 +178,6 @@ def test_limits():
     assert lengths() == [54, 4, 61]
     assert lengths(max_new_tokens=0) == [0, 0, 0]
     assert generate(model, [], max_new_tokens=5, eos_id=0) == []
-
-
-def test_intervene_reaches_decoding():
-    model = random_model()
-    prompts = prompts_of([6, 9])
-    before = generate(model, prompts, max_new_tokens=8, eos_id=None)
-    model.layers[1].mlp.intervene = torch.zeros_like
-    assert generate(model, prompts, max_new_tokens=8, eos_id=None) != before
 
 
 @pytest.mark.parametrize("prompts, message", [
@@ -274,21 +251,6 @@ def test_tensor_faults(folder, load, change, message):
     refused(folder, message, load)
 
 
-def cut(file, size):
-    file.write_bytes(file.read_bytes()[:size])
-
-
-@pytest.mark.parametrize("damage, message", [
-    (lambda f: cut(f, f.stat().st_size - 40), "not a whole safetensors file"),
-    (lambda f: f.write_bytes(b"<html>rate limited, please try again later</html>"), "not a whole"),
-    (lambda f: (f.unlink(), f.mkdir()), "neither model.safetensors"),
-    (lambda f: f.rename(f.with_name("pytorch_model.bin")), "pickled weights.*never read"),
-])
-def test_file_faults(folder, damage, message):
-    damage(folder / "model.safetensors")
-    refused(folder, message)
-
-
 def test_shards_load_as_one_file_does(folder, sharded):
     assert len(list(sharded.glob("model-*.safetensors"))) > 2
     assert all(f.stat().st_size < 25_000 for f in sharded.glob("model-*.safetensors"))
@@ -307,17 +269,6 @@ def test_shards_load_as_one_file_does(folder, sharded):
 def test_no_shard_is_read_outside_the_folder(folder, sharded, load, name):
     edit_json(sharded / module.INDEX, lambda index: index["weight_map"].update({UP: name}))
     refused(sharded, f"index.json names '{name}', which does not stand beside it", load)
-
-
-@pytest.mark.parametrize("change, message", [
-    (lambda i: i["weight_map"].update({UP: "model-00009-of-00009.safetensors"}),
-     "model-00009-of-00009.safetensors is not a whole"),
-    (lambda i: i["weight_map"].update({UP: 7}), "weight_map must map"),
-    (lambda i: i.pop("weight_map"), "weight_map must map"),
-])
-def test_index_faults(sharded, change, message):
-    edit_json(sharded / module.INDEX, change)
-    refused(sharded, message)
 
 
 def test_what_the_folder_had_is_saved_again(folder, tmp_path):
@@ -351,13 +302,6 @@ def test_inv_freq_is_ignored_and_other_dtypes_convert(folder):
         assert b.dtype == torch.float32 and torch.equal(a.half().float(), b), name
 
 
-def test_overflow_on_the_way_to_a_narrower_dtype_is_refused(folder):
-    rewrite(folder, set_value(UP, (0, 0), 1e6))
-    Transformer.from_pretrained(folder)
-    with pytest.raises(UserError, match=f"{UP} holds NaN or infinity in torch.float16.*wider"):
-        Transformer.from_pretrained(folder, dtype=torch.float16)
-
-
 def test_tied_head_may_be_stored_if_it_is_the_embedding(tmp_path):
     random_model(tie_word_embeddings=True).save_pretrained(tmp_path)
     assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
@@ -367,14 +311,6 @@ def test_tied_head_may_be_stored_if_it_is_the_embedding(tmp_path):
     refused(tmp_path, "lm_head.weight is not the embedding.*tie_word_embeddings")
     rewrite(tmp_path, lambda t: t.update({"lm_head.weight": torch.ones(2, 2)}))
     refused(tmp_path, r"lm_head.weight is \[2, 2\]")
-
-
-def test_loaded_weights_do_not_live_in_the_file(folder):
-    model = Transformer.from_pretrained(folder)
-    before = [p.clone() for p in model.parameters()]
-    with open(folder / "model.safetensors", "r+b") as file:
-        file.write(b"\0" * (folder / "model.safetensors").stat().st_size)
-    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
 
 
 # ------------------------------------------------------------------------------------- neurons
@@ -402,17 +338,12 @@ def test_inner_neurons_are_what_down_proj_reads(tmp_path):
                 assert len(getattr(mlp, name).weight) == width
             for name in NEURONS[m.config.neurons].columns:
                 assert getattr(mlp, name).weight.shape[1] == width
-            silent = torch.zeros(width)
-            silent[5] = 1
             before = m(ids)
-            mlp.intervene = lambda a: a * (1 - silent)
+            mlp.intervene = lambda a: a * (torch.arange(width) != 5)
             changed = m(ids)
             mlp.intervene = None
-            matrix = mlp.down_proj.weight
-            intact, line = matrix.clone(), (5 if width == 32 else (slice(None), 5))
-            matrix[line] = 0  # a neuron that does not fire is one whose weights are 0
-            torch.testing.assert_close(m(ids), changed)
-            matrix.copy_(intact)
+            mlp.down_proj.weight[5 if width == 32 else (slice(None), 5)] = 0
+            torch.testing.assert_close(m(ids), changed)  # a silent neuron: one of weights 0
             assert not torch.allclose(before, changed, atol=1e-3)
 
 
@@ -443,25 +374,6 @@ def test_a_window_that_is_not_named_is_the_one_transformers_takes(tmp_path):
     refused(tmp_path, "sliding_window = 4096, below max_position_embeddings")
     edit_json(tmp_path / "config.json", lambda raw: raw.update(max_position_embeddings=4096))
     Config.from_dir(tmp_path)
-
-
-def test_copied_alone_the_core_loads_and_refuses(folder, tmp_path):
-    """Without the pipeline beside it, on a checkpoint of HF's layout."""
-    for name in ("model", "data", "simu", "eval"):
-        (tmp_path / f"{name}.py").write_text((ROOT / f"{name}.py").read_text())
-    code = ("import sys; sys.modules['numpy'] = None\n"
-            "import torch, simu, data, eval; from model import *\n"
-            f"m = Transformer.from_pretrained({str(folder)!r})\n"
-            "print(generate(m, [[3, 9]], max_new_tokens=4, eos_id=None))\n"
-            "print(eval.token_scores(m, [data.Encoded([3, 9, 27], 1)], [1], tokens=9)[0].losses)\n"
-            f"try: Transformer.from_pretrained({str(folder.parent)!r})\n"
-            "except UserError as e: print(e)\nprint(any('pipeline' in x for x in sys.modules))")
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
-                          cwd=tmp_path, env={"PATH": "/usr/bin:/bin"})
-    ids, losses, refusal, pipeline = done.stdout.splitlines() or [done.stderr]
-    assert json.loads(ids) == generate(random_model(), [[3, 9]], max_new_tokens=4, eos_id=None)
-    assert len(json.loads(losses)) == 2 and "config.json is missing" in refusal
-    assert pipeline == "False"
 
 
 # -------------------------------------------------------------------------------------- config
@@ -515,16 +427,6 @@ LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_fac
 def test_config_faults(folder, key, value, message):
     edit_json(folder / "config.json", lambda raw: raw.update({key: value}))
     refused(folder, f"config.json: {message}")
-
-
-def test_config_file_faults(folder):
-    for text, message in (("{", "config.json is not valid JSON"),
-                          ("[1]", r"config.json = \[1\]: must be a JSON object")):
-        (folder / "config.json").write_text(text)
-        refused(folder, message)
-    (folder / "config.json").unlink()
-    refused(folder, "config.json is missing")
-    refused(folder / "config.json", "config.json is not a folder")
 
 
 # -------------------------------------------------------------------------------------- saving
