@@ -21,7 +21,7 @@ from tqdm import tqdm
 import data
 from eval import mean
 from model import Transformer, UserError, write_json, write_text
-from pipeline import checkpoint, settings
+from pipeline import checkpoint, levels, settings
 from pipeline.columns import as_code, label, number, table
 from pipeline.slices import load_benchmark
 from pipeline.stage import lock
@@ -38,11 +38,10 @@ def streams_above(model: Transformer, l: int, hidden: torch.Tensor) -> list[torc
 
 
 @torch.inference_mode()
-def row_depths(original: Transformer, source: Transformer, row: data.Encoded, eos=()) -> list:
-    """d(l, source) of a row by layer; eos: tokens of the answer that do not count."""
+def row_depths(original: Transformer, source: Transformer, ids: list, at: list) -> list[float]:
+    """d(l, source) of a row by layer; at: where the tokens that count are predicted."""
     device = original.embed_tokens.weight.device
-    at = [i - 1 for i in range(row.start, len(row.ids)) if row.ids[i] not in eos]
-    ids, at = torch.tensor([row.ids], device=device), torch.tensor(at, device=device)
+    ids, at = torch.tensor([ids], device=device), torch.tensor(at, device=device)
     clean, other = (streams_above(m, -1, m.embed_tokens(ids))[1:] for m in (original, source))
 
     def mean_log_p(hidden):  # [1, T, D] that left the last layer
@@ -60,12 +59,27 @@ def depth_score(d1: list[float], d2: list[float]) -> float | None:
     return weighted / sum(x for x, _ in pairs) if pairs else None
 
 
+def rows_to_patch(s: settings.Settings, config, tokenizer, answers: str) -> list[tuple]:
+    """(ids, at) of the forget rows; answers: all tokens of theirs but eos count, or "own" ones."""
+    bench = load_benchmark(s)
+    wording, rows = levels.Wording(bench.forget + bench.retain), []
+    for e, row in zip(bench.forget, data.encode_for(config, bench.forget, tokenizer, s.template)):
+        borders = [x for w in wording.specifics(e) for x in (w.start, w.end)]
+        parts = levels.answer_parts(e, row, tokenizer, s.template, borders)
+        numbers = [i for part in parts if answers == "all" or part % 2 for i in parts[part]]
+        at = [row.start + i - 1 for i in numbers if row.ids[row.start + i] not in tokenizer.eos_ids]
+        rows += [(row.ids, at)] if at else []
+    return rows
+
+
 def main(argv: list[str]):
     """How deep did it forget? The Unlearning Depth Score of a run's models."""
     parser = settings.Parser(prog="python -m pipeline depth", description=__doc__,
                              formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
     parser.add_argument("stages", nargs="*", default=[], metavar="STAGE", help="default: all")
+    parser.add_argument("--answers", choices=("all", "own"), default="all",
+                        help="own: only the names, numbers and rare words of an answer")
     args = parser.parse_args(argv)
     with lock(args.run):
         s, lines, results = settings.read_settings(args.run), [], {}
@@ -74,10 +88,10 @@ def main(argv: list[str]):
             raise UserError(f"{s.run} holds no retain-only model; see --learn-retain-only")
         original = checkpoint.load_model(s.run / "original", **settings.placement(s))
         tokenizer = load_tokenizer(s.run / "original")
-        rows = data.encode_for(original.config, load_benchmark(s).forget, tokenizer, s.template)
+        rows = rows_to_patch(s, original.config, tokenizer, args.answers)
         for name in names:
             source = checkpoint.load_model(s.run / name, **settings.placement(s))
-            d2 = [row_depths(original, source, row, tokenizer.eos_ids) for row in tqdm(rows, name)]
+            d2 = [row_depths(original, source, *row) for row in tqdm(rows, name)]
             d1 = d2 if name == "retain-only" else d1
             scores = [x for x in map(depth_score, d1, d2) if x is not None]
             uds, by_layer = mean(scores) if scores else None, [mean(x) for x in zip(*d2)]

@@ -3,12 +3,11 @@
 import pytest
 import torch
 
-from data import Encoded
 from studies import depth
 from test_model import random_model
 
 # Rows, and the positions whose next tokens count: those of the answer but eos, which is 2.
-ROWS = [(Encoded([1, 5, 9, 27, 3, 40, 2], 3), [2, 3, 4]), (Encoded([1, 8, 30, 11, 2], 2), [1, 2])]
+ROWS = [([1, 5, 9, 27, 3, 40, 2], [2, 3, 4]), ([1, 8, 30, 11, 2], [1, 2])]
 
 
 def test_the_score_of_a_row_by_hand():
@@ -52,9 +51,9 @@ def test_depths_equal_those_of_hooks_on_transformers_models(tmp_path):
         model.save_pretrained(tmp_path / name)
     theirs = [transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name).eval()
               for name in ("original", "source")]
-    for row, at in ROWS:
+    for row in ROWS:
         with torch.no_grad():
-            expected = their_depths(*theirs, row.ids, at)
-        assert depth.row_depths(original, source, row, [2]) == pytest.approx(expected, abs=1e-4)
-        assert depth.row_depths(original, original, row) == [0.0] * 3
+            expected = their_depths(*theirs, *row)
+        assert depth.row_depths(original, source, *row) == pytest.approx(expected, abs=1e-4)
+        assert depth.row_depths(original, original, *row) == [0.0] * 3
         assert max(map(abs, expected)) > 1e-2

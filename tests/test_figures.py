@@ -142,6 +142,9 @@ def test_a_point_is_what_the_stages_make(swept):
     depth.main([str(run)])
     depths = read_json(run / "depth.json")
     assert (depths["retain-only"]["uds"], depths["original"]["uds"]) == (1.0, 0.0)
+    depth.main([str(run), "--answers", "own"])  # what differs from row to row is known less
+    own = read_json(run / "depth.json")["retain-only"]["by_layer"]
+    assert own[-1] > depths["retain-only"]["by_layer"][-1] > 0
 
 
 def test_po_refuses_where_it_unlearns_and_nowhere_else(swept):
