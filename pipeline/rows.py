@@ -181,7 +181,7 @@ def texts_of(e: Example) -> tuple[str, ...]:
 def without_marks(files: dict[str, list[Example]], tokenizer, *, tell: bool
                   ) -> dict[str, list[Example]]:
     """The rows of files without the bos before a text and the eos after it that scripts write,
-    because encoding puts both. UserError where one stands within a text. tell: that some do."""
+    because encoding puts both. tell: say in a line that some do."""
     marks = {i: re.escape(text) for text, i in tokenizer.added.items()}
     bos = marks.get(tokenizer.bos_id, "(?!)")  # which matches nothing
     eos = "|".join(marks[i] for i in tokenizer.eos_ids if i in marks) or "(?!)"
@@ -192,32 +192,38 @@ def without_marks(files: dict[str, list[Example]], tokenizer, *, tell: bool
 
     def bare_row(e: Example) -> Example:
         if e.kind == "plain":  # its prompt and its completion are one text
-            new = replace(e, question=opening.sub("", e.question), answer=ending.sub("", e.answer))
-        else:
-            new = replace(e, question=bare(e.question), answer=bare(e.answer),
-                          paraphrased_question=bare(e.paraphrased_question),
-                          paraphrased_answer=bare(e.paraphrased_answer),
-                          perturbed_answers=tuple(map(bare, e.perturbed_answers)),
-                          turns=tuple((role, bare(text)) for role, text in e.turns))
-        # A prompt may be a chat as the model's template writes it, with marks between its turns.
-        rendered = e.kind == "plain" and tokenizer.chat_template
-        texts = [new.answer] if rendered else texts_of(new)
-        # Where the tokenizer puts no bos, a mark that a text begins with is the only one.
-        start = 1 if tokenizer.bos_id is None and e.kind in ("text", "plain") else 0
-        for text in texts:
-            if match := re.compile(f"{bos}|{eos}").search(text, start):
-                raise UserError(f"{e.where} has {match[0]!r} within a text, where a model reads a "
-                                "text's beginning or end; divide the row there, or take it out")
-        if not new.answer.strip() or e.question and not new.question.strip():
-            raise UserError(f"{e.where} holds nothing but {e.answer!r}; drop it")
-        return new
+            return replace(e, question=opening.sub("", e.question), answer=ending.sub("", e.answer))
+        return replace(e, question=bare(e.question), answer=bare(e.answer),
+                       paraphrased_question=bare(e.paraphrased_question),
+                       paraphrased_answer=bare(e.paraphrased_answer),
+                       perturbed_answers=tuple(map(bare, e.perturbed_answers)),
+                       turns=tuple((role, bare(text)) for role, text in e.turns))
 
-    bare_files = {name: [bare_row(e) for e in rows] for name, rows in files.items()}
-    marked = sum(new != e for name, rows in files.items() for new, e in zip(bare_files[name], rows))
+    pairs = {name: [(e, bare_row(e)) for e in rows] for name, rows in files.items()}
+    marked = sum(e != new for rows in pairs.values() for e, new in rows)
     if marked and tell:
         print(f"note: {marked} rows already begin with bos or end with eos, as scripts write them; "
               "each is put once", flush=True)
+    bare_files = {name: [new for _, new in rows] for name, rows in pairs.items()}
+    for e in sum(bare_files.values(), []):
+        refuse_marks(e, re.compile(f"{bos}|{eos}"), tokenizer)
     return bare_files
+
+
+def refuse_marks(e: Example, mark: re.Pattern, tokenizer):
+    """UserError where a mark stands within a text of a row, or where nothing else stood there."""
+    texts = texts_of(e)
+    if not e.answer.strip() or e.kind != "text" and not all(map(str.strip, texts)):
+        raise UserError(f"{e.where} holds a text of nothing but marks, as <s> or </s>; drop it")
+    if e.kind == "plain" and tokenizer.chat_template:
+        # The prompt may be a chat as the template writes it, with marks between its turns.
+        texts = (e.answer,)
+    # Where the tokenizer puts no bos, a mark that a row begins with is the only one.
+    start = 1 if tokenizer.bos_id is None and e.kind in ("text", "plain") else 0
+    for text in texts:
+        if match := mark.search(text, start):
+            raise UserError(f"{e.where} has {match[0]!r} within a text, where a model reads its "
+                            "beginning or end; divide the row there, or take it out")
 
 
 # ------------------------------------------------------------------------------- nearly the same

@@ -8,7 +8,6 @@ import io
 import json
 import re
 from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 
 import sentencepiece
@@ -30,18 +29,13 @@ PLAIN_IN_TRANSFORMERS = dict(tokenizer_class="PreTrainedTokenizerFast",
                              clean_up_tokenization_spaces=False)
 
 
-def optional_package(name: str, needed_by, least: tuple = ()):
-    """The module `name`, which only `needed_by` needs; UserError if it is missing or older than
-    `least`."""
+def optional_package(name: str, needed_by):
+    """The module `name`, which only `needed_by` needs; UserError if it is missing."""
     try:
-        module = importlib.import_module(name)
-        if least and [int(n) for n in re.findall(r"\d+", version(name))[:3]] < list(least):
-            raise ImportError
+        return importlib.import_module(name)
     except ImportError:
-        wanted = f"'{name}>={'.'.join(map(str, least))}'" if least else name.split(".")[0]
         raise UserError(f"{needed_by} needs a package: pip install "
-                        f"{wanted.replace('_', '-')}") from None
-    return module
+                        f"{name.replace('_', '-')}") from None
 
 
 def one_line(error: BaseException) -> str:
@@ -53,9 +47,8 @@ def one_line(error: BaseException) -> str:
 
 
 class Source:
-    """What the files of a tokenizer say, as transformers reads them: text of the tokenizer.json, or
-    sp of the tokenizer.model; config, the tokenizer_config.json; names, the text of bos_token, ...;
-    added, of each token to be added its declared id, or None, and its flags."""
+    """What the files of a tokenizer say, as transformers reads them. names: the text of bos_token,
+    eos_token, ...; added: of each token to be added its declared id, or None, and its flags."""
 
     def __init__(self, folder: Path):
         self.file, self.text, self.sp = folder / "tokenizer.json", "", None
@@ -77,13 +70,14 @@ class Source:
         usual = LLAMA_NAMES if self.is_llama or self.sp else {}
         tokens = {name: named.get(name) or usual.get(name) for name in NAMES}
         self.names = {name: token_text(token) for name, token in tokens.items()}
-        extra = (self.config.get("extra_special_tokens")
-                 or self.config.get("additional_special_tokens") or [])
+        config = self.config
+        extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
         if self.sp and not extra:
             extra = [self.sp.id_to_piece(i) for i in range(len(self.sp)) if self.sp.is_control(i)]
-        declared = [(decoder[i], int(i)) for i in sorted(decoder, key=int)]
+        listed = [(decoder[i], int(i)) for i in sorted(decoder, key=int)]
+        listed += [(token, None) for token in [*tokens.values(), *extra]]
         self.added = {}
-        for token, i in [*declared, *((token, None) for token in [*tokens.values(), *extra])]:
+        for token, i in listed:
             text = token_text(token)
             special = i is None or text in self.names.values()
             flags = dict(special=special, normalized=not special)
@@ -102,9 +96,6 @@ class Source:
         if not self.is_llama and not self.spaced:
             return "never"
         return "always" if self.config.get("legacy", not self.is_llama) else "first"
-
-
-# ---------------------------------------------------------------------------- texts to ids and back
 
 
 def load_tokenizer(path) -> data.Tokenizer:
@@ -251,7 +242,9 @@ def add_turn_end(tokenizer: data.Tokenizer):
 @functools.lru_cache(maxsize=4)
 def compiled_chat(source: str):
     """A chat template as transformers compiles it: in a sandbox, for a stranger wrote it."""
-    jinja2 = optional_package("jinja2", "--template chat", (3, 1, 6))  # whose sandbox holds
+    jinja2 = optional_package("jinja2", "--template chat")
+    if [int(n) for n in re.findall(r"\d+", jinja2.__version__)[:3]] < [3, 1, 6]:
+        raise UserError("the sandbox of jinja2 is not safe before 3.1.6: pip install -U jinja2")
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     def refuse(message):
