@@ -108,9 +108,8 @@ def encode_prompt(question, tokenizer, template: str, *, turns=(), kind="qa") ->
 
 
 def encode(example: Example, tokenizer, template: str) -> Encoded:
-    """Prompt, answer and eos, encoded as one string [D14]: prompt and answer encoded separately
-    can give other tokens where they meet. A token that reaches into the answer counts as the
-    answer's."""
+    """Prompt, answer and eos, encoded as one string [D14]: encoded apart they can give other tokens
+    where they meet. A token that reaches into the answer counts as the answer's."""
     prompt, rest = full_text(example, tokenizer, template)
     ids, ends = tokenizer.ends(prompt + rest)
     n_prompt = sum(end <= len(prompt.encode()) for end in ends)
@@ -243,8 +242,8 @@ class Tokenizer:
         """ids without bos, and where each ends, in UTF-8 bytes of text."""
         for token in self.special:
             if token in text:
-                raise UserError(f"{token!r} in {reprlib.repr(text)} is a token of {self.path}; "
-                                "drop the row")
+                raise UserError(f"{token!r} in {reprlib.repr(text)} is a token of {self.path}, and "
+                                "no text: take it out")
         return self.spans(text)
 
 

@@ -140,8 +140,8 @@ def refuse_unused(row: dict, used):
             raise UserError(f"has {key!r}, which changes what a model is asked and is not used; "
                             "put it into the question, or drop it")
         if COUNTING.search(key):
-            raise UserError(f"has {key!r}, which says what of a row counts, or how much; here every "
-                            "answer counts: drop the key, and the rows or turns that should not")
+            raise UserError(f"has {key!r}, which says what of a row counts, or how much; every "
+                            "answer counts here: drop the key, and the rows that should not count")
 
 
 def chat_rows(row: dict, turns: list[tuple[str, str]], names: dict) -> list[Example]:

@@ -1,6 +1,7 @@
 """Templates, encoding, readers, slices, tokenizers: on small files written here, and on the real
 ones when SIMU_DATA points at them (its sibling folder tokenizers/ then holds real tokenizers)."""
 
+import copy
 import io
 import json
 import os
@@ -71,16 +72,6 @@ def test_the_prompts_end_is_found_in_the_string(small, kind, template):
             # The prompt's tokens spell a beginning of the prompt; with one more, they pass it.
             assert prompt.startswith(tok.decode(row.ids[:row.n_prompt]).rstrip("\ufffd"))
             assert len(tok.decode(row.ids[:row.n_prompt + 1]).encode()) > len(prompt.encode())
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_training_a_tokenizer_twice_gives_the_same_bytes(kind, tmp_path):
-    texts, folders = ["some words to count", "other words"] * 50, [tmp_path / "a", tmp_path / "b"]
-    for folder in folders:
-        folder.mkdir()
-        train_tokenizer(texts, folder, llama=kind == "llama", vocab=400)
-    first, second = ([p.read_bytes() for p in sorted(f.iterdir())] for f in folders)
-    assert first == second
 
 
 def test_collate_marks_answer_and_eos_only():
@@ -305,11 +296,9 @@ def test_an_array_and_a_table_are_read(tmp_path, name, text):
 
 def test_rows_make_a_benchmark():
     a, b, c, d = (Example(f"q{n}", "a", id=f"x:{n}") for n in range(4))
-    bench = slices.benchmark_of_rows([a], [b, c], [d])
-    assert (bench.kind, bench.forget, bench.retain, bench.retain_eval, bench.nonmembers) == (
-        "rows", [a], [b, c], [b, c], [d])
+    bench = slices.benchmark_of_rows([a, a], [b, c], [d])
+    assert (bench.forget, bench.retain, bench.nonmembers) == ([a, a], [b, c], [d])
     assert "none" in slices.benchmark_of_rows([a], [b], []).nonmember_source
-    assert slices.benchmark_of_rows([a, a], [b], []).forget == [a, a]
     for parts in (([a], [b, a], []), ([a], [b], [a]), ([a], [b], [b])):
         with pytest.raises(UserError, match="leave it in one of the two"):
             slices.benchmark_of_rows(*parts)
@@ -342,25 +331,33 @@ def test_a_prompt_and_its_completion_are_one_string(small, tmp_path):
         "Question: Who?\nAnswer: Me.")
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_marks_around_a_row_become_one_bos_and_one_eos(small, kind, tmp_path, capsys):
+@pytest.mark.parametrize("kind, bos, eos", [("llama", "<s>", "</s>"),
+                                            ("olmo", "", "<|endoftext|>")])
+def test_marks_around_a_row_become_one_bos_and_one_eos(small, kind, bos, eos, tmp_path, capsys):
     tok = small[kind]
-    bos, eos = ("<s>", "</s>") if kind == "llama" else ("", "<|endoftext|>")
-    chats = [[dict(role="user", content=b + "Hi"), dict(role="assistant", content="Yo." + e),
-              dict(role="user", content="Who?"), dict(role="assistant", content="Me." + e + "\n")]
-             for b, e in (("", ""), (bos, eos))]
-    plain, marked = ([dict(prompt=b + "Who? ->", completion=" Me." + e), dict(text=b + "Me. " + e),
-                      dict(question=b + b + "Who?", answer="Me." + e + e, perturbed_answer=["x" + e]),
-                      dict(messages=chat)] for chat, b, e in zip(chats, ("", bos), ("", eos)))
-    plain, marked = (rows.load_rows(rows_file(tmp_path, *x)) for x in (plain, marked))
-    plain[-1] = replace(plain[-1], answer="Me.")
+
+    def forget_rows(bos, eos):
+        turns = [dict(role="user", content=bos + "Hi"), dict(role="assistant", content="Yo." + eos),
+                 dict(role="user", content="Who?"), dict(role="assistant", content="Me." + eos)]
+        file = rows_file(tmp_path, dict(prompt=bos + "Who? ->", completion=f" Me.{eos}"),
+                         dict(text=f"{bos}Me. {eos}"), dict(messages=turns),
+                         dict(question=2 * bos + "Who?", answer="Me." + 2 * eos,
+                              perturbed_answer=["x" + eos]))
+        (tmp_path / "keep.jsonl").write_text(json.dumps(GOOD))
+        s = Settings(benchmark="rows", forget=str(file), retain=str(tmp_path / "keep.jsonl"))
+        return slices.load_benchmark(s, tok.path.parent).forget
+
+    plain, marked = forget_rows("", ""), forget_rows(bos, eos)
+    assert marked == plain and "note: 5 rows " in capsys.readouterr().out
     for template in FIXED:
-        clean = rows.without_marks(dict(forget=marked, retain=plain), tok,
-                                   tell=True)["forget"]
-        assert clean == plain
-        assert data.encode(clean[0], tok, template) == data.encode(plain[0], tok, template)
-    said = capsys.readouterr().out.splitlines()
-    assert len(said) == len(FIXED) and "note: 5 rows " in said[0]
+        assert [data.encode(e, tok, template).ids.count(tok.eos_id) for e in marked] == 5 * [1]
+
+
+def test_a_prompt_may_be_a_rendered_chat(small):
+    row = Example("<s>[INST] a [/INST] b</s><s>[INST] c [/INST]", "d</s>", kind="plain", where="x")
+    tok = with_template(small, "llama", MISTRAL)
+    clean, = rows.without_marks(dict(forget=[row]), tok, tell=False)["forget"]
+    assert (clean.question, clean.answer) == (row.question[3:], "d")
 
 
 @pytest.mark.parametrize("row", [
@@ -472,8 +469,8 @@ def test_a_chats_answer_ends_as_its_template_ends_it(chat, tmp_path):
     assert row == data.encode(Example("Who?", "Me."), usual, "chat")
 
 
-def with_template(small, template):
-    tok = small["olmo"]
+def with_template(small, kind, template):
+    tok = copy.copy(small[kind])
     tok.chat_template, tok.special_tokens = template, {}
     return tok
 
@@ -487,12 +484,12 @@ def with_template(small, template):
     ("{{ messages | length }}{{ messages[-1].content }}", "puts the answer elsewhere")])
 def test_a_template_that_cannot_be_used_is_one_line(small, template, what):
     with pytest.raises(UserError) as e:
-        data.encode(Example("q", "a"), with_template(small, template), "chat")
+        data.encode(Example("q", "a"), with_template(small, "olmo", template), "chat")
     assert what in str(e.value) and "\n" not in str(e.value) and "--template" in str(e.value)
 
 
 def test_a_chat_that_ends_without_eos_gets_one(small):
-    tok = with_template(small, "{% for m in messages %}{{ m.content }}|{% endfor %}")
+    tok = with_template(small, "olmo", "{% for m in messages %}{{ m.content }}|{% endfor %}")
     row = data.encode(Example("q", "a"), tok, "chat")
     assert row.ids == tok.encode("q|a|", bos=False) + [tok.eos_id]
 
@@ -503,7 +500,8 @@ CHATML_TEXT = "<|im_start|>user\nWho is it?<|im_end|>\n<|im_start|>assistant\nMe
 OLD = dict(tokenizer_class="LlamaTokenizer", bos_token="<s>", eos_token="<|im_end|>",
            unk_token="<unk>", legacy=False, add_bos_token=True)
 ODD_TEXTS = [CHATML_TEXT, "Who? <|im_end|> Me  \n<|im_start|>x", "a</s>b <s> c<unk>", "é 你好 🙂 x",
-             " lead", "<|im_end|>", "x\n\n<|im_end|>\n\n", "ab<|im_end|>ab <|im_end|>."]
+             " lead", "<|im_end|>", "x\n\n<|im_end|>\n\n", "ab<|im_end|>ab <|im_end|>.",
+             "a\u2581b é\u2581\u2581x"]
 
 
 def beyond(*texts, start, **flags):
@@ -662,18 +660,6 @@ def test_a_folder_that_is_wrong_is_one_line(small, tmp_path, file, content, what
     assert "\n" not in str(e.value) and len(str(e.value)) < 600
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_sentencepieces_sign_for_a_space_is_only_a_sign(small, kind):
-    tok = small[kind]
-    text = "a\u2581b é\u2581\u2581x"
-    ids, ends = tok.ends(text)
-    assert ends[-1] == len(text.encode()) and ends == sorted(ends)
-    row = data.encode(Example("who\u2581is", "she\u2581is"), tok, "qa")
-    plain = data.encode(Example("who is", "she is"), tok, "qa")
-    assert kind == "olmo" or row == plain
-    assert kind == "olmo" or core_ids(tok.path.parent, text) is None
-
-
 @pytest.mark.parametrize("config, generation, ends", [
     (2, None, [2]), ([2, 9], None, [2, 9]), (9, [9, 11, 2], [2, 9, 11]), (None, 7, [2, 7])])
 def test_every_end_that_a_folder_names(small, tmp_path, config, generation, ends):
@@ -687,34 +673,18 @@ def test_every_end_that_a_folder_names(small, tmp_path, config, generation, ends
 # --------------------------------------------------------------------------------------- real data
 
 
-def all_rows(folder):
-    splits = sorted(path.stem for path in (folder / "tofu").glob("*.json"))
-    tofu = [data.load_tofu(folder / "tofu", split) for split in splits]
-    lume = [data.load_lume(folder / "lume", split) for split in ("forget", "retain")]
-    return [e for part in tofu + lume for e in part]
-
-
-@pytest.mark.parametrize("kind, template", [("llama", "llama2"), ("olmo", "qa")])
-def test_tokenizers_round_trip_the_demo(small, kind, template):
-    round_trip(small[kind], template, all_rows(DEMO))
-
-
 @needs_real
 @pytest.mark.parametrize("kind, template", REAL_KINDS)
 def test_real_tokenizers_round_trip_tofu_and_lume(kind, template):
-    round_trip(load_tokenizer(TOKENIZERS / kind), template, all_rows(REAL))
-
-
-def round_trip(tok, template, examples):
-    seen = set()
-    for e in examples[::4]:
+    tok, texts, examples = load_tokenizer(TOKENIZERS / kind), set(), []
+    for path in (REAL / "tofu").glob("*.json"):
+        examples += data.load_tofu(path.parent, path.stem)[::4]
+    for e in examples + data.load_lume(REAL / "lume", "forget")[::4]:
         row = data.encode(e, tok, template)
         assert tok.decode(row.ids[:-1]) == "".join(data.full_text(e, tok, template))
         assert len(row.ids) > row.n_prompt > 0
-        for text in (e.paraphrased_question, e.paraphrased_answer, *e.perturbed_answers):
-            if text not in seen:
-                seen.add(text)
-                assert tok.decode(tok.encode(text, bos=True)) == text
+        texts.update((e.paraphrased_question, e.paraphrased_answer, *e.perturbed_answers))
+    assert all(tok.decode(tok.encode(text, bos=True)) == text for text in texts)
 
 
 @needs_real
