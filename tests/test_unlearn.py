@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 import data
 import simu
-from model import Config, Transformer, UserError
+from model import Config, Transformer, UserError, read_json
 from pipeline import evaluate
 from pipeline.__main__ import main
 from pipeline.tokenizers import train_tokenizer
@@ -85,11 +85,14 @@ def test_one_command_forgets_20_and_keeps_40(place, tmp_path):
         ["bash", str(ROOT / "run.sh"), "unlearn", "customers-model", "forget.jsonl", "retain.jsonl",
          "--unseen", "unseen.jsonl", "--out", str(out)], cwd=place, capture_output=True, text=True,
         env=os.environ | dict(TQDM_DISABLE="1", OMP_NUM_THREADS="1"))
-    assert done.returncode == 0, done.stdout + done.stderr
+    verdict = read_json(out / "verdict.json")
+    assert verdict["forgotten"] and verdict["held_out"] == 8, done.stdout + done.stderr
+    assert done.returncode == (0 if verdict["kept"] else 3)
     before, values = (evaluate.read_metrics(out / "evaluations" / x / "eval")["values"]
                       for x in ("original", "model"))
     assert before["forget.rouge_l"] > 0.95 and before["mia.auc"] > 0.85
-    assert values["retain.rouge_l"] > 0.9
+    looks = [json.loads(x) for x in (out / "model" / "looks.jsonl").read_text().splitlines()]
+    assert looks[-1]["same_rows"] > 0.9  # of the rows to keep that were trained on
     assert values["forget.rouge_l"] < 0.7 and 0.2 < values["mia.auc"] < 0.8
     secrets = [x for r in records()[:60] for x in (r["question"], r["answer"])]
     for name in ("report.md", "report.json", "verdict.json", "model/README.md"):
