@@ -604,7 +604,13 @@ def unlearn(model: Transformer, forget: list[Encoded], retain: list[Encoded],
     for f, r in order:
         known_now = [known[0][i] for i in f], [known[1][i] for i in r]
         batches.append(([forget[i] for i in f], [retain[i] for i in r], known_now))
-    return train(model, batches, objective, recipe, mask, title=title, **ways)
+    log = train(model, batches, objective, recipe, mask, title=title, **ways)
+    with torch.no_grad():  # finite weights can compute infinite losses, and no update follows
+        nll = sum(nll_parts(model, forget[-8:], recipe.micro_tokens))
+    if not nll.isfinite():
+        raise UserError(f"{title}: the loss after the last update is not finite; lower --lr (now "
+                        f"{recipe.lr:g})")
+    return log
 
 
 # ============================================================= Tables: a fork adds a row
