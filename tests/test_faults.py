@@ -245,7 +245,7 @@ FAULTS = {
     "no card": (nothing, ["attribute run-tofu --device cuda --seed 0"], "torch sees no GPU"),
     "too few rows for a batch": (nothing, ["unlearn run-tofu --batch 50"], "lower --batch"),
     "weights that overflow": (
-        nothing, ["unlearn run-tofu --method so --lr 2e9"], "not finite .*lower --lr"),
+        nothing, ["unlearn run-tofu --method so --lr 2e9"], "not finite.*lower --lr"),
     "a slice of another original": (nothing, ["unlearn run-tofu --seed 5"], "--seed"),
     "a mask of other options": (
         nothing, ["unlearn run-tofu --threshold 0.2"], "mask was made with other --threshold"),
