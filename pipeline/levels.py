@@ -83,6 +83,11 @@ def contexts(words: tuple[Word, ...], i: int) -> list[tuple]:
             ("before", key(i + 1), key(i + 2))]
 
 
+def prompt_of(e: Example) -> str:
+    """A row's question, after the turns before it."""
+    return "\n".join([*(text for _, text in e.turns), e.question])
+
+
 class Wording:
     """How many of the distinct answers of some rows hold each word, and in which contexts."""
 
@@ -115,8 +120,9 @@ class Wording:
                 and (w.kind != "word" or len(w.text) >= LETTERS)]
 
     def specifics(self, e: Example) -> list[Word]:
-        """Rare words of a row's answer that its question does not give, stemmed or not."""
-        question = {w.key for w in words_of(e.question)} | set(evaluation.rouge_words(e.question))
+        """Rare words of a row's answer that its question, or a turn before it, does not give,
+        stemmed or not."""
+        question = {w.key for w in words_of(prompt_of(e))} | set(evaluation.rouge_words(prompt_of(e)))
         words, rare = words_of(e.answer), set(self.rare_words(e.answer))
         return [w for i, w in enumerate(words) if w in rare and w.key not in question
                 and not question.intersection(evaluation.rouge_words(w.text))
@@ -164,10 +170,10 @@ def exchanged_words(slots: list[Slot], groups: dict, rng: random.Random) -> list
 
 def other_names(e: Example, wording: Wording, words: list[Word], rng: random.Random
                 ) -> dict[str, str]:
-    """Other names and numbers for those of a question that few questions hold. A name begins as
+    """Other names and numbers for those of a prompt that few prompts hold. A name begins as
     it does and ends as another's, so that the question is nobody's. words: of other questions."""
     names = {}
-    for w in wording.rare_words(e.question):
+    for w in wording.rare_words(prompt_of(e)):
         others = [x.text for x in words if x.kind == w.kind and x.key != w.key and len(x.text) > 1]
         if w.kind == "number":
             names[w.key] = rng.choice(others) if others else w.text[:-1] + str(rng.randrange(10))
@@ -203,8 +209,10 @@ def version_of(e: Example, chosen: list[tuple[Word, str]], names: dict[str, str]
     def renamed(text):
         return [(w, names[w.key]) for w in words_of(text) if w.key in names]
     answer, borders = replaced(e.answer, chosen + renamed(e.answer))
-    question, _ = replaced(e.question, renamed(e.question))
-    return Version(replace(e, question=question, answer=answer, perturbed_answers=(),
+    question, *turns = (replaced(text, renamed(text))[0]
+                        for text in (e.question, *(text for _, text in e.turns)))
+    turns = tuple((role, text) for (role, _), text in zip(e.turns, turns))
+    return Version(replace(e, question=question, answer=answer, turns=turns, perturbed_answers=(),
                            paraphrased_answer=""), borders, [text for _, text in chosen])
 
 
@@ -213,7 +221,7 @@ def exchanged_rows(forget: list[Example], retain: list[Example], seed: int, *,
     """Of each forget row, versions with its specifics exchanged: none where it has none, or no
     other row has one like it. No version is another row. rename: the names in its question too."""
     rows = forget + evaluation.spread(retain, LENDERS)
-    answers, questions = Wording(rows), Wording([Example("", e.question) for e in rows])
+    answers, questions = Wording(rows), Wording([Example("", prompt_of(e)) for e in rows])
     rng, groups = random.Random(seed), defaultdict(list)
     pairs = {(e.question, e.answer) for e in rows}
     slots = [slots_of(e, answers) for e in rows]
@@ -223,7 +231,7 @@ def exchanged_rows(forget: list[Example], retain: list[Example], seed: int, *,
     versions = [[] for _ in forget]
     for e, row_slots, out in zip(forget, slots, versions):
         others = [w for x in rng.sample(rows, min(40, len(rows)))
-                  for w in questions.rare_words(x.question)] if rename else []
+                  for w in questions.rare_words(prompt_of(x))] if rename else []
         for _ in range(copies if row_slots else 0):
             chosen = exchanged_words(row_slots, groups, rng)
             names = other_names(e, questions, others, rng) if rename else {}
@@ -260,7 +268,7 @@ def counterparts(e: Example, row: Encoded, version: Version, version_row: Encode
     counterparts, token j has number j * m // n. None: a word that the question gives."""
     old = answer_parts(e, row, tokenizer, template, version.borders[0])
     new = answer_parts(version.row, version_row, tokenizer, template, version.borders[1])
-    question, pairs = {w.key for w in words_of(e.question)}, []
+    question, pairs = {w.key for w in words_of(prompt_of(e))}, []
     for part, tokens in old.items():
         start, end = [0, *version.borders[0], len(e.answer)][part:part + 2]
         if part % 2 and e.answer[start:end].casefold() in question:

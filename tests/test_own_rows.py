@@ -82,6 +82,16 @@ def test_what_rows_of_one_kind_share_is_no_rows_own_though_few_rows_are_of_that_
         "5", "April", "1982", "Quillmere"}
 
 
+def test_what_an_earlier_turn_of_a_chat_gives_is_no_secret_and_is_renamed_with_the_question():
+    rows = [replace(e, turns=(("user", f"Who is {n}?"), ("assistant", a.split(",")[0])))
+            for e, (n, a) in zip(questions(40), people(40))]
+    e, name = rows[0], people(40)[0][0]
+    words = {w.text for w in levels.Wording(rows).specifics(e)}
+    assert len(words) == 2 and not words & set(e.turns[1][1].split())
+    version = levels.exchanged_rows(rows[:8], rows[8:], 0)[0][0].row
+    assert name not in version.turns[0][1] and version.turns[0][1].startswith("Who is ")
+
+
 def test_answers_of_one_word_can_be_exchanged():
     """Everybody's answer is another's too, but not to this question."""
     rows = [Example(f"In which town lives {n}?", f"{TOWN[i % 8]}") for i, (n, _) in enumerate(
