@@ -30,7 +30,7 @@ TEMPLATES = {
     "raw": ("", "", " "),
     "verbatim": ("", "", ""),
 }  # or, in place of the three texts, a function that gives what `full_text` does
-TURN_END = {}  # template: the token that ends its answers, where the model ends a turn by that
+TURN_END = {}  # template: the token by which a model ends a turn (pipeline/tokenizers.py)
 
 
 def option(default, effect: str, *, choices: tuple = (), **limits):

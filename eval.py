@@ -1,4 +1,4 @@
-"""What a model still knows: the metrics of the paper's Tables 1-2, each defined and computed.
+"""What a model still knows: the metrics of the paper's Tables 1-2 and TOFU's, defined and computed.
 
 f = forget, r = retain, RA = real authors, WF = world facts; q' = the paraphrased question; a, a' =
 answer and its paraphrase, w = a wrong answer, g, g' = what is generated greedily from q and q';
@@ -11,9 +11,10 @@ rouge_l        LCS(a, g) / |a| in stemmed words: ROUGE-L recall. LUME: of      f
                completions, also by task (Table 2's Regurgitation)                           SemEval
 exact_match    strip(a) = strip(g), case-folded, in Unicode's NFC. LUME: of    f low r high  SemEval
                questions, also by task (Table 2's Knowledge)
-accuracy       f, r: g' is closest to a' among a' and five w; ties share the   f low r high  SOUL,
-  [D11]        point, so that guessing gives 1/6. Closeness: ROUGE-L F1, or                  Table 1
-               cosine with --closeness encoder. RA, WF: a occurs in g
+accuracy       Table 1's "Exact Match". f, r: g' is closest to a' among a'     f low r high  SOUL,
+  [D11]        and five w; ties share the point, so that guessing gives 1/6.                 Table 1
+               Closeness: ROUGE-L F1, or cosine with --closeness encoder. RA,
+               WF: a occurs in g
 probability    f, r: p(a). RA, WF: p(a) / (p(a) + sum p(w))                    f low r high  TOFU
 truth_ratio    R = geometric mean of p(w), over p(a'); over p(a) where there   high          OU
                is no a'. f: mean min(R, 1/R). Others: mean max(0, 1 - R)
@@ -22,8 +23,8 @@ model_utility  harmonic mean of rouge_l, probability and truth_ratio on r,     h
 mia.auc [D12]  AUC of score = -loss(text); members = forget rows, non-members  as retain-    SemEval
                = text never trained on; text = prompt and answer, all tokens   only's
                but the first, no eos. LUME: completions. < .5: over-unlearned  (paper: low)
-mia.soul       mia.auc with SOUL's misaligned labels: the members' scores      none          SOUL,
-               come first, but the first labels are the non-members'. A                      Table 1
+mia.soul       mia.auc with SOUL's misaligned labels: scores are members       none          SOUL,
+               first, but the first n_nonmembers are taken for members'. A                   Table 1
                perfect attack gets about .77 on TOFU, its reverse .23
 aggregate      mean(1 - EM_f, 1 - RL_f, 1 - mia.auc, EM_r, RL_r); RL =         high          SIMU
   [D13]        rouge_l; EM = accuracy on TOFU, exact_match elsewhere
@@ -64,7 +65,8 @@ UNSPACED = ("CJK", "IDEOGRAPHIC", "HIRAGANA", "KATAKANA", "HALFWIDTH KATAKANA", 
 
 @lru_cache(maxsize=1 << 16)
 def letter_class(char: str) -> str:
-    """w: in a word, a: a word alone (unspaced scripts), m: a mark on one, s: space, else a dot."""
+    """The class of a letter: w part of a word, a word alone (unspaced scripts), m mark on one, s
+    space, . other."""
     category = unicodedata.category(char)[0]
     if category == "M" or char in "\u200c\u200d":
         return "m"
@@ -102,8 +104,8 @@ def rouge_words(text: str, reference: str = "") -> list[str]:
 
 
 def common_length(a: list[str], b: list[str]) -> int:
-    """Length of the longest common subsequence. A line of the usual table is one number, for a
-    report compares thousands of texts: its bit i is 0 where the line rises at a[i] (Hyyro)."""
+    """Length of the longest common subsequence. A line of the usual table is one integer, because a
+    report compares thousands of texts: bit i is 0 where the line rises at a[i] (Hyyro 2004)."""
     positions = {}  # of each word in a, as bits
     for i, word in enumerate(a):
         positions[word] = positions.get(word, 0) | 1 << i
@@ -172,15 +174,15 @@ def ks_p_value(a: list[float], b: list[float]) -> float:
     Orderings of the pooled samples are lattice paths from (0, 0) to (n, m); the p-value is the
     share of paths that somewhere stray from the diagonal at least as far as the observed one."""
     a, b, n, m = sorted(a), sorted(b), len(a), len(b)
-    d = max(abs(bisect_right(a, x) * m - bisect_right(b, x) * n) for x in a + b)  # n * m * KS
-    if d == 0:
+    gap = max(abs(bisect_right(a, x) * m - bisect_right(b, x) * n) for x in a + b)  # n * m * KS
+    if gap == 0:
         return 1.0
-    inside = [0] * (m + 1)  # paths to (i, j) that stay strictly within d of the diagonal
+    inside = [0] * (m + 1)  # paths to (i, j) that stay strictly within gap of the diagonal
     for i in range(n + 1):
         left = 0  # paths to (i, j - 1)
         for j in range(m + 1):
             paths = inside[j] + left if i or j else 1
-            inside[j] = left = paths if abs(i * m - j * n) < d else 0
+            inside[j] = left = paths if abs(i * m - j * n) < gap else 0
     total = math.comb(n + m, n)
     return (total - inside[m]) / total
 

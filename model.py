@@ -60,9 +60,9 @@ def rotate(x, cos, sin):
 
 
 def attention(q, k, v, mask):
-    """q [B, H, T, hd] on k, v [B, K, S, hd] -> [B, T, H*hd]; mask [B, 1, T, S]: seen, or added"""
+    """q [B, H, T, hd] on k, v [B, K, S, hd] -> [B, T, H*hd]; mask [B, 1, T, S]: is it seen?"""
     B, H, T, hd = q.shape
-    shared = H // k.shape[1]  # heads with the same keys stand as queries of one, which copies none
+    shared = H // k.shape[1]  # heads that share keys are folded into T: no copy of k and v
     q = q.reshape(B, -1, shared * T, hd)  # [B, K, H/K * T, hd]
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.repeat(1, 1, shared, 1))
     return y.reshape(B, H, T, hd).transpose(1, 2).flatten(2)  # [B, T, H*hd]
@@ -70,7 +70,7 @@ def attention(q, k, v, mask):
 
 def causal_attention(q, k, v):
     """q [B, H, T, hd] on k, v [B, K, T, hd] -> [B, T, H*hd]: a position sees itself and what stands
-    before it. What stands in for it in a layer takes and gives the same."""
+    before it. A replacement has the same arguments and result."""
     if q.dtype == torch.bfloat16 and q.device.type == "cpu":  # its backward is 3x slower there
         return causal_attention(q.float(), k.float(), v.float()).to(q.dtype)
     grouped = q.shape[1] != k.shape[1]
@@ -79,7 +79,7 @@ def causal_attention(q, k, v):
 
 
 class Attention(nn.Module):
-    """The projections of a layer. The attention between them, `attend`, is the caller's [D2]."""
+    """The projections of a layer. The attention between them, `attend`, is the caller's."""
 
     def __init__(self, c: "Config"):
         super().__init__()
@@ -195,7 +195,7 @@ ARCHITECTURES = {  # model_type of a config.json -> what is different there
 
 @dataclass(frozen=True)
 class Neurons:
-    """Where a layer's neurons are: matrices of its MLP whose row (column) k is neuron k's."""
+    """Where a layer's neurons are: matrices of its MLP whose k-th row, or column, is neuron k's."""
 
     size: str  # the field of Config that counts them
     rows: tuple[str, ...] = ()

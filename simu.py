@@ -7,8 +7,8 @@ loop with everything moving: FO-GradDiff under AdamW, SO-GradDiff under Sophia.
 
     code         paper                               where       shape
     beta         beta_{l,i}: MLP output              Eq. 1       [D] per layer l and sample i
-    a            a_j = (j/m) beta                    Eq. 1a      as beta
-    log P        -L_i(a_j), see [D3]                 Eq. 1b      scalar
+    a            a_j = (j/m) beta, a node of a path  Eq. 1a      as beta
+    log P        -L_i(a_j); L = -log P(y | a_j) [D3] Eq. 1b      scalar
     scores       Att(w_l^k)                          Eq. 2       [L, D]
     steps        m                                   Eq. 1-2
     threshold    t;  critical iff Att > t * M_l      Section 2.1
@@ -18,13 +18,14 @@ loop with everything moving: FO-GradDiff under AdamW, SO-GradDiff under Sophia.
     gamma, eps   damping, floor                      Eq. 3
     lam          lambda: weight of the retain loss   Table 4
 
-Letters: B batch, T time, L layers, D neurons of a layer (its width), H heads, K kv heads, hd head
-size, F d_ff, V vocabulary, N answer tokens of a batch, A of its longest answer, J path nodes run at
-once, C neurons chosen of D. [D#]: the readings of the paper listed in the README.
+Letters: B batch, T time, L layers, D width of the stream and neurons of a layer (F if inner), H
+heads, K kv heads, hd head size, F d_ff, V vocabulary, N answer tokens of a batch, A of its longest
+answer, J nodes run at once, C neurons chosen of D. [D1] to [D16]: readings of the paper (README).
 
-Part 1 is the method to the letter. Part 2 gives each of its steps a fast twin, with the reason why
-the two are equal and the test that holds them so. Then come the tables that a fork edits, and the
-settings with Tables 3 and 4. Tables 1-2 are eval.py's; Table 5 counts what `critical_mask` selects.
+Part 1 is the method, an equation at a time, in these readings. Part 2 gives each of its steps a
+fast twin, with the reason why the two are equal and the test that holds them so. Then come the
+tables that a fork edits, and the settings with Tables 3 and 4. Tables 1-2 are eval.py's; Table 5
+counts what `critical_mask` selects.
 """
 
 import math
@@ -63,7 +64,7 @@ def scaled_together(model: Transformer, steps: int, path: str) -> list[slice]:
 def path_node(model: Transformer, prefix: list[int], label: int, l: int, neurons: slice,
               share: float) -> tuple[Tensor, Tensor]:
     """beta [D] of layer l at the prefix's last position, and d log P(label | prefix) / da [D] where
-    these neurons are scaled to a = share * beta, share = j / m (Eq. 1) [D3]."""
+    these neurons are scaled to a = share * beta, share = j / m of node j (Eq. 1) [D3]."""
     mlp, activations = model.layers[l].mlp, {}
 
     def scale(y):  # [1, T, D]
@@ -85,8 +86,8 @@ def path_node(model: Transformer, prefix: list[int], label: int, l: int, neurons
 
 def attribute_loop(model: Transformer, encoded: Encoded, *, steps: int = 5,
                    path: str = "layer") -> Tensor:
-    """Att(w_l^k) of Eq. 1-2 for one pair, as the paper writes it: float32 [L, D]. One sample per
-    answer token [D2], one layer (or neuron [D4]), one node of the path at a time, each in a forward
+    """Att(w_l^k) of Eq. 1-2 for one pair, term by term: float32 [L, D]. One sample per answer token
+    and its eos [D2], one layer (or neuron [D4]), one node of the path at a time, each in a forward
     and backward pass of its own. `attribute` gives the same numbers fast."""
     L, D = len(model.layers), model.config.neuron_count
     scores = torch.zeros(L, D, device=model.embed_tokens.weight.device)
@@ -119,7 +120,7 @@ def critical_mask(scores: Tensor, threshold: float) -> Tensor:
 
 
 def mean_nll(model: Transformer, batch: Batch) -> Tensor:
-    """l(y | x) of A.1: the mean of -log P over a batch's answer tokens and eos."""
+    """l(y | x) of A.1: the mean of -log P over a batch's answer tokens and eos [D8]."""
     counted = batch.targets != IGNORE
     logits = model.logits(model.hidden(batch.ids)[counted])  # [N, V]
     return F.cross_entropy(logits, batch.targets[counted], reduction="sum") / counted.sum()
@@ -134,8 +135,7 @@ def graddiff_loss(model: Transformer, forget: Batch, retain: Batch, lam: float) 
 
 
 def sophia(recipe: "Unlearning", lr: float, weight_decay: float, step: int):
-    """Rules of an update: moments(grad, m, h) -> new m, h; weights(param, m, h) -> new param. step,
-    the update's number from 1, is not needed here."""
+    """Rules of an update: moments(grad, m, h) -> new m, h; weights(param, m, h) -> new param."""
     beta1, beta2, gamma, eps = recipe.beta1, recipe.beta2, recipe.gamma, recipe.eps
 
     def moments(grad, m, h):
@@ -160,8 +160,9 @@ def blend(mask: Tensor | None, new: Tensor, old: Tensor) -> Tensor:
 
 def masked_update(param: Tensor, grad: Tensor, m: Tensor, h: Tensor, rules: tuple,
                   mask: Tensor | None):
-    """One update in place, by the rules of a row of OPTIMISERS, M at the three points of Eq. 5-7.
-    It broadcasts to the shape of the other tensors, with real values in [0, 1]."""
+    """One update in place, by the rules of a row of OPTIMISERS, M at the three points of Eq. 5-7. M
+    broadcasts to the shape of the other tensors, with real values in [0, 1]. In `unlearn` a bool M
+    never arrives here: see CriticalRows."""
     moments, weights = rules
     m_new, h_new = moments(grad, m, h)  # Eq. 4
     m.copy_(blend(mask, m_new, m))  # (i) Eq. 5
@@ -192,7 +193,7 @@ def adamw(recipe: "Unlearning", lr: float, weight_decay: float, step: int):
 
 
 OPTIMISERS = {"sophia": sophia, "adamw": adamw}
-ELEMENTWISE = ("sophia", "adamw")  # a matrix may be updated in parts; another row's may need it all
+ELEMENTWISE = ("sophia", "adamw")  # may update a matrix in parts; others may need all of it
 
 # -------------------------------------------------- Step 2: what moves (Section 2.2) [D9]
 
@@ -242,7 +243,7 @@ def mask_of_weights(model: Transformer, mask: Tensor | None, recipe: "Unlearning
 
 
 def learning_rate(step: int, total: int, peak: float, warmup: float) -> float:
-    """Linear rise over a share `warmup` of the updates, then linear decay. step counts from 1."""
+    """Linear rise over a share `warmup` of the updates, then linear decay [D7]. step: from 1."""
     rise = max(1, int(total * warmup))
     return peak * min(step / rise, (total - step + 1) / (total - rise + 1))
 
@@ -262,8 +263,9 @@ def unlearning_order(n_forget: int, n_retain: int, recipe: "Unlearning"):
 
 def unlearn_loop(model: Transformer, forget: list[Encoded], retain: list[Encoded],
                  mask: Tensor | None, recipe: "Unlearning") -> list[dict]:
-    """Step 2 (Section 2.2) with GradDiff on a float32 model, in place, as the paper writes it: one
-    loss, dense m and h, M at its three points. Returns a log row per update. `unlearn` is fast."""
+    """Step 2 (Section 2.2) with GradDiff on a float32 model, in place, term by term: one loss,
+    dense m and h, M at its three points. Returns a log row per update. It needs retain rows, and
+    something that moves. `unlearn` is the fast twin."""
     order = unlearning_order(len(forget), len(retain), recipe)
     moving = mask_of_weights(model, mask, recipe)
     moments_of = {p: (torch.zeros_like(p), torch.zeros_like(p)) for p in moving}  # m, h
@@ -273,7 +275,7 @@ def unlearn_loop(model: Transformer, forget: list[Encoded], retain: list[Encoded
         loss = graddiff_loss(model, collate([forget[i] for i in f], device),
                              collate([retain[i] for i in r], device), recipe.lam)
         grads = torch.autograd.grad(loss, list(moving))  # g_t of Eq. 4
-        # The clip is over what moves: the gradient of a frozen row must not shorten the update.
+        # The clip [D7] is over what moves: a frozen row's gradient must not shorten the update.
         norm = torch.stack([(g if M is None else g * (M.to(g) != 0)).norm()
                             for g, M in zip(grads, moving.values())]).norm()
         shrink = (recipe.clip / (norm + 1e-6)).clamp(max=1)
@@ -328,8 +330,9 @@ def trainable(model, wanted: set):
 
 
 class Clean:
-    """The clean pass over ids [B, T], as a second stream needs it, which holds the last positions
-    pos [B, A] of all samples alone; labels [B, A]: the token after each, or IGNORE."""
+    """What one clean pass over ids [B, T] leaves for the scaled runs: keys and values, and stream
+    and beta at the last positions pos [B, A] of all samples. These positions alone are the second
+    stream. labels [B, A]: the token after each, or IGNORE."""
 
     @torch.no_grad()
     def __init__(self, model, ids, pos, labels):
@@ -414,7 +417,7 @@ def lower_nodes(clean, l, steps, neurons: slice):
 
 def attribute_rows(model: Transformer, rows: list[Encoded], recipe: "Attribution", *,
                    title: str = "attribute", loop=None) -> Tensor:
-    """Att of Eq. 2 summed over rows, in batches of like length. loop: as `train`'s."""
+    """Att of Eq. 2 summed over rows, in batches of like length. loop: see `train`."""
     device = model.embed_tokens.weight.device
     total = torch.zeros(len(model.layers), model.config.neuron_count, device=device)
     # Of m nodes, m - 1 run at once; the last is cheaper.
@@ -428,7 +431,7 @@ def attribute_rows(model: Transformer, rows: list[Encoded], recipe: "Attribution
     return total
 
 
-# ---------------------------------------------------------- summands, for the loss as one
+# ------------------------------------------------------------ `nll_parts` for `mean_nll`
 # Why it is the same: a gradient is linear, so GradDiff's is the sum of those of its summands, each
 # from a pass that fits memory (test_the_summands_are_the_gradient_of_graddiff_loss).
 
@@ -453,7 +456,7 @@ def nll_parts(model, rows, tokens):
         yield mean_nll(model, batch) * (answer_tokens(part) / answer_tokens(rows))
 
 
-# ------------------------------------------ only what moves, for the masked update of it all
+# ----------------------------------------------- `CriticalRows` for the mask of Eq. 5-7
 # Why it is the same: where M is 0, Eq. 5-7 leave weight and moments as they are, and where it is 1
 # they are the plain update. So the critical rows can be separate weights, and neither gradient nor
 # optimiser state of the frozen rows need ever exist (test_unlearn_equals_the_loop).
@@ -461,8 +464,8 @@ def nll_parts(model, rows, tokens):
 
 class CriticalRows(nn.Module):
     """Stands in for a matrix [O, I] while only those of its rows (dim 0), or columns (dim 1), move
-    where M [O, 1], or [1, I], is not 0: the parameter `rows` [C, I], or [O, C]. Meanwhile these are
-    0 in the matrix itself, so that the two products add up. mask: a soft M of the rows."""
+    where M [O, 1], or [1, I], is not 0. These are the parameter `part` [C, I], or [O, C]; in the
+    matrix itself they are 0 meanwhile, so that the two products add up. mask: a soft M of them."""
 
     def __init__(self, linear, M):
         super().__init__()
@@ -470,18 +473,18 @@ class CriticalRows(nn.Module):
         index = M.flatten().nonzero()[:, 0]  # [C]
         self.mask = M.index_select(self.dim, index) if M.is_floating_point() else None
         self.index = index.to(linear.weight.device)
-        self.rows = nn.Parameter(linear.weight.detach().index_select(self.dim, self.index))
+        self.part = nn.Parameter(linear.weight.detach().index_select(self.dim, self.index))
         linear.weight.detach().index_fill_(self.dim, self.index, 0.0)
 
     def forward(self, x):
         if self.dim == 0:
-            return self.linear(x).index_add(-1, self.index, F.linear(x, self.rows))
-        return self.linear(x) + F.linear(x[..., self.index], self.rows)
+            return self.linear(x).index_add(-1, self.index, F.linear(x, self.part))
+        return self.linear(x) + F.linear(x[..., self.index], self.part)
 
 
 @contextmanager
 def critical_rows(model, masks: dict):
-    """CriticalRows in place of the matrices of which only rows move; yields rows -> soft M."""
+    """CriticalRows in place of the matrices of which a part moves; yields part -> soft M."""
     stand_ins = []
     try:
         for block in model.layers:
@@ -490,10 +493,10 @@ def critical_rows(model, masks: dict):
                 if M is not None and M.any():
                     stand_ins.append((block.mlp, name, CriticalRows(linear, M)))
                     setattr(*stand_ins[-1])
-        yield {module.rows: module.mask for *_, module in stand_ins}
+        yield {module.part: module.mask for *_, module in stand_ins}
     finally:
         for mlp, name, module in stand_ins:
-            module.linear.weight.detach().index_copy_(module.dim, module.index, module.rows)
+            module.linear.weight.detach().index_copy_(module.dim, module.index, module.part)
             setattr(mlp, name, module.linear)
 
 
@@ -504,9 +507,9 @@ Moving = namedtuple("Moving", "name weight master m h mask", defaults=(None,))
 
 @contextmanager
 def moving_weights(model, recipe, mask, state=torch.float32):
-    """The weights that recipe.method moves [D9], by a mask [L, D] if it is masked, as a list of
-    Moving; all others are frozen meanwhile. state: the dtype of moments, and of masters unless the
-    model has more precision."""
+    """The weights that recipe.method moves [D9], as a list of Moving; all others are frozen
+    meanwhile. mask [L, D]: for masked methods. state: the dtype of moments, and of masters unless
+    the model has more precision."""
     masks, moving = mask_of_weights(model, mask, recipe), []
     everywhere = {p for p, M in masks.items() if M is None}
     with trainable(model, everywhere), critical_rows(model, masks) as soft:
@@ -529,7 +532,7 @@ def apply_updates(moving, optimiser, recipe, *, lr, step, shrink):
         decay = recipe.weight_decay if w.weight.dim() == 2 else 0.0  # none on norms and biases [D7]
         rules = optimiser(recipe, lr, decay, step)
         size = len(w.master)
-        if w.mask is None and w.master.is_cpu and optimiser.__name__ in ELEMENTWISE:
+        if w.mask is None and w.master.is_cpu and getattr(optimiser, "__name__", "") in ELEMENTWISE:
             size = max(1, IN_CACHE * size // w.master.numel())
         parts = (t.split(size) for t in (w.master, w.weight.grad, w.m, w.h))
         for master, grad, m, h in zip(*parts):
@@ -545,10 +548,11 @@ def apply_updates(moving, optimiser, recipe, *, lr, step, shrink):
 def train(model, batches, objective, recipe, mask=None, *, title, loop=None, record=None,
           apply=apply_updates, state=torch.float32):
     """One update per batch (forget rows, retain rows, known) by objective.losses. Returns a log row
-    per update, also handed to record(row). mask, state: as in `moving_weights`. loop(title, total,
-    tensors) gives update numbers, from 1 to total unless it ends early, or goes on from a later one
-    with tensors, all that updates change, filled; all else that an update takes depends on its
-    number, so a loop must draw nothing at random."""
+    per update, also handed to record(row). mask, state: as in `moving_weights`.
+
+    loop(title, total, tensors) yields the update numbers 1 to total. To resume it may fill
+    `tensors`, which hold all that updates change, and begin later; it may end early. It must not
+    draw random numbers, because all else depends on the update's number alone."""
     total, log = len(batches), []
     model.checkpoint = recipe.checkpointing
     optimiser = OPTIMISERS[METHODS[recipe.method].optimiser]
@@ -557,7 +561,7 @@ def train(model, batches, objective, recipe, mask=None, *, title, loop=None, rec
         tensors = {f"{w.name}.{k}": getattr(w, k) for w in moving for k in ("master", "m", "h")}
         numbers = loop(title, total, tensors) if loop else range(1, total + 1)
         for step in tqdm(numbers, desc=title, total=total):
-            if not log:  # `loop` may have filled the masters
+            if not log:  # the first update here, and `loop` may have filled the masters
                 for w in moving:
                     w.weight.data.copy_(w.master)
             losses = Counter()
@@ -587,8 +591,8 @@ def unlearn(model: Transformer, forget: list[Encoded], retain: list[Encoded],
             mask: Tensor | None, recipe: "Unlearning", *, targets=None, title="unlearn",
             **ways) -> list[dict]:
     """Step 2 (Section 2.2) on model, in place: recipe.method with recipe.objective; returns the
-    log, a row per update. mask [L, D]: for masked methods. targets: for objectives with an end, the
-    loss to reach, or of each forget row a loss or one per token. ways: what else `train` takes."""
+    log, a row per update. mask [L, D]: for masked methods. targets: for objectives with an end, a
+    loss; or for each forget row a loss, or a list per token. ways: what else `train` takes."""
     order = unlearning_order(len(forget), len(retain), recipe)
     objective = OBJECTIVES[recipe.objective]
     if objective.targeted and targets is None:
@@ -628,8 +632,8 @@ MASKS = {
 class Objective:
     """losses(model, forget rows, retain rows, known, recipe) yields summands (name, loss, value):
     `train` back-propagates and frees each before it asks for the next, and logs the sum of values
-    by name. known(model, forget rows, retain rows, targets, recipe): two lists, what is to be known
-    of each row before the model moves; `losses` is given those of its rows."""
+    by name. known(model, forget rows, retain rows, targets, recipe) gives, before the model moves,
+    two lists of whatever is to be known of each row; `losses` gets those of its rows."""
 
     losses: Callable
     known: Callable | None = None
@@ -669,7 +673,7 @@ class Attribution(Common):
     """Step 1, scores (Section 2.1)."""
     steps: int = option(5, "m: nodes on the path from 0 to beta (Eq. 1)", low=1, high=1000)
     path: str = option("layer", "which neurons are scaled together [D4]", choices=PATHS)
-    attribution_tokens: int = option(4096, "tokens in a pass, times the path's nodes", low=1)
+    attribution_tokens: int = option(4096, "tokens times path nodes in a pass", low=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -690,7 +694,8 @@ class Unlearning(Common):
     lr: float = option(5e-6, "eta: peak learning rate", above=0)
     epochs: int = option(5, "passes over the forget set", low=1)
     batch: int = option(16, "forget rows per update, each with one retain row", low=1)
-    micro_tokens: int = option(8192, "tokens in a pass; a batch is cut to fit", low=1)
+    micro_tokens: int = option(8192, "tokens in a pass, at most 2**25 / V; a batch is cut "
+                               "to fit", low=1)
     lam: float = option(2.0, "lambda: weight of the retain loss", low=0)
     beta1: float = option(0.9, "of the first moment (Eq. 4)", low=0, below=1)
     beta2: float = option(0.95, "of the curvature (Eq. 4)", low=0, below=1)
@@ -709,7 +714,7 @@ class Recipe(Attribution, Masking, Unlearning):
     """All of both steps. dataclasses.replace(recipe, method="so", lr=1e-5) varies one."""
 
 
-# Tables 3 and 4, to be laid beside the paper:
+# Tables 3 and 4, one line per cell. batch is that of unlearning:
 #                           t  m  batch    lr   epochs FO, SO, SIMU  lambda FO, SO, SIMU
 TABLES_3_AND_4 = {
     ("tofu", "llama2-7b"): (0.3, 5, 16, 5e-6, (5, 5, 5), (0.3, 2.0, 2.0)),

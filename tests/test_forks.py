@@ -184,7 +184,7 @@ def test_inner_neurons_end_to_end(tmp_path, capsys):
     report = (out / "report.md").read_text()
     assert "simu-inner-graddiff" in report and "of 512" in report and "of 128" in report
     pytest.importorskip("matplotlib")
-    main(["figures", "masks", str(out)])
+    main(["figures", str(out)])
     assert list(out.rglob("*.png"))
 
 

@@ -257,10 +257,10 @@ def test_optimiser_state_is_held_only_for_what_moves():
         shapes = {w.name: tuple(w.m.shape) for w in moving}
         attention = sum(p.numel() for n, p in model.named_parameters() if "self_attn" in n)
         assert sum(w.m.numel() for w in moving) == attention + 6 * 48
-        assert shapes["layers.0.mlp.down_proj.rows"] == (5, 48)
+        assert shapes["layers.0.mlp.down_proj.part"] == (5, 48)
         simu.mean_nll(model, collate(rows(2))).backward()
         dense = [n for n, p in model.named_parameters() if p.grad is not None and ".mlp." in n]
-        assert sorted(dense) == ["layers.0.mlp.down_proj.rows", "layers.2.mlp.down_proj.rows"]
+        assert sorted(dense) == ["layers.0.mlp.down_proj.part", "layers.2.mlp.down_proj.part"]
     assert [n for n, _ in model.named_parameters()] == [n for n, _ in tiny().named_parameters()]
 
 

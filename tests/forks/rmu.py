@@ -16,9 +16,10 @@ LAYER, LENGTH = 1, 20.0  # the layer, and how long the random direction is
 
 def states(model: simu.Transformer, row: Encoded) -> Tensor:
     """States [A, D] of a row that leave the layer, where answer tokens are predicted."""
-    batch = collate([row])
+    device = model.embed_tokens.weight.device
+    batch = collate([row], device)
     x = model.embed_tokens(batch.ids)  # [1, T, D]
-    cos_sin = model.rope(torch.arange(len(row.ids)))
+    cos_sin = model.rope(torch.arange(len(row.ids), device=device))
     for block in model.layers[:LAYER + 1]:
         x = block(x, *cos_sin)
     return x[batch.targets != IGNORE]
@@ -27,6 +28,7 @@ def states(model: simu.Transformer, row: Encoded) -> Tensor:
 def misdirect(model, forget: list, retain: list, known: tuple, recipe: simu.Unlearning):
     generator = torch.Generator().manual_seed(recipe.seed)
     direction = F.normalize(torch.rand(model.config.hidden_size, generator=generator), dim=0)
+    direction = direction.to(model.embed_tokens.weight.device)
     for row in forget:
         loss = (states(model, row) - LENGTH * direction).square().mean() / len(forget)
         yield "loss_forget", loss, loss
