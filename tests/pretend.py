@@ -90,11 +90,12 @@ class Generator(torch.Generator):
 
 
 class Card(TorchDispatchMode):
-    """While it is entered, DEVICE is a card."""
+    """While it is entered, DEVICE is a card. waits: how often a number of its was asked for, which
+    on a true card waits for all that was begun."""
 
     def __init__(self):
         super().__init__()
-        self.numbers = Numbers()
+        self.numbers, self.waits = Numbers(), 0
 
     def __enter__(self):
         self.numbers.__enter__()
@@ -107,6 +108,7 @@ class Card(TorchDispatchMode):
         self.numbers.__exit__(*error)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.waits += func.overloadpacket is aten._local_scalar_dense
         return call(func, args, kwargs or {})
 
     def put(self, model):

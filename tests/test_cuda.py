@@ -1,5 +1,5 @@
 """What only a card would show, shown on a CPU: CUDA's memory layout, tensors on the wrong device,
-how many shapes of attention a card is to plan for."""
+waits, how many shapes of attention a card is to plan for."""
 
 import dataclasses
 
@@ -133,6 +133,17 @@ def test_every_method_is_on_the_models_device(method, state):
         assert [on_cpu(p).isfinite().all() for p in got]
         assert sum((on_cpu(a) - b).abs().sum() for a, b in zip(got, want)) < 1
     assert len(got) == len(want)
+
+
+def test_an_update_waits_for_the_card_only_where_it_logs():
+    """Three numbers: the norm, and the losses of forget and retain rows. Four rows make two
+    updates; what is waited for once, before and after all, falls out of the difference."""
+    waits = []
+    for epochs in (1, 2):
+        with Card() as card:
+            unlearned(card.put(tiny()), "graddiff", "simu", epochs=epochs)
+        waits.append(card.waits)
+    assert waits[1] - waits[0] == 2 * 3
 
 
 # ------------------------------------------------------------------------------- shapes
