@@ -4,7 +4,6 @@ The core (Transformer.from_pretrained) refuses what would compute other numbers.
 config.json is looked at first, so that a damaged file ends in one line that names it.
 """
 
-import reprlib
 from dataclasses import MISSING, fields
 from pathlib import Path
 
@@ -17,12 +16,8 @@ from model import (ARCHITECTURES, INDEX, LLAMA3, Config, Transformer, UserError,
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
          "num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings")
 LARGEST_SIZE = 1 << 24  # far above any model's, and below what overflows
-LARGEST_NUMBER = 1e18  # float32 and an integer of 64 bits must hold it
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 SHARD_BYTES = 5_000_000_000  # as transformers cuts its own
-
-# ---------------------------------------------------------------------------------------- config
-
 
 def read_config(path) -> Config:
     """Config.from_dir, every value looked at."""
@@ -62,32 +57,26 @@ def check_values(content):
     for key in ("rope_scaling", "rope_parameters"):
         scaling = content.get(key) or {}
         need(scaling, ["rope_theta", *LLAMA3], [int, float], "a number above 0")
-        factors = [scaling.get(name) for name in LLAMA3]
-        if "llama3" in (scaling.get("rope_type"), scaling.get("type")) and (
-                None in factors or factors[1] >= factors[2]):
-            raise UserError(f"{key} = {reprlib.repr(scaling)}: must hold {', '.join(LLAMA3)}, the "
-                            "low factor below the high one")
+        if "llama3" in (scaling.get("rope_type"), scaling.get("type")) and not all(
+                map(scaling.get, LLAMA3)):
+            raise UserError(f"{key} = {scaling}: must hold {', '.join(LLAMA3)}")
     for key in TOKEN_IDS:
         value = content.get(key)
         for i in value if isinstance(value, list) else [value]:
-            if key == "pad_token_id" and i == -1:  # how old LLaMA exports say "none"
-                continue
-            if i is not None and not (type(i) is int and 0 <= i < content["vocab_size"]):
-                raise UserError(f"{key} = {reprlib.repr(value)}: must be null or a token id below "
-                                f"vocab_size = {content['vocab_size']}")
+            # -1 is how old LLaMA exports say "none".
+            if i is not None and not (type(i) is int and -1 <= i < content["vocab_size"]):
+                raise UserError(f"{key} = {value!r}: must be null or a token id below vocab_size = "
+                                f"{content['vocab_size']}")
 
 
-def need(content: dict, keys, types: list, must: str, most: float = LARGEST_NUMBER):
+def need(content: dict, keys, types: list, must: str, most: float = 1e18):
     """UserError unless the values of these keys, where not null, are of one of the types, and
     numbers above 0 and at most `most`."""
     for key in keys:
         value = content.get(key)
         in_range = type(value) not in (int, float) or 0 < value <= most
         if value is not None and not (type(value) in types and in_range):
-            raise UserError(f"{key} = {reprlib.repr(value)}: must be {must}")
-
-
-# --------------------------------------------------------------------------------------- weights
+            raise UserError(f"{key} = {value!r}: must be {must}")
 
 
 def load_model(path, dtype=torch.float32, device="cpu", *, neurons="output") -> Transformer:
@@ -125,7 +114,10 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def save_model(model: Transformer, folder: Path, shard_bytes: int = SHARD_BYTES):
-    """Transformer.save_pretrained, in several files and their index above shard_bytes."""
+    """Transformer.save_pretrained, in several files and their index above shard_bytes. The weights
+    are stored in the dtype of the folder that the model came from."""
+    if model.stored_dtype:
+        model.to(model.stored_dtype)
     shards, room = [{}], shard_bytes
     for name, weight in stored_parameters(model).items():
         if weight.nbytes > room and shards[-1]:
@@ -143,4 +135,6 @@ def save_model(model: Transformer, folder: Path, shard_bytes: int = SHARD_BYTES)
     total = sum(p.nbytes for p in model.parameters())
     write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": shard_of})
     write_json(folder / "config.json", model.config.to_hf(model.embed_tokens.weight.dtype))
+    if model.generation_config is not None:
+        write_json(folder / "generation_config.json", model.generation_config)
     (folder / "model.safetensors").unlink(missing_ok=True)  # an older save would be read instead

@@ -22,8 +22,6 @@ from pipeline.tokenizers import load_tokenizer, optional_package
 
 ROWS = "generations.jsonl"
 
-# --------------------------------------------------------------------------------- what is measured
-
 
 def splits_of(bench: slices.Benchmark) -> dict[str, list[data.Example]]:
     """The rows of a benchmark that are measured, by split; of LUME's non-members its documents."""
@@ -35,12 +33,11 @@ def splits_of(bench: slices.Benchmark) -> dict[str, list[data.Example]]:
 def measured_rows(model: Transformer, tokenizer, bench: slices.Benchmark, s: Judging, *,
                   template: str, limit: int = 0) -> list[dict]:
     """The rows of eval.collect_rows, with closeness by an encoder if that is to judge."""
-    encode = None
     if s.closeness == "encoder":  # loaded before the work, so that a missing one ends it at once
         encode = load_encoder(s.encoder, model.embed_tokens.weight.device)
     rows = evaluation.collect_rows(model, tokenizer, splits_of(bench), benchmark=bench.kind,
                                    template=template, limits=s, limit=limit, scorer=token_scores)
-    if encode:
+    if s.closeness == "encoder":
         add_closeness(rows, encode)
     if bench.kind == "rows":
         for other in ("qa", "raw"):  # that anybody tries
@@ -88,15 +85,11 @@ def add_closeness(rows: list[dict], encode: Callable):
             row["closeness"] = dict(zip(judged, (texts @ choices.T).tolist()))
 
 
-# ---------------------------------------------------------------------------------------- the stage
-
-
 def evaluation_job(s: Settings, name: str, limit: int = 0) -> Stage:
     """The evaluation of a run's stage (eval-limit-N: a quick look)."""
     inputs = dict(model=content(s.run / name)) | data_inputs(s)
     if s.closeness == "encoder":  # a name on the hub has no files
-        files = sorted(path for path in Path(s.encoder).rglob("*") if path.is_file())
-        inputs |= {f"encoder/{path.relative_to(s.encoder)}": sha256(path) for path in files}
+        inputs |= {f"encoder/{p.name}": sha256(p) for p in Path(s.encoder).rglob("*.safetensors")}
     return Stage(evaluations_of(s, name) / (f"eval-limit-{limit}" if limit else "eval"), s,
                  inputs=inputs, code=(measured_rows,), also=dict(limit=limit),
                  takes=(slices.Slice, Source, Placement, Judging))
@@ -117,8 +110,6 @@ def evaluated_stages(s: Settings) -> list[str]:
 def evaluate(run: Path, name: str, *, limit: int = 0, force: bool = False):
     """Evaluate a run's stage unless that is done. limit: at most so many rows of each split."""
     s = dataclasses.replace(read_settings(run), force=force)
-    if Path(name).name != name:
-        raise UserError(f"{name} is not the bare name of a stage in {run}, such as original")
     source, job = s.run / name, evaluation_job(s, name, limit)
     if other := stale(source, s):
         print(f"warning: {source} is not of what this run now holds, and no report will show it: "
@@ -144,9 +135,8 @@ def read_metrics(folder: Path, reference: list[dict] | None = None) -> dict:
 def metrics_of(rows: list[dict], about: dict, reference: list[dict] | None = None) -> dict:
     """eval.summarise, with `about`, which no row can say. counts: rows by split."""
     summary, kind = evaluation.summarise(rows, reference), rows[0]["benchmark"]
-    counts = {split: sum(row["split"] == split for row in rows)
-              for split in (*SPLITS, "nonmembers")}
-    notes = summary["notes"]
+    notes, splits = summary["notes"], [row["split"] for row in rows]
+    counts = {split: splits.count(split) for split in (*SPLITS, "nonmembers")}
     for name, note in notes.items():
         if note == NO_ATTACK.reason and not counts["nonmembers"]:
             notes[name] = about["nonmember_source"]

@@ -7,9 +7,7 @@ that unlearning is judged against; then lightly the forget set.
 """
 
 import dataclasses
-import os
 import random
-import shutil
 from pathlib import Path
 
 import torch
@@ -23,14 +21,10 @@ from pipeline.levels import need_reference
 from pipeline.plan import fit_memory, outlook, tiny_config
 from pipeline.settings import (Making, Placement, Settings, Source, choose_device, placement,
                                with_choices)
-from pipeline.stage import (PARTIAL, Stage, content, data_inputs, finished_models, sha256,
-                            stored_dtype)
+from pipeline.stage import Stage, content, data_inputs, finished_models, sha256
 from pipeline.tokenizers import load_tokenizer, train_tokenizer
 
 DECIDING = (slices.Slice, Source, Placement, Making)  # settings of a model made here
-
-# ------------------------------------------------------------------------------------ tiny ones
-
 
 def learning(s: Settings, lr: float) -> objectives.Unlearning:
     """The constants of AdamW while an original is made."""
@@ -56,6 +50,12 @@ def learn(model: Transformer, epochs: list[list[Encoded]], recipe: objectives.Un
     return simu.train(model, batches, LEARNING, recipe, title=title, loop=job.loop,
                       record=job.record("log.jsonl"),
                       **fused.on(model.embed_tokens.weight.device, recipe.state))
+
+
+def shuffled(s: Settings, rows: list[Encoded]) -> list[list[Encoded]]:
+    """The rows in a random order for each epoch."""
+    rng = random.Random(s.seed)
+    return [rng.sample(rows, len(rows)) for _ in range(s.learn_epochs)]
 
 
 def paraphrased(examples: list[data.Example]) -> list[data.Example]:
@@ -84,9 +84,7 @@ def make_retain_only(s: Settings, job: Stage, folder: Path):
                          eos_token_id=tokenizer.eos_id)
     model = Transformer(config).to(choose_device(s))
     rows = data.encode_for(config, known_rows(bench), tokenizer, s.template)
-    rng = random.Random(s.seed)
-    epochs = [rng.sample(rows, len(rows)) for _ in range(s.learn_epochs)]
-    learn(model, epochs, learning(s, s.learn_lr), job, title="learn the retain set")
+    learn(model, shuffled(s, rows), learning(s, s.learn_lr), job, title="learn the retain set")
     checkpoint.save_model(model, folder)
 
 
@@ -115,23 +113,17 @@ def teach(s: Settings, job: Stage, folder: Path, base: Path, examples: list[data
     s, notes = fit_memory(s, config, "learn", rows)
     job.notes.update(notes)
     model = checkpoint.load_model(base, **placement(s))
-    rng = random.Random(s.seed)
-    epochs = [rng.sample(rows, len(rows)) for _ in range(s.learn_epochs)]
-    learn(model, epochs, learning(s, s.learn_lr), job, title=f"learn {job.name}")
-    checkpoint.save_model(model.to(stored_dtype(base)), folder)
+    learn(model, shuffled(s, rows), learning(s, s.learn_lr), job, title=f"learn {job.name}")
+    checkpoint.save_model(model, folder)
     data.copy_tokenizer(base, folder)
-    if (base / "generation_config.json").is_file():  # how its maker lets it speak stays
-        shutil.copyfile(base / "generation_config.json", folder / "generation_config.json")
 
 
 def link(s: Settings, job: Stage, folder: Path, source: Path):
     """Links to the files of a folder, in place of those that lead nowhere."""
-    partial = folder / f"{PARTIAL}link"
     for p in model_files(source):
         if not (folder / p.name).exists():
-            partial.unlink(missing_ok=True)
-            partial.symlink_to(p)
-            os.replace(partial, folder / p.name)
+            (folder / p.name).unlink(missing_ok=True)
+            (folder / p.name).symlink_to(p)
 
 
 def model_files(folder: Path) -> list[Path]:
@@ -145,7 +137,7 @@ def model_files(folder: Path) -> list[Path]:
 
 
 def refuse_weights(s: Settings, source: Path):
-    """UserError unless a folder holds a model that we can read, outside the run."""
+    """UserError unless a folder outside the run holds a model that we can read."""
     checkpoint.read_config(source)
     checkpoint.weight_files(source)
     load_tokenizer(hub.tokenizer_folder(source))
@@ -158,13 +150,10 @@ def refuse_weights(s: Settings, source: Path):
 def refuse_other_request(s: Settings, job: Stage):
     """UserError if the run holds the result of other rows or of another model, which this one would
     replace."""
-    results = [x for x in finished_models(s.run) if x not in ("original", "retain-only")]
+    results = set(finished_models(s.run)) - {"original", "retain-only"}
     if results and [x for x in job.changed() if "/" in x and x != "data/unseen"]:
-        raise UserError(f"{s.run / results[0]} is the result of other rows or of another model, and "
-                        "would be replaced; choose another --out, or move it elsewhere")
-
-
-# ------------------------------------------------------------------------------------- the stage
+        raise UserError(f"{s.run / min(results)} is the result of other rows or of another model, "
+                        "and would be replaced; choose another --out, or move it elsewhere")
 
 
 def original_stage(s: Settings):
@@ -172,8 +161,8 @@ def original_stage(s: Settings):
     hub.download_data(s)
     if s.tiny and not s.weights:
         stage_of(s, "retain-only", make_retain_only)
-        known = {"retain-only": content(s.run / "retain-only")}
-        stage_of(s, "original", make_original, **known)
+        stage_of(s, "original", make_original,
+                 **{"retain-only": content(s.run / "retain-only")})
     else:
         (folder, ready), partner = hub.find_original(s), hub.find_retain_only(s)
         for source in filter(None, (folder, partner)):
@@ -185,9 +174,6 @@ def original_stage(s: Settings):
             need_reference(s, bench)
             outlook(s, folder, bench)
         if ready:
-            if not partner and (s.run / "retain-only").exists():
-                raise UserError(f"{s.run} holds a retain-only model that is not of {folder}; "
-                                "choose another --out, or delete that folder")
             stage_of(s, "original", link, folder)
         else:  # nobody published one
             stage_of(s, "original", teach, folder, [*bench.forget, *bench.retain, *bench.held_out])

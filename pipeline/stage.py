@@ -14,11 +14,12 @@ import json
 import math
 import os
 import re
+import resource
 import shutil
 import signal
 import sys
 import time
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -35,11 +36,9 @@ LOCK = ".simu-lock"  # also says that a folder is a run of ours
 OLD, PARTIAL = ".simu-old-", ".simu-partial-"  # begin the temporary names of a stage's folder
 SMALL = 1 << 25  # bytes: what is larger is not read again to see whether it was altered
 CARD = "README.md"  # of an unlearned model; every report writes it again
-DISK_RATE = 5e8  # bytes written in a second, until the first checkpoint is timed
-NO_MEMORY = "DefaultCPUAllocator|Cannot allocate memory|_ALLOC_FAILED"  # what torch says
+# What torch says, and a pool of processes one of which the system has ended.
+NO_MEMORY = "DefaultCPUAllocator|Cannot allocate memory|_ALLOC_FAILED|terminated abruptly"
 PLAIN = ("", "output", "dual", "moving")  # what the names of stages leave out
-
-# ------------------------------------------------------------------------------- finished stages
 
 
 def digest(value) -> str:
@@ -48,13 +47,14 @@ def digest(value) -> str:
 
 
 def sha256(path) -> str:
-    """sha256 of a file; the hub's cache names a large file by it. Links are followed one at a time,
-    because the last may lead to a store that names files otherwise."""
-    path = Path(path)
-    while path.is_symlink():
-        path = path.parent / path.readlink()
-        if path.parent.name == "blobs" and re.fullmatch("[0-9a-f]{64}", path.name):
-            return path.name
+    """sha256 of a file, which the hub's cache names a large file by. UserError if a user's file is
+    not where it was."""
+    path = Path(path).resolve()
+    if not path.exists():
+        raise UserError(f"{path}, which the run is made of, is gone; put it back, or name its new "
+                        "place in the command that made the run")
+    if path.parent.name == "blobs" and re.fullmatch("[0-9a-f]{64}", path.name):
+        return path.name
     total = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
@@ -64,17 +64,7 @@ def sha256(path) -> str:
 
 def data_inputs(s: Settings) -> dict[str, str]:
     """The files that a run's rows come from, as a stage's inputs."""
-    files = slices.data_files(s)
-    for file in files.values():
-        refuse_gone(Path(file))
-    return {f"data/{name}": sha256(file) for name, file in files.items()}
-
-
-def refuse_gone(file: Path):
-    """UserError if a user's file that a run is made of is not where it was."""
-    if not file.exists():
-        raise UserError(f"{file}, which the run is made of, is gone; put it back, or name its new "
-                        "place in the command that made the run")
+    return {f"data/{name}": sha256(file) for name, file in slices.data_files(s).items()}
 
 
 def read_stage(folder: Path) -> dict:
@@ -88,7 +78,8 @@ def read_stage(folder: Path) -> dict:
         raise UserError(f"{path} is damaged, or of another version; {again}")
     for name, (size, sha) in info["files"].items():
         file = path.parent / name
-        refuse_gone(file.readlink() if file.is_symlink() else Path())
+        if file.is_symlink() and not file.exists():
+            sha256(file)  # which says what is gone
         if not file.is_file() or file.stat().st_size != size or (
                 size <= SMALL and sha256(file) != sha):
             raise UserError(f"{file} is not what its stage wrote; {again}")
@@ -112,11 +103,10 @@ def refuse_strangers(folder: Path):
                             "and would take it along; move it elsewhere")
 
 
-def stale(folder: Path, s: Settings, inputs: dict | None = None) -> list[str]:
+def stale(folder: Path, s: Settings) -> list[str]:
     """What a finished stage, and those below it, was made of and the run no longer holds: its
-    slice, template and seed; its data; other stages. inputs: data_inputs(s), if read before."""
-    inputs = data_inputs(s) if inputs is None else inputs
-    why, reasons = read_stage(folder)["why"], []
+    slice, template and seed; its data; other stages."""
+    why, inputs, reasons = read_stage(folder)["why"], data_inputs(s), []
     for name, value in bare_names(taken(s, (slices.Slice, Source))).items():
         before = why["settings"].get(name, value)
         reasons += [f"{flag(name)} was {before!r}"] if before != value else []
@@ -128,7 +118,7 @@ def stale(folder: Path, s: Settings, inputs: dict | None = None) -> list[str]:
         if (content(below) if is_stage else inputs.get(name)) != sha:
             reasons.append(f"{name} was another")
         elif is_stage:
-            reasons += [f"{name}'s {x}" for x in stale(below, s, inputs)]
+            reasons += [f"{name}'s {x}" for x in stale(below, s)]
     return list(dict.fromkeys(reasons))
 
 
@@ -136,16 +126,6 @@ def finished_models(run: Path) -> list[str]:
     """Names of the stage folders of a run that hold a model."""
     return sorted(p.parent.name for p in run.glob("*/config.json")
                   if (p.parent / "stage.json").is_file() and not p.parent.name.startswith("."))
-
-
-def stored_dtype(folder: Path) -> torch.dtype:
-    """What the weights of a folder are stored in."""
-    file = sorted(Path(folder).glob("*.safetensors"))[0]
-    with safe_open(file, framework="pt") as tensors:
-        return tensors.get_tensor(next(iter(tensors.keys()))).dtype
-
-
-# --------------------------------------------------------------------------------- their settings
 
 
 def bare_names(values: dict) -> dict:
@@ -206,10 +186,10 @@ class Stage:
 
     def __init__(self, folder: Path, s: Settings, *, inputs: dict[str, str], code: tuple,
                  takes: tuple = (), also: dict | None = None):
-        for name in inputs:  # refused before the work, not when stage.json is written
+        for name in inputs:
             if NO_TEXT.search(name):
                 raise UserError(f"the name of the file {name!r} is not UTF-8 text; rename it")
-        self.folder, self.s, self.takes, self.code = Path(folder), s, takes, code
+        self.folder, self.s, self.code = Path(folder), s, code
         self.partial = self.folder.with_name(PARTIAL + self.folder.name)
         self.name = str(self.folder.relative_to(s.run))
         self.why = dict(settings=bare_names(taken(s, takes)) | (also or {}), inputs=inputs,
@@ -217,12 +197,10 @@ class Stage:
         self.notes = {}  # anything else that is to stand in stage.json
 
     def ensure(self, *args):
-        """Make the folder, unless that is done, by the first function of `code`, which takes the
-        others and args last."""
+        """Make the folder, unless that is done, by the first function of `code`."""
         if not self.is_made():
-            make, *others = self.code
             with self.making() as folder:
-                make(self.s, self, folder, *others, *args)
+                self.code[0](self.s, self, folder, *args)
 
     def is_made(self) -> bool:
         """Does the folder exist, made of what we would make it of? Prints which, and why not.
@@ -241,20 +219,18 @@ class Stage:
         return not reasons
 
     def changed(self) -> list[str]:
-        """Which settings, inputs and code differ from what made the folder. A setting that it does
-        not name, because it is newer, had its default."""
+        """Which settings, inputs and code differ from what made the folder."""
         old, new = read_stage(self.folder)["why"], self.why
-        defaults = {f.name: f.default for part in self.takes for f in fields(part)}
-        settings, inputs = defaults | old["settings"], old["inputs"]
-        changed = [flag(k) for k, v in new["settings"].items() if settings.get(k) != v]
-        changed += [k for k in inputs | new["inputs"] if inputs.get(k) != new["inputs"].get(k)]
+        before, now = old["inputs"], new["inputs"]
+        changed = [flag(k) for k, v in new["settings"].items() if old["settings"].get(k) != v]
+        changed += [k for k in before | now if before.get(k) != now.get(k)]
         return changed + (["code"] if old["code"] != new["code"] else [])
 
     def require(self):
         """UserError unless the folder exists and is made of what we would make it of."""
         if changed := self.changed():
-            raise UserError(f"{self.folder} was made with other {' and '.join(changed)} than this run "
-                            "now has; run its stage again, with the same options")
+            raise UserError(f"{self.folder} was made with other {' and '.join(changed)} than this "
+                            "run now has; run its stage again, with the same options")
 
     @contextlib.contextmanager
     def making(self):
@@ -273,15 +249,17 @@ class Stage:
             torch.cuda.reset_peak_memory_stats()
         start = time.monotonic()
         yield self.partial
-        seconds, peaks = round(time.monotonic() - start, 3), peak_memory()
-        files = {p.name: [p.stat().st_size, sha256(p)]
-                 for p in sorted(self.partial.glob("[!.]*")) if p.name != CARD}
+        seconds = round(time.monotonic() - start, 3)
+        files = {}
+        for p in sorted(self.partial.glob("[!.]*")):
+            linked = self.why["inputs"].get(f"weights/{p.name}") if p.is_symlink() else None
+            if p.name != CARD:
+                files[p.name] = [p.stat().st_size, linked or sha256(p)]
         write_json(self.partial / "stage.json", dict(
-            why=self.why, settings=bare_names(asdict(self.s)), seconds=seconds, **peaks,
+            why=self.why, settings=bare_names(asdict(self.s)), seconds=seconds, **peak_memory(),
             torch=torch.__version__, files=files, notes=self.notes))
         self.settle()
-        memory = [f", {k.replace('_', ' ')} {x / 2**30:.2f} GiB" for k, x in peaks.items()]
-        print(f"[{self.name}] {seconds:.1f} s{''.join(memory)}", flush=True)
+        print(f"[{self.name}] {seconds:.1f} s", flush=True)
 
     def settle(self):
         """Put a complete folder in its place. A kill may come after any line of this; the next call
@@ -311,19 +289,15 @@ class Stage:
         path = self.partial / f".{title.replace(' ', '-')}.safetensors"
         share = self.s.resume_cost
         pause = 1 / share - 1 if share else math.inf  # seconds, for each that a checkpoint takes
-        due = time.monotonic() + pause * sum(t.nbytes for t in tensors.values()) / DISK_RATE
+        due = time.monotonic() + pause  # the first is taken to need one
         for step in range(self.restore(path, title, tensors) + 1, steps + 1):
             yield step
             start = time.monotonic()
             if start < due or step == steps:
                 continue
             logs = {log.name: log.stat().st_size for log in self.partial.glob("*.jsonl")}
-            try:
-                save_tensors(path, tensors, dict(about=json.dumps([step, logs])))
-                due = time.monotonic() + pause * (time.monotonic() - start)
-            except OSError as e:  # the stage itself may need no more room, so it goes on
-                due = math.inf
-                print(f"no more checkpoints: {path}: {e.strerror}", flush=True)
+            save_tensors(path, tensors, dict(about=json.dumps([step, logs])))
+            due = time.monotonic() + pause * (time.monotonic() - start)
 
     def restore(self, path: Path, title: str, tensors: dict) -> int:
         """How many steps a checkpoint holds, 0 without one; tensors and logs are then as they were
@@ -340,13 +314,10 @@ class Stage:
 
 
 def peak_memory() -> dict[str, int]:
-    """Bytes at the highest point: of this process so far (on Linux), and of the GPU if one was used
-    by this stage."""
-    peaks = {}
-    with contextlib.suppress(OSError):
-        status = Path("/proc/self/status").read_text()
-        peaks["peak_host"] = 1024 * int(re.search(r"VmHWM:\s*(\d+)", status)[1])
-    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+    """Bytes at the highest point: of this process so far, and of the GPU by this stage."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    peaks = dict(peak_host=unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    if torch.cuda.is_available():
         peaks["peak_gpu"] = torch.cuda.max_memory_allocated()
     return peaks
 
@@ -392,7 +363,8 @@ def run_cli(main):
         if type(e) not in (MemoryError, torch.OutOfMemoryError) and not re.search(NO_MEMORY, str(e)):
             raise
         message = ("out of memory; `python -m pipeline plan` says what each stage needs; lower "
-                   "--micro-tokens, --attribution-tokens or --eval-tokens, or add --checkpointing")
+                   "--micro-tokens, --attribution-tokens, --eval-tokens or --jobs, or add "
+                   "--checkpointing")
     except OSError as e:  # disk full, no permission, read-only
         message = (f"{e.filename or ''}: {e.strerror or e}; free space there, see to its permissions, "
                    "or choose another --out")

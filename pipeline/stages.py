@@ -17,7 +17,7 @@ from pipeline.own_rows import until_forgotten
 from pipeline.plan import fit_memory
 from pipeline.settings import Level, Placement, Settings, Source, placement, read_settings
 from pipeline.stage import (Stage, attribution_name, content, data_inputs, mask_name, stale,
-                            stored_dtype, unlearned_name)
+                            unlearned_name)
 from pipeline.tokenizers import load_tokenizer
 
 
@@ -156,7 +156,7 @@ def make_unlearned(s: Settings, job: Stage, folder: Path):
     simu.unlearn(model, encoded["forget"], encoded["retain"], mask, s, targets=targets,
                  title=unlearned_name(s), loop=loop, record=job.record("log.jsonl"),
                  **fused.on(model.embed_tokens.weight.device, s.state))
-    checkpoint.save_model(model.to(stored_dtype(s.run / "original")), folder)
+    checkpoint.save_model(model, folder)
     data.copy_tokenizer(s.run / "original", folder)
     write_generation_config(folder, job.s)
     write_card(folder, job.name, job.s, dataclasses.asdict(job.s))

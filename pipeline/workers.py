@@ -1,18 +1,14 @@
 """Work that shares nothing, in several processes at once: models of a run, points of a sweep."""
 
-import io
 import multiprocessing
 import os
 import sys
 import threading
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import redirect_stdout
 
 import torch
 from tqdm import tqdm
 
-from model import UserError
 from pipeline.evaluate import evaluate
 from pipeline.settings import Settings, resolve
 from pipeline.stage import lock, unlearned_name
@@ -27,8 +23,7 @@ def start_worker(threads: int):
 
 
 def end_with_parent():
-    """Otherwise a worker would go on writing after its parent was killed, in a run that is no
-    longer locked."""
+    """Or a worker whose parent was killed would go on writing, in a run no longer locked."""
     multiprocessing.parent_process().join()
     os._exit(1)
 
@@ -45,27 +40,19 @@ def run_each(function, items: list, jobs: int, title: str):
         futures = [pool.submit(function, item) for item in items]
         for future in tqdm(as_completed(futures), desc=title, total=len(items)):
             yield future.result()
-    except BrokenProcessPool:
-        raise UserError(f"{title}: the system ended one of {jobs} workers, most likely for want of "
-                        "memory; free some (a sweep: lower --jobs), and the same command goes on "
-                        "from what is done") from None
     finally:
         for worker in multiprocessing.active_children():  # or they would end their items first
             worker.terminate()
         pool.shutdown(cancel_futures=True)
 
 
-def unlearn_and_evaluate(s: Settings) -> str:
-    """What it prints, which the parent then shows in one piece."""
-    with redirect_stdout(io.StringIO()) as text:
-        unlearn_stage(s)
-        evaluate(s.run, unlearned_name(s))
-    return text.getvalue()
+def unlearn_and_evaluate(s: Settings):
+    unlearn_stage(s)
+    evaluate(s.run, unlearned_name(s))
 
 
 def unlearn_each(options: dict, each: list[str]):
     """Unlearned models share nothing: on two cores two are made at once, with the same bytes."""
     several = [resolve(options | dict(zip(("method", "objective"), x.split(":")))) for x in each]
     with lock(several[0].run):
-        for text in run_each(unlearn_and_evaluate, several, os.cpu_count() or 1, "unlearn"):
-            tqdm.write(text, end="")
+        list(run_each(unlearn_and_evaluate, several, os.cpu_count() or 1, "unlearn"))

@@ -252,7 +252,7 @@ FAULTS = {
     # Folders and files of a run.
     "no run": (nothing, ["attribute new"], "is not a run folder"),
     "not a run": (nothing, ["evaluate data original"], "data is not a run folder"),
-    "not a stage": (nothing, ["evaluate run-tofu ../run-lume"], "not the bare name of a stage"),
+    "not a stage": (nothing, ["evaluate run-tofu ../run-lume"], "not a finished stage"),
     "stage never made": (nothing, ["evaluate run-tofu so-graddiff"], "not a finished stage"),
     "report without evaluations": (
         lambda w: [shutil.rmtree(p) for p in (w / "run-tofu").glob("*/eval")], REPORT,

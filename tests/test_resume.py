@@ -100,18 +100,9 @@ def test_a_checkpoint_that_is_cut_or_of_other_settings_is_not_used(tmp_path):
     assert unlearned(tmp_path / "c", seed=1)[2][0] == 1
 
 
-def test_a_full_disk_ends_the_checkpoints_and_not_the_stage(tmp_path, monkeypatch, capsys):
-    def full(*args):
-        raise OSError(28, "No space left on device")
-
-    undisturbed = unlearned(tmp_path / "a")
-    monkeypatch.setattr(stage, "save_tensors", full)
-    assert same(undisturbed, unlearned(tmp_path / "b"))
-    assert capsys.readouterr().out.count("No space left on device") == 1
-
-
 def test_checkpoints_take_a_set_share_of_the_time(tmp_path, monkeypatch):
-    """One takes 2 seconds here and a step 1: a tenth of the time is one in 18 steps."""
+    """One takes 2 seconds here and a step 1: a tenth of the time is one in 18 steps. The first is
+    taken to need a second."""
     now, steps = [0.0], []
     monkeypatch.setattr(stage.time, "monotonic", lambda: now[0])
 
@@ -120,11 +111,10 @@ def test_checkpoints_take_a_set_share_of_the_time(tmp_path, monkeypatch):
         now[0] += 2
 
     monkeypatch.setattr(stage, "save_tensors", save)
-    for share, expected in ((0.0, []), (0.1, [18, 36, 54]), (1.0, list(range(1, 60)))):
+    for share, expected in ((0.0, []), (0.1, [9, 27, 45]), (1.0, list(range(1, 60)))):
         steps.clear()
         this = job(tmp_path / str(share), resume_cost=share)
-        tensors = {"x": torch.zeros(int(2 * stage.DISK_RATE / 4), device="meta")}
-        for step in this.loop("loop", 60, tensors):
+        for step in this.loop("loop", 60, {}):
             now[0] += 1
         assert steps == expected
 
@@ -162,7 +152,7 @@ def test_a_killed_attribution_ends_with_the_same_bytes(tmp_path, monkeypatch):
 def test_a_finished_stage_is_skipped_and_a_changed_one_made_again(tmp_path, capsys):
     """Settings that it takes, inputs, code; --force, which leaves no trace."""
     for changes, says in (
-            ({}, "s, peak"), ({}, "already made; skipped"), (dict(lr=1.0), "already made; skipped"),
+            ({}, " s\n"), ({}, "already made; skipped"), (dict(lr=1.0), "already made; skipped"),
             (dict(threshold=0.9), "made again: --threshold changed"),
             (dict(inputs={"original": "a"}),
              "made again: --threshold changed and original changed"),
@@ -172,16 +162,6 @@ def test_a_finished_stage_is_skipped_and_a_changed_one_made_again(tmp_path, caps
             (dict(code=(simu.critical_mask,)), "already made; skipped")):
         make(tmp_path, "text", **changes)
         assert says in capsys.readouterr().out, (changes, says)
-
-
-def test_a_setting_that_is_newer_than_a_stage_had_its_default(tmp_path):
-    make(tmp_path, "text")
-    path = tmp_path / "work" / "stage.json"
-    info = read_json(path)
-    del info["why"]["settings"]["threshold"]
-    write_json(path, info)
-    assert job(tmp_path).changed() == []
-    assert job(tmp_path, threshold=0.9).changed() == ["--threshold"]
 
 
 def test_what_is_made_of_something_that_changed_is_stale(tmp_path):
@@ -205,8 +185,8 @@ def test_what_is_made_of_something_that_changed_is_stale(tmp_path):
     other = replace(s, forget_groups=2)
     assert stage.stale(run / "model", other)[0] == "--forget-groups was 3"
     with pytest.raises(UserError, match="model was made with other --forget-groups than this run"):
-        Stage(run / "model", other, code=(), inputs=model.why["inputs"], takes=model.takes
-              ).require()
+        Stage(run / "model", other, code=(), inputs=model.why["inputs"],
+              takes=(slices.Slice,)).require()
     make_one("original", "other")
     assert stage.stale(run / "mask", s) == ["original was another"]
     assert stage.stale(run / "model", s) == ["mask's original was another"]
