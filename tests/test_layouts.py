@@ -4,7 +4,6 @@ by transformers, tokenizer and text included."""
 
 import copy
 import dataclasses
-import json
 import warnings
 
 import pytest
@@ -14,7 +13,7 @@ import data
 import model as module
 import simu
 from model import Config, Transformer, generate, read_json, write_json
-from pipeline import checkpoint, settings, slices, stage
+from pipeline import checkpoint, settings, slices
 from pipeline.__main__ import main
 from pipeline.tokenizers import load_tokenizer
 from test_pipeline import DEMO, MICRO
@@ -263,22 +262,3 @@ def test_transformers_says_what_we_say(hf, runs, name):
     s = settings.read_settings(runs[name])
     check_same_text(hf, runs[name] / "original", s, card=False)
     check_same_text(hf, runs[name] / "simu-graddiff", s, card=True)
-
-
-def test_the_card_says_what_was_done_and_then_what_came_of_it(runs):
-    out = runs["tiny-llama"]
-    folder = out / "simu-graddiff"
-    before = (folder / "stage.json").read_bytes()
-    card = (folder / "README.md").read_text()
-    assert "Not evaluated yet" in card and "| epochs " in card and str(out) not in card
-    notes = stage.read_stage(out / "mask")["notes"]
-    assert f"{notes['critical']} of {notes['total']}" in card
-    main(["evaluate", str(out), "original", "simu-graddiff", "--limit", "4"])
-    main(["report", str(out)])
-    card = (folder / "README.md").read_text()
-    assert "Not evaluated yet" not in card and "SIMU-GradDiff (partial: " in card
-    assert "| Original" in card and "Licence" in card
-    assert (folder / "stage.json").read_bytes() == before
-    assert not (out / "original" / "README.md").exists()
-    config = json.loads((folder / "generation_config.json").read_text())
-    assert config["do_sample"] is False and config["max_length"] == 96

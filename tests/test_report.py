@@ -264,6 +264,8 @@ def test_a_card_names_base_and_licence_and_no_path(home, tmp_path):
     base = shutil.copytree(home / "knows", tmp_path / "base")
     run = stages(home, tmp_path / "run", "--weights", base)
     readme = run / "simu-graddiff" / "README.md"
+    notes = read_stage(run / "mask")["notes"]
+    assert f"{notes['critical']} of {notes['total']}" in readme.read_text("utf-8")
     assert "Not evaluated yet" in readme.read_text("utf-8")
     main(["evaluate", str(run)])
     for licence, says in (("", "base does not say here what licence"),

@@ -331,11 +331,9 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("kill", [lambda pid: os.killpg(pid, signal.SIGINT),
-                                  lambda pid: os.kill(pid, signal.SIGTERM),
-                                  lambda pid: os.kill(pid, signal.SIGKILL)],
-                         ids=["Ctrl-C", "SIGTERM", "SIGKILL"])
-def test_no_worker_outlives_its_parent(tmp_path, kill):
+@pytest.mark.parametrize("kill, number", [(os.killpg, signal.SIGINT), (os.kill, signal.SIGTERM),
+                                          (os.kill, signal.SIGKILL)])
+def test_no_worker_outlives_its_parent(tmp_path, kill, number):
     """Or it would go on writing into a run that is no longer locked."""
     script, files = tmp_path / "script.py", [tmp_path / "a", tmp_path / "b"]
     script.write_text(WORKERS.format(root=str(Path(stage.__file__).parent.parent)))
@@ -344,7 +342,7 @@ def test_no_worker_outlives_its_parent(tmp_path, kill):
     while not all(file.exists() for file in files):
         assert parent.poll() is None, parent.stderr.read()
         time.sleep(0.05)
-    kill(parent.pid)
+    kill(parent.pid, number)
     _, text = parent.communicate(timeout=300)  # it ends when the last process has closed stderr
     if parent.returncode != -signal.SIGKILL:
         assert parent.returncode == 130
