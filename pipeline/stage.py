@@ -99,8 +99,8 @@ def refuse_strangers(folder: Path):
         if (path / "stage.json").is_file():
             refuse_strangers(path)
         elif path.name not in ours and not path.name.startswith((OLD, PARTIAL)):
-            raise UserError(f"{path} is no file of the stage in {folder}, which is to be made again "
-                            "and would take it along; move it elsewhere")
+            raise UserError(f"{path} is no file of the stage in {folder}, which is to be made "
+                            "again and would take it along; move it elsewhere")
 
 
 def stale(folder: Path, s: Settings) -> list[str]:
@@ -315,7 +315,7 @@ class Stage:
 
 def peak_memory() -> dict[str, int]:
     """Bytes at the highest point: of this process so far, and of the GPU by this stage."""
-    unit = 1 if sys.platform == "darwin" else 1024
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes, or KiB
     peaks = dict(peak_host=unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
     if torch.cuda.is_available():
         peaks["peak_gpu"] = torch.cuda.max_memory_allocated()
@@ -360,13 +360,14 @@ def run_cli(main):
     except KeyboardInterrupt:
         message, status = "stopped; the same command goes on from where it stopped", 130
     except (MemoryError, RuntimeError) as e:  # torch.OutOfMemoryError is a RuntimeError
-        if type(e) not in (MemoryError, torch.OutOfMemoryError) and not re.search(NO_MEMORY, str(e)):
+        no_memory = isinstance(e, (MemoryError, torch.OutOfMemoryError))
+        if not no_memory and not re.search(NO_MEMORY, str(e)):
             raise
         message = ("out of memory; `python -m pipeline plan` says what each stage needs; lower "
                    "--micro-tokens, --attribution-tokens, --eval-tokens or --jobs, or add "
                    "--checkpointing")
     except OSError as e:  # disk full, no permission, read-only
-        message = (f"{e.filename or ''}: {e.strerror or e}; free space there, see to its permissions, "
-                   "or choose another --out")
+        message = (f"{e.filename or ''}: {e.strerror or e}; free space there, see to its "
+                   "permissions, or choose another --out")
     print("error: " + " ".join(message.split())[:1000], file=sys.stderr)
     sys.exit(status)

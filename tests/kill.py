@@ -80,8 +80,8 @@ def die_at(operation: int, folder: Path) -> list[int]:
 
 
 def run_child(folder: Path, short: bool, operation: int = 0) -> bool:
-    """Make the runs in a fork, so that torch is imported once only. Was it ended by SIGKILL? If not,
-    the file `operations` counts its operations."""
+    """Make the runs in a fork, so that torch is imported once only. Was it ended by SIGKILL? If
+    not, the file `operations` counts its operations."""
     child = os.fork()
     if child == 0:
         status = 1

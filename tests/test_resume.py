@@ -17,7 +17,7 @@ import torch
 
 import simu
 import world
-from model import UserError, read_json, write_json, write_text
+from model import UserError, write_text
 from pipeline import slices, stage
 from pipeline.settings import Settings
 from pipeline.stage import Stage
