@@ -29,7 +29,7 @@ TEMPLATES = {
     "qa": ("Question: ", "\nAnswer:", " "),
     "raw": ("", "", " "),
     "verbatim": ("", "", ""),
-}  # or, in place of the three texts, a function that gives what `full_text` does
+}  # or a function (tokenizer, turns, answer) that gives what `full_text` does
 TURN_END = {}  # template: the token by which a model ends a turn (pipeline/tokenizers.py)
 
 

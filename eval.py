@@ -209,7 +209,7 @@ def aggregate(*, em_forget: float, rouge_forget: float, mia: float, em_retain: f
 
 
 # -------------------------------------------------------------------------------- metrics of a row
-# A metric takes a row, as `collect_rows` makes it, and returns a number or a Missing.
+# A metric takes a row (question, answer, generation, scores..) and returns a number or a Missing.
 Missing = namedtuple("Missing", "reason")  # in place of a number: why there is none
 NO_WORD = Missing("their answers hold no word")
 NO_CHOICE = Missing("no paraphrase or no wrong answers")

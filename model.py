@@ -123,7 +123,7 @@ class MLP(nn.Module):
         self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
         self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
         self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=False)
-        self.inner = c.neurons == "inner"
+        self.inner = NEURONS[c.neurons].size == "intermediate_size"
         self.intervene = None  # or a function of the activations, the beta of Eq. 1
 
     def neurons(self, x):

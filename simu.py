@@ -23,9 +23,8 @@ heads, K kv heads, hd head size, F d_ff, V vocabulary, N answer tokens of a batc
 answer, J nodes run at once, C neurons chosen of D. [D1] to [D16]: readings of the paper (README).
 
 Part 1 is the method, an equation at a time, in these readings. Part 2 gives each of its steps a
-fast twin, with the reason why the two are equal and the test that holds them so. Then come the
-tables that a fork edits, and the settings with Tables 3 and 4. Tables 1-2 are eval.py's; Table 5
-counts what `critical_mask` selects.
+fast twin, with the reason why they are equal and the test that holds them so. Then come tables that
+a fork edits, and the settings of Tables 3-4. Tables 1-2 are eval.py's; 5 counts `critical_mask`.
 """
 
 import math
@@ -532,7 +531,7 @@ def apply_updates(moving, optimiser, recipe, *, lr, step, shrink):
         decay = recipe.weight_decay if w.weight.dim() == 2 else 0.0  # none on norms and biases [D7]
         rules = optimiser(recipe, lr, decay, step)
         size = len(w.master)
-        if w.mask is None and w.master.is_cpu and getattr(optimiser, "__name__", "") in ELEMENTWISE:
+        if w.mask is None and w.master.is_cpu and METHODS[recipe.method].optimiser in ELEMENTWISE:
             size = max(1, IN_CACHE * size // w.master.numel())
         parts = (t.split(size) for t in (w.master, w.weight.grad, w.m, w.h))
         for master, grad, m, h in zip(*parts):
@@ -574,6 +573,8 @@ def train(model, batches, objective, recipe, mask=None, *, title, loop=None, rec
             norms = torch._foreach_norm([w.weight.grad for w in moving], dtype=torch.float32)
             norm = torch.stack(norms).norm().item()
             losses = {name: value.item() for name, value in losses.items()}
+            if not losses:
+                raise UserError(f"objective {recipe.objective} yields no (name, loss, value)")
             if not all(map(math.isfinite, (norm, *losses.values()))):
                 raise UserError(f"{title}: loss or gradient of update {step} of {total} {advice}")
             lr = learning_rate(step, total, recipe.lr, recipe.warmup)
@@ -612,8 +613,7 @@ def unlearn(model: Transformer, forget: list[Encoded], retain: list[Encoded],
     with torch.no_grad():  # finite weights can compute infinite losses, and no update follows
         nll = sum(nll_parts(model, forget[-8:], recipe.micro_tokens))
     if not nll.isfinite():
-        raise UserError(f"{title}: the loss after the last update is not finite; lower --lr (now "
-                        f"{recipe.lr:g})")
+        raise UserError(f"{title}: the last loss is not finite; lower --lr (now {recipe.lr:g})")
     return log
 
 

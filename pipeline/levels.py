@@ -122,7 +122,8 @@ class Wording:
     def specifics(self, e: Example) -> list[Word]:
         """Rare words of a row's answer that its question, or a turn before it, does not give,
         stemmed or not."""
-        question = {w.key for w in words_of(prompt_of(e))} | set(evaluation.rouge_words(prompt_of(e)))
+        prompt = prompt_of(e)
+        question = {w.key for w in words_of(prompt)} | set(evaluation.rouge_words(prompt))
         words, rare = words_of(e.answer), set(self.rare_words(e.answer))
         return [w for i, w in enumerate(words) if w in rare and w.key not in question
                 and not question.intersection(evaluation.rouge_words(w.text))

@@ -151,6 +151,7 @@ def loss_examples(forget: list[Example], objective: str) -> list[Example]:
     return [replace(e, answer=REFUSALS[i % len(REFUSALS)]) for i, e in enumerate(forget)]
 
 
+# A row of the same name that a fork added before stays.
 simu.OBJECTIVES |= {
     "retain": Objective(simu.descent, about="descent on retain rows alone"),
     "npo": Objective(partial(losses_by, npo, per="row"), partial(known_by, original_log_p),
@@ -163,7 +164,7 @@ simu.OBJECTIVES |= {
     "outsider": Objective(partial(losses_by, outsider, per="row"), partial(known_by, without_label),
                           targeted=True, about="stranger by odds, for rows known by heart"),
     "po": Objective(partial(losses_by, answer_nll, per="token"), about="descent on refusals (A.2)"),
-}
+} | simu.OBJECTIVES
 
 
 def soft_mask(forget: Tensor, retain: Tensor, threshold: float, seed: int) -> Tensor:
@@ -186,4 +187,4 @@ simu.MASKS |= {
     "random": random_mask,
     "none": lambda forget, retain, t, seed: torch.zeros_like(forget, dtype=torch.bool),
     "all": lambda forget, retain, t, seed: torch.ones_like(forget, dtype=torch.bool),
-}
+} | simu.MASKS

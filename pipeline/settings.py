@@ -479,4 +479,4 @@ def add_options(to: argparse.ArgumentParser, *, skip: tuple = ()):
         to.add_argument(flag(f.name), help=effect.replace("%", "%%"), default=argparse.SUPPRESS,
                         **options)
     to.add_argument("--config", type=Path, default=argparse.SUPPRESS, metavar="FILE",
-                    help="a run's settings.json: its user's choices, where no option says otherwise")
+                    help="a settings.json of a run: what its user chose, unless named here")

@@ -28,7 +28,7 @@ class Slice:
     lume_fraction: float = option(0.4, "LUME: share of documents sampled [D15]", above=0,
                                   high=1)
     template: str = option("qa", "prompt template [D14]; chat: the model's own",
-                           choices=tuple(TEMPLATES))
+                           choices=TEMPLATES)
     level_share: float = option(
         0.0, "share of the never-seen rows, in complete groups, that set the level; membership is "
         "measured on the others", low=0, below=1)

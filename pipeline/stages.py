@@ -95,7 +95,11 @@ def mask_job(s: Settings) -> Stage:
 def mask_of_scores(s: Settings) -> torch.Tensor:
     """M [L, D] as s wants it, from the run's attribution."""
     scores = load_file(s.run / attribution_name(s) / "scores.safetensors")
-    return simu.MASKS[s.mask](scores["forget"], scores["retain"], s.threshold, s.seed)
+    mask = simu.MASKS[s.mask](scores["forget"], scores["retain"], s.threshold, s.seed)
+    if mask.shape != scores["forget"].shape:
+        raise UserError(f"mask {s.mask} has the shape {list(mask.shape)}; it must be that of the "
+                        f"scores, {list(scores['forget'].shape)}")
+    return mask
 
 
 def make_mask(s: Settings, job: Stage, folder: Path):

@@ -45,8 +45,8 @@ def call(func, args, kwargs):
     on_card = [x for x in tensors if isinstance(x, OnCard)]
     on_cpu = [x for x in tensors if not isinstance(x, OnCard) and x.dim() > 0]
     if on_card and on_cpu and func.overloadpacket not in CROSSING:
-        raise RuntimeError(f"{func}: tensors on the card and on the CPU: "
-                           f"{[tuple(x.shape) for x in on_card]}, {[tuple(x.shape) for x in on_cpu]}")
+        shapes = [[tuple(x.shape) for x in tensors] for tensors in (on_card, on_cpu)]
+        raise RuntimeError(f"{func}: tensors on the card and on the CPU: {shapes}")
     device = kwargs.get("device")
     to_card = bool(on_card) if device is None else on_the_card(device)
     if not on_card and not to_card:

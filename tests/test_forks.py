@@ -3,6 +3,10 @@ Muon sees whole matrices, RMU's gradient may end early, and inner neurons are on
 
 import itertools
 import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -194,3 +198,19 @@ def test_the_tables_names_are_those_of_the_command_line(capsys):
     told = " ".join(capsys.readouterr().out.split())
     for name in itertools.chain(simu.METHODS, simu.OBJECTIVES, simu.MASKS, NEURONS):
         assert name in told, name
+
+
+def test_the_command_line_knows_what_a_file_in_forks_adds(tmp_path):
+    """And a row of a fork's is not replaced by ours of the same name."""
+    root = Path(simu.__file__).parent
+    for name in ("simu", "model", "data", "eval"):
+        shutil.copy(root / f"{name}.py", tmp_path)
+    shutil.copytree(root / "pipeline", tmp_path / "pipeline")
+    (tmp_path / "forks").mkdir()
+    (tmp_path / "forks" / "mine.py").write_text(
+        "import data, simu\nsimu.MASKS['half'] = simu.MASKS['dual']\n"
+        "data.TEMPLATES['told'] = ('Q ', 'A', ' ')\n"
+        "simu.OBJECTIVES['npo'] = simu.Objective(simu.graddiff, about='npo of a fork')\n")
+    out = subprocess.run([sys.executable, "-m", "pipeline", "unlearn", "--help"], cwd=tmp_path,
+                         capture_output=True, text=True).stdout
+    assert all(name in out for name in ("half", "told", "npo of a fork"))

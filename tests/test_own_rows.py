@@ -253,7 +253,7 @@ def test_advice_is_of_the_rule_that_is_broken():
 
 
 def test_rows_to_keep_are_judged_on_a_fifth_that_is_held_out():
-    """Rows that share an answer stay on one side, unless it is a yes; of few rows none are spared."""
+    """Rows that share an answer stay on one side, unless it is a yes; few rows spare none."""
     rows = [replace(e, question=f"{q} {e.question}", id=f"{q}{e.id}", group=f"{q}{e.id}")
             for e in questions(20) for q in ("Tell me:", "Say:")]
     yes = [replace(e, answer="Yes.") for e in rows]

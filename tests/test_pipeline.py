@@ -194,11 +194,11 @@ def test_transformers_reads_the_tokenizer_as_we_do(runs):
 # --------------------------------------------------------------------------------- what is refused
 
 
-def test_models_made_at_once_are_those_made_one_by_one(runs, tmp_path, capsys):
+def test_models_made_at_once_are_those_made_one_by_one(runs, tmp_path, capfd):
     out, names = tmp_path / "run", ("fo-graddiff", "simu-graddiff")
     shutil.copytree(runs["demo"], out, ignore=lambda folder, _: names)
     stage_of("unlearn", out, "--each", "fo:graddiff", "simu:graddiff")
-    printed = capsys.readouterr().out
+    printed = capfd.readouterr().out
     for name in names:
         for file in ("model.safetensors", "eval/generations.jsonl"):
             assert (out / name / file).read_bytes() == (runs["demo"] / name / file).read_bytes()
@@ -360,7 +360,8 @@ FIRST = dict(seed="retain-only", template="retain-only", learn_lr="retain-only",
 def test_every_setting_makes_the_right_stages_again():
     """No list of names is kept: a stage takes whole dataclasses. Files of rows count by their
     content."""
-    named = {k: {f.name for t in classes for f in dataclasses.fields(t)} for k, classes in TAKES.items()}
+    named = {k: {f.name for t in classes for f in dataclasses.fields(t)}
+             for k, classes in TAKES.items()}
     first = {f.name: next((k for k in named if f.name in named[k]), None)
              for f in dataclasses.fields(settings.Settings)}
     assert {name for name, stage in first.items() if stage is None} == NOWHERE
