@@ -225,6 +225,7 @@ def lume_benchmark(s) -> Benchmark:
 
 HELD_OUT = 5  # one in so many of a user's rows to keep; at least as many, at most 100
 FEWEST = 15  # rows to keep, of which some can be spared
+SHORT = 20  # letters of an answer that many rows may give by chance
 
 
 def hold_out(bench: Benchmark, seed: int) -> Benchmark:
@@ -245,8 +246,8 @@ def hold_out(bench: Benchmark, seed: int) -> Benchmark:
 
 
 def alike_rows(rows: list[Example]) -> list[list[int]]:
-    """Indices of the rows in groups: those that share a question, an answer (unless more than one
-    in HELD_OUT do, as a yes) or a chat, and those that share one with these."""
+    """Indices of the rows in groups: those that share a question, an answer (unless it is short and
+    more than one in HELD_OUT do, as a yes) or a chat, and those that share one with these."""
     answers = Counter(normalised(e.answer) for e in rows)
     group, first = list(range(len(rows))), {}  # an earlier row of the same group; a key's first row
 
@@ -258,7 +259,7 @@ def alike_rows(rows: list[Example]) -> list[list[int]]:
         answer, keys = normalised(e.answer), [("chat", e.group)]
         if e.question:
             keys.append(("question", e.turns, normalised(e.question)))
-        if HELD_OUT * answers[answer] <= len(rows):
+        if len(answer) > SHORT or HELD_OUT * answers[answer] <= len(rows):
             keys.append(("answer", answer))
         for key in keys:
             a, b = root(first.setdefault(key, i)), root(i)

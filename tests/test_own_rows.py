@@ -257,7 +257,9 @@ def test_rows_to_keep_are_judged_on_a_fifth_that_is_held_out():
     rows = [replace(e, question=f"{q} {e.question}", id=f"{q}{e.id}", group=f"{q}{e.id}")
             for e in questions(20) for q in ("Tell me:", "Say:")]
     yes = [replace(e, answer="Yes.") for e in rows]
-    for retain, shared in ((rows, False), (yes, True)):
+    asked_4_times = [replace(e, question=f"{q} {e.question}", id=f"{q}{e.id}", group=f"{q}{e.id}")
+                     for e in questions(4) for q in ("Tell me:", "Say:", "Now,", "Well,")]
+    for retain, shared in ((rows, False), (yes, True), (asked_4_times, False)):
         bench = slices.hold_out(slices.benchmark_of_rows(chinese(4), retain, []), 0)
         assert len(bench.held_out) == 8 and bench.retain_eval == list(bench.held_out)
         assert sorted(e.id for e in bench.retain + bench.retain_eval) == sorted(
