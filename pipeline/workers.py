@@ -1,10 +1,12 @@
 """Work that shares nothing, in several processes at once: models of a run, points of a sweep."""
 
+import io
 import multiprocessing
 import os
 import sys
 import threading
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import redirect_stdout
 
 import torch
 from tqdm import tqdm
@@ -46,13 +48,17 @@ def run_each(function, items: list, jobs: int, title: str):
         pool.shutdown(cancel_futures=True)
 
 
-def unlearn_and_evaluate(s: Settings):
-    unlearn_stage(s)
-    evaluate(s.run, unlearned_name(s))
+def unlearn_and_evaluate(s: Settings) -> str:
+    """What it prints, which the parent shows in one piece, beside its bar."""
+    with redirect_stdout(io.StringIO()) as text:
+        unlearn_stage(s)
+        evaluate(s.run, unlearned_name(s))
+    return text.getvalue()
 
 
 def unlearn_each(options: dict, each: list[str]):
     """Unlearned models share nothing: on two cores two are made at once, with the same bytes."""
     several = [resolve(options | dict(zip(("method", "objective"), x.split(":")))) for x in each]
     with lock(several[0].run):
-        list(run_each(unlearn_and_evaluate, several, os.cpu_count() or 1, "unlearn"))
+        for text in run_each(unlearn_and_evaluate, several, os.cpu_count() or 1, "unlearn"):
+            tqdm.write(text, end="")
