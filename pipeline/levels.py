@@ -321,30 +321,40 @@ def without_unexpected_eos(model: Transformer, examples: list[Example], rows: li
 # --------------------------------------------------------------------------------------- targets
 
 
-def forget_targets(s: Settings, bench, forget: list[Encoded], model: Transformer, seed: int
-                   ) -> tuple[list[torch.Tensor], str]:
+def forget_targets(s: Settings, bench, forget: list[Encoded], model: Transformer, seeds: tuple
+                   ) -> tuple[list[list[torch.Tensor]], str]:
     """What `simu.unlearn` takes as targets, and where they are from: for each answer token of the
-    forget rows the loss that it would have under the original, had it never seen them. seed: of
-    what is drawn."""
+    forget rows the loss that it would have under the original, had it never seen them. UserError
+    where nothing tells it. seeds: of what is drawn; the targets are one list for each."""
     if s.level == "retain-only":
-        return losses_without_rows(s.run / "retain-only", forget, s), "retain-only's loss of a row"
+        targets = losses_without_rows(s.run / "retain-only", forget, s)
+        return [targets] * len(seeds), "retain-only's loss of a row"
     if s.level != "unseen":
         level = float(s.level)
-        return [torch.full((len(r.ids) - r.start,), level) for r in forget], f"--level {level:g}"
+        targets = [torch.full((len(r.ids) - r.start,), level) for r in forget]
+        return [targets] * len(seeds), f"--level {level:g}"
     examples, source = never_seen_examples(s, bench)
-    pattern, pattern_source = [], ""
+    patterns, pattern_source = [[]] * len(seeds), ""
     if s.layout == "rows" or not examples:
-        pattern, pattern_source = exchanged_losses(s, bench, forget, model, seed)
+        patterns, pattern_source = exchanged_losses(s, bench, forget, model, seeds)
     if not examples:
-        return pattern, pattern_source
+        if not all(patterns):
+            raise UserError(f"no forget row has words of its own to exchange; {GIVE_FILE}")
+        return patterns, pattern_source
     rows = data.encode_for(model.config, examples, load_tokenizer(s.run / "original"), s.template)
     losses = answer_losses(model, rows, s)
-    if not pattern:
-        return drawn_losses(forget, rows, losses, model.config.vocab_size, seed), source
+    if not all(patterns):
+        vocab = model.config.vocab_size
+        return [drawn_losses(forget, rows, losses, vocab, seed) for seed in seeds], source
     level = evaluation.mean(map(evaluation.mean, losses))
-    mean = evaluation.mean(x.mean().item() for x in pattern)
-    return ([x * (level / max(mean, 1e-6)) for x in pattern],
+    return ([scaled_to(level, pattern) for pattern in patterns],
             f"as likely as {source}; token by token, {pattern_source}")
+
+
+def scaled_to(level: float, pattern: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The losses of rows in proportion, so that their mean is the level."""
+    mean = evaluation.mean(x.mean().item() for x in pattern)
+    return [x * (level / max(mean, 1e-6)) for x in pattern]
 
 
 def never_seen_examples(s: Settings, bench) -> tuple[list[Example], str]:
@@ -359,23 +369,26 @@ def never_seen_examples(s: Settings, bench) -> tuple[list[Example], str]:
     return wrong, f"{len(wrong)} wrong answers to the forget rows' questions"
 
 
-def exchanged_losses(s: Settings, bench, forget: list[Encoded], model: Transformer, seed: int
-                     ) -> tuple[list[torch.Tensor], str]:
-    """The losses of the forget rows' tokens where their specifics are exchanged; with --teach, no
-    higher than under the base, which has learnt nothing of these rows, nor of what other rows say
-    about them. [] where neither tells them."""
-    columns, sources = [], []
-    copies = max(1, min(COPIES, VERSIONS // len(forget)))
-    versions = exchanged_rows(bench.forget, bench.retain, seed, copies=copies)
-    if any(versions):
-        tokenizer = load_tokenizer(s.run / "original")
-        columns.append(counterpart_losses(model, bench.forget, forget, versions, tokenizer, s))
-        sources.append("each row with its own words exchanged for other rows'")
+def exchanged_losses(s: Settings, bench, forget: list[Encoded], model: Transformer, seeds: tuple
+                     ) -> tuple[list[list[torch.Tensor]], str]:
+    """For each seed the losses of the forget rows' tokens where their specifics are exchanged; with
+    --teach, no higher than under the base, which has learnt nothing of these rows, nor of what
+    other rows say about them. [] where neither tells them."""
+    copies, base = max(1, min(COPIES, VERSIONS // len(forget))), []
     if s.teach and s.layout == "rows":
-        columns.append(losses_without_rows(hub.find_original(s)[0], forget, s))
+        base = [losses_without_rows(hub.find_original(s)[0], forget, s)]
+    patterns, sources, tokenizer = [], [], load_tokenizer(s.run / "original")
+    for seed in seeds:
+        columns = list(base)
+        versions = exchanged_rows(bench.forget, bench.retain, seed, copies=copies)
+        if any(versions):
+            columns.append(counterpart_losses(model, bench.forget, forget, versions, tokenizer, s))
+            sources = ["each row with its own words exchanged for other rows'"]
+        patterns.append([torch.stack(x).amin(0) for x in zip(*columns)])
+    if base:
         sources.append("no token less likely than to the base" if sources
                        else "the base's loss of each row")
-    return [torch.stack(x).amin(0) for x in zip(*columns)], ", ".join(sources)
+    return patterns, ", ".join(sources)
 
 
 def losses_without_rows(folder, forget: list[Encoded], s: Settings) -> list[torch.Tensor]:

@@ -124,14 +124,14 @@ def aim(s: Settings, job: Stage, bench: slices.Benchmark, encoded: dict, model: 
         ) -> tuple:
     """The losses that the forget rows are to have, and the loop: of all updates; of a user's rows
     it ends where they are forgotten."""
-    forget = encoded["forget"]
-    targets, job.notes["level_from"] = forget_targets(s, bench, forget, model, s.seed)
-    print(f"[{job.name}] loss of rows never seen: {job.notes['level_from']}", flush=True)
-    if s.layout != "rows":
+    # Of a user's rows drawn twice, because what a model was led to must not also judge it.
+    seeds = (s.seed, s.seed + 1) if s.layout == "rows" else (s.seed,)
+    (targets, *judges), source = forget_targets(s, bench, encoded["forget"], model, seeds)
+    job.notes["level_from"] = source
+    print(f"[{job.name}] loss of rows never seen: {source}", flush=True)
+    if not judges:
         return targets, job.loop
-    # Drawn once more, because what a model was led to must not also judge it.
-    judges, _ = forget_targets(s, bench, forget, model, s.seed + 1)
-    job.notes["never_seen"] = [losses.mean().item() for losses in judges]
+    job.notes["never_seen"] = [losses.mean().item() for losses in judges[0]]
     return targets, until_forgotten(model, encoded, targets, s, job)
 
 

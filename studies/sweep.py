@@ -187,7 +187,7 @@ def make_point(p: Point) -> dict:
             result["critical"] = int((mask != 0).sum())
         bench, encoded = encoded_rows(s, s.objective)
         if simu.OBJECTIVES[s.objective].targeted:
-            targets, _ = forget_targets(s, bench, encoded["forget"], model, s.seed)
+            (targets,), _ = forget_targets(s, bench, encoded["forget"], model, (s.seed,))
         try:
             simu.unlearn(model, encoded["forget"], encoded["retain"], mask, s, targets=targets,
                          **fused.on(model.embed_tokens.weight.device, s.state))

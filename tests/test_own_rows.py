@@ -412,19 +412,25 @@ def test_no_token_of_a_taught_model_is_to_be_less_likely_than_to_its_base(taught
     model = Transformer.from_pretrained(taught / "texts-model")
 
     def targets(s):
-        return levels.forget_targets(s, bench, encoded["forget"], model, s.seed)
+        (one, two), source = levels.forget_targets(s, bench, encoded["forget"], model, (3, 4))
+        assert len(one) == len(two) == len(bench.forget)
+        return one, source
     exchanged, source = targets(replace(s, teach=False))
     assert "exchanged" in source and "base" not in source
     base = [torch.rand(len(x)) * 8 for x in exchanged]
-    monkeypatch.setattr(levels, "losses_without_rows", lambda *_: base)
+    reads = []
+    monkeypatch.setattr(levels, "losses_without_rows", lambda *_: reads.append(1) or base)
     both, source = targets(s)
     assert "exchanged" in source and "base" in source
+    assert len(reads) == 1  # of the base, which may be large, for both draws
     for low, one, other in zip(both, exchanged, base):
         torch.testing.assert_close(low, torch.minimum(one, other), rtol=0, atol=0)
     monkeypatch.setattr(levels, "exchanged_rows", lambda *_, **__: [[]] * len(bench.forget))
     alone, source = targets(s)
     assert source.startswith("the base's loss")
     torch.testing.assert_close(torch.cat(alone), torch.cat(base), rtol=0, atol=0)
+    with pytest.raises(UserError, match="give --unseen FILE"):
+        targets(replace(s, teach=False))
 
 
 def test_a_makers_generation_config_is_carried_over_and_every_end_of_a_turn_kept(taught, tmp_path):
