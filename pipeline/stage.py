@@ -103,10 +103,11 @@ def refuse_strangers(folder: Path):
                             "again and would take it along; move it elsewhere")
 
 
-def stale(folder: Path, s: Settings) -> list[str]:
+def stale(folder: Path, s: Settings, inputs: dict | None = None) -> list[str]:
     """What a finished stage, and those below it, was made of and the run no longer holds: its
-    slice, template and seed; its data; other stages."""
-    why, inputs, reasons = read_stage(folder)["why"], data_inputs(s), []
+    slice, template and seed; its data; other stages. inputs: data_inputs(s), if read before."""
+    inputs = data_inputs(s) if inputs is None else inputs
+    why, reasons = read_stage(folder)["why"], []
     for name, value in bare_names(taken(s, (slices.Slice, Source))).items():
         before = why["settings"].get(name, value)
         reasons += [f"{flag(name)} was {before!r}"] if before != value else []
@@ -118,7 +119,7 @@ def stale(folder: Path, s: Settings) -> list[str]:
         if (content(below) if is_stage else inputs.get(name)) != sha:
             reasons.append(f"{name} was another")
         elif is_stage:
-            reasons += [f"{name}'s {x}" for x in stale(below, s)]
+            reasons += [f"{name}'s {x}" for x in stale(below, s, inputs)]
     return list(dict.fromkeys(reasons))
 
 
