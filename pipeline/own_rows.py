@@ -31,7 +31,6 @@ import eval as evaluation
 from data import Encoded, Example
 from model import Transformer, UserError
 from pipeline import levels, reading
-from pipeline.evaluate import evaluations_of, read_rows
 from pipeline.settings import Settings
 from pipeline.slices import load_benchmark
 from pipeline.stage import content, data_inputs, read_stage, unlearned_name
@@ -256,9 +255,8 @@ def kept_numbers(before: list[dict], after: list[dict]) -> dict:
     """Of the rows to keep: mean ROUGE-L before and after (None where there are none), how many were
     said word for word, and how many of these still are."""
     rows = [(x, y) for x, y in zip(before, after) if x["split"] == "retain"]
-    scores = [(recall(truth, x["generation"], 0), recall(truth, y["generation"], 0))
-              for truth, x, y in ((Candidate(x["answer"], []), x, y) for x, y in rows)]
-    means = [evaluation.mean(x) for x in zip(*(x for x in scores if x[0] is not None))]
+    scores = [[evaluation.rouge_recall(row) for row in pair] for pair in rows]
+    means = [evaluation.mean(x) for x in zip(*(x for x in scores if evaluation.NO_WORD not in x))]
     said = [y for x, y in rows if says_all(x["answer"], x["generation"])]
     kept_before, kept_after = means or (None, None)
     return dict(kept_before=kept_before, kept_after=kept_after, kept_said_before=len(said),
@@ -326,10 +324,10 @@ def advice(s: Settings, m: dict, rules: set[str]) -> str:
     return f"give --unseen FILE, or raise the level: --level {level:.1f}"
 
 
-def verdict(s: Settings) -> dict:
-    """Are a run's rows forgotten? From its evaluations, which must be of what it holds now."""
+def verdict(s: Settings, before: list[dict], after: list[dict]) -> dict:
+    """Are a run's rows forgotten? before, after: rows of the evaluations of original and result,
+    which must be of what the run holds now."""
     name = unlearned_name(s)
-    before, after = (read_rows(evaluations_of(s, x) / "eval") for x in ("original", name))
     notes = read_stage(s.run / name)["notes"]
     ended = notes.get("ended", {})
     bench = load_benchmark(s)

@@ -17,7 +17,7 @@ from pipeline.card import critical_neurons, recipe_of, write_card
 from pipeline.columns import (PUBLISHED_CRITICAL, SOUL_READING, as_code, label, main_columns,
                               number, published, reading, table, table_by_name, table_of)
 from pipeline.evaluate import (evaluated_stages, evaluation_job, evaluations_of, newest_evaluation,
-                               read_metrics, read_rows, stale_because)
+                               metrics_of, read_metrics, read_rows, stale_because)
 from pipeline.settings import Settings, read_settings, taken
 from pipeline.stage import data_inputs, read_stage, stale, unlearned_name
 
@@ -28,10 +28,10 @@ def report(run: Path, *, retain_only: Path | None = None) -> dict | None:
     model that never saw the forget set."""
     s = read_settings(run)
     evaluations, left_out = read_evaluations(s, retain_only and reference_rows(retain_only, s))
-    names = {e["name"] for e in evaluations if not e["metrics"]["partial"]}
+    rows = {e["name"]: e["rows"] for e in evaluations if not e["metrics"]["partial"]}
     verdict, verdict_text = None, ""
-    if s.layout == "rows" and {"original", unlearned_name(s)} <= names:
-        verdict = own_rows.verdict(s)
+    if s.layout == "rows" and {"original", unlearned_name(s)} <= rows.keys():
+        verdict = own_rows.verdict(s, rows["original"], rows[unlearned_name(s)])
         verdict_text = as_code(own_rows.as_text(verdict))
         write_json(s.run / "verdict.json", verdict)
     lines = [(e["label"], e["metrics"]["values"]) for e in evaluations]
@@ -120,14 +120,15 @@ def table_order(folder: Path) -> tuple:
 
 def read_evaluation(folder: Path, evaluated: Path, reference: list[dict] | None) -> dict:
     """One stage. settings: all that its numbers depend on, how it was made and evaluated."""
-    summary, stage = read_metrics(evaluated, reference), read_stage(folder)
+    rows, stage = read_rows(evaluated), read_stage(folder)
+    evaluation_stage = read_stage(evaluated)
+    summary = metrics_of(rows, evaluation_stage["notes"]["about"], reference)
     partial = f" (partial: {summary['partial']})" if summary["partial"] else ""
     settings = stage["why"]["settings"]
     if settings.get("method") in simu.METHODS:
         settings = recipe_of(stage["settings"]) | settings
     return dict(name=folder.name, label=label(folder.name) + partial, metrics=summary,
-                rows=read_rows(evaluated),
-                settings=read_stage(evaluated)["why"]["settings"] | settings)
+                rows=rows, settings=evaluation_stage["why"]["settings"] | settings)
 
 
 def reference_rows(folder: Path, s: Settings) -> list[dict]:
