@@ -232,13 +232,15 @@ def hold_out(bench: Benchmark, seed: int) -> Benchmark:
     """With a fifth of a user's rows to keep held out of training, drawn by seed, to be judged in
     place of all: rows that were trained on do not tell what else is lost. Rows that are alike stay
     on one side. Of fewer than FEWEST rows, or where most are alike, none are held out."""
+    if len(bench.retain) < FEWEST:
+        return bench
     count = min(100, max(HELD_OUT, len(bench.retain) // HELD_OUT))
     groups = [x for x in alike_rows(bench.retain) if len(x) <= count]
     random.Random(seed).shuffle(groups)
     drawn = set()
     while groups and len(drawn) < count:
         drawn.update(groups.pop())
-    if len(bench.retain) < FEWEST or len(drawn) < count:
+    if len(drawn) < count:
         return bench
     held_out = [e for i, e in enumerate(bench.retain) if i in drawn]
     retain = [e for i, e in enumerate(bench.retain) if i not in drawn]
