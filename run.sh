@@ -6,7 +6,7 @@
 #                                                     layout, or hf:OWNER/NAME[@REVISION]
 #   bash run.sh unlearn MODEL FORGET [RETAIN] [--unseen FILE] [--teach] [--out DIR] [--attack]
 #                                                     your rows, JSON lines, in your model; status 3
-#                                                     where they are not forgotten or others are lost
+#                                                     if not forgotten, or others are lost
 #   bash run.sh attack RUN [STAGE ...]                what of it stays forgotten under attack
 #   bash run.sh depth RUN [STAGE ...]                 how deep forgetting goes
 #   bash run.sh sweep BENCHMARK [MODEL] [--option ..] every method over learning rates and seeds
